@@ -1,0 +1,33 @@
+# make demo   set up and run the main job: two distillations, pictures, a report
+# make test   set up and run the tests
+#
+# Both make .venv with the CPU build of torch, pinned, so that a machine without a GPU never downloads CUDA.
+# For a GPU:  make demo TORCH=torch==2.13.0
+
+PYTHON ?= python3
+TORCH ?= $(if $(filter Darwin,$(shell uname -s)),torch==2.13.0,torch==2.13.0+cpu)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP = .venv/bin/python -m pip --disable-pip-version-check
+READY = .venv/.ready-$(subst /,-,$(TORCH))
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	.venv/bin/fewstep demo
+
+test: $(READY)
+	.venv/bin/python -m pytest
+
+lint: $(READY)
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyright
+
+# torch first: any package that asks for "torch" is then content with what is there.
+# The indexes pip knows come first; torch's own only where they do not have the CPU build.
+$(READY): pyproject.toml constraints.txt Makefile
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) install -q "$(TORCH)" || $(PIP) install -q "$(TORCH)" --extra-index-url $(TORCH_INDEX)
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	rm -f .venv/.ready-* && touch $(READY)
+
+clean:
+	rm -rf .venv build dist *.egg-info

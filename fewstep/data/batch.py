@@ -1,0 +1,43 @@
+"""What a data set is to the rest of fewstep."""
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for one step: ``data`` (B, ...), conditions as keyword tensors of B rows each, and, where data and noise
+    come in pairs (a coupling, reflow), the ``noise`` of each row; otherwise the objective draws it."""
+
+    data: Tensor
+    cond: dict[str, Tensor] = field(default_factory=dict)
+    noise: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
+        return Batch(
+            move(self.data),
+            {name: move(value) for name, value in self.cond.items()},
+            None if self.noise is None else move(self.noise),
+        )
+
+
+@runtime_checkable
+class Data(Protocol):
+    """A data set or density.
+
+    ``shape`` is one sample's. ``size`` is the number of rows, None for a density that never ends. ``rows`` gathers
+    the rows of ``index`` (n,) as floats with their conditions; what is random about it (flips, the draw from a
+    density, which ignores the index) comes from the generator.
+    """
+
+    shape: tuple[int, ...]
+    size: int | None
+
+    def rows(self, index: Tensor, generator: torch.Generator) -> Batch: ...

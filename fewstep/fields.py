@@ -1,0 +1,187 @@
+"""Velocity fields: what a flow or diffusion model knows, and the teachers of everything else.
+
+A field gives ``v_t(x) = E[dx_t given x_t = x]``, the marginal velocity of its path. It comes from a network
+(:class:`NetworkField`), from a diffusion model and its scheduler (:class:`DiffusionField`), from a field guided by
+another (:class:`Guided`), or in closed form (``fewstep.exact``).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import unknown
+from fewstep.paths import KINDS, Linear, Path, Reversed, Scaling, Tabulated, as_times, expand, scaling
+
+
+class VelocityField(nn.Module):
+    """A velocity ``v_t(x)`` on a ``path``: ``field(x, t, **cond)``, x (B, ...), t (B,) or a number -> (B, ...)."""
+
+    path: Path
+
+    def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        raise NotImplementedError
+
+    def velocity(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        """The field itself; the name under which a :class:`FlowMap` gives its own."""
+        return self(x, t, **cond)
+
+    def score(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        """The score of p_t, ``grad log p_t(x)``, (B, ...). Holds where the noise is Gaussian and independent of the
+        data: not under an optimal-transport coupling. Raises where there is no noise (t = 1)."""
+        return self.path.from_velocity(self(x, t, **cond), x, t, "score")
+
+    def on(self, path: Path) -> "VelocityField":
+        """The same model as a velocity on another path, exactly (arXiv 2506.02221 is diffusion -> linear)."""
+        raise NotImplementedError
+
+
+class NetworkField(VelocityField):
+    """A network called ``network(x, t, **cond)`` as a velocity field.
+
+    Args:
+        network: any module; its time is that of its own path (``native.network_time``: t itself on the continuous
+            paths, the step k on a tabulated schedule).
+        native: the path the network was trained on.
+        prediction: what it predicts there: velocity, data, noise, v, score, or flow (diffusers' reversed velocity).
+        path: the path of the velocity wanted, the native one if not given.
+
+    >>> field = NetworkField(my_vit, Linear(), prediction="data")
+    >>> eps_model_as_flow = NetworkField(unet, VariancePreserving(), prediction="noise").on(Linear())
+    """
+
+    def __init__(
+        self, network: nn.Module, native: Path | None = None, prediction: str = "velocity", *, path: Path | None = None
+    ) -> None:
+        super().__init__()
+        if prediction not in KINDS:
+            raise unknown("prediction kind", prediction, KINDS)
+        self.network = network
+        self.native = native or Linear()
+        self.prediction = prediction
+        self.path = path or self.native
+
+    def scaling(self, t: Tensor) -> Scaling:
+        """How the network's output becomes a velocity at times t (B,)."""
+        return scaling(self.native, self.prediction, self.path, t)
+
+    @property
+    def bare(self) -> bool:
+        """Whether the network's output is the velocity as it stands."""
+        return self.prediction == "velocity" and self.native.same_as(self.path)
+
+    def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        t = as_times(t, x)
+        if self.bare:
+            return self.network(x, self.native.network_time(t), **cond)
+        c = self.scaling(t)
+        prediction = self.network(expand(c.into, x) * x, c.time, **cond)
+        return expand(c.skip, x) * x + expand(c.out, x) * prediction
+
+    def on(self, path: Path) -> "NetworkField":
+        return NetworkField(self.network, self.native, self.prediction, path=path)
+
+    def extra_repr(self) -> str:
+        return f"native={self.native}, prediction={self.prediction!r}, path={self.path}"
+
+
+# How diffusers' schedulers name what a network predicts.
+_DIFFUSERS_KINDS = {"epsilon": "noise", "sample": "data", "v_prediction": "v", "flow_prediction": "flow"}
+
+
+class DiffusionField(NetworkField):
+    """A diffusers model as a velocity on the linear path, through the schedule of its scheduler (Diff2Flow).
+
+    Args:
+        network: called ``network(x, timestep, **cond)`` with (continuous) timesteps of the scheduler.
+        scheduler: a diffusers scheduler with ``alphas_cumprod`` (DDPM, DDIM, ...), or a flow-match one.
+        path: the path of the velocity, linear if not given.
+
+    Raises:
+        ValueError: for a scheduler with neither, a prediction type that is not known, or a schedule whose last step
+            has no signal at all (zero terminal SNR) beside a noise prediction, which says nothing there.
+    """
+
+    def __init__(self, network: nn.Module, scheduler: Any, *, path: Path | None = None) -> None:
+        native, prediction = schedule_of(scheduler)
+        super().__init__(network, native, prediction, path=path or Linear())
+        self.scheduler = scheduler
+
+
+def schedule_of(scheduler: Any) -> tuple[Path, str]:
+    """The path and the prediction kind of a diffusers scheduler. Raises as :class:`DiffusionField` does."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if "FlowMatch" in name or "FlowMap" in name:
+        return Reversed(float(config.num_train_timesteps)), "flow"
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        raise ValueError(
+            f"{name} has no alphas_cumprod and is no flow-match scheduler: wrap the network by hand as "
+            "NetworkField(network, path, prediction)"
+        )
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in _DIFFUSERS_KINDS:
+        raise unknown("prediction type", str(prediction), _DIFFUSERS_KINDS)
+    kind = _DIFFUSERS_KINDS[prediction]
+    if float(table[-1]) <= 0:  # zero terminal SNR
+        if kind == "noise":
+            raise ValueError(
+                f"the last of the {len(table)} steps of this {name} has no signal (zero terminal SNR), where a noise "
+                "prediction says nothing: leave it out, NetworkField(network, "
+                "Tabulated.from_alphas_cumprod(scheduler.alphas_cumprod[:-1]), 'noise')"
+            )
+        # The prediction of the last but one step is held there; the table itself must stay finite.
+        table = table[:-1]
+    return Tabulated.from_alphas_cumprod(table), kind
+
+
+class Guided(VelocityField):
+    """A field pushed away from a weaker one: ``weak + w (field - weak)`` for times inside ``interval``.
+
+    With ``null`` conditions this is classifier-free guidance (arXiv 2207.12598), on an interval (arXiv 2404.07724);
+    with another ``weak`` field, autoguidance (arXiv 2406.02507). Outside the interval, the field itself.
+
+    Args:
+        scale: w; 1 is no guidance.
+        interval: the times (t = 0 noise, 1 data) between which guidance acts.
+        null: the condition of the weak call, such as ``{"class_labels": 10}``; the others stay as they are.
+        weak: the weaker field; the field itself if not given.
+    """
+
+    def __init__(
+        self,
+        field: VelocityField,
+        scale: float,
+        interval: tuple[float, float] = (0.0, 1.0),
+        *,
+        null: dict[str, Any] | None = None,
+        weak: VelocityField | None = None,
+    ) -> None:
+        super().__init__()
+        if weak is None and not null:
+            raise ValueError("guidance needs something weaker: null conditions (null={'class_labels': 10}) or weak=")
+        if not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"the guidance interval {interval} is not within [0, 1]")
+        if weak is not None and not weak.path.same_as(field.path):
+            raise ValueError(f"the weak field is on {weak.path}, the field on {field.path}: use weak.on(field.path)")
+        self.field, self.weak = field, weak
+        self.scale, self.interval, self.null = scale, interval, null or {}
+        self.path = field.path
+
+    def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        t = as_times(t, x)
+        inside = (t >= self.interval[0]) & (t <= self.interval[1])
+        if self.scale == 1 or not inside.any():
+            return self.field(x, t, **cond)
+        null = {**cond, **{name: torch.full_like(cond[name], value) for name, value in self.null.items()}}
+        if self.weak is None:  # both calls as one batch
+            both = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
+            strong, weak = self.field(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
+        else:
+            strong, weak = self.field(x, t, **cond), self.weak(x, t, **null)
+        scale = torch.where(inside, self.scale, 1.0)
+        return weak + expand(scale, x) * (strong - weak)
+
+    def on(self, path: Path) -> "Guided":
+        weak = None if self.weak is None else self.weak.on(path)
+        return Guided(self.field.on(path), self.scale, self.interval, null=self.null, weak=weak)

@@ -1,0 +1,110 @@
+"""Two-time flow maps ``X_{s,t}``: they carry a sample of p_s to p_t along ``dx/dt = v_t(x)`` in one call."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.fields import Guided, NetworkField, VelocityField
+from fewstep.networks import with_second_time
+from fewstep.paths import Linear, Path, as_times, expand, scaling
+
+
+class FlowMap(nn.Module):
+    """``X_{s,t}(x) = x + (t - s) u(x, s, t)`` with the average velocity u from a network ``net(x, s, t, **cond)``.
+
+    As with a field, the network may predict anything its ``native`` path turns into a velocity: with
+    ``v(x, s) = skip(s) x + out(s) F(x, s)`` for a field, ``u(x, s, t) = skip(s) x + out(s) F(x, s, t)`` here. So at
+    ``s = t`` a map made from a field has that field as its velocity. A data-predicting network on the linear path
+    gives ``X_{s,t} = x + (t - s) / (1 - s) (F - x)``.
+
+    Args:
+        network: called ``network(x, s, t, **cond)`` with times in the units of its native path.
+        native: the path it belongs to. prediction: what it predicts there. path: the path of the map.
+    """
+
+    def __init__(
+        self, network: nn.Module, native: Path | None = None, prediction: str = "velocity", *, path: Path | None = None
+    ) -> None:
+        super().__init__()
+        field = NetworkField(network, native, prediction, path=path)  # checks, and the rules of the conversion
+        self.network = network
+        self.native, self.prediction, self.path, self.bare = field.native, prediction, field.path, field.bare
+
+    @classmethod
+    def from_field(cls, field: VelocityField, network: nn.Module | None = None) -> "FlowMap":
+        """A student that starts as its teacher: same weights, and a second time that is silent.
+
+        Args:
+            field: the teacher. Of a guided field, the field inside it; a field with no network (an exact one) needs
+                ``network``.
+            network: a two-time network of one's own; the teacher's weights are loaded into it by name.
+
+        Raises:
+            ValueError: if a network is needed and not given, or shares no weight with the teacher's.
+        """
+        while isinstance(field, Guided):
+            field = field.field
+        if not isinstance(field, NetworkField):
+            if network is None:
+                raise ValueError(f"{type(field).__name__} has no network to start from: pass one, network=MLP(2, times=2)")
+            return cls(network, field.path)
+        if network is None:
+            network = with_second_time(field.network)
+        else:
+            load_by_name(network, field.network)
+        return cls(network, field.native, field.prediction, path=field.path)
+
+    def average_velocity(self, x: Tensor, s: Tensor | float, t: Tensor | float, **cond: Any) -> Tensor:
+        """u(x, s, t), the mean velocity from s to t of the path through x at s; (B, ...)."""
+        s, t = as_times(s, x), as_times(t, x)
+        second = self.native.network_time(t)
+        if self.bare:
+            return self.network(x, self.native.network_time(s), second, **cond)
+        c = scaling(self.native, self.prediction, self.path, s)
+        prediction = self.network(expand(c.into, x) * x, c.time, second, **cond)
+        return expand(c.skip, x) * x + expand(c.out, x) * prediction
+
+    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, **cond: Any) -> Tensor:
+        """``X_{s,t}(x)``, (B, ...); x itself, to the last bit, where s = t."""
+        s, t = as_times(s, x), as_times(t, x)
+        return x + expand(t - s, x) * self.average_velocity(x, s, t, **cond)
+
+    def velocity(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        """u(x, t, t): the map's own velocity field."""
+        return self.average_velocity(x, t, t, **cond)
+
+    def through(self, x: Tensor, times: Tensor, **cond: Any) -> Tensor:
+        """The composition of maps along ``times`` (N + 1,): N calls."""
+        for s, t in zip(times[:-1], times[1:], strict=True):
+            x = self(x, s, t, **cond)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"native={self.native}, prediction={self.prediction!r}, path={self.path}"
+
+
+def load_by_name(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Load the teacher's weights into the student by name; returns, and warns of, the names that are new there.
+
+    Raises:
+        ValueError: if no name agrees, a shape differs, or the teacher has a weight that the student lacks.
+    """
+    have, want = teacher.state_dict(), student.state_dict()
+    missing = sorted(set(have) - set(want))
+    if missing:
+        raise ValueError(
+            f"{len(missing)} weights of the teacher's {type(teacher).__name__} have no place in "
+            f"{type(student).__name__}, the first is {missing[0]!r}: give the student's modules the teacher's names"
+        )
+    for name, value in have.items():
+        if value.shape != want[name].shape:
+            raise ValueError(f"{name!r} is {tuple(value.shape)} in the teacher and {tuple(want[name].shape)} in the student")
+    new = sorted(set(want) - set(have))
+    student.load_state_dict(have, strict=False)
+    if not new:
+        warnings.warn(f"{type(student).__name__} has no weight that its teacher lacks: where is its second time?", stacklevel=3)
+    return new
+
+

@@ -1,0 +1,28 @@
+"""Networks: a small MLP, the adapters that give diffusers models a second time, and the piece that gives it to
+networks of one's own. There is no U-Net or transformer of fewstep's own."""
+
+from torch import nn
+
+from fewstep.networks.mlp import MLP
+from fewstep.networks.second_time import SecondTime, sinusoidal
+from fewstep.networks.unet import TwoTimeUNet, UNet
+
+
+def with_second_time(network: nn.Module) -> nn.Module:
+    """A copy of a field's network with a second time that is silent: ``net(x, s, t) == network(x, s)`` to the bit.
+
+    Raises:
+        ValueError: for a network that is not of fewstep's families; the message shows the way by hand.
+    """
+    make = getattr(network, "with_second_time", None)
+    if make is None:
+        raise ValueError(
+            f"{type(network).__name__} has no second time and fewstep cannot add one: write a copy of its class that "
+            "takes (x, s, t), adds SecondTime(dim)(t) to its time embedding, and pass an instance as "
+            "FlowMap.from_field(field, network=...); the teacher's weights are loaded by name. For a diffusers "
+            "UNet2DModel, wrap it in fewstep.networks.UNet first"
+        )
+    return make()
+
+
+__all__ = ["MLP", "SecondTime", "TwoTimeUNet", "UNet", "sinusoidal", "with_second_time"]

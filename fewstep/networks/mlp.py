@@ -1,0 +1,43 @@
+"""A network for points: the student and teacher of 2-D densities and of any data of a few dozen numbers."""
+
+from torch import Tensor, nn
+
+from fewstep.networks.second_time import SecondTime, sinusoidal
+
+
+class MLP(nn.Module):
+    """``depth`` hidden layers of ``width``, with one time, ``net(x, t)``, or two, ``net(x, s, t)``.
+
+    Args:
+        dim: numbers in a sample; samples are (B, dim).
+        times: 1 for a field, 2 for a flow map.
+        classes: the number of classes for a ``class_labels`` condition (B,), 0 for none.
+    """
+
+    def __init__(self, dim: int, width: int = 256, depth: int = 4, times: int = 1, classes: int = 0) -> None:
+        super().__init__()
+        self.config = {"dim": dim, "width": width, "depth": depth, "times": times, "classes": classes}
+        self.input = nn.Linear(dim, width)
+        self.time = nn.Linear(64, width)
+        self.second_time = SecondTime(width) if times == 2 else None
+        self.label = nn.Embedding(classes, width) if classes else None
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
+        self.output = nn.Linear(width, dim)
+
+    def forward(self, x: Tensor, *times: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        h = self.input(x) + self.time(sinusoidal(times[0], 64, low=0.5, high=30.0).to(x.dtype))
+        if self.second_time is not None:
+            h = h + self.second_time(times[1])
+        if self.label is not None:
+            if class_labels is None:
+                raise ValueError("this MLP was made with classes: class_labels (B,) are needed")
+            h = h + self.label(class_labels)
+        for layer in self.hidden:
+            h = layer(nn.functional.gelu(h))
+        return self.output(nn.functional.gelu(h))
+
+    def with_second_time(self) -> "MLP":
+        """The same network with a second time that is silent, as a student starts."""
+        student = MLP(**{**self.config, "times": 2}).to(self.input.weight)
+        student.load_state_dict(self.state_dict(), strict=False)
+        return student

@@ -1,0 +1,136 @@
+"""What every objective is, and what several of them share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.data.batch import Batch
+from fewstep.fields import VelocityField
+from fewstep.maps import FlowMap
+from fewstep.randomness import Generators, chunk_rows, normal
+
+
+@dataclass(frozen=True)
+class Loss:
+    """``total``: a scalar with grad. ``terms``: its named parts, detached scalars, to log.
+    ``times``: the (s, t) of the rows each term saw, (n, 2), so that a loss that is not finite can name them."""
+
+    total: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    times: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(nn.Module):
+    """A training loss, made with its teacher where it has one: ``ITVM(teacher, ...)``.
+
+    ``ema`` is the decay of the student copy that the loss wants as ``target``, or None where it wants none (the
+    trainer then makes none). The teacher stays out of ``state_dict``; parts of the loss that train are parameters of
+    it. It knows no device, optimizer or data set, and draws random numbers only from the generators handed in.
+    """
+
+    ema: float | None = None
+
+    def __init__(self, teacher: VelocityField | None = None) -> None:
+        super().__init__()
+        # In a tuple, nn.Module does not see it: the teacher is neither trained nor checkpointed with the objective.
+        self._teacher = (teacher.eval().requires_grad_(False),) if teacher is not None else ()
+
+    @property
+    def teacher(self) -> VelocityField:
+        """The frozen field that is distilled."""
+        if not self._teacher:
+            raise ValueError(f"{type(self).__name__} was made without a teacher and needs one")
+        return self._teacher[0]
+
+    @property
+    def has_teacher(self) -> bool:
+        return bool(self._teacher)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Objective":
+        for teacher in self._teacher:  # but it moves to the student's device with it
+            teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def forward(
+        self,
+        student: Any,
+        batch: Batch,
+        *,
+        target: Any = None,
+        progress: float = 0.0,
+        step: int = 0,
+        generator: Generators,
+    ) -> Loss:
+        """The loss of one batch.
+
+        Args:
+            student: a ``FlowMap``, or a ``VelocityField`` for objectives that train one.
+            batch: rows on the student's device.
+            target: the slow copy of the student, where ``ema`` is not None.
+            progress: how much of the training is done, in [0, 1]; drives annealing.
+            step: the number of updates done.
+            generator: one, or several that share the rows equally (see ``fewstep.randomness``).
+        """
+        raise NotImplementedError
+
+    def parameter_groups(self, student: nn.Module) -> dict[str, list[nn.Parameter]]:
+        """Which parameters train, by player; each player gets its own optimizer."""
+        own = [p for p in self.parameters() if p.requires_grad]
+        return {"student": [p for p in student.parameters() if p.requires_grad] + own}
+
+    def check_student(self, student: Any) -> None:
+        """Raise, before anything is spent, if this student cannot be trained by this objective with its teacher."""
+        name = type(self).__name__
+        if not isinstance(student, FlowMap):
+            raise ValueError(f"{name} trains a FlowMap, not a {type(student).__name__}: FlowMap.from_field(field)")
+        if self.has_teacher and not student.path.same_as(self.teacher.path):
+            raise ValueError(
+                f"the student is on {student.path}, the teacher on {self.teacher.path}: use teacher.on(student.path)"
+            )
+
+
+def noise_of(batch: Batch, generator: Generators) -> Tensor:
+    """The noise of each row: the batch's own where it is coupled, else drawn."""
+    return normal(batch.data, generator) if batch.noise is None else batch.noise
+
+
+def split_rows(
+    rows: int, shares: dict[str, float], generator: Generators, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """The rows of a batch shared out to named parts: their indices (n,), n = 0 for a part with no share.
+
+    Each part takes a run of every chunk (the rows that share a generator). So the split needs no random number, is the
+    same on any number of processes, and gives every network call a fixed shape.
+    """
+    chunk = chunk_rows(rows, generator)
+    place = torch.arange(rows) % chunk
+    parts, edge, total = {}, 0.0, sum(shares.values())
+    for name, share in shares.items():
+        first, edge = edge, edge + share / total * chunk
+        parts[name] = ((place >= round(first)) & (place < round(edge))).nonzero().flatten().to(device)
+    return parts
+
+
+def rows_of(cond: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """The conditions of some of the rows."""
+    return {name: value[rows] for name, value in cond.items()}
+
+
+def squared_error(x: Tensor, y: Tensor) -> Tensor:
+    """The mean over components of the squared error, in float32 at least: (B,)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(dtype) - y.to(dtype)).square().flatten(1).mean(1)
+
+
+def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+    """``(f(t), df/dt)`` row by row by one forward-mode pass, t (B,).
+
+    Attention runs on the MATH kernel inside, the only one with a forward derivative (CPU included).
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(function, (t,), (torch.ones_like(t),))  # pyright: ignore[reportReturnType]

@@ -1,0 +1,377 @@
+"""Paths from noise to data, and the algebra between all that a network may predict along one.
+
+Time runs from t = 0 (noise) to t = 1 (data) everywhere in fewstep. An affine path is ``x_t = a_t x1 + s_t x0`` with
+noise ``x0`` and data ``x1``; its conditional velocity is ``dx_t = a'_t x1 + s'_t x0``. Times are tensors of shape
+(B,) against samples of shape (B, ...), and nothing here broadcasts one against the other by accident.
+
+A network predicts one of six *kinds* of thing about ``x_t``:
+
+==========  =============================  ====================================================
+velocity    ``a' x1 + s' x0``              flow matching
+data        ``x1``                         "sample" in diffusers, "x0" in most diffusion papers
+noise       ``x0``                         "epsilon"
+v           ``a x0 - s x1``                arXiv 2202.00512 ("v_prediction")
+score       ``-x0 / s``                    the score of p_t in expectation
+flow        ``-(a' x1 + s' x0)``           diffusers' flow-match models, whose time runs from data to noise
+==========  =============================  ====================================================
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import unknown
+
+KINDS = ("velocity", "data", "noise", "v", "score", "flow")
+
+# Where a prediction loses its meaning (noise at no signal, data at no noise) the ratio of the two is held at this.
+_HOLD = math.log(1000.0)
+
+
+def as_times(t: Tensor | float, x: Tensor) -> Tensor:
+    """Times as a tensor (B,) beside x (B, ...): a number or 0-d tensor is repeated; float32 at least, float64 with x.
+
+    Raises:
+        ValueError: if t has a shape other than () or (B,).
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    t = torch.as_tensor(t, dtype=dtype, device=x.device)
+    if t.ndim == 0:
+        return t.expand(len(x))
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"times have shape {tuple(t.shape)}, samples {tuple(x.shape)}: one time a sample is needed")
+    return t
+
+
+def expand(t: Tensor, x: Tensor) -> Tensor:
+    """A value per sample (B,) shaped to multiply samples x (B, ...): (B, 1, ..., 1), in the type of x."""
+    return t.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Path:
+    """An affine path ``x_t = alpha(t) x1 + sigma(t) x0``; subclasses give the coefficients, for times of any shape."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """The weight of the data."""
+        raise NotImplementedError
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """The weight of the noise."""
+        raise NotImplementedError
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        """d alpha / dt."""
+        raise NotImplementedError
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        """d sigma / dt."""
+        raise NotImplementedError
+
+    def time_at(self, log_ratio: Tensor) -> Tensor:
+        """The time at which log(alpha / sigma) has this value (half the log-SNR); -inf and inf are allowed."""
+        raise NotImplementedError
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """The time as networks trained on this path want it."""
+        return t
+
+    def same_as(self, other: "Path") -> bool:
+        """Whether both have the same coefficients at the same times."""
+        return self == other
+
+    def hold_range(self, kind: str) -> tuple[float, float]:
+        """The times between which a prediction of this kind determines both noise and data."""
+        lo = -_HOLD if kind in ("noise", "score") else -math.inf
+        hi = _HOLD if kind == "data" else math.inf
+        ends = self.time_at(torch.tensor([lo, hi], dtype=torch.float64))
+        return float(ends[0]), float(ends[1])
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(alpha, sigma, alpha_dot, sigma_dot) at t."""
+        return self.alpha(t), self.sigma(t), self.alpha_dot(t), self.sigma_dot(t)
+
+    def sample(self, noise: Tensor, data: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The state and conditional velocity at t: ``(x_t, dx_t)``, each (B, ...).
+
+        >>> x, dx = Linear().sample(torch.zeros(2, 3), torch.ones(2, 3), 0.25)
+        >>> float(x[0, 0]), float(dx[0, 0])
+        (0.25, 1.0)
+        """
+        if noise.shape != data.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, data {tuple(data.shape)}: they must agree")
+        a, s, a_dot, s_dot = (expand(c, data) for c in self.coefficients(as_times(t, data)))
+        return a * data + s * noise, a_dot * data + s_dot * noise
+
+    def to_velocity(self, prediction: Tensor, x: Tensor, t: Tensor | float, kind: str) -> Tensor:
+        """The velocity (B, ...) that a prediction of this kind, made at ``(x, t)``, stands for.
+
+        Raises:
+            ValueError: where the prediction does not determine it, such as a noise prediction where there is no data.
+        """
+        if kind == "velocity":
+            return prediction
+        t = as_times(t, x)
+        data, noise = self._split(prediction, x, t, kind)
+        velocity = expand(self.alpha_dot(t), x) * data + expand(self.sigma_dot(t), x) * noise
+        return self._finite(velocity, t, f"velocity from a {kind} prediction")
+
+    def from_velocity(self, velocity: Tensor, x: Tensor, t: Tensor | float, kind: str) -> Tensor:
+        """The inverse of :meth:`to_velocity`: what a network of this kind would have predicted, (B, ...)."""
+        if kind not in KINDS:
+            raise unknown("prediction kind", kind, KINDS)
+        if kind in ("velocity", "flow"):
+            return velocity if kind == "velocity" else -velocity
+        t = as_times(t, x)
+        data, noise = self._split(velocity, x, t, "velocity")
+        a, s = expand(self.alpha(t), x), expand(self.sigma(t), x)
+        out = {"data": data, "noise": noise, "v": a * noise - s * data, "score": -noise / s}[kind]
+        return self._finite(out, t, f"{kind} from a velocity")
+
+    def _split(self, prediction: Tensor, x: Tensor, t: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        """(data, noise) expected at (x, t)."""
+        coefficients = _split_coefficients(self, t, kind)
+        data_x, data_f, noise_x, noise_f = (expand(c, x) for c in coefficients)
+        return data_x * x + data_f * prediction, noise_x * x + noise_f * prediction
+
+    def _finite(self, value: Tensor, t: Tensor, what: str) -> Tensor:
+        good = value.flatten(1).isfinite().all(1)
+        if not good.all():
+            raise ValueError(f"{self}: {what} is not finite at t = {float(t[~good][0]):.6g}; keep t away from that end")
+        return value
+
+
+def _split_coefficients(path: Path, t: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four numbers (B,) in ``data = p x + q F``, ``noise = r x + w F`` for a prediction F of this kind."""
+    a, s = path.alpha(t), path.sigma(t)
+    zero, one = torch.zeros_like(a), torch.ones_like(a)
+    match kind:
+        case "data":
+            return zero, one, 1 / s, -a / s
+        case "noise":
+            return 1 / a, -s / a, zero, one
+        case "score":
+            return 1 / a, s * s / a, zero, -s
+        case "v":
+            power = a * a + s * s
+            return a / power, -s / power, s / power, a / power
+        case "velocity" | "flow":
+            a_dot, s_dot = path.alpha_dot(t), path.sigma_dot(t)
+            det = a_dot * s - a * s_dot
+            sign = 1 if kind == "velocity" else -1
+            return -s_dot / det, sign * s / det, a_dot / det, -sign * a / det
+        case _:
+            raise unknown("prediction kind", kind, KINDS)
+
+
+@dataclass(frozen=True)
+class Linear(Path):
+    """``x_t = t x1 + (1 - t) x0``: flow matching and rectified flow (arXiv 2210.02747, 2209.03003)."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def time_at(self, log_ratio: Tensor) -> Tensor:
+        return torch.sigmoid(log_ratio)
+
+    def same_as(self, other: Path) -> bool:
+        return isinstance(other, Linear)
+
+
+@dataclass(frozen=True)
+class Trigonometric(Path):
+    """``x_t = sin(pi t / 2) x1 + cos(pi t / 2) x0``: unit power throughout; the cosine diffusion schedule without its
+    offset, and the path of sCM (arXiv 2209.15571, 2410.11081)."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sin(t * (math.pi / 2))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        # cos(pi t / 2) would leave 6e-17 at t = 1; this form is exactly 0 there.
+        return torch.sin((1 - t) * (math.pi / 2))
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return self.sigma(t) * (math.pi / 2)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return self.alpha(t) * (-math.pi / 2)
+
+    def time_at(self, log_ratio: Tensor) -> Tensor:
+        return torch.atan(torch.exp(log_ratio)) * (2 / math.pi)
+
+
+@dataclass(frozen=True)
+class VariancePreserving(Path):
+    """The continuous diffusion ``dx = -(1/2) b x dtau + sqrt(b) dw``, tau = 1 - t, with b linear from ``beta_min`` to
+    ``beta_max`` (arXiv 2011.13456): ``alpha^2 + sigma^2 = 1``.
+
+    Its noise does not quite reach pure noise (alpha(0) = 0.0066 by default), and its velocity is infinite at t = 1,
+    as sigma falls like sqrt(tau): conversions hold the last finite ratio there.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def _integral(self, t: Tensor) -> Tensor:
+        tau = 1 - t
+        return self.beta_min * tau + 0.5 * (self.beta_max - self.beta_min) * tau * tau
+
+    def _beta(self, t: Tensor) -> Tensor:
+        return self.beta_min + (self.beta_max - self.beta_min) * (1 - t)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(-0.5 * self._integral(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(-torch.expm1(-self._integral(t)))
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return 0.5 * self._beta(t) * self.alpha(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return -0.5 * self._beta(t) * self.alpha(t) ** 2 / self.sigma(t)
+
+    def time_at(self, log_ratio: Tensor) -> Tensor:
+        integral = torch.nn.functional.softplus(-2 * log_ratio).clamp(max=float(self._integral(torch.tensor(0.0))))
+        slope = self.beta_max - self.beta_min
+        return 1 - 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
+
+    def hold_range(self, kind: str) -> tuple[float, float]:
+        return 0.0, float(self.time_at(torch.tensor(_HOLD, dtype=torch.float64)))
+
+
+@dataclass(frozen=True)
+class Tabulated(Path):
+    """A diffusion schedule given at discrete steps k = 0 (least noise) to K - 1 (most), as schedulers hold it.
+
+    ``log_ratios[k] = log(alpha_k / sigma_k)``, falling. Time is linear in the step, ``t = 1 - k / (K - 1)``; between
+    the steps the log-ratio is linear. Networks trained on it are asked at the (continuous) step k. Outside the table
+    there is nothing: conversions hold its ends.
+
+    Raises:
+        ValueError: if the table does not fall, is not finite or has fewer than two steps.
+    """
+
+    log_ratios: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        table = torch.tensor(self.log_ratios, dtype=torch.float64)
+        if len(table) < 2 or not table.isfinite().all() or not (table.diff() < 0).all():
+            raise ValueError("a tabulated path needs two or more finite log-ratios, each below the one before it")
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> "Tabulated":
+        """From ``alpha_k^2`` of a variance-preserving schedule, shape (K,), as diffusers' schedulers hold it."""
+        power = alphas_cumprod.detach().double().cpu()
+        return cls(tuple((0.5 * (power.log() - (-power).log1p())).tolist()))
+
+    def __repr__(self) -> str:
+        return f"Tabulated({len(self.log_ratios)} steps, log-ratios {self.log_ratios[0]:.3g} to {self.log_ratios[-1]:.3g})"
+
+    @cached_property
+    def _rising(self) -> Tensor:
+        return torch.tensor(self.log_ratios[::-1], dtype=torch.float64)
+
+    def _log_ratio(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log(alpha / sigma) at t and its derivative."""
+        table = self._rising.to(t.device)
+        last = len(table) - 1
+        index = (t.double() * last).floor().long().clamp(0, last - 1)
+        rise = table[index + 1] - table[index]
+        return (table[index] + (t * last - index) * rise).to(t.dtype), (rise * last).to(t.dtype)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(2 * self._log_ratio(t)[0]).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(-2 * self._log_ratio(t)[0]).sqrt()
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return self.alpha(t) * self.sigma(t) ** 2 * self._log_ratio(t)[1]
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return -self.sigma(t) * self.alpha(t) ** 2 * self._log_ratio(t)[1]
+
+    def time_at(self, log_ratio: Tensor) -> Tensor:
+        table = self._rising.to(log_ratio.device)
+        value = log_ratio.double().clamp(table[0], table[-1])
+        index = (torch.searchsorted(table, value, right=True) - 1).clamp(0, len(table) - 2)
+        part = (value - table[index]) / (table[index + 1] - table[index])
+        return ((index + part) / (len(table) - 1)).to(log_ratio.dtype)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return (1 - t) * (len(self.log_ratios) - 1)
+
+    def hold_range(self, kind: str) -> tuple[float, float]:
+        return 0.0, 1.0
+
+
+@dataclass(frozen=True)
+class Reversed(Linear):
+    """The linear path for networks asked at ``scale (1 - t)``: diffusers' flow-match models, scale 1000 mostly."""
+
+    scale: float = 1000.0
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return (1 - t) * self.scale
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How a network's output F becomes a velocity: ``v = skip x + out F(into x, time)``, all (B,); see ``scaling``."""
+
+    into: Tensor
+    time: Tensor
+    skip: Tensor
+    out: Tensor
+
+
+def scaling(native: Path, kind: str, path: Path, t: Tensor) -> Scaling:
+    """A network that predicts ``kind`` on its ``native`` path, as a velocity on another ``path`` at times t (B,).
+
+    Two affine paths reach the same marginals up to a scale where their alpha/sigma agree, so the network is asked at
+    the native time of that ratio and at the state rescaled to the native power; its prediction gives data and noise,
+    and these the velocity wanted (arXiv 2506.02221 for a diffusion schedule and the linear path; methods in
+    ``docs/diff2flow.md``). Where the native path does not reach, the network is asked at its last time and what
+    stays determined there is held: the data estimate towards noise, the noise estimate towards data. So all
+    coefficients are finite on all of [0, 1] wherever the wanted path's own velocity is.
+    """
+    same = native.same_as(path)
+    if same and kind in ("velocity", "flow"):
+        one = torch.ones_like(t)
+        return Scaling(one, native.network_time(t), torch.zeros_like(t), one if kind == "velocity" else -one)
+    dtype = t.dtype
+    t = t.double() if t.device.type != "mps" else t
+    a, s, a_dot, s_dot = path.coefficients(t)
+    lo, hi = native.hold_range(kind)
+    native_t = native.time_at(a.log() - s.log()) if not same else t
+    low, high = native_t <= lo, native_t >= hi
+    native_t = native_t.clamp(lo, hi)
+    into = torch.hypot(native.alpha(native_t), native.sigma(native_t)) / torch.hypot(a, s)
+
+    data_x, data_f, noise_x, noise_f = _split_coefficients(native, native_t, kind)
+    data_x, noise_x = data_x * into, noise_x * into  # now in terms of x on the wanted path
+    if lo > 0 or not same:
+        noise_x = torch.where(low, (1 - a * data_x) / s, noise_x)
+        noise_f = torch.where(low, -a * data_f / s, noise_f)
+    if hi < 1 or not same:
+        data_x = torch.where(high, (1 - s * noise_x) / a, data_x)
+        data_f = torch.where(high, -s * noise_f / a, data_f)
+    return Scaling(
+        into.to(dtype),
+        native.network_time(native_t).to(dtype),
+        (a_dot * data_x + s_dot * noise_x).to(dtype),
+        (a_dot * data_f + s_dot * noise_f).to(dtype),
+    )

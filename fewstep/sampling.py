@@ -1,0 +1,151 @@
+"""Samples from a flow map or a velocity field, in as many steps as asked for.
+
+A sampler is one function that reads like its formula; ``sample`` chooses it by what the model is.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import unknown
+from fewstep.fields import VelocityField
+from fewstep.maps import FlowMap
+from fewstep.paths import Path, expand
+from fewstep.randomness import Generators, generator as seeded, normal
+from fewstep.solvers import SOLVERS, integrate
+from fewstep.times import GRIDS, step_grid
+
+
+def sample(
+    model: FlowMap | VelocityField,
+    noise: Tensor,
+    steps: int = 1,
+    *,
+    grid: str | Tensor = "uniform",
+    solver: str = "euler",
+    gamma: float = 0.0,
+    generator: Generators | None = None,
+    tolerance: float = 1e-5,
+    **cond: Any,
+) -> Tensor:
+    """Data from noise, (B, ...), without grad.
+
+    A flow map takes ``steps`` calls. A field is solved as an ODE: Euler takes ``steps`` calls, midpoint and Heun twice
+    as many, adaptive as many as it needs (``count_calls`` counts them).
+
+    Args:
+        noise: the start (B, ...), standard normal, on the model's device; ``sample_noise`` draws it sample by sample.
+        steps: how many steps from t = 0 to t = 1.
+        grid: uniform, shifted, quadratic, or the times themselves, rising from 0 to 1.
+        solver: for fields: euler, midpoint, heun, adaptive.
+        gamma: for maps: 0 is deterministic, 1 is consistency sampling; see :func:`sample_map`.
+        generator: the source of re-noising where gamma > 0; a list with one generator a sample fixes each sample.
+        tolerance: of the adaptive solver.
+        cond: conditions, (B, ...) each, such as ``class_labels``.
+
+    Raises:
+        ValueError: for steps below 1, an unknown solver or grid, gamma outside [0, 1], or an argument that does not
+            belong to this kind of model.
+
+    >>> images = fewstep.sample(student, torch.randn(64, 3, 32, 32), steps=2)
+    """
+    times = _times(grid, steps)
+    if isinstance(model, FlowMap):
+        if solver != "euler":
+            raise ValueError(f"a flow map takes its steps itself: solver={solver!r} is for velocity fields")
+        return sample_map(model, noise, times, gamma=gamma, generator=generator, **cond)
+    if not isinstance(model, VelocityField):
+        raise ValueError(f"sample() takes a FlowMap or a VelocityField, not a {type(model).__name__}")
+    if gamma:
+        raise ValueError(f"gamma={gamma} re-noises between the steps of a flow map; a velocity field is solved as an ODE")
+    if solver not in SOLVERS:
+        raise unknown("solver", solver, SOLVERS)
+    times = times.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
+    with torch.no_grad():
+        return integrate(lambda x, t: model(x, t, **cond), noise, times, solver, tolerance=tolerance)
+
+
+@torch.no_grad()
+def sample_map(
+    model: FlowMap,
+    noise: Tensor,
+    times: Tensor,
+    *,
+    gamma: float = 0.0,
+    generator: Generators | None = None,
+    **cond: Any,
+) -> Tensor:
+    """``x <- X_{t_i, t_{i+1}}(x)`` along ``times``, re-noising by ``gamma`` (arXiv 2310.02279, their gamma-sampling).
+
+    From t_i to t_j the map goes on to r > t_j, ``sigma_r / alpha_r = sqrt(1 - gamma^2) sigma_j / alpha_j``, and fresh
+    noise brings it back: ``x <- (alpha_j / alpha_r) X_{i,r}(x) + gamma sigma_j eps``. The last step takes none.
+    """
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma is {gamma}: it runs from 0 (deterministic) to 1 (consistency sampling)")
+    generator = seeded(0) if generator is None else generator
+    x, path = noise, model.path
+    times = times.to(x.device, torch.promote_types(x.dtype, torch.float32))
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        if gamma == 0 or t_next == 1:
+            x = model(x, t, t_next, **cond)
+            continue
+        beyond, shrink = _beyond(path, t_next, gamma)
+        x = shrink * model(x, t, beyond, **cond) + gamma * path.sigma(t_next) * normal(x, generator)
+    return x
+
+
+def _beyond(path: Path, t: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """The time r with noise ratio ``sqrt(1 - gamma^2)`` of that at t, and ``alpha_t / alpha_r``."""
+    ratio = path.alpha(t).log() - path.sigma(t).log()
+    r = path.time_at(ratio - 0.5 * torch.log1p(torch.tensor(-gamma * gamma, dtype=t.dtype, device=t.device)))
+    return r, path.alpha(t) / path.alpha(r)
+
+
+def sample_noise(shape: tuple[int, ...], generators: Generators, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The noise that samples start from, shape (B, ...); see ``fewstep.randomness.sample_generators``."""
+    return normal(torch.empty(shape, dtype=dtype), generators)
+
+
+def _times(grid: str | Tensor, steps: int) -> Tensor:
+    if isinstance(grid, str):
+        if grid not in GRIDS:
+            raise unknown("step grid", grid, GRIDS)
+        return step_grid(steps, grid)
+    if grid.ndim != 1 or len(grid) < 2 or not (grid.diff() > 0).all() or grid[0] != 0 or grid[-1] != 1:
+        raise ValueError(f"a grid of times rises from 0 to 1, this one is {grid.tolist()}")
+    return grid
+
+
+class Calls:
+    """How often a network was called, and for how many rows."""
+
+    def __init__(self) -> None:
+        self.count, self.rows = 0, 0
+
+
+@contextmanager
+def count_calls(model: nn.Module) -> Iterator[Calls]:
+    """Count the calls of a model's network, or of the model itself where it has none (an exact field).
+
+    >>> with count_calls(student) as calls:
+    ...     sample(student, noise, steps=4)
+    >>> calls.count
+    4
+    """
+    calls = Calls()
+
+    def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        calls.count += 1
+        calls.rows += len(arguments[0])
+
+    inner = model
+    while hasattr(inner, "field"):  # a guided field counts what it calls
+        inner = inner.field
+    handle = getattr(inner, "network", inner).register_forward_pre_hook(hook)
+    try:
+        yield calls
+    finally:
+        handle.remove()

@@ -1,0 +1,72 @@
+"""Solvers for ``dx/dt = v(x, t)``, for any callable velocity.
+
+A step is a function ``(velocity, x, t, t_next) -> x_next`` over times (B,); ``integrate`` walks it along a grid.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import unknown
+from fewstep.paths import expand
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+def euler_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """First order, one call."""
+    return x + expand(t_next - t, x) * velocity(x, t)
+
+
+def midpoint_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """Second order, two calls; never asks at the end of the step, so not at t = 1 either."""
+    middle = (t + t_next) / 2
+    return x + expand(t_next - t, x) * velocity(euler_step(velocity, x, t, middle), middle)
+
+
+def heun_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """Second order, two calls: the trapezoidal rule with an Euler predictor (arXiv 2206.00364)."""
+    here = velocity(x, t)
+    there = velocity(x + expand(t_next - t, x) * here, t_next)
+    return x + expand(t_next - t, x) * (here + there) / 2
+
+
+STEPS = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step}
+SOLVERS = (*STEPS, "adaptive")
+
+
+def integrate(
+    velocity: Velocity, x: Tensor, times: Tensor, solver: str = "heun", *, tolerance: float = 1e-6
+) -> Tensor:
+    """The state at the last of ``times``, from ``x`` (B, ...) at the first.
+
+    Args:
+        velocity: called with samples (B, ...) and times (B,).
+        times: the grid, 1-D and monotone in either direction; ``adaptive`` needs only its two ends.
+        solver: euler, midpoint or heun, or adaptive (Dormand-Prince 5(4) of torchdiffeq, ``tolerance`` both
+            relative and absolute).
+
+    Raises:
+        ValueError: if the solver is not known or the grid has fewer than two times.
+    """
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"a grid of two or more times is needed, not one of shape {tuple(times.shape)}")
+    if solver == "adaptive":
+        from torchdiffeq import odeint
+
+        ends = times[[0, -1]].to(x.device)
+        path = odeint(lambda t, x: velocity(x, t.expand(len(x))), x, ends, rtol=tolerance, atol=tolerance)
+        return path[-1]  # pyright: ignore[reportIndexIssue]
+    if solver not in STEPS:
+        raise unknown("solver", solver, SOLVERS)
+    step = STEPS[solver]
+    times = times.to(x.device)
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        x = step(velocity, x, t.expand(len(x)), t_next.expand(len(x)))
+    return x
+
+
+def uniform_times(steps: int, like: Tensor) -> Tensor:
+    """``steps + 1`` times from 0 to 1, at least float32, on the device of ``like``."""
+    return torch.linspace(0, 1, steps + 1, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)

@@ -1,0 +1,61 @@
+"""When: how training draws its times, and the grids that sampling steps along."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import unknown
+from fewstep.randomness import Generators, uniform
+
+DISTRIBUTIONS = ("uniform", "logit-normal")
+GRIDS = ("uniform", "shifted", "quadratic")
+
+
+def draw_times(rows: int, generators: Generators, distribution: str = "uniform") -> Tensor:
+    """Times in (0, 1), shape (rows,): uniform, or logit-normal (arXiv 2403.03206: most of the weight in the middle)."""
+    u = uniform(rows, generators)
+    if distribution == "uniform":
+        return u
+    if distribution == "logit-normal":
+        return torch.sigmoid(math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.999999, 0.999999)))
+    raise unknown("distribution of times", distribution, DISTRIBUTIONS)
+
+
+def draw_pairs(
+    rows: int, generators: Generators, distribution: str = "uniform", ends: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Pairs s <= t, each (rows,): two draws, sorted.
+
+    ``ends``: with this probability s becomes 0, and with this one (of its own) t becomes 1: the times of one-step
+    sampling, which otherwise have probability 0.
+    """
+    first, second = (draw_times(rows, generators, distribution) for _ in range(2))
+    s, t = torch.minimum(first, second), torch.maximum(first, second)
+    if ends > 0:
+        s = torch.where(uniform(rows, generators) < ends, 0.0, s)
+        t = torch.where(uniform(rows, generators) < ends, 1.0, t)
+    return s, t
+
+
+def step_grid(steps: int, kind: str = "uniform", shift: float = 3.0) -> Tensor:
+    """``steps + 1`` times from 0 to 1, float64.
+
+    * uniform;
+    * shifted: ``u / (u + shift (1 - u))`` of uniform u: steps crowd at the noise for ``shift > 1`` (arXiv 2403.03206);
+    * quadratic: ``1 - (1 - u)^2``: steps crowd at the data.
+
+    Raises:
+        ValueError: if steps is not positive or the kind is not known.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}: at least one is needed")
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    match kind:
+        case "uniform":
+            return u
+        case "shifted":
+            return u / (u + shift * (1 - u))
+        case "quadratic":
+            return 1 - (1 - u) ** 2
+    raise unknown("step grid", kind, GRIDS)

@@ -37,7 +37,10 @@ class Data(Protocol):
     density, which ignores the index) comes from the generator.
     """
 
-    shape: tuple[int, ...]
-    size: int | None
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def size(self) -> int | None: ...
 
     def rows(self, index: Tensor, generator: torch.Generator) -> Batch: ...

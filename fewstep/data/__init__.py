@@ -1,0 +1,83 @@
+"""Data sets and densities. ``load_data`` finds one by the name or path that a recipe gives.
+
+scikit-learn, datasets and Pillow are imported by the loaders that need them.
+"""
+
+import os
+from collections.abc import Callable
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from fewstep import errors
+from fewstep.data import files, pictures, toy
+from fewstep.data.arrays import ArrayData
+from fewstep.data.batch import Batch, Data
+from fewstep.data.order import epoch_indices
+from fewstep.data.toy import Toy
+
+__all__ = ["ArrayData", "Batch", "Data", "Toy", "epoch_indices", "load_data"]
+
+_NAMED: dict[str, Callable[..., Any]] = {
+    "checkerboard": toy.checkerboard,
+    "two-moons": toy.two_moons,
+    "eight-gaussians": toy.eight_gaussians,
+    "pinwheel": toy.pinwheel,
+    "swiss-roll": toy.swiss_roll,
+    "silhouette": toy.silhouette,
+    "digits": files.digits,
+    "mnist": files.mnist,
+    "fashion-mnist": files.fashion_mnist,
+}
+
+
+def load_data(name: str | Path, **options: Any) -> Data:
+    """The data that ``name`` stands for, with the options of its loader (``split``, ``size``, ``flip``, ...).
+
+    Args:
+        name: one of the names above; ``hf:NAME`` on the Hugging Face hub; or a path: a folder of pictures, of IDX
+            files, of binary CIFAR-10 batches or from ``save_to_disk``, a ``.npy``, ``.npz`` or IDX file.
+
+    Raises:
+        ValueError: an unknown name, or an option that the loader does not take; lists what is known.
+        FileNotFoundError: a path that is not there.
+    """
+    name = str(name)
+    load: Callable[..., Any]
+    source: tuple[str | Path, ...]
+    if name in _NAMED:
+        load, source = _NAMED[name], ()
+    elif name.startswith("hf:"):
+        load, source = pictures.hugging_face, (name.removeprefix("hf:"),)
+    else:
+        path = Path(name).expanduser()
+        if not path.exists():
+            if "/" in name or os.sep in name or name.startswith((".", "~")) or path.suffix in (".npy", ".npz"):
+                raise FileNotFoundError(f"no data at {name}: there is no such file or folder")
+            raise errors.unknown("data set", name, _NAMED)
+        load, source = _loader_of(path), (path,)
+
+    takes = list(signature(load).parameters)[len(source) :]
+    for option in options:
+        if not takes:
+            raise ValueError(f"data set {name!r} takes no options, got {option!r}")
+        if option not in takes:
+            raise errors.unknown(f"option of {name}", option, takes)
+    return load(*source, **options)
+
+
+def _loader_of(path: Path) -> Callable[..., Any]:
+    """Which loader reads this file or folder."""
+    if path.is_file():
+        if path.suffix in (".npy", ".npz"):
+            return files.npy
+        if "idx" in path.name:
+            return files.idx
+        raise ValueError(f"{path} is no file of data that fewstep reads: .npy, .npz, IDX, or a folder")
+    if pictures.is_saved_to_disk(path):
+        return pictures.hugging_face
+    if any(path.glob("*idx3-ubyte*")):
+        return files.idx
+    if any(path.glob("*_batch*.bin")):
+        return files.cifar_binary
+    return pictures.image_folder

@@ -1,0 +1,148 @@
+"""Data that is one array: in memory or memory-mapped, gathered a batch at a time."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.data.batch import Batch
+from fewstep.randomness import uniform
+
+
+class ArrayData:
+    """Rows of an array (N, ...), images as uint8 until the moment they are used.
+
+    uint8 arrays are pictures: they stay as they are and the gathered rows alone become floats in [-1, 1]. All other
+    numbers pass through as float32, or with ``normalize`` as ``(value - mean) / std`` over the whole array.
+
+    Args:
+        array: (N, ...), at least two axes; a numpy array, a memory map (which stays one) or a CPU tensor.
+        cond: conditions by name, each of N rows. ``class_labels`` are whole numbers from 0, (N,).
+        flip: turn each gathered row left to right (its last axis) with probability 1/2.
+        normalize: bring the values to mean 0 and standard deviation 1; ``denormalize`` maps samples back.
+        classes: what the class labels mean, where that is known.
+
+    Raises:
+        ValueError: no rows, values that are not numbers or not finite, conditions of another length.
+    """
+
+    def __init__(
+        self,
+        array: np.ndarray | Tensor,
+        cond: Mapping[str, np.ndarray | Tensor] | None = None,
+        flip: bool = False,
+        normalize: bool = False,
+        classes: Sequence[str] = (),
+    ) -> None:
+        self.array = np.asarray(array)
+        _check_numbers("data", self.array)
+        if self.array.ndim < 2:
+            raise ValueError(f"data of shape {self.array.shape} has no axis beside its rows: reshape it to (N, 1)")
+        _check_finite("data", self.array)
+        if flip and self.array.ndim < 3:
+            raise ValueError(f"flip turns pictures over, these rows have the shape {self.array.shape[1:]}: drop flip")
+        self.size: int | None = len(self.array)
+        self.shape: tuple[int, ...] = self.array.shape[1:]
+        self.cond = {name: self._condition(name, np.asarray(value)) for name, value in (cond or {}).items()}
+        self.flip = flip
+        self.classes = tuple(classes)
+
+        self._is_picture = self.array.dtype == np.uint8
+        if normalize and self._is_picture:
+            raise ValueError("uint8 data is always brought to [-1, 1]: drop normalize, or give the array as floats")
+        # 0 and 255 become -1 and 1 to the last bit.
+        self.mean, self.std = (127.5, 127.5) if self._is_picture else _moments(self.array) if normalize else (0.0, 1.0)
+
+    def _condition(self, name: str, value: np.ndarray) -> Tensor:
+        if value.shape[:1] != (self.size,):
+            raise ValueError(f"condition {name!r} has shape {value.shape}, but the data has {self.size} rows")
+        _check_numbers(f"condition {name!r}", value)
+        _check_finite(f"condition {name!r}", value)
+        is_real = value.dtype.kind == "f"
+        if name == "class_labels":
+            if value.ndim != 1 or is_real:
+                raise ValueError(f"class_labels are whole numbers, one a row, got {value.dtype} of shape {value.shape}")
+            if value.min() < 0:
+                raise ValueError(f"class_labels count from 0, got {value.min()}: drop those rows, or the labels")
+        return torch.from_numpy(value.astype(np.float32 if is_real else np.int64))
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
+        """The rows of ``index`` (n,) as float32 (n, ...), their conditions beside them; flips from the generator."""
+        picked = self.array[index.numpy()]
+        if not self._is_picture and (self.mean, self.std) != (0, 1):
+            # In float64: a small spread around a large mean would not survive in less.
+            picked = (picked.astype(np.float64) - self.mean) / self.std
+        data = torch.from_numpy(np.ascontiguousarray(picked, dtype=None if self._is_picture else np.float32))
+        if self.flip:
+            turned = uniform(len(index), generator) < 0.5
+            data = torch.where(turned.view(-1, *[1] * len(self.shape)), data.flip(-1), data)
+        if self._is_picture:
+            data = data.float().sub_(self.mean).div_(self.std)
+        return Batch(data, {name: value[index] for name, value in self.cond.items()})
+
+    def denormalize(self, data: Tensor) -> Tensor:
+        """Samples (B, ...) back in the units of the array: 0 to 255 for pictures, not rounded or clipped."""
+        return data * self.std + self.mean
+
+
+def channels_first(array: np.ndarray, channels_last: bool | None, name: str) -> np.ndarray:
+    """Pictures (N, H, W) or (N, H, W, C) as a view (N, C, H, W); arrays that are no pictures as they are.
+
+    Only uint8 arrays are taken for pictures. ``channels_last=None`` refuses one whose channels seem to come last;
+    True moves the last axis of any array, False leaves it.
+    """
+    if channels_last:
+        return np.moveaxis(array, -1, 1)
+    if array.dtype != np.uint8:
+        return array
+    if array.ndim == 3:
+        return array[:, None]
+    if channels_last is None and array.ndim == 4 and array.shape[-1] in (1, 3, 4) and array.shape[1] not in (1, 3, 4):
+        raise ValueError(
+            f"{name} has shape {array.shape}, which looks like pictures with their channels last: "
+            "say channels_last: true to move them, or false to leave them"
+        )
+    return array
+
+
+def _check_numbers(what: str, array: np.ndarray) -> None:
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{what} has dtype {array.dtype}, which is no array of real numbers (rows of unequal shapes?)")
+    if not array.size:
+        raise ValueError(f"{what} of shape {array.shape} is empty")
+
+
+def _check_finite(what: str, array: np.ndarray) -> None:
+    if array.dtype.kind != "f":
+        return
+    bad, first, start = 0, 0, 0
+    for part in _parts(array):
+        is_bad = ~np.isfinite(part)
+        if is_bad.any():
+            first = first if bad else start + int(np.nonzero(is_bad)[0][0])
+            bad += int(is_bad.sum())
+        start += len(part)
+    if bad:
+        raise ValueError(
+            f"{what} has {bad} values that are not finite (NaN or infinite), the first in row {first} of "
+            f"{len(array)}: drop or fill those rows"
+        )
+
+
+def _moments(array: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of all values, in float64."""
+    mean = sum(float(part.sum(dtype=np.float64)) for part in _parts(array)) / array.size
+    squares = sum(float(np.square(part.astype(np.float64) - mean).sum()) for part in _parts(array))
+    if not squares:
+        raise ValueError(f"all values of the data are {mean}: there is nothing to normalize")
+    return mean, (squares / array.size) ** 0.5
+
+
+def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows a few million values at a time, so that a memory map of any length fits."""
+    step = max(1, (1 << 22) * len(array) // array.size)
+    return (array[start : start + step] for start in range(0, len(array), step))

@@ -1,0 +1,151 @@
+"""Pictures decoded once, by a pool of threads, into one uint8 memory map that is kept in a cache."""
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep import errors
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_DECODER = 1  # part of the cache's key: count up when the same options give other pixels
+
+Source = Path | str | bytes
+Read = Callable[[slice], Sequence[Source]]
+
+
+def decode_once(
+    read: Read, names: list[str], fingerprint: list[Any], size: int | None, channels: int, on_error: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures as a memory map (n, C, H, W) uint8, from the cache where they are, and which of them these are.
+
+    Args:
+        read: gives the files (or their bytes) of a slice of the pictures.
+        names: what to call each picture in a message.
+        fingerprint: changes when the pictures do; anything that JSON takes.
+    """
+    if channels not in _MODES:
+        raise ValueError(f"channels={channels}: pictures have 1 (grey), 3 (RGB) or 4 (RGBA)")
+    if size is not None and size < 1:
+        raise ValueError(f"size={size}: the side of a picture is at least 1 pixel")
+    if on_error not in ("raise", "skip"):
+        raise errors.unknown("on_error", on_error, ["raise", "skip"])
+    key = hashlib.sha256(json.dumps([_DECODER, fingerprint, size, channels]).encode()).hexdigest()[:32]
+    entry = cache_folder() / "pictures" / key
+    if not entry.exists():
+        _fill(entry, read, names, size, channels, on_error)
+    skipped: dict[str, str] = json.loads((entry / "skipped.json").read_text())
+    if skipped and on_error == "raise":
+        row = next(iter(skipped))
+        raise _unreadable(names[int(row)], skipped[row])
+    if skipped:
+        some = "; ".join(f"{names[int(i)]}: {why}" for i, why in list(skipped.items())[:3])
+        warnings.warn(f"{len(skipped)} of {len(names)} pictures cannot be read and are left out ({some})", stacklevel=3)
+    kept = np.setdiff1d(np.arange(len(names)), np.array([*map(int, skipped)], dtype=int))
+    return np.load(entry / "pixels.npy", mmap_mode="r", allow_pickle=False), kept
+
+
+def cache_folder() -> Path:
+    """Where decoded pictures are kept: $FEWSTEP_CACHE, else ~/.cache/fewstep."""
+    return Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep").expanduser()
+
+
+def _fill(entry: Path, read: Read, names: list[str], size: int | None, channels: int, on_error: str) -> None:
+    """Writes a cache entry aside and renames it, so that what is there is whole."""
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=entry.parent, prefix="decoding-") as aside:
+            new = Path(aside) / "new"
+            new.mkdir()
+            skipped = _decode_all(new / "pixels.npy", read, names, size, channels, on_error)
+            (new / "skipped.json").write_text(json.dumps(skipped))
+            try:
+                new.rename(entry)
+            except OSError:
+                if not entry.exists():  # another process was first: its pixels are the same
+                    raise
+    except OSError as error:
+        raise OSError(f"cannot write decoded pictures to {entry.parent} ({error}): set FEWSTEP_CACHE") from error
+
+
+def _decode_all(
+    target: Path, read: Read, names: list[str], size: int | None, channels: int, on_error: str
+) -> dict[int, str]:
+    """Decodes all pictures into one .npy; returns those it could not, with the reason."""
+    skipped: dict[int, str] = {}
+    shape, first, count = None, "", 0
+    # Written as a file, not through a memory map: there a full disk would kill the process instead of raising.
+    with target.open("wb") as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(names), 256):
+            part = read(slice(start, start + 256))
+            for i, pixels in enumerate(pool.map(lambda source: _decode(source, size, channels), part), start):
+                if isinstance(pixels, str):
+                    if on_error == "raise":
+                        raise _unreadable(names[i], pixels)
+                    skipped[i] = pixels
+                    continue
+                if shape is None:
+                    shape, first = pixels.shape, names[i]
+                    _write_header(file, (len(names), *shape))
+                if pixels.shape != shape:
+                    raise ValueError(
+                        f"pictures of several sizes: {first} is {shape[2]} x {shape[1]}, "
+                        f"{names[i]} is {pixels.shape[2]} x {pixels.shape[1]}; 'size: 64' resizes all to 64 x 64"
+                    )
+                file.write(pixels.tobytes())
+                count += 1
+        if shape is None:
+            raise ValueError(f"none of the {len(names)} pictures can be read, the first being {names[0]}: {skipped[0]}")
+        file.seek(0)
+        _write_header(file, (count, *shape))
+    return skipped
+
+
+def _write_header(file: Any, shape: tuple[int, ...]) -> None:
+    # numpy leaves room in the header for the first axis to change, so that it can be written again over itself.
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
+def _decode(source: Source, size: int | None, channels: int) -> np.ndarray | str:
+    """One picture as (C, H, W) uint8, or why it cannot be read."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            if size is not None:
+                opened.draft(
+                    None, (2 * size, 2 * size)
+                )  # lets JPEG decode a large photograph at a fraction of its size
+            picture = ImageOps.exif_transpose(opened)  # cameras turn the picture by a note beside it
+            picture = _to_mode(picture, channels)
+    # Pillow's decoders raise all of these for damaged files.
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        return str(error).replace("\n", " ") or type(error).__name__
+    if size is not None:
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+    pixels = np.asarray(picture)
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+
+
+def _to_mode(picture: Any, channels: int) -> Any:
+    from PIL import Image
+
+    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+        picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8))
+    if channels < 4 and picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert(_MODES[channels])
+
+
+def _unreadable(name: str, why: str) -> ValueError:
+    return ValueError(f"{name} cannot be read ({why}): mend or remove it, or say on_error: skip to leave it out")

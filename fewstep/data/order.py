@@ -1,0 +1,30 @@
+"""The order in which training visits the rows of a data set."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fewstep.randomness import generator
+
+_ORDER = 0x6F72646572  # "order" in ASCII: keeps these generators apart from those of noise and times
+
+
+@lru_cache(maxsize=4)
+def _permutation(size: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(size, generator=generator(seed, epoch, _ORDER))
+
+
+def epoch_indices(size: int, seed: int, start: int, count: int) -> Tensor:
+    """Positions ``start`` to ``start + count`` of the endless stream of epochs, int64 (count,).
+
+    Every epoch is a permutation of ``range(size)`` decided by (seed, epoch). A pure function of its arguments: where a
+    run was stopped, how it is cut into batches and how many processes share a batch change nothing about the stream.
+    ``count`` may exceed ``size``.
+    """
+    end = start + count
+    epochs = range(start // size, (end - 1) // size + 1)
+    # cat copies, so that writing to the answer cannot spoil the kept permutation.
+    return torch.cat(
+        [_permutation(size, seed, e)[max(start - e * size, 0) : min(end - e * size, size)] for e in epochs]
+    )

@@ -1,8 +1,9 @@
 """Speed up your own model: a pretrained MNIST transformer, from 50 network calls to 1 or 2.
 
 The teacher is a class-conditional flow by Sofia Dominguez (github.com/sofia-dominguezc/MNIST-diffusion, MIT): a small
-vision transformer of 208,705 parameters that predicts the data x1 on the linear path from images in [0, 1]. Nothing in
-it knows of fewstep. What a network of your own needs is shown in :class:`TwoTimeViT`: one line where it embeds its time.
+vision transformer of 208,705 parameters that predicts the data x1 on the linear path. Nothing in it knows of fewstep.
+What a network of your own needs is shown in :class:`TwoTimeViT`: one line where it embeds its time. As this one was
+trained with images in [0, 1] and fewstep has them in [-1, 1], :class:`UnitRange` and :class:`HalfLinear` say so.
 
     fewstep distill recipes/mnist-vit-itvm.yaml          # with MNIST
     fewstep distill recipes/mnist-vit-datafree.yaml      # with no data at all
@@ -12,6 +13,7 @@ Both want the weights at ``$FEWSTEP_DATA/mnist-x1-flow-vit.pth`` (or the path gi
 
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from fewstep.fields import Guided, NetworkField, VelocityField
 from fewstep.networks import SecondTime
 from fewstep.paths import Linear
+from fewstep.paths import Path as Trajectory
 
 
 class ViT(nn.Module):
@@ -69,7 +72,44 @@ class TwoTimeViT(ViT):
         return self.decode(x, self.embed_time(s) + self.second_time(t), class_labels)
 
 
-def teacher(weights: str | None = None, guidance: float = 1.0) -> VelocityField:
+class UnitRange(nn.Module):
+    """A network for images x1 in [0, 1] as one for y = 2 x1 - 1 in [-1, 1].
+
+    Its states ``t x1 + (1 - t) x0`` are ``(t / 2) y + (1 - t) x0``, the states of :class:`HalfLinear`, plus ``t / 2``.
+    """
+
+    def __init__(self, vit: ViT) -> None:
+        super().__init__()
+        self.vit = vit
+        self.classes = 10
+
+    def forward(self, x: Tensor, *times: Tensor, class_labels: Tensor) -> Tensor:
+        return 2 * self.vit(x + times[0].view(-1, 1, 1, 1) / 2, *times, class_labels) - 1
+
+
+@dataclass(frozen=True)
+class HalfLinear(Linear):
+    """``x_t = (t / 2) x1 + (1 - t) x0``: the linear path of data half as large."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t / 2
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, 0.5)
+
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return 2 * alpha / (2 * alpha + sigma)
+
+    def same_as(self, other: Trajectory) -> bool:
+        return self == other
+
+
+def student() -> UnitRange:
+    """The student's network, before it has the teacher's weights."""
+    return UnitRange(TwoTimeViT())
+
+
+def teacher(weights: str | None = None, guidance: float = 1.5) -> VelocityField:
     """The pretrained flow; with ``guidance`` other than 1, classifier-free guided by its own no-class row.
 
     Raises:
@@ -83,5 +123,5 @@ def teacher(weights: str | None = None, guidance: float = 1.0) -> VelocityField:
         )
     network = ViT()
     network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-    field = NetworkField(network, Linear(), prediction="data")
+    field = NetworkField(UnitRange(network), HalfLinear(), prediction="data").on(Linear())
     return field if guidance == 1 else Guided(field, guidance, null={"class_labels": 10})

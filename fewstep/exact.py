@@ -4,12 +4,13 @@ truth that every objective and sampler is tested against (formulas: ``docs/exact
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.special import log_ndtr
+from torch.special import erfcx
 
 from fewstep.fields import VelocityField
-from fewstep.paths import Linear, Path, as_times, expand
+from fewstep.paths import Linear, Path, as_times
 from fewstep.solvers import integrate
 
 
@@ -24,6 +25,11 @@ class ExactField(VelocityField):
     def data(self, count: int, generator: torch.Generator) -> Tensor:
         """Samples of the data, (count, ...)."""
         raise NotImplementedError
+
+
+def _columns(path: Path, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(alpha, sigma, alpha_dot, sigma sigma_dot) at t (B,), each (B, 1)."""
+    return path.alpha(t)[:, None], path.sigma(t)[:, None], path.alpha_dot(t)[:, None], path.noise_rate(t)[:, None]
 
 
 class GaussianField(ExactField):
@@ -44,28 +50,31 @@ class GaussianField(ExactField):
         variances, basis = torch.linalg.eigh(cov)
         if not (variances > 0).all():
             raise ValueError(f"cov is not positive definite: its least eigenvalue is {float(variances[0]):.3g}")
-        self.register_buffer("mean", mean)
+        self.register_buffer("mean", mean.to(cov))
         self.register_buffer("basis", basis)
         self.register_buffer("variances", variances)
         self.path = path or Linear()
 
     def _moments(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        a, s, a_dot, s_dot = (c[:, None] for c in self.path.coefficients(t))
+        """At times (B,): m, m' (B, D), and C and (1/2) C' C^-1 on the axes of ``basis``, (2, B, D)."""
+        a, s, a_dot, noise_rate = _columns(self.path, t)
         variance = a * a * self.variances + s * s
-        rate = (a * a_dot * self.variances + s * s_dot) / variance
+        rate = (a * a_dot * self.variances + noise_rate) / variance
         return a * self.mean.flatten(), a_dot * self.mean.flatten(), torch.stack([variance, rate])
 
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         mean, mean_dot, (_, rate) = self._moments(as_times(t, x))
-        coordinates = (x.flatten(1) - mean) @ self.basis
-        return (mean_dot + (rate * coordinates) @ self.basis.T).reshape(x.shape)
+        basis = self.basis.to(mean)
+        coordinates = (x.flatten(1) - mean) @ basis
+        return (mean_dot + (rate * coordinates) @ basis.T).reshape(x.shape).to(x.dtype)
 
     def flow(self, x: Tensor, s: Tensor | float, t: Tensor | float, *, tolerance: float = 0.0) -> Tensor:
         """``m_t + C_t^(1/2) C_s^(-1/2) (x - m_s)``, for times (B,) or numbers."""
         mean_s, _, (variance_s, _) = self._moments(as_times(s, x))
         mean_t, _, (variance_t, _) = self._moments(as_times(t, x))
-        coordinates = (x.flatten(1) - mean_s) @ self.basis * (variance_t / variance_s).sqrt()
-        return (mean_t + coordinates @ self.basis.T).reshape(x.shape)
+        basis = self.basis.to(mean_s)
+        coordinates = (x.flatten(1) - mean_s) @ basis * (variance_t / variance_s).sqrt()
+        return (mean_t + coordinates @ basis.T).reshape(x.shape).to(x.dtype)
 
     def data(self, count: int, generator: torch.Generator) -> Tensor:
         noise = torch.randn(count, self.mean.numel(), generator=generator, dtype=self.mean.dtype)
@@ -99,13 +108,14 @@ class MixtureField(ExactField):
         self.path = path or Linear()
 
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
-        a, s, a_dot, s_dot = (c[:, None] for c in self.path.coefficients(as_times(t, x)))
+        a, s, a_dot, noise_rate = _columns(self.path, as_times(t, x))
         variance = a * a * self.scales**2 + s * s  # (B, K)
         offset = x[:, None] - a[..., None] * self.means  # (B, K, D)
         log_density = -offset.square().sum(-1) / (2 * variance) - 0.5 * x.shape[1] * variance.log()
         posterior = torch.softmax(self.weights.log() + log_density, dim=1)
-        rate = (a * a_dot * self.scales**2 + s * s_dot) / variance
-        return (posterior[..., None] * (a_dot[..., None] * self.means + rate[..., None] * offset)).sum(1)
+        rate = (a * a_dot * self.scales**2 + noise_rate) / variance
+        velocity = (posterior[..., None] * (a_dot[..., None] * self.means + rate[..., None] * offset)).sum(1)
+        return velocity.to(x.dtype)
 
     def data(self, count: int, generator: torch.Generator) -> Tensor:
         which = torch.multinomial(self.weights, count, replacement=True, generator=generator)
@@ -120,7 +130,7 @@ class BoxesField(ExactField):
     """Data uniform over boxes that do not overlap: (K, D, 2), the low and high end of each box on each axis.
 
     Given x_t the data is a box (a softmax over boxes of ``sum over axes of log(Phi(u) - Phi(l))``) and within it a
-    truncated Gaussian on each axis. Computed in float64: its tails span hundreds of orders of magnitude.
+    truncated Gaussian on each axis. Computed in float64, to a few of its last digits for any x and t.
     """
 
     boxes: Tensor
@@ -131,25 +141,21 @@ class BoxesField(ExactField):
             raise ValueError(f"boxes (K, D, 2) with low < high are needed, not shape {tuple(boxes.shape)}")
         self.register_buffer("boxes", boxes.double())
         # The boxes of a board share their sides: the Gaussian integrals are taken once for each distinct side.
-        sides = [self.boxes[:, axis].unique(dim=0, return_inverse=True) for axis in range(boxes.shape[1])]
-        self._sides = [(pairs, which) for pairs, which in sides]
+        self._sides = [self.boxes[:, axis].unique(dim=0, return_inverse=True) for axis in range(boxes.shape[1])]
         self.path = path or Linear()
 
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
-        a, s, a_dot, s_dot = (c.double()[:, None] for c in self.path.coefficients(as_times(t, x)))
-        point = x.double()
-        # At s = 0 the limit is the nearest data; a tiny s finds it without a division by zero.
-        s_safe = s.clamp(min=1e-9)
-        log_mass, data = 0.0, []
-        for axis, (pairs, which) in enumerate(self._sides):
-            pairs, which = pairs.to(x.device), which.to(x.device)
-            mass, mean = _truncated(point[:, axis, None], pairs, a, s_safe)
-            log_mass = log_mass + mass[:, which]
-            data.append(mean[:, which])
-        posterior = torch.softmax(torch.as_tensor(log_mass), dim=1)[..., None]
-        mean = (posterior * torch.stack(data, -1)).sum(1)
-        noise = torch.where(s > 0, (point - a * mean) / s_safe, 0.0)
-        return (a_dot * mean + s_dot * noise).to(x.dtype)
+        a, s, a_dot, s_dot = (c[:, None] for c in self.path.coefficients(as_times(t, x).double()))
+        log_density, means = torch.zeros((), dtype=torch.float64), []
+        for axis, (sides, which) in enumerate(self._sides):
+            # At s = 0 the limit is the nearest data; a tiny s finds it without a division by zero.
+            log, *mean = _truncated(x[:, axis, None].double(), sides.to(x.device), a, s.clamp(min=1e-9))
+            which = which.to(x.device)
+            log_density = log_density + log[:, which]
+            means.append(torch.stack(mean)[..., which])
+        posterior = torch.softmax(log_density, dim=1)
+        data, noise = torch.stack([(posterior * mean).sum(-1) for mean in means], dim=-1)
+        return (a_dot * data + torch.where(s > 0, s_dot, 0.0) * noise).to(x.dtype)
 
     def data(self, count: int, generator: torch.Generator) -> Tensor:
         """float32, (count, D)."""
@@ -162,27 +168,45 @@ class BoxesField(ExactField):
         return type(self)(self.boxes, path)
 
 
-def _truncated(x: Tensor, sides: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(6)
+
+
+def _truncated(x: Tensor, sides: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For data uniform on each interval of ``sides`` (M, 2) and ``x = a data + s noise``, x (B, 1): the log of the
-    density of x up to a factor common to all intervals, and the mean of the data given x; both (B, M)."""
-    low, high = sides[:, 0], sides[:, 1]
-    # The noise that each end would need, u >= l; mirrored where both are positive, as log_ndtr is exact to the left.
+    density of x times the interval's width, up to a term common to all, and the means of data and of noise given x;
+    each (B, M)."""
+    low, high = sides.unbind(1)
+    middle, width = (low + high) / 2, high - low
+    # The noise that the middle would need, and the interval's width in units of the noise.
+    z, d = (x - a * middle) / s, a * width / s
+
+    # Where the interval is narrow the differences below would cancel. There data = middle + width y has a density
+    # exp(d z y - d^2 y^2 / 2) on [-1/2, 1/2], so smooth that six Gauss-Legendre nodes are exact.
+    narrow = (d < 0.02) & (d * z.abs() < 2)
+    nodes, weights = x.new_tensor(_NODES) / 2, x.new_tensor(_NODE_WEIGHTS) / 2
+    tilt, bend = (torch.where(narrow, c, 0.0)[..., None] for c in (d * z, d * d))
+    density = torch.exp((tilt - 0.5 * bend * nodes) * nodes)
+    mass = density @ weights
+    y = density @ (weights * nodes) / mass
+    log_narrow = mass.log() - 0.5 * z * z - 0.5 * math.log(2 * math.pi)
+
+    # Elsewhere the noise is a Gaussian between l and u, mirrored so that l + u <= 0, where all is a finite multiple of
+    # phi(u): Phi(u) = scaled phi(u) sqrt(pi / 2). Beyond u = 9 it is 1, and the clamp keeps ``scaled`` finite.
     l, u = (x - a * high) / s, (x - a * low) / s
     flip = l + u > 0
     l, u = torch.where(flip, -u, l), torch.where(flip, -l, u)
-    log_l, log_u = log_ndtr(l), log_ndtr(u)
-    log_mass = log_u + torch.log(-torch.expm1((log_l - log_u).clamp(max=-1e-300)))
-    log_norm = log_mass + 0.5 * math.log(2 * math.pi)
-    noise = torch.exp(-0.5 * l * l - log_norm) - torch.exp(-0.5 * u * u - log_norm)
-    mean = (x - s * torch.where(flip, -noise, noise)) / a.clamp(min=1e-300)
-    # Where the data hardly shows (a small), the difference above cancels: the interval's own mean and log-width, and
-    # the slope of the density over it.
-    middle, width = (low + high) / 2, high - low
-    faint = a * width < 1e-3 * s
-    slope = a * (x - a * middle) / (s * s)
-    log_faint = torch.log(a.clamp(min=1e-300) * width / s) - 0.5 * ((x - a * middle) / s) ** 2 - 0.5 * math.log(2 * math.pi)
-    mean = torch.where(faint, middle + width * width / 12 * slope, mean)
-    return torch.where(faint, log_faint, log_mass), torch.maximum(torch.minimum(mean, high), low)
+    l, u, d = torch.where(narrow, -1.0, l), torch.where(narrow, 0.0, u), torch.where(narrow, 1.0, d)
+    log_rise = 0.5 * (u - l) * (u + l)  # log phi(l) / phi(u)
+    top = u.clamp(max=9.0)
+    scaled = erfcx(-top / math.sqrt(2))
+    below = torch.exp(log_rise) * erfcx(-l / math.sqrt(2)) / scaled  # Phi(l) / Phi(u)
+    noise = math.sqrt(2 / math.pi) / scaled * torch.expm1(log_rise) / (1 - below)
+    noise = torch.where(flip, -noise, noise)
+    log_wide = torch.log(scaled / 2) - 0.5 * top * top + torch.log1p(-below) - d.log()
+
+    data = torch.where(narrow, middle + width * y, middle + width * (z - noise) / d)
+    noise = torch.where(narrow, z - a * width / s * y, noise)
+    return width.log() + torch.where(narrow, log_narrow, log_wide), data.clamp(low, high), noise
 
 
 def checkerboard_boxes() -> Tensor:
@@ -197,3 +221,12 @@ class CheckerboardField(BoxesField):
 
     def __init__(self, boxes: Tensor | None = None, path: Path | None = None) -> None:
         super().__init__(checkerboard_boxes() if boxes is None else boxes, path)
+
+
+def eight_gaussians() -> MixtureField:
+    """Eight equal Gaussians on a circle, their scale an eighth of its radius r, with r^2 / 2 + (r / 8)^2 = 1: a
+    standard deviation of 1 on each axis."""
+    radius = 8 / math.sqrt(33)
+    angle = torch.arange(8) * (math.pi / 4)
+    means = radius * torch.stack([angle.cos(), angle.sin()], dim=1)
+    return MixtureField(means, torch.full((8,), radius / 8), torch.ones(8))

@@ -144,8 +144,13 @@ class Guided(VelocityField):
     Args:
         scale: w; 1 is no guidance.
         interval: the times (t = 0 noise, 1 data) between which guidance acts.
-        null: the condition of the weak call, such as ``{"class_labels": 10}``; the others stay as they are.
+        null: the conditions of the weak call, a number or one sample's tensor each, such as ``{"class_labels": 10}``;
+            the others stay as they are.
         weak: the weaker field; the field itself if not given.
+
+    Raises:
+        ValueError: with neither ``null`` nor ``weak``, for an interval outside [0, 1] or a weak field on another path;
+            when called without a condition that ``null`` replaces.
     """
 
     def __init__(
@@ -173,15 +178,29 @@ class Guided(VelocityField):
         inside = (t >= self.interval[0]) & (t <= self.interval[1])
         if self.scale == 1 or not inside.any():
             return self.field(x, t, **cond)
-        null = {**cond, **{name: torch.full_like(cond[name], value) for name, value in self.null.items()}}
+        missing = sorted(set(self.null) - set(cond))
+        if missing:
+            raise ValueError(f"guidance replaces the condition {missing[0]!r}, which this call does not have: pass it")
+        null = dict(cond)
+        for name, value in self.null.items():
+            null[name] = torch.as_tensor(value).to(cond[name]).expand_as(cond[name])
         if self.weak is None:  # both calls as one batch
             both = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
             strong, weak = self.field(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
         else:
             strong, weak = self.field(x, t, **cond), self.weak(x, t, **null)
-        scale = torch.where(inside, self.scale, 1.0)
-        return weak + expand(scale, x) * (strong - weak)
+        # Where w - 1 is 0, outside the interval, this is the field to the last bit.
+        return strong + expand((self.scale - 1) * inside.to(t.dtype), x) * (strong - weak)
 
     def on(self, path: Path) -> "Guided":
         weak = None if self.weak is None else self.weak.on(path)
-        return Guided(self.field.on(path), self.scale, self.interval, null=self.null, weak=weak)
+        low, high = (_moved(t, self.path, path) for t in self.interval)
+        return Guided(self.field.on(path), self.scale, (low, high), null=self.null, weak=weak)
+
+
+def _moved(t: float, path: Path, wanted: Path) -> float:
+    """The time on the wanted path where the noise is to the data as it is at t on ``path``; the ends stay the ends."""
+    if t in (0, 1):
+        return t
+    time = torch.tensor(t, dtype=torch.float64)
+    return float(wanted.time_of(path.alpha(time), path.sigma(time)))

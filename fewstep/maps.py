@@ -1,14 +1,14 @@
 """Two-time flow maps ``X_{s,t}``: they carry a sample of p_s to p_t along ``dx/dt = v_t(x)`` in one call."""
 
 import warnings
+from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fewstep.fields import Guided, NetworkField, VelocityField
 from fewstep.networks import with_second_time
-from fewstep.paths import Linear, Path, as_times, expand, scaling
+from fewstep.paths import Path, as_times, expand, scaling
 
 
 class FlowMap(nn.Module):
@@ -39,16 +39,19 @@ class FlowMap(nn.Module):
         Args:
             field: the teacher. Of a guided field, the field inside it; a field with no network (an exact one) needs
                 ``network``.
-            network: a two-time network of one's own; the teacher's weights are loaded into it by name.
+            network: a two-time network of one's own; the teacher's weights are loaded into it by name, and a warning
+                says which are new.
 
         Raises:
-            ValueError: if a network is needed and not given, or shares no weight with the teacher's.
+            ValueError: if a network is needed and not given, or has no place for one of the teacher's weights.
         """
         while isinstance(field, Guided):
             field = field.field
         if not isinstance(field, NetworkField):
             if network is None:
-                raise ValueError(f"{type(field).__name__} has no network to start from: pass one, network=MLP(2, times=2)")
+                raise ValueError(
+                    f"{type(field).__name__} has no network to start from: pass one, network=MLP(2, times=2)"
+                )
             return cls(network, field.path)
         if network is None:
             network = with_second_time(field.network)
@@ -77,7 +80,7 @@ class FlowMap(nn.Module):
 
     def through(self, x: Tensor, times: Tensor, **cond: Any) -> Tensor:
         """The composition of maps along ``times`` (N + 1,): N calls."""
-        for s, t in zip(times[:-1], times[1:], strict=True):
+        for s, t in pairwise(times):
             x = self(x, s, t, **cond)
         return x
 
@@ -89,7 +92,7 @@ def load_by_name(student: nn.Module, teacher: nn.Module) -> list[str]:
     """Load the teacher's weights into the student by name; returns, and warns of, the names that are new there.
 
     Raises:
-        ValueError: if no name agrees, a shape differs, or the teacher has a weight that the student lacks.
+        ValueError: if the teacher has a weight that the student lacks, or a shape differs; nothing is loaded then.
     """
     have, want = teacher.state_dict(), student.state_dict()
     missing = sorted(set(have) - set(want))
@@ -100,11 +103,14 @@ def load_by_name(student: nn.Module, teacher: nn.Module) -> list[str]:
         )
     for name, value in have.items():
         if value.shape != want[name].shape:
-            raise ValueError(f"{name!r} is {tuple(value.shape)} in the teacher and {tuple(want[name].shape)} in the student")
+            shapes = f"{tuple(value.shape)} in the teacher and {tuple(want[name].shape)} in the student"
+            raise ValueError(f"the weight {name!r} is {shapes}: they must agree")
     new = sorted(set(want) - set(have))
     student.load_state_dict(have, strict=False)
-    if not new:
-        warnings.warn(f"{type(student).__name__} has no weight that its teacher lacks: where is its second time?", stacklevel=3)
+    name = type(student).__name__
+    if new:
+        modules = ", ".join(sorted({weight.rpartition(".")[0] or weight for weight in new}))
+        warnings.warn(f"{name} has its teacher's weights, except what is new in it: {modules}", stacklevel=3)
+    else:
+        warnings.warn(f"{name} has no weight that its teacher lacks: where is its second time?", stacklevel=3)
     return new
-
-

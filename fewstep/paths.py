@@ -35,8 +35,11 @@ def as_times(t: Tensor | float, x: Tensor) -> Tensor:
     """Times as a tensor (B,) beside x (B, ...): a number or 0-d tensor is repeated; float32 at least, float64 with x.
 
     Raises:
-        ValueError: if t has a shape other than () or (B,).
+        ValueError: if t has a shape other than () or (B,), or is a number outside [0, 1] (tensors are not looked into:
+            that would stall a GPU).
     """
+    if isinstance(t, int | float) and not 0 <= t <= 1:
+        raise ValueError(f"the time {t} is outside [0, 1]: t = 0 is noise and t = 1 is data")
     dtype = torch.promote_types(x.dtype, torch.float32)
     t = torch.as_tensor(t, dtype=dtype, device=x.device)
     if t.ndim == 0:
@@ -71,9 +74,18 @@ class Path:
         """d sigma / dt."""
         raise NotImplementedError
 
+    def noise_rate(self, t: Tensor) -> Tensor:
+        """sigma sigma_dot, half the rate of the noise's power: finite even where sigma_dot is not."""
+        return self.sigma(t) * self.sigma_dot(t)
+
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The time at which alpha : sigma is as given, up to a common factor; either may be 0. Smooth there, as the
+        logarithm of the ratio is not."""
+        raise NotImplementedError
+
     def time_at(self, log_ratio: Tensor) -> Tensor:
         """The time at which log(alpha / sigma) has this value (half the log-SNR); -inf and inf are allowed."""
-        raise NotImplementedError
+        return self.time_of(torch.sigmoid(log_ratio), torch.sigmoid(-log_ratio))
 
     def network_time(self, t: Tensor) -> Tensor:
         """The time as networks trained on this path want it."""
@@ -140,7 +152,10 @@ class Path:
     def _finite(self, value: Tensor, t: Tensor, what: str) -> Tensor:
         good = value.flatten(1).isfinite().all(1)
         if not good.all():
-            raise ValueError(f"{self}: {what} is not finite at t = {float(t[~good][0]):.6g}; keep t away from that end")
+            raise ValueError(
+                f"{self}: the {what} is not finite at t = {float(t[~good][0]):.6g}; if the network's output is finite "
+                "there, keep t away from that end"
+            )
         return value
 
 
@@ -183,8 +198,8 @@ class Linear(Path):
     def sigma_dot(self, t: Tensor) -> Tensor:
         return -torch.ones_like(t)
 
-    def time_at(self, log_ratio: Tensor) -> Tensor:
-        return torch.sigmoid(log_ratio)
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return alpha / (alpha + sigma)
 
     def same_as(self, other: Path) -> bool:
         return isinstance(other, Linear)
@@ -208,8 +223,8 @@ class Trigonometric(Path):
     def sigma_dot(self, t: Tensor) -> Tensor:
         return self.alpha(t) * (-math.pi / 2)
 
-    def time_at(self, log_ratio: Tensor) -> Tensor:
-        return torch.atan(torch.exp(log_ratio)) * (2 / math.pi)
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return torch.atan2(alpha, sigma) * (2 / math.pi)
 
 
 @dataclass(frozen=True)
@@ -217,8 +232,8 @@ class VariancePreserving(Path):
     """The continuous diffusion ``dx = -(1/2) b x dtau + sqrt(b) dw``, tau = 1 - t, with b linear from ``beta_min`` to
     ``beta_max`` (arXiv 2011.13456): ``alpha^2 + sigma^2 = 1``.
 
-    Its noise does not quite reach pure noise (alpha(0) = 0.0066 by default), and its velocity is infinite at t = 1,
-    as sigma falls like sqrt(tau): conversions hold the last finite ratio there.
+    Its noise does not quite reach pure noise (alpha(0) = 0.0066 by default). At t = 1 the velocity of a network on it
+    is infinite, as sigma falls like sqrt(tau): conversions from it hold the last finite ratio, those to it raise there.
     """
 
     beta_min: float = 0.1
@@ -243,13 +258,17 @@ class VariancePreserving(Path):
     def sigma_dot(self, t: Tensor) -> Tensor:
         return -0.5 * self._beta(t) * self.alpha(t) ** 2 / self.sigma(t)
 
-    def time_at(self, log_ratio: Tensor) -> Tensor:
-        integral = torch.nn.functional.softplus(-2 * log_ratio).clamp(max=float(self._integral(torch.tensor(0.0))))
+    def noise_rate(self, t: Tensor) -> Tensor:
+        return -0.5 * self._beta(t) * self.alpha(t) ** 2
+
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        integral = torch.log1p((sigma / alpha) ** 2).clamp(max=(self.beta_min + self.beta_max) / 2)
         slope = self.beta_max - self.beta_min
         return 1 - 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
 
     def hold_range(self, kind: str) -> tuple[float, float]:
-        return 0.0, float(self.time_at(torch.tensor(_HOLD, dtype=torch.float64)))
+        lo, _ = super().hold_range(kind)
+        return lo, float(self.time_at(torch.tensor(_HOLD, dtype=torch.float64)))
 
 
 @dataclass(frozen=True)
@@ -278,7 +297,8 @@ class Tabulated(Path):
         return cls(tuple((0.5 * (power.log() - (-power).log1p())).tolist()))
 
     def __repr__(self) -> str:
-        return f"Tabulated({len(self.log_ratios)} steps, log-ratios {self.log_ratios[0]:.3g} to {self.log_ratios[-1]:.3g})"
+        first, last = self.log_ratios[0], self.log_ratios[-1]
+        return f"Tabulated({len(self.log_ratios)} steps, log-ratios {first:.3g} to {last:.3g})"
 
     @cached_property
     def _rising(self) -> Tensor:
@@ -288,9 +308,10 @@ class Tabulated(Path):
         """log(alpha / sigma) at t and its derivative."""
         table = self._rising.to(t.device)
         last = len(table) - 1
-        index = (t.double() * last).floor().long().clamp(0, last - 1)
+        place = t.double() * last
+        index = place.floor().long().clamp(0, last - 1)
         rise = table[index + 1] - table[index]
-        return (table[index] + (t * last - index) * rise).to(t.dtype), (rise * last).to(t.dtype)
+        return (table[index] + (place - index) * rise).to(t.dtype), (rise * last).to(t.dtype)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.sigmoid(2 * self._log_ratio(t)[0]).sqrt()
@@ -303,6 +324,9 @@ class Tabulated(Path):
 
     def sigma_dot(self, t: Tensor) -> Tensor:
         return -self.sigma(t) * self.alpha(t) ** 2 * self._log_ratio(t)[1]
+
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return self.time_at(alpha.log() - sigma.log())
 
     def time_at(self, log_ratio: Tensor) -> Tensor:
         table = self._rising.to(log_ratio.device)
@@ -346,7 +370,10 @@ def scaling(native: Path, kind: str, path: Path, t: Tensor) -> Scaling:
     and these the velocity wanted (arXiv 2506.02221 for a diffusion schedule and the linear path; methods in
     ``docs/diff2flow.md``). Where the native path does not reach, the network is asked at its last time and what
     stays determined there is held: the data estimate towards noise, the noise estimate towards data. So all
-    coefficients are finite on all of [0, 1] wherever the wanted path's own velocity is.
+    coefficients are finite, and smooth enough for a forward derivative, wherever the wanted path's velocity is.
+
+    Raises:
+        ValueError: at t = 1 on a variance-preserving path, where the velocity is infinite.
     """
     same = native.same_as(path)
     if same and kind in ("velocity", "flow"):
@@ -355,8 +382,11 @@ def scaling(native: Path, kind: str, path: Path, t: Tensor) -> Scaling:
     dtype = t.dtype
     t = t.double() if t.device.type != "mps" else t
     a, s, a_dot, s_dot = path.coefficients(t)
+    # Only where it can happen: looking into a tensor stalls a GPU.
+    if isinstance(path, VariancePreserving) and not s_dot.isfinite().all():
+        raise ValueError(f"{path}: the velocity is infinite at t = 1; end the grid before it, or use .on(Linear())")
     lo, hi = native.hold_range(kind)
-    native_t = native.time_at(a.log() - s.log()) if not same else t
+    native_t = t if same else native.time_of(a, s)
     low, high = native_t <= lo, native_t >= hi
     native_t = native_t.clamp(lo, hi)
     into = torch.hypot(native.alpha(native_t), native.sigma(native_t)) / torch.hypot(a, s)

@@ -3,18 +3,20 @@
 A sampler is one function that reads like its formula; ``sample`` chooses it by what the model is.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.errors import unknown
-from fewstep.fields import VelocityField
+from fewstep.fields import Guided, VelocityField
 from fewstep.maps import FlowMap
-from fewstep.paths import Path, expand
-from fewstep.randomness import Generators, generator as seeded, normal
+from fewstep.paths import Path
+from fewstep.randomness import Generators, normal
 from fewstep.solvers import SOLVERS, integrate
 from fewstep.times import GRIDS, step_grid
 
@@ -42,7 +44,8 @@ def sample(
         grid: uniform, shifted, quadratic, or the times themselves, rising from 0 to 1.
         solver: for fields: euler, midpoint, heun, adaptive.
         gamma: for maps: 0 is deterministic, 1 is consistency sampling; see :func:`sample_map`.
-        generator: the source of re-noising where gamma > 0; a list with one generator a sample fixes each sample.
+        generator: the source of re-noising where gamma > 0, torch's global one if not given; a list with one generator
+            a sample fixes each sample.
         tolerance: of the adaptive solver.
         cond: conditions, (B, ...) each, such as ``class_labels``.
 
@@ -60,7 +63,7 @@ def sample(
     if not isinstance(model, VelocityField):
         raise ValueError(f"sample() takes a FlowMap or a VelocityField, not a {type(model).__name__}")
     if gamma:
-        raise ValueError(f"gamma={gamma} re-noises between the steps of a flow map; a velocity field is solved as an ODE")
+        raise ValueError(f"gamma={gamma} re-noises between the steps of a flow map; a field is solved as an ODE")
     if solver not in SOLVERS:
         raise unknown("solver", solver, SOLVERS)
     times = times.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
@@ -82,26 +85,31 @@ def sample_map(
 
     From t_i to t_j the map goes on to r > t_j, ``sigma_r / alpha_r = sqrt(1 - gamma^2) sigma_j / alpha_j``, and fresh
     noise brings it back: ``x <- (alpha_j / alpha_r) X_{i,r}(x) + gamma sigma_j eps``. The last step takes none.
+
+    Raises:
+        ValueError: if gamma is outside [0, 1].
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma is {gamma}: it runs from 0 (deterministic) to 1 (consistency sampling)")
-    generator = seeded(0) if generator is None else generator
-    x, path = noise, model.path
+    generator = torch.default_generator if generator is None else generator
+    x = noise
     times = times.to(x.device, torch.promote_types(x.dtype, torch.float32))
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         if gamma == 0 or t_next == 1:
             x = model(x, t, t_next, **cond)
             continue
-        beyond, shrink = _beyond(path, t_next, gamma)
-        x = shrink * model(x, t, beyond, **cond) + gamma * path.sigma(t_next) * normal(x, generator)
+        beyond, shrink, fresh = _beyond(model.path, t_next, gamma)
+        x = shrink * model(x, t, beyond, **cond) + fresh * normal(x, generator)
     return x
 
 
-def _beyond(path: Path, t: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """The time r with noise ratio ``sqrt(1 - gamma^2)`` of that at t, and ``alpha_t / alpha_r``."""
-    ratio = path.alpha(t).log() - path.sigma(t).log()
-    r = path.time_at(ratio - 0.5 * torch.log1p(torch.tensor(-gamma * gamma, dtype=t.dtype, device=t.device)))
-    return r, path.alpha(t) / path.alpha(r)
+def _beyond(path: Path, t: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The time r with noise ratio ``sqrt(1 - gamma^2)`` of that at t, ``alpha_t / alpha_r``, and the noise to add."""
+    a, s = path.alpha(t), path.sigma(t)
+    r = path.time_of(a, math.sqrt(1 - gamma * gamma) * s)
+    shrink = a / path.alpha(r)
+    # gamma sigma_t, except where a schedule ends before that r: then what is missing of the noise at t.
+    return r, shrink, (s * s - (shrink * path.sigma(r)) ** 2).clamp(min=0).sqrt()
 
 
 def sample_noise(shape: tuple[int, ...], generators: Generators, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -141,11 +149,16 @@ def count_calls(model: nn.Module) -> Iterator[Calls]:
         calls.count += 1
         calls.rows += len(arguments[0])
 
-    inner = model
-    while hasattr(inner, "field"):  # a guided field counts what it calls
-        inner = inner.field
-    handle = getattr(inner, "network", inner).register_forward_pre_hook(hook)
+    handles = [network.register_forward_pre_hook(hook) for network in _networks(model)]
     try:
         yield calls
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _networks(model: nn.Module) -> set[nn.Module]:
+    """What a model calls: of a guided field, the networks of both."""
+    if isinstance(model, Guided):
+        return _networks(model.field) | (set() if model.weak is None else _networks(model.weak))
+    return {getattr(model, "network", model)}

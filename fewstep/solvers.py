@@ -4,8 +4,9 @@ A step is a function ``(velocity, x, t, t_next) -> x_next`` over times (B,); ``i
 """
 
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from fewstep.errors import unknown
@@ -36,9 +37,7 @@ STEPS = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step}
 SOLVERS = (*STEPS, "adaptive")
 
 
-def integrate(
-    velocity: Velocity, x: Tensor, times: Tensor, solver: str = "heun", *, tolerance: float = 1e-6
-) -> Tensor:
+def integrate(velocity: Velocity, x: Tensor, times: Tensor, solver: str = "heun", *, tolerance: float = 1e-6) -> Tensor:
     """The state at the last of ``times``, from ``x`` (B, ...) at the first.
 
     Args:
@@ -56,17 +55,14 @@ def integrate(
         from torchdiffeq import odeint
 
         ends = times[[0, -1]].to(x.device)
-        path = odeint(lambda t, x: velocity(x, t.expand(len(x))), x, ends, rtol=tolerance, atol=tolerance)
-        return path[-1]  # pyright: ignore[reportIndexIssue]
+        if ends[0] == ends[1]:
+            return x
+        states: Any = odeint(lambda t, x: velocity(x, t.expand(len(x))), x, ends, rtol=tolerance, atol=tolerance)
+        return states[-1]
     if solver not in STEPS:
         raise unknown("solver", solver, SOLVERS)
     step = STEPS[solver]
     times = times.to(x.device)
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         x = step(velocity, x, t.expand(len(x)), t_next.expand(len(x)))
     return x
-
-
-def uniform_times(steps: int, like: Tensor) -> Tensor:
-    """``steps + 1`` times from 0 to 1, at least float32, on the device of ``like``."""
-    return torch.linspace(0, 1, steps + 1, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)

@@ -13,7 +13,11 @@ GRIDS = ("uniform", "shifted", "quadratic")
 
 
 def draw_times(rows: int, generators: Generators, distribution: str = "uniform") -> Tensor:
-    """Times in (0, 1), shape (rows,): uniform, or logit-normal (arXiv 2403.03206: most of the weight in the middle)."""
+    """Times in [0, 1), shape (rows,): uniform, or logit-normal (arXiv 2403.03206: most of the weight in the middle).
+
+    Raises:
+        ValueError: if the distribution is not known.
+    """
     u = uniform(rows, generators)
     if distribution == "uniform":
         return u

@@ -12,6 +12,9 @@ class MLP(nn.Module):
         dim: numbers in a sample; samples are (B, dim).
         times: 1 for a field, 2 for a flow map.
         classes: the number of classes for a ``class_labels`` condition (B,), 0 for none.
+
+    Raises:
+        ValueError: when called with another number of times, or without the labels of its classes.
     """
 
     def __init__(self, dim: int, width: int = 256, depth: int = 4, times: int = 1, classes: int = 0) -> None:
@@ -25,6 +28,8 @@ class MLP(nn.Module):
         self.output = nn.Linear(width, dim)
 
     def forward(self, x: Tensor, *times: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        if len(times) != self.config["times"]:
+            raise ValueError(f"an MLP with times={self.config['times']} was called with {len(times)}: make it to fit")
         h = self.input(x) + self.time(sinusoidal(times[0], 64, low=0.5, high=30.0).to(x.dtype))
         if self.second_time is not None:
             h = h + self.second_time(times[1])

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.batch import Batch
+from fewstep.errors import unknown
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.randomness import Generators, chunk_rows, normal
+from fewstep.times import DISTRIBUTIONS
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,15 @@ class Objective(nn.Module):
             )
 
 
+def check_options(method: str, times: str, **in_unit: float) -> None:
+    """Raise for a distribution of times that is not known, or an option that does not lie in [0, 1]."""
+    if times not in DISTRIBUTIONS:
+        raise unknown("distribution of times", times, DISTRIBUTIONS)
+    for name, value in in_unit.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{method}'s {name} is {value}: it lies in [0, 1]")
+
+
 def noise_of(batch: Batch, generator: Generators) -> Tensor:
     """The noise of each row: the batch's own where it is coupled, else drawn."""
     return normal(batch.data, generator) if batch.noise is None else batch.noise
@@ -104,12 +115,20 @@ def split_rows(
 
     Each part takes a run of every chunk (the rows that share a generator). So the split needs no random number, is the
     same on any number of processes, and gives every network call a fixed shape.
+
+    Raises:
+        ValueError: if a chunk has so few rows that a part with a share gets none: its term would never be trained.
     """
     chunk = chunk_rows(rows, generator)
     place = torch.arange(rows) % chunk
     parts, edge, total = {}, 0.0, sum(shares.values())
     for name, share in shares.items():
         first, edge = edge, edge + share / total * chunk
+        if share > 0 and round(first) == round(edge):
+            raise ValueError(
+                f"{name!r} has {share / total:.3g} of the rows, which is none in chunks of {chunk}: use larger chunks, "
+                "such as a batch that is a multiple of 64"
+            )
         parts[name] = ((place >= round(first)) & (place < round(edge))).nonzero().flatten().to(device)
     return parts
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from fewstep.errors import unknown
-from fewstep.objectives.base import Batch, Loss, Objective, noise_of, squared_error
+from fewstep.objectives.base import Batch, Loss, Objective, check_options, noise_of, squared_error
+from fewstep.paths import as_times
 from fewstep.randomness import Generators
-from fewstep.times import DISTRIBUTIONS, draw_times
+from fewstep.times import draw_times
 
 
 class FlowMatching(Objective):
@@ -19,8 +19,7 @@ class FlowMatching(Objective):
 
     def __init__(self, times: str = "uniform") -> None:
         super().__init__()
-        if times not in DISTRIBUTIONS:
-            raise unknown("distribution of times", times, DISTRIBUTIONS)
+        check_options("FlowMatching", times)
         self.times = times
 
     def forward(
@@ -34,10 +33,13 @@ class FlowMatching(Objective):
         generator: Generators,
     ) -> Loss:
         noise = noise_of(batch, generator)
-        t = draw_times(len(batch), generator, self.times).to(batch.data.device)
+        t = as_times(draw_times(len(batch), generator, self.times), noise)
         x, dx = student.path.sample(noise, batch.data, t)
         loss = squared_error(student.velocity(x, t, **batch.cond), dx).mean()
         return Loss(loss, {"velocity": loss.detach()}, {"velocity": t[:, None].expand(-1, 2)})
 
     def check_student(self, student: Any) -> None:
         """Anything with a ``path`` and a ``velocity`` will do."""
+        if not (hasattr(student, "path") and hasattr(student, "velocity")):
+            name = type(student).__name__
+            raise ValueError(f"FlowMatching trains a VelocityField or a FlowMap, not a {name}: NetworkField(network)")

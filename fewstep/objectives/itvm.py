@@ -11,13 +11,14 @@ from fewstep.objectives.base import (
     Batch,
     Loss,
     Objective,
+    check_options,
     noise_of,
     rows_of,
     split_rows,
     squared_error,
     time_derivative,
 )
-from fewstep.paths import expand
+from fewstep.paths import as_times, expand
 from fewstep.randomness import Generators, uniform
 from fewstep.solvers import heun_step
 from fewstep.times import draw_pairs, draw_times
@@ -54,7 +55,7 @@ class ITVM(Objective):
         times, ends: see :func:`fewstep.times.draw_pairs`.
 
     Raises:
-        ValueError: for an unknown target or a share, weight or decay out of its range.
+        ValueError: for an unknown target or distribution of times, or a share, weight or decay out of its range.
     """
 
     def __init__(
@@ -76,10 +77,8 @@ class ITVM(Objective):
         for name in targets:
             if name not in TARGETS:
                 raise unknown("target of ITVM", name, TARGETS)
-        in_unit = {"ema": ema, "diagonal": diagonal, "middle": middle, "step_size": step_size, "ends": ends}
-        for name, value in in_unit.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"ITVM's {name} is {value}: it lies in [0, 1]")
+        in_unit = {"diagonal": diagonal, "middle": middle, "step_size": step_size, "warmup": warmup, "ends": ends}
+        check_options("ITVM", times, ema=ema, **in_unit)
         if min(initial_weight, terminal_weight, *targets.values()) < 0 or sum(targets.values()) == 0:
             raise ValueError("ITVM's weights and shares of targets are not negative, and not all shares are 0")
         off = (1 - diagonal) / sum(targets.values())
@@ -100,25 +99,28 @@ class ITVM(Objective):
         generator: Generators,
     ) -> Loss:
         rows, noise = len(batch), noise_of(batch, generator)
-        parts = split_rows(rows, self.shares, generator, noise.device)
+        shared = split_rows(rows, self.shares, generator, noise.device)
+        parts = {name: part for name, part in shared.items() if len(part)}
         s, t = draw_pairs(rows, generator, self.times, self.ends)
         start, fraction = draw_times(rows, generator, self.times), uniform(rows, generator)
-        s, t, start, fraction = (value.to(noise.device) for value in (s, t, start, fraction))
-        initial = parts["initial"]
+        s, t, start, fraction = (as_times(value, noise) for value in (s, t, start, fraction))
+        initial = shared["initial"]
         s[initial] = t[initial] = start[initial]
         x, _ = student.path.sample(noise, batch.data, s)
 
-        goal = torch.empty_like(x)
+        # Full precision at least: under autocast, or with a bf16 student, goals and x differ in type.
+        goal = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
         with torch.no_grad():
             for name, part in parts.items():
                 cond = rows_of(batch.cond, part)
-                goal[part] = self._goal(name, target, x[part], s[part], t[part], fraction[part], progress, cond)
+                value = self._goal(name, target, x[part], s[part], t[part], fraction[part], progress, cond)
+                goal[part] = value.to(goal.dtype)
         # One call for all rows; each goal was made of its own rows alone, so that no call is wasted.
         error = squared_error(student.average_velocity(x, s, t, **batch.cond), goal)
 
         times = torch.stack([s, t], dim=1)
-        terminal = torch.cat([part for name, part in parts.items() if name != "initial"])
-        terms = {name: error[part].mean() for name, part in parts.items() if len(part)}
+        terminal = torch.cat([part for name, part in shared.items() if name != "initial"])
+        terms = {name: error[part].mean() for name, part in parts.items()}
         total = error.new_zeros(())
         if len(initial):
             total = total + self.initial_weight * terms["initial"]
@@ -150,7 +152,8 @@ class ITVM(Objective):
                 m = s + part * (t - s)
                 first = target.average_velocity(x, s, m, **cond)
                 second = target.average_velocity(x + expand(m - s, x) * first, m, t, **cond)
-                return torch.lerp(second, first, expand(part, x))
+                weight = expand(part, x)
+                return weight * first + (1 - weight) * second
             case "integral":
                 m = s + fraction * (t - s)
                 return self.teacher(target(x, s, m, **cond), m, **cond)

@@ -9,12 +9,14 @@ from fewstep.objectives.base import (
     Batch,
     Loss,
     Objective,
+    check_options,
     noise_of,
     rows_of,
     split_rows,
     squared_error,
     time_derivative,
 )
+from fewstep.paths import as_times
 from fewstep.randomness import Generators
 from fewstep.times import draw_pairs, draw_times
 
@@ -31,6 +33,9 @@ class LMD(Objective):
             better at every step count in the measured tables, and cheaper).
         diagonal: the share of rows on s = t, where the loss is ``|u(x_s, s, s) - v_s(x_s)|^2``.
         times, ends: see :func:`fewstep.times.draw_pairs`.
+
+    Raises:
+        ValueError: for an unknown distribution of times, or a share out of its range.
     """
 
     def __init__(
@@ -42,6 +47,9 @@ class LMD(Objective):
         ends: float = 0.0,
     ) -> None:
         super().__init__(teacher)
+        check_options("LMD", times, diagonal=diagonal, ends=ends)
+        if diagonal == 1:
+            raise ValueError("LMD's diagonal is 1: that leaves no row for the map itself, take less")
         self.through_teacher, self.diagonal, self.times, self.ends = through_teacher, diagonal, times, ends
 
     def forward(
@@ -58,7 +66,7 @@ class LMD(Objective):
         parts = split_rows(rows, {"tangent": self.diagonal, "off": 1 - self.diagonal}, generator, noise.device)
         diagonal, off = parts["tangent"], parts["off"]
         s, t = draw_pairs(rows, generator, self.times, self.ends)
-        s, t, start = (time.to(noise.device) for time in (s, t, draw_times(rows, generator, self.times)))
+        s, t, start = (as_times(time, noise) for time in (s, t, draw_times(rows, generator, self.times)))
         s[diagonal] = t[diagonal] = start[diagonal]
         x, _ = student.path.sample(noise, batch.data, s)
 

@@ -1,0 +1,137 @@
+"""Samples of a trained model: drawn in batches, written as pictures or arrays."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.evaluation.files import replace_file
+from fewstep.evaluation.plots import image_grid, png, points_figure
+from fewstep.exact import ExactField
+from fewstep.fields import Guided, VelocityField
+from fewstep.maps import FlowMap
+from fewstep.networks import MLP, TwoTimeUNet, UNet
+from fewstep.randomness import generator, sample_generators
+from fewstep.sampling import count_calls, sample, sample_noise
+
+Model = FlowMap | VelocityField
+
+
+def shape_of(model: Model) -> tuple[int, ...]:
+    """The shape of one of a model's samples.
+
+    Raises:
+        ValueError: its network does not say.
+    """
+    inner = _inside(model)
+    if isinstance(inner, MLP):
+        return (inner.config["dim"],)
+    if isinstance(inner, UNet | TwoTimeUNet):
+        config: Any = inner.model.config
+        size = config.sample_size
+        return (config.in_channels, *((size, size) if isinstance(size, int) else size))
+    if isinstance(inner, ExactField):
+        return tuple(inner.data(1, generator(0)).shape[1:])
+    raise ValueError(
+        f"{type(inner).__name__} does not say what its samples look like: data: {{name: teacher, shape: [1, 28, 28]}}"
+    )
+
+
+def classes_of(model: Model) -> int:
+    """How many classes a model is conditioned on, 0 for none; a network of one's own says it as ``classes``."""
+    inner = _inside(model)
+    if isinstance(inner, UNet | TwoTimeUNet):
+        return inner.model.config["num_class_embeds"] or 0
+    return inner.config["classes"] if isinstance(inner, MLP) else getattr(inner, "classes", 0)
+
+
+def _inside(model: Model) -> Any:
+    """The network of a model, or the model itself where it has none."""
+    while isinstance(model, Guided):
+        model = model.field
+    return getattr(model, "network", model)
+
+
+def draw(
+    model: Model,
+    count: int,
+    steps: int,
+    *,
+    shape: tuple[int, ...] | None = None,
+    seed: int = 0,
+    labels: Sequence[int] | None = None,
+    batch: int = 256,
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor], float]:
+    """Samples (count, ...) on the CPU, their conditions, and how often the network was called for each.
+
+    Sample i of a seed is the same for any ``count`` and ``batch``.
+
+    Args:
+        shape: of one sample; by default what the model says.
+        labels: classes, given to the samples in turn; by default all of them, where the model has classes.
+        options: those of ``fewstep.sample``.
+
+    Raises:
+        ValueError: no samples asked for, labels that the model does not have, or as ``fewstep.sample``.
+    """
+    if count < 1 or batch < 1:
+        raise ValueError(f"count is {count} and batch is {batch}: at least one sample is needed")
+    shape, classes = shape or shape_of(model), classes_of(model)
+    labels = range(classes) if labels is None else labels
+    if classes and not all(0 <= label < classes for label in labels):
+        raise ValueError(f"labels {list(labels)}: the model has the classes 0 to {classes - 1}")
+    if labels and not classes and isinstance(_inside(model), MLP | UNet | TwoTimeUNet | ExactField):
+        raise ValueError(f"labels {list(labels)}: the model has no classes")
+    cond = {"class_labels": torch.tensor([labels[i % len(labels)] for i in range(count)])} if labels else {}
+    device = next((value.device for value in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    parts = []
+    with count_calls(model) as calls:
+        for rows in torch.arange(count).split(batch):
+            # One generator a sample, for its first noise and for all that is added later.
+            generators = sample_generators(seed, rows.tolist())
+            noise = sample_noise((len(rows), *shape), generators).to(device)
+            given: dict[str, Any] = {name: value[rows].to(device) for name, value in cond.items()}
+            if isinstance(model, FlowMap):
+                given["generator"] = generators
+            parts.append(sample(model, noise, steps, **options, **given).cpu())
+    return torch.cat(parts), cond, calls.count / len(parts)
+
+
+def check_out(out: Path, shape: tuple[int, ...]) -> None:
+    """Refuse, before anything is drawn, a file that samples of this shape cannot be written to.
+
+    Raises:
+        ValueError: no suffix that is known, or pictures of what is none.
+        FileExistsError: a folder with something in it.
+    """
+    if out.suffix not in ("", ".png", ".npy", ".npz"):
+        raise ValueError(f"--out {out}: samples are written as .png (a grid), .npy, .npz, or into a folder of PNGs")
+    is_image = len(shape) == 3 and shape[0] in (1, 3)
+    if not is_image and not (shape == (2,) and out.suffix == ".png") and out.suffix not in (".npy", ".npz"):
+        raise ValueError(f"--out {out}: samples of shape {shape} are no pictures, write them to a .npy or .npz file")
+    if out.suffix == "" and out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"--out {out}: the folder is not empty, and nothing in it is overwritten")
+
+
+def write(samples: Tensor, cond: dict[str, Tensor], out: Path) -> None:
+    """Samples (N, ...) to ``out``: a grid (.png), the numbers (.npy; .npz with conditions), or a folder of PNGs."""
+    if out.suffix in (".npy", ".npz"):
+        content = io.BytesIO()
+        named: dict[str, Any] = {name: value.numpy() for name, value in {"data": samples, **cond}.items()}
+        np.save(content, samples.numpy()) if out.suffix == ".npy" else np.savez(content, **named)
+        replace_file(out, content.getvalue())
+    elif out.suffix == ".png":
+        image_grid(samples, out) if samples.ndim == 4 else png(points_figure({f"{len(samples)} samples": samples}), out)
+    else:
+        from PIL import Image
+
+        out.mkdir(parents=True, exist_ok=True)
+        digits = max(5, len(str(len(samples) - 1)))
+        pixels = samples.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        for i, picture in enumerate(pixels):
+            Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(out / f"{i:0{digits}d}.png")

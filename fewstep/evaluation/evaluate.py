@@ -1,0 +1,322 @@
+"""Quality against network calls: a few-step model and its teacher side by side, from the same noise."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.data.arrays import ArrayData
+from fewstep.data.batch import Batch, Data
+from fewstep.data.toy import Toy
+from fewstep.evaluation.measure import METRICS, Judge, choose_metrics, possible_metrics
+from fewstep.exact import ExactField
+from fewstep.fields import VelocityField
+from fewstep.maps import FlowMap
+from fewstep.randomness import generator, sample_generators
+from fewstep.sampling import count_calls, sample, sample_noise
+
+_SOLVE = 128  # midpoint steps to the end points of a teacher without a closed form; Heun would ask at t = 1
+_SOLVED = 1000  # images solved so: 256 calls for each are the dearest part of an evaluation
+_BLOCK = 1000  # rows of data gathered at once: fixed, so that fresh data does not depend on ``batch``
+# Keep the generators of rows, fresh data and conditions apart from each other and from those of training.
+_ROWS, _FRESH, _CONDITIONS = 0x726F7773, 0x66726573, 0x636F6E64
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """How good a model is at each number of network calls, and its teacher beside it.
+
+    Attributes:
+        rows: one a model and step count: ``model`` (student or teacher), ``steps``, ``nfe`` (network calls a sample;
+            guidance makes two a step) and the metrics.
+        floor: the metrics of data against data, as many rows: what a perfect model would have. Empty where there are
+            not enough data for two sets.
+        facts: what else decides the numbers: shape, count, seed, rows of data, extractor, how end points were found.
+        samples: the first 64 of each row, ``"student 1"``, ``"teacher 100"``, ..., and of ``"data"``, on the CPU.
+    """
+
+    rows: list[dict[str, Any]]
+    floor: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def table(self) -> tuple[list[str], list[list[Any]]]:
+        """Columns and rows. The floor, where there is one, is the last row; None stands where there is no value."""
+        columns = list(dict.fromkeys(chain.from_iterable(self.rows)))
+        rows = [*self.rows, {"model": "data", **self.floor}] if self.floor else self.rows
+        return columns, [[row.get(column) for column in columns] for row in rows]
+
+    def to_json(self) -> str:
+        """All but the samples."""
+        return json.dumps({"rows": self.rows, "floor": self.floor, "facts": self.facts}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Evaluation":
+        """What ``to_json`` wrote."""
+        return cls(**json.loads(text))
+
+
+def evaluate(
+    model: FlowMap | VelocityField,
+    *,
+    teacher: VelocityField | None = None,
+    data: Data | Tensor | None = None,
+    steps: Sequence[int] = (1, 2, 4, 8),
+    teacher_steps: Sequence[int] | None = None,
+    count: int = 10_000,
+    extractor: nn.Module | None = None,
+    seed: int = 0,
+    batch: int = 1000,
+    cond: Mapping[str, Tensor | int] | None = None,
+    metrics: Sequence[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure ``model`` at each number of steps, and beside it the teacher in Euler steps.
+
+    Sample i starts from the noise of (seed, i) in every row of the table, whatever the batch. What is measured:
+
+    * with a teacher, ``rmse`` to the end points of its ODE (see ``points.rmse``), solved once: exact for a field in
+      closed form, else by 128 midpoint steps, of images for the first 1000;
+    * points (any shape but (C, H, W)) against fresh rows of the data: ``sliced_w2``, ``energy`` (of 10,000 rows at
+      most) and, in the plane, ``histogram_kl``;
+    * images, with an extractor, against rows of the data: the Frechet distance of the features, ``fd``, called ``fid``
+      with FID's own network alone; ``kid``; ``precision`` and ``recall``; and ``accuracy``, the share of samples in
+      the class that was asked for, where the extractor has ``classify`` and there are ``class_labels``.
+
+    Args:
+        model: the student, or a field to be solved by Euler steps; runs where it is, in eval mode.
+        teacher: what it was made from.
+        data: a ``Data`` or a tensor (N, ...); by default the data of an exact teacher. ``count`` rows of it are
+            taken, at random, or all where it has fewer.
+        steps, teacher_steps: step counts; by default the teacher takes those of the student, and 100.
+        count: samples for each. Values at different counts cannot be compared.
+        extractor: a network whose features stand for an image; see ``fewstep.evaluation.extractor``.
+        batch: samples drawn at once.
+        cond: what to ask for: each condition as rows (n, ...), used in turn, or as a whole number n, for labels drawn
+            uniformly below it. By default sample i is asked for what row i of the data has; ``{}`` for nothing.
+        metrics: which of the above; by default all that can be had.
+        progress: called with the work done and the whole of it, in network calls, after each batch.
+
+    Raises:
+        ValueError: an argument that cannot be, a metric that is unknown or cannot be had, nothing to measure: before
+            anything is computed. Samples that are not finite, once there are any.
+
+    >>> columns, rows = evaluate(student, teacher=teacher, data=data, extractor=trained_classifier(data)).table()
+    """
+    steps = tuple(dict.fromkeys(steps))
+    teacher_steps = tuple(dict.fromkeys((*steps, 100) if teacher_steps is None else teacher_steps))
+    data = _as_data(data, teacher)
+    _check(model, teacher, data, extractor, (*steps, *teacher_steps), count, batch)
+    asked = data.rows(torch.zeros(1, dtype=torch.long), generator(0)).cond if cond is None else cond
+    possible = possible_metrics(data.shape, teacher is not None, extractor, "class_labels" in asked)
+    names = choose_metrics(metrics, possible)
+
+    solved = 0
+    if teacher is not None and "rmse" in names:
+        is_dear = len(data.shape) == 3 and not isinstance(teacher, ExactField)
+        solved = min(count, _SOLVED) if is_dear else count
+    plan: list[tuple[str, FlowMap | VelocityField, int]] = [("student", model, n) for n in steps]
+    if teacher is not None:
+        plan += [("teacher", teacher, n) for n in teacher_steps]
+    calls = sum(n for *_, n in plan) * -(-count // batch) + 2 * _SOLVE * -(-solved // batch)
+    tick = _ticker(progress, calls)
+
+    first, second = _two_sets(data, count, seed)
+    with torch.no_grad(), _eval_mode(model, teacher, extractor):
+        judge = Judge(names, extractor)
+        known = judge.learn(_gather(data, first, seed, 0))
+        starts = _Starts(tuple(data.shape), seed, batch, _conditions(known if cond is None else cond, count, seed))
+        if teacher is not None and solved:
+            judge.ends = torch.cat(
+                [_ends(teacher, noise, some, tick).cpu() for noise, some in starts.of(teacher, solved)]
+            )
+        rows, samples = [], {}
+        for role, who, n in plan:
+            with count_calls(who) as made:
+                values, shown = judge.measure(_sampled(role, who, n, starts.of(who, count), tick), names)
+            rows.append({"model": role, "steps": n, "nfe": round(made.rows / count), **values})
+            samples[f"{role} {n}"] = shown
+        floor, also = {}, [n for n in names if n != "rmse" and (n != "accuracy" or "class_labels" in known)]
+        if len(second) == len(first):
+            floor, _ = judge.measure(_gather(data, second, seed, 1), also)
+    facts = {
+        "shape": list(data.shape), "count": count, "seed": seed, "data": len(first), "ends": solved,
+        "extractor": _identity(extractor),
+    }  # fmt: skip
+    return Evaluation(rows, floor, facts, {**samples, "data": judge.shown})
+
+
+def compare(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[list[Any]]]:
+    """Several students side by side: columns ``metric``, ``nfe``, one for each name, and one for the teacher, or one
+    for each teacher where they differ. A row is a metric at a number of network calls; None where it was not measured.
+
+    Raises:
+        ValueError: if they were measured on another number of samples, shape or extractor: such values say nothing
+            beside each other.
+    """
+    (base, one), *others = evaluations.items()
+    for name, other in others:
+        for fact in ("shape", "count", "data", "extractor"):
+            if one.facts.get(fact) != other.facts.get(fact):
+                has, differs = one.facts.get(fact), other.facts.get(fact)
+                raise ValueError(
+                    f"{base!r} was evaluated with {fact} = {has}, {name!r} with {differs}: evaluate both alike"
+                )
+    series = {name: _by_calls(e, "student") for name, e in evaluations.items()}
+    teachers = {name: found for name, e in evaluations.items() if (found := _by_calls(e, "teacher"))}
+    if len({json.dumps(t) for t in teachers.values()}) == 1:
+        teachers = {"teacher": next(iter(teachers.values()))}
+    else:
+        teachers = {f"{name}'s teacher": t for name, t in teachers.items()}
+    series |= teachers
+    metrics = dict.fromkeys(m for points in series.values() for row in points.values() for m in row if m in METRICS)
+    rows = []
+    for metric in metrics:
+        for nfe in sorted({n for points in series.values() for n in points}):
+            values = [points.get(nfe, {}).get(metric) for points in series.values()]
+            rows.append([metric, nfe, *values])
+    return ["metric", "nfe", *series], rows
+
+
+def _by_calls(evaluation: Evaluation, role: str) -> dict[int, dict[str, Any]]:
+    return {row["nfe"]: row for row in evaluation.rows if row["model"] == role}
+
+
+@dataclass(frozen=True)
+class _Starts:
+    """Where samples start: the noise of each, and what is asked of it."""
+
+    shape: tuple[int, ...]
+    seed: int
+    batch: int
+    cond: dict[str, Tensor]
+
+    def of(self, model: nn.Module, count: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Noise and conditions of the first ``count`` samples, batch by batch, where the model is."""
+        device = next((p.device for p in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        for first in range(0, count, self.batch):
+            rows = range(first, min(first + self.batch, count))
+            # The same bits for all: drawn in float32, whatever the model computes in.
+            noise = sample_noise((len(rows), *self.shape), sample_generators(self.seed, rows)).to(device, dtype)
+            yield noise, {name: value[rows.start : rows.stop].to(device) for name, value in self.cond.items()}
+
+
+def _sampled(
+    role: str,
+    model: FlowMap | VelocityField,
+    steps: int,
+    starts: Iterable[tuple[Tensor, dict[str, Any]]],
+    tick: Callable[[int], None],
+) -> Iterator[Batch]:
+    for noise, cond in starts:
+        x = sample(model, noise, steps, **cond)
+        bad = int((~x.flatten(1).isfinite().all(1)).sum())
+        if bad:
+            raise ValueError(
+                f"{bad} of {len(x)} samples of the {role} in {steps} steps are not finite: it has diverged"
+            )
+        tick(steps)
+        yield Batch(x, cond)
+
+
+def _ends(teacher: VelocityField, noise: Tensor, cond: dict[str, Any], tick: Callable[[int], None]) -> Tensor:
+    """Where the teacher's ODE takes the noise."""
+    if isinstance(teacher, ExactField):
+        ends = teacher.flow(noise, 0.0, 1.0, tolerance=1e-6)
+    else:
+        ends = sample(teacher, noise, _SOLVE, solver="midpoint", **cond)
+    tick(2 * _SOLVE)
+    return ends
+
+
+def _as_data(data: Data | Tensor | None, teacher: VelocityField | None) -> Data:
+    if isinstance(data, Tensor):
+        return ArrayData(data)
+    if data is None and isinstance(teacher, ExactField):
+        exact = deepcopy(teacher).cpu()  # data are drawn on the CPU, like all that is random
+        return Toy(exact.data, tuple(exact.data(1, generator(0)).shape[1:]))
+    if data is None:
+        raise ValueError("evaluate needs data, to hold samples against: only an exact teacher brings its own")
+    return data
+
+
+def _check(
+    model: Any, teacher: Any, data: Data, extractor: nn.Module | None, steps: Sequence[int], count: int, batch: int
+) -> None:
+    if not isinstance(model, FlowMap | VelocityField):
+        raise ValueError(f"evaluate takes a FlowMap or a VelocityField, not a {type(model).__name__}")
+    if teacher is not None and not isinstance(teacher, VelocityField):
+        raise ValueError(f"the teacher is a VelocityField, not a {type(teacher).__name__}")
+    if not steps or min(steps) < 1:
+        raise ValueError(f"steps are {list(steps)}: one or more are needed, each at least 1")
+    if batch < 1:
+        raise ValueError(f"batch is {batch}: at least one sample is drawn at once")
+    if min(count, data.size or count) < 4:
+        raise ValueError(f"{count} samples against {data.size or count} rows of data: at least 4 of each are needed")
+    if extractor is not None and len(data.shape) != 3:
+        raise ValueError(f"an extractor judges images (C, H, W), and a sample has shape {tuple(data.shape)}")
+
+
+def _two_sets(data: Data, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of two sets of rows, ``count`` each or as many as there are."""
+    if data.size is None:
+        return torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
+    index = torch.randperm(data.size, generator=generator(seed, _ROWS))
+    return index[:count], index[count : 2 * count]
+
+
+def _gather(data: Data, index: Tensor, seed: int, which: int) -> Iterator[Batch]:
+    for block, rows in enumerate(index.split(_BLOCK)):
+        yield data.rows(rows, generator(seed, _FRESH, which, block))
+
+
+def _conditions(cond: Mapping[str, Tensor | int], count: int, seed: int) -> dict[str, Tensor]:
+    """What each sample is asked for, ``count`` rows."""
+    draw, rows = generator(seed, _CONDITIONS), {}
+    for name, value in cond.items():
+        value = torch.randint(value, (count,), generator=draw) if isinstance(value, int) else value
+        rows[name] = value[torch.arange(count) % len(value)]
+    return rows
+
+
+def _identity(extractor: nn.Module | None) -> str | None:
+    """A network by its kind and a hash of its weights: values by two networks cannot be compared."""
+    if extractor is None:
+        return None
+    digest = hashlib.sha256()
+    for value in extractor.state_dict().values():
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return f"{type(extractor).__name__} {digest.hexdigest()[:8]}"
+
+
+def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def tick(calls: int) -> None:
+        nonlocal done
+        done += calls
+        if progress is not None:
+            progress(done, total)
+
+    return tick
+
+
+@contextmanager
+def _eval_mode(*modules: nn.Module | None) -> Iterator[None]:
+    """All in eval mode, and afterwards each part in the mode that it was in: a run may still be training them."""
+    modes = [(part, part.training) for module in modules if module is not None for part in module.modules()]
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -1,0 +1,128 @@
+"""Measures samples that come batch by batch: points are kept whole, of images no more than their features."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.data.batch import Batch
+from fewstep.errors import unknown
+from fewstep.evaluation.extractor import accuracy, extract
+from fewstep.evaluation.features import FeatureStatistics, frechet_distance, kid, precision_recall
+from fewstep.evaluation.inception import Inception
+from fewstep.evaluation.points import energy_distance, histogram_kl, sliced_wasserstein
+
+METRICS = ("rmse", "sliced_w2", "energy", "histogram_kl", "fd", "fid", "kid", "precision", "recall", "accuracy")
+_PAIRS = 10_000  # rows of which all pairs are compared
+_SHOWN = 64
+
+
+def possible_metrics(
+    shape: Sequence[int], has_teacher: bool, extractor: nn.Module | None, has_labels: bool
+) -> tuple[str, ...]:
+    """The metrics that samples of this shape can have."""
+    names = ["rmse"] if has_teacher else []
+    if len(shape) != 3:
+        names += ["sliced_w2", "energy", "histogram_kl"] if tuple(shape) == (2,) else ["sliced_w2", "energy"]
+    if extractor is not None:
+        # A Frechet distance by another network is not FID: the name would make them look comparable.
+        names += ["fid" if isinstance(extractor, Inception) else "fd", "kid", "precision", "recall"]
+        names += ["accuracy"] if has_labels and hasattr(extractor, "classify") else []
+    return tuple(names)
+
+
+def choose_metrics(metrics: Sequence[str] | None, possible: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``possible`` that are asked for, all if ``metrics`` is None.
+
+    Raises:
+        ValueError: for a metric that is unknown or not possible, or if there is none at all.
+    """
+    for name in metrics or ():
+        if name not in METRICS:
+            raise unknown("metric", name, METRICS)
+        if name not in possible:
+            raise ValueError(
+                f"metric {name!r} cannot be had here, only {', '.join(possible) or 'none'}: rmse needs a teacher; fd, "
+                "kid, precision and recall need images and an extractor (fid: FID's own), accuracy labels besides; "
+                "the others need points (histogram_kl: in the plane)"
+            )
+    names = tuple(name for name in possible if metrics is None or name in metrics)
+    if not names:
+        raise ValueError("there is nothing to measure: give a teacher, or for images an extractor")
+    return names
+
+
+class Judge:
+    """Measures sets of samples against data, and against end points row by row.
+
+    Args:
+        names: the metrics that will be asked for.
+        extractor: for images; None for points.
+
+    Attributes:
+        ends: where each of the first samples should end, (n, ...) on the CPU, or None.
+        shown: the first rows of the data.
+    """
+
+    def __init__(self, names: Sequence[str], extractor: nn.Module | None) -> None:
+        # As Any: whether it has ``classify`` was seen to when the metrics were chosen.
+        self.extractor: Any = extractor
+        self.compares = any(name not in ("rmse", "accuracy") for name in names)
+        self.ends: Tensor | None = None
+
+    def learn(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """Take in the data; returns the conditions of all its rows."""
+        views, conditions, shown = [], [], []
+        for part in batches:
+            views += self._view(part.data)
+            conditions.append(part.cond)
+            shown += [part.data] if sum(map(len, shown)) < _SHOWN else []
+        self.real = torch.cat(views) if views else torch.empty(0)
+        self.shown = torch.cat(shown)[:_SHOWN].cpu()
+        if self.extractor is not None and views:
+            self.statistics = FeatureStatistics.of(self.real)
+        return {name: torch.cat([some[name] for some in conditions]) for name in conditions[0]}
+
+    def measure(self, batches: Iterable[Batch], names: Sequence[str]) -> tuple[dict[str, float], Tensor]:
+        """The metrics of samples, with what was asked of them as conditions; and the first of the samples."""
+        views, shown, squares, right, done = [], [], 0.0, 0.0, 0
+        for part in batches:
+            x = part.data
+            views += self._view(x)
+            if "rmse" in names and self.ends is not None:
+                ends = self.ends[done : done + len(x)]
+                squares += float((x[: len(ends)].cpu().double() - ends.double()).square().sum())
+            if "accuracy" in names:
+                right += accuracy(self.extractor, x, part.cond["class_labels"]) * len(x)
+            shown += [x.cpu()] if done < _SHOWN else []
+            done += len(x)
+        values = self._distances(torch.cat(views), names) if views else {}
+        if "rmse" in names and self.ends is not None:
+            values["rmse"] = (squares / len(self.ends)) ** 0.5
+        if "accuracy" in names:
+            values["accuracy"] = right / done
+        return {name: values[name] for name in names}, torch.cat(shown)[:_SHOWN]
+
+    def _view(self, x: Tensor) -> list[Tensor]:
+        """What of a batch is compared with the data: a list of one, or of none."""
+        if not self.compares:
+            return []
+        return [x.flatten(1).cpu() if self.extractor is None else extract(self.extractor, x)]
+
+    def _distances(self, fake: Tensor, names: Sequence[str]) -> dict[str, float]:
+        real, values = self.real, {}
+        if "sliced_w2" in names:
+            values["sliced_w2"] = sliced_wasserstein(fake, real)
+        if "energy" in names:
+            values["energy"] = energy_distance(fake[:_PAIRS], real[:_PAIRS])
+        if "histogram_kl" in names:
+            values["histogram_kl"] = histogram_kl(fake, real)
+        if "fd" in names or "fid" in names:
+            distance = frechet_distance(self.statistics, FeatureStatistics.of(fake))
+            values["fid" if "fid" in names else "fd"] = distance
+        if "kid" in names:
+            values["kid"], _ = kid(real, fake, size=min(1000, len(real), len(fake)))
+        if "precision" in names or "recall" in names:
+            values["precision"], values["recall"] = precision_recall(real, fake)
+        return values

@@ -1,0 +1,148 @@
+"""Values from text, checked against what takes them: YAML, keys and types, and names of things in Python files."""
+
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from fewstep.errors import unknown
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with floats as everybody writes them: YAML 1.1 takes 1e-3 for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: it is not YAML, or holds something else.
+    """
+    try:
+        tree = yaml.load(path.read_text(), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is no recipe: a mapping with data, objective, ... is needed")
+    return tree
+
+
+def parse_value(key: str, text: str) -> Any:
+    """A value as YAML reads it: ``0.99``, ``1e-3``, ``[1, 2]``, ``null``, ``true``, text."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ValueError(f"{key}: {text!r} cannot be read as a YAML value") from None
+
+
+def find_object(spec: str) -> Any:
+    """What ``FILE.py:NAME`` or ``MODULE:NAME`` stands for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no such module, or no such name in it.
+    """
+    place, _, name = spec.rpartition(":")
+    if place.endswith(".py"):
+        module = _module_of(Path(place).expanduser().resolve())
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{spec!r}: no module {error.name!r} is installed (a file is FILE.py:NAME)") from None
+    if not hasattr(module, name):
+        raise unknown(f"name in {place}", name, [n for n in vars(module) if not n.startswith("_")])
+    return getattr(module, name)
+
+
+@cache
+def _module_of(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    # By its path, so that two files of one name do not meet.
+    name = f"fewstep_file_{path.stem}_{abs(hash(path))}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python module")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(
+    where: str, function: Callable[..., Any], options: Mapping[str, Any], given: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """``options`` checked against the signature of what takes them, types and all, with its defaults filled in.
+
+    Args:
+        where: the dotted key of the options, for errors.
+        given: parameters that do not come from the recipe.
+
+    Raises:
+        ValueError: an option that is not known, is missing, or is not of its type.
+    """
+    hints = get_type_hints(function.__init__ if isinstance(function, type) else function)
+    fields: dict[str, Any] = {}
+    is_open = False
+    for p in inspect.signature(function).parameters.values():
+        is_open |= p.kind is p.VAR_KEYWORD
+        if p.name not in given and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            fields[p.name] = (hints.get(p.name, Any), ... if p.default is p.empty else p.default)
+    extra = "allow" if is_open else "forbid"
+    config = ConfigDict(extra=extra, arbitrary_types_allowed=True, protected_namespaces=())
+    model = create_model("Options", __config__=config, **fields)
+    try:
+        filled = model.model_validate(dict(options))
+    except ValidationError as error:
+        raise in_one_line(error, model, where) from None
+    return {name: getattr(filled, name) for name in (*fields, *(filled.model_extra or {}))}
+
+
+def in_one_line(error: ValidationError, model: type[BaseModel], where: str = "") -> ValueError:
+    """The first of pydantic's complaints, with the dotted key; of an unknown key, the nearest and all known ones."""
+    first = error.errors(include_url=False)[0]
+    keys = [str(part) for part in first["loc"]]
+    dotted = ".".join([where, *keys] if where else keys)
+    if first["type"] == "missing":
+        return ValueError(f"{dotted} is needed and not given")
+    if first["type"] == "extra_forbidden":
+        return _unknown_key(dotted, model, keys)
+    said = first["msg"].removeprefix("Value error, ")
+    return ValueError(f"{dotted} is {first['input']!r}: {said[0].lower()}{said[1:]}")
+
+
+def _unknown_key(dotted: str, model: type[BaseModel], keys: list[str]) -> ValueError:
+    *parents, key = keys
+    known = _keys_at(model, parents)
+    # The same key in another section is the likeliest slip: `lr` for `training.lr`.
+    near = [f"{section}.{key}" for section in model.model_fields if key in _keys_at(model, [section])]
+    if not near:
+        prefix = dotted[: len(dotted) - len(key)]
+        near = [prefix + found for found in get_close_matches(key.lower(), known, n=1, cutoff=0.5)]
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ValueError(f"unknown recipe key {dotted!r}: {hint}Known: {', '.join(sorted(known)) or 'none'}")
+
+
+def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """The keys of the section at ``path``; none where that is no section."""
+    for key in path:
+        annotation = model.model_fields[key].annotation
+        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not inner:
+            return []
+        model = inner[0]
+    return list(model.model_fields)

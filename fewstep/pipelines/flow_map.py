@@ -1,0 +1,172 @@
+"""Images from a two-time flow map, in as many network calls as you ask for: 1, 2, 4, 8.
+
+The map ``X_{s,t}`` carries a state at time s to time t along a probability-flow ODE in one call,
+
+    X_{s,t}(x) = x + (t - s) u(x, s, t),
+
+where t = 0 is noise and t = 1 an image. This file needs torch and diffusers alone::
+
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained("this/folder", trust_remote_code=True)
+    images = pipe(batch_size=4, num_inference_steps=2).images
+"""
+
+import math
+from bisect import bisect_left
+from itertools import pairwise
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, ImagePipelineOutput, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class FlowMapPipeline(DiffusionPipeline):
+    """Samples images (B, C, H, W) from a flow map on the straight path ``x_t = t image + (1 - t) noise``.
+
+    Args:
+        unet: the network. Its first timestep is s; its second, t, goes in as ``class_labels``, behind the label where
+            the model has classes. It predicts diffusers' flow (noise - image), averaged from s to t, unless:
+        diffusion: for a map distilled from a diffusion model, what the network still speaks:
+            ``{"prediction_type": "epsilon", "sample" or "v_prediction", "log_ratios": [...]}``, the latter
+            log(alpha / sigma) of every step of the schedule, falling.
+        scheduler: the times of the steps.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(
+        self, unet: UNet2DModel, scheduler: FlowMapEulerDiscreteScheduler, diffusion: dict | None = None
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(diffusion=diffusion)
+        self._diffusion = diffusion
+        # The timestep of pure noise.
+        self._last = len(diffusion["log_ratios"]) - 1 if diffusion else scheduler.config["num_train_timesteps"]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        num_inference_steps: int = 4,
+        class_labels: int | list[int] | Tensor | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        gamma: float = 0.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Images in ``num_inference_steps`` network calls.
+
+        Args:
+            batch_size: how many; by default as many as there are latents, labels or generators, else one.
+            class_labels: for a class-conditional model, one for all images or one for each.
+            generator: the source of all noise; a list with one generator an image fixes each image by itself.
+            latents: the noise to start from, (B, C, H, W).
+            gamma: fresh noise between the steps, from 0 (none: deterministic) to 1 (all: consistency sampling).
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the latter two in [0, 1].
+        """
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}: at least one is needed")
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma is {gamma}: it runs from 0 (deterministic) to 1 (consistency sampling)")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type is {output_type!r}: it is 'pil', 'np' or 'pt'")
+        lengths = [len(given) for given in (latents, generator) if isinstance(given, Tensor | list)]
+        labels = None if class_labels is None else torch.as_tensor(class_labels)
+        if labels is not None and labels.ndim:
+            lengths.append(len(labels))
+        count = batch_size or (lengths[0] if lengths else 1)
+        if any(length != count for length in lengths):
+            raise ValueError(f"{count} images, but {lengths} latents, generators or class_labels: one each is needed")
+        labels = self._check_labels(labels, count)
+
+        device = self._execution_device
+        # The state stays in float32, whatever the type of the network.
+        x = self._noise(count, generator, device) if latents is None else latents.to(device, torch.float32)
+        # The scheduler counts noise levels down from 1 to 0; here time runs up.
+        self.scheduler.set_timesteps(num_inference_steps)
+        times = (1 - self.scheduler.sigmas).to("cpu", torch.float32)
+        for s, t in self.progress_bar(list(pairwise(times))):  # pyright: ignore
+            if gamma == 0 or float(t) == 1:
+                x = self._map(x, s, t, labels)
+                continue
+            # Go on to r, where the noise is sqrt(1 - gamma^2) of that at t beside the image, and bring new noise in.
+            r = t / (t + math.sqrt(1 - gamma**2) * (1 - t))
+            x = t / r * self._map(x, s, r, labels) + gamma * (1 - t) * self._noise(count, generator, device)
+
+        images: Any = (x / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _map(self, x: Tensor, s: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """``X_{s,t}(x)``: one network call."""
+        scale, timestep, x_part, network_part = self._coefficients(s)
+        first = torch.full((len(x),), timestep, device=x.device)
+        second = torch.full((len(x),), float((1 - t) * self._last), device=x.device)
+        if labels is not None:
+            second = torch.stack([labels.to(second), second], dim=-1)
+        dtype = self.unet.dtype
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            prediction = self.unet((scale * x).to(dtype), first, class_labels=second).sample[:, : x.shape[1]]
+        return x + (t - s) * (x_part * x + network_part * prediction.float())
+
+    def _coefficients(self, time: Tensor) -> tuple[float, float, float, float]:
+        """How the network gives a velocity at this time: (c, k, p, q) in ``u = p x + q network(c x, k)``.
+
+        A diffusion model and the straight path agree, up to a scale, where their signal-to-noise ratios do. There the
+        network is asked, its prediction gives the image and the noise, and these the velocity, image - noise
+        (arXiv 2506.02221).
+        """
+        if self._diffusion is None:
+            return 1.0, float((1 - time) * self._last), 0.0, -1.0
+        kind, table = self._diffusion["prediction_type"], self._diffusion["log_ratios"]
+        s = float(time)
+        ratio = math.log(s / (1 - s)) if s > 0 else -math.inf
+        held = min(max(ratio, table[-1]), table[0])
+        after = min(max(bisect_left(table, -held, key=lambda entry: -entry), 1), len(table) - 1)
+        timestep = after - (held - table[after]) / (table[after - 1] - table[after])
+        alpha, sigma = 1 / math.sqrt(1 + math.exp(-2 * held)), 1 / math.sqrt(1 + math.exp(2 * held))
+        scale = 1 / math.hypot(s, 1 - s)
+
+        # image = image_x x + image_f F and noise = noise_x x + noise_f F, for the network's prediction F
+        if kind == "epsilon":
+            image_x, image_f, noise_x, noise_f = scale / alpha, -sigma / alpha, 0.0, 1.0
+        elif kind == "sample":
+            image_x, image_f, noise_x, noise_f = 0.0, 1.0, scale / sigma, -alpha / sigma
+        else:
+            image_x, image_f, noise_x, noise_f = alpha * scale, -sigma, sigma * scale, alpha
+        # Beyond an end of the schedule the network is asked at its last step, and of its two estimates the one that
+        # means something there is kept: the image towards noise, the noise towards the image.
+        if ratio <= table[-1]:
+            noise_x, noise_f = (1 - s * image_x) / (1 - s), -s * image_f / (1 - s)
+        elif ratio >= table[0]:
+            image_x, image_f = (1 - (1 - s) * noise_x) / s, -(1 - s) * noise_f / s
+        return scale, timestep, image_x - noise_x, image_f - noise_f
+
+    def _noise(self, count: int, generator: Generators, device: torch.device) -> Tensor:
+        size = self.unet.config["sample_size"]
+        if size is None:
+            raise ValueError("this model has no fixed size: pass the noise to start from as latents (B, C, H, W)")
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (count, self.unet.config["in_channels"], height, width)
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+    def _check_labels(self, labels: Tensor | None, count: int) -> Tensor | None:
+        classes = self.unet.config["num_class_embeds"]
+        if (labels is None) != (classes is None):
+            raise ValueError(f"class_labels are needed, 0 to {classes - 1}" if classes else "this model has no classes")
+        if labels is None:
+            return None
+        if labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"class_labels run from 0 to {classes - 1}, these from {labels.min()} to {labels.max()}")
+        return labels.expand(count)

@@ -1,0 +1,218 @@
+"""Whole runs: from a recipe to a trained model in its folder, and from the folder back to the model."""
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from fewstep.config import Recipe, load_recipe
+from fewstep.data.batch import Data
+from fewstep.drawing import Model, classes_of, shape_of
+from fewstep.evaluation.evaluate import Evaluation
+from fewstep.fields import VelocityField
+from fewstep.judge import judge
+from fewstep.objectives.base import Objective
+from fewstep.parts import (
+    make_data,
+    make_objective,
+    make_student,
+    make_teacher,
+    path_of,
+    trains_map,
+)
+from fewstep.randomness import generator
+from fewstep.training import checkpoints, distributed, folder
+from fewstep.training.distributed import World
+from fewstep.training.fit import fit
+from fewstep.training.run import Result
+from fewstep.watch import Watch
+
+
+@dataclass(frozen=True)
+class Built:
+    """The parts of a run, made and checked against each other, before any training."""
+
+    student: Model
+    objective: Objective
+    data: Data
+    teacher: VelocityField | None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run came to: the training, and its evaluation where it got that far."""
+
+    result: Result
+    evaluation: Evaluation | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run on disk: ``model`` has its averaged weights, ``shape`` is that of one sample."""
+
+    model: Model
+    recipe: Recipe
+    shape: tuple[int, ...]
+    step: int
+
+
+def build(recipe: Recipe, out: Path | None = None) -> Built:
+    """Make the parts of a run and call each once, so that what does not fit is known before anything is computed.
+
+    Args:
+        out: the run folder, where samples of the teacher are kept if they stand in for data.
+
+    Raises:
+        ValueError: parts that are not known, or do not fit each other.
+        FileNotFoundError: data or a teacher that are not there.
+    """
+    teacher = _teacher(recipe)
+    data = make_data(recipe, teacher, out)
+    # Before the objective, which freezes the teacher that the student may be a copy of.
+    student = make_student(recipe.student, data.shape, teacher, trains_map(recipe), recipe.seed)
+    objective = make_objective(recipe, teacher)
+    objective.check_student(student)
+    if teacher is not None:
+        _check_fit("teacher", teacher, recipe.data.name, data)
+    _check_fit("student", student, recipe.data.name, data)
+    return Built(student, objective, data, teacher)
+
+
+def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
+    """Train what the recipe says in the run folder ``out``, and judge it; goes on where an earlier start stopped.
+
+    Args:
+        fresh: throw away the run that is in ``out`` and start again.
+
+    Raises:
+        ValueError: parts that do not fit, or a folder of something else; before anything is computed or overwritten.
+        TrainingError: see ``fewstep.fit``.
+    """
+    folder.open_run(out, {}, resume=False)  # refuses a folder that is no run
+    built = build(recipe, out)
+    is_main = distributed.environment().is_main
+    if is_main:
+        _begin(out, recipe, fresh)
+    watch = Watch(recipe, built.data, built.teacher, out)
+    result = fit(
+        built.student,
+        built.objective,
+        built.data,
+        seed=recipe.seed,
+        out=out,
+        callbacks=[watch],
+        fingerprint=recipe.fingerprint(),
+        resume=not fresh,
+        **recipe.training.model_dump(),
+    )
+    if not is_main:
+        return Finished(result, None)
+    # Only now: one that went on may have got other steps, and `fit` has seen that it is the same run.
+    (out / "recipe.yaml").write_text(recipe.as_yaml())
+    watch.draw(result.ema, result.step)
+    if result.stopped == "interrupted" or recipe.evaluation.count == 0:
+        return Finished(result, None)
+    model = cast(Model, result.ema)
+    evaluation = judge(model, recipe, built.data, built.teacher, out, quiet=recipe.training.quiet)
+    return Finished(result, evaluation)
+
+
+def evaluate_run(path: Path, device: str | None = None, **changes: Any) -> Evaluation | None:
+    """Judge a run at its last checkpoint; ``changes`` are keys of ``evaluation``, and ``seed``."""
+    run = open_run(path)
+    tree = run.recipe.as_dict()
+    tree["seed"] = changes.pop("seed", tree["seed"])
+    recipe = load_recipe({**tree, "evaluation": {**tree["evaluation"], **changes}})
+    teacher = _teacher(recipe)
+    place = distributed.choose_device(device, World())
+    return judge(
+        run.model.to(place),
+        recipe,
+        make_data(recipe, teacher, path),
+        None if teacher is None else teacher.to(place),
+        path,
+    )
+
+
+def open_run(path: str | Path) -> Trained:
+    """A run from its folder, at its last checkpoint.
+
+    Raises:
+        FileNotFoundError: no run there, no checkpoint yet, or its teacher is gone.
+        TrainingError: a damaged checkpoint.
+    """
+    path = Path(path).expanduser()
+    if not (path / "recipe.yaml").is_file():
+        raise FileNotFoundError(f"there is no run in {path}: a run folder has a recipe.yaml and checkpoints/")
+    found = checkpoints.latest(path / "checkpoints")
+    if found is None:
+        raise FileNotFoundError(f"the run in {path} has no checkpoint yet: `fewstep train {path}` goes on with it")
+    recipe, saved = load_recipe(path), checkpoints.load(found)
+    shape = tuple(saved.state["fingerprint"]["data_shape"])
+    with warnings.catch_warnings():
+        # That some weights are new in the student was said when it was made, and they are loaded here.
+        warnings.simplefilter("ignore")
+        model = make_student(recipe.student, shape, _teacher(recipe), trains_map(recipe), recipe.seed)
+    model.load_state_dict(saved.tensors["ema" if "ema" in saved.tensors else "model"])
+    return Trained(model.eval().requires_grad_(False), recipe, shape, saved.step)
+
+
+def load_run(path: str | Path) -> Model:
+    """What a run trained, with its averaged weights: a ``FlowMap`` or a ``NetworkField``. Raises as ``open_run``."""
+    return open_run(path).model
+
+
+def _teacher(recipe: Recipe) -> VelocityField | None:
+    if recipe.teacher is None:
+        return None
+    teacher, path = make_teacher(recipe.teacher), path_of(recipe.student)
+    return teacher if path is None or teacher.path.same_as(path) else teacher.on(path)
+
+
+def _begin(out: Path, recipe: Recipe, fresh: bool) -> None:
+    """Write the recipe of a run that starts. One that goes on keeps its own until ``fit`` has compared the two."""
+    if fresh:
+        shutil.rmtree(out / "samples", ignore_errors=True)
+        for name in ("teacher-samples.npz", "quality.json", "quality.png", "report.html"):
+            (out / name).unlink(missing_ok=True)
+    if fresh or not checkpoints.steps_in(out / "checkpoints"):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.yaml").write_text(recipe.as_yaml())
+
+
+@torch.no_grad()
+def _check_fit(who: str, model: Model, name: str, data: Data) -> None:
+    """Call the model on two rows of the data's shape, with two rows of its conditions."""
+    cond = getattr(data, "cond", None)
+    if cond is None:
+        cond = data.rows(torch.zeros(2, dtype=torch.long), generator(0)).cond
+    classes, labels = classes_of(model), cond.get("class_labels")
+    if classes and labels is None:
+        raise ValueError(f"the {who} has {classes} classes, and the data {name!r} has no class_labels")
+    if classes and labels is not None and int(labels.max()) >= classes:
+        last = int(labels.max())
+        raise ValueError(f"the data {name!r} has class_labels up to {last}, the {who} only 0 to {classes - 1}")
+    rows: dict[str, Any] = {key: value[:2] for key, value in cond.items()}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    x, t = torch.randn(2, *data.shape, generator=generator(0)), torch.tensor([0.25, 0.75])
+    try:
+        velocity = model.velocity(x.to(device), t.to(device), **{key: value.to(device) for key, value in rows.items()})
+        given = tuple(velocity.shape[1:])
+        why = "" if given == tuple(data.shape) else f"it gives {given}"
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        why = " ".join(str(error).split())[:240]
+    if why:
+        conditions = f" and conditions {', '.join(rows)}" if rows else ""
+        raise ValueError(
+            f"the {who} does not take the data {name!r} of shape {tuple(data.shape)}{conditions}: {_wants(model)}{why}"
+        )
+
+
+def _wants(model: Model) -> str:
+    try:
+        return f"it is for samples of shape {shape_of(model)}. "
+    except ValueError:
+        return ""

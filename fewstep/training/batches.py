@@ -1,0 +1,69 @@
+"""Which rows and which noise each step sees: the same on one process and on many, at once or accumulated."""
+
+from collections.abc import Sequence
+
+import torch
+
+from fewstep.data.batch import Batch, Data
+from fewstep.data.order import epoch_indices
+from fewstep.randomness import generator
+
+_CHUNK = 64
+
+
+def default_chunk(batch: int) -> int:
+    """The largest divisor of ``batch`` up to 64: from the batch alone, never from the number of processes."""
+    return max(size for size in range(1, min(batch, _CHUNK) + 1) if batch % size == 0)
+
+
+class Batches:
+    """The micro-batches of each step, for one process.
+
+    The ``batch`` rows of a step are made of chunks of ``chunk`` rows. Chunk c of step n draws its rows from the
+    generator of (seed, n, c, 1) and its noise from that of (seed, n, c, 2). Processes and micro-batches share out
+    whole chunks, in order, so that the rows and the noise of a step do not depend on how many there are.
+
+    Raises:
+        ValueError: the batch cannot be shared out in whole chunks; names one that can.
+    """
+
+    def __init__(
+        self, data: Data, batch: int, chunk: int, seed: int, accumulate: int = 1, rank: int = 0, processes: int = 1
+    ) -> None:
+        share = chunk * processes * accumulate
+        if batch % share:
+            fits = max(1, round(batch / share)) * share
+            raise ValueError(
+                f"batch={batch} cannot be shared equally by {processes} process(es) x accumulate={accumulate} in "
+                f"chunks of {chunk} rows: it must be a multiple of {share}. Use batch={fits} with chunk={chunk}, or a "
+                "smaller chunk"
+            )
+        self.data, self.batch, self.chunk, self.seed = data, batch, chunk, seed
+        self.accumulate, self.rows = accumulate, batch // (processes * accumulate)
+        self._first = rank * accumulate * self.rows
+
+    def micro(self, step: int, index: int) -> tuple[Batch, list[torch.Generator]]:
+        """Micro-batch ``index`` of this process in step ``step``, and the noise generators of its chunks."""
+        offset = self._first + index * self.rows
+        if self.data.size is None:
+            rows = torch.zeros(self.rows, dtype=torch.long)
+        else:
+            rows = epoch_indices(self.data.size, self.seed, step * self.batch + offset, self.rows)
+        chunks = range(offset // self.chunk, (offset + self.rows) // self.chunk)
+        parts = [
+            self.data.rows(part, generator(self.seed, step, chunk, 1))
+            for part, chunk in zip(rows.split(self.chunk), chunks, strict=True)
+        ]
+        return join(parts), [generator(self.seed, step, chunk, 2) for chunk in chunks]
+
+
+def join(parts: Sequence[Batch]) -> Batch:
+    """One batch of the rows of several, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    noise = [part.noise for part in parts if part.noise is not None]
+    return Batch(
+        torch.cat([part.data for part in parts]),
+        {name: torch.cat([part.cond[name] for part in parts]) for name in parts[0].cond},
+        torch.cat(noise) if noise else None,
+    )

@@ -1,0 +1,239 @@
+"""Checkpoints that are whole or not there: safetensors and JSON, written aside, synced, then renamed.
+
+A checkpoint is a folder ``step-00001000`` with one ``NAME.safetensors`` per group of tensors and ``state.json``, which
+lists every file with its size and SHA-256. Nothing is pickled. ``reached`` beside them holds the last step written, so
+that checkpoints that went missing are noticed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewstep.errors import TrainingError
+
+_WHOLE = re.compile(r"step-(\d{8,})")
+_STALE = re.compile(r"\.(tmp|old)-.*")
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder held: groups of tensors by name, and the JSON state."""
+
+    path: Path
+    step: int
+    tensors: Tensors
+    state: dict[str, Any]
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps that have a checkpoint in ``folder``, rising."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for entry in folder.iterdir() if (match := _WHOLE.fullmatch(entry.name)))
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint in ``folder``; None where no run has reached one.
+
+    Raises:
+        FileNotFoundError: a run had reached one and it is gone.
+    """
+    if steps := steps_in(folder):
+        return folder / _name(steps[-1])
+    if (reached := folder / "reached").exists():
+        raise FileNotFoundError(
+            f"no checkpoint in {folder}, though the run had reached step {reached.read_text().strip()}: put the "
+            f"step-... folder back, or start again with another output folder or resume=False"
+        )
+    return None
+
+
+def save(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], keep: int
+) -> Path:
+    """Write a checkpoint, whole or not at all, then drop all but the newest ``keep``.
+
+    Raises:
+        TrainingError: the disk is full or cannot be written; older checkpoints stay as they were.
+    """
+    target, aside = folder / _name(step), folder / f".tmp-{_name(step)}"
+    file, size = aside, 0
+    try:
+        aside.mkdir(parents=True)
+        files: dict[str, dict[str, Any]] = {}
+        for name, group in tensors.items():
+            if not group:
+                continue
+            plain = _plain(group)
+            file, size = aside / f"{name}.safetensors", sum(t.nbytes for t in plain.values())
+            save_file(plain, file)
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
+            _sync(file)
+        text = _seal({**state, "step": step, "files": files})
+        file, size = aside / "state.json", len(text)
+        file.write_text(text)
+        _sync(file)
+        _sync(aside)
+        os.replace(aside, target)
+        _sync(folder)
+        file, size = folder / ".tmp-reached", 16
+        file.write_text(f"{step}\n")
+        _sync(file)
+        os.replace(file, folder / "reached")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise TrainingError(_no_room(folder, step, file, size, error)) from error
+    for old in steps_in(folder)[:-keep]:
+        _remove(folder / _name(old))
+    return target
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint and verify every file of it.
+
+    Raises:
+        TrainingError: a file is missing or damaged; says which, and what to go back to.
+    """
+    state = read_state(path)
+    if fault := _fault(path, state):
+        raise TrainingError(_way_out(path, fault))
+    # Cloned out of the memory map: the file may be deleted while training goes on.
+    tensors = {
+        name.removesuffix(".safetensors"): {key: value.clone() for key, value in load_file(path / name).items()}
+        for name in state["files"]
+    }
+    return Checkpoint(path, state["step"], tensors, state)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint alone (step, seconds, fingerprint, ...), without reading its tensors.
+
+    Raises:
+        TrainingError: ``state.json`` is missing or damaged.
+    """
+    state = _unseal(path / "state.json")
+    if isinstance(state, str):
+        raise TrainingError(_way_out(path, state))
+    return state
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed run left half written or half deleted."""
+    for entry in folder.iterdir():
+        if _STALE.fullmatch(entry.name):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def clear(folder: Path) -> None:
+    """Remove every checkpoint: the run starts again."""
+    for step in steps_in(folder):
+        _remove(folder / _name(step))
+    (folder / "reached").unlink(missing_ok=True)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether nothing but checkpoints of this library lies in ``folder``."""
+    known = lambda name: name == "reached" or _WHOLE.fullmatch(name) or _STALE.fullmatch(name)  # noqa: E731
+    return all(known(entry.name) for entry in folder.iterdir())
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _plain(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and each with memory of its own: safetensors refuses tied weights."""
+    seen: set[int] = set()
+    plain: dict[str, Tensor] = {}
+    for name, tensor in group.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return plain
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _seal(state: dict[str, Any]) -> str:
+    body = json.dumps(state, sort_keys=True)
+    return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "state": state}, indent=1)
+
+
+def _unseal(file: Path) -> dict[str, Any] | str:
+    """The state, or what is wrong with it."""
+    try:
+        sealed = json.loads(file.read_text())
+        if sealed == json.loads(_seal(sealed["state"])):
+            return sealed["state"]
+    except FileNotFoundError:
+        return f"{file} is missing"
+    except (ValueError, KeyError, TypeError):
+        pass
+    return f"{file} is damaged"
+
+
+def _fault(path: Path, state: dict[str, Any]) -> str | None:
+    """What is wrong with the first of the files that is not as it was written."""
+    for name, expected in state["files"].items():
+        file = path / name
+        if not file.exists():
+            return f"{file} is missing"
+        if (size := file.stat().st_size) != expected["bytes"]:
+            return f"{file} is damaged: it has {size} bytes where {expected['bytes']} were written"
+        if _digest(file) != expected["sha256"]:
+            return f"{file} is damaged: its SHA-256 is not that of what was written"
+    return None
+
+
+def _way_out(path: Path, fault: str) -> str:
+    for step in reversed(steps_in(path.parent)):
+        older = path.parent / _name(step)
+        state = _unseal(older / "state.json")
+        if older != path and not isinstance(state, str) and _fault(older, state) is None:
+            return f"{fault}. Delete the folder {path} to go back to {older.name}"
+    return (
+        f"{fault}, and no other checkpoint is whole. Put the file back, or start again with another output folder or "
+        "resume=False"
+    )
+
+
+def _no_room(folder: Path, step: int, file: Path, size: int, error: Exception) -> str:
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    steps = steps_in(folder)
+    whole = f"{_name(steps[-1])} is whole and the same command goes on from it" if steps else "there is none before it"
+    return (
+        f"could not write the checkpoint of step {step}: {file.name} needs {size} bytes, {free} are free in {folder} "
+        f"({error}). Free some space, or keep fewer checkpoints; {whole}"
+    )
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a kill while its files go leaves no half checkpoint under a good name.
+    aside = path.with_name(f".old-{path.name}")
+    os.replace(path, aside)
+    shutil.rmtree(aside)
+
+
+def _sync(path: Path) -> None:
+    """Down to the disk, so that a name never stands for bytes that a power cut lost."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

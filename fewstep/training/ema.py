@@ -1,0 +1,45 @@
+"""A slow copy of a model: the weights that are evaluated and exported, and the target that some objectives want."""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """An exponential moving average of a model's weights, kept in float32 (float64 for a float64 model).
+
+    After each update of the model, ``shadow = decay * shadow + (1 - decay) * weight``; buffers are copied.
+    ``module`` is a model like the original, in eval mode and without gradients, to be called directly.
+
+    Args:
+        model: what to follow; copied now.
+        decay: in [0, 1); 0 follows at once.
+        warmup: use min(decay, (1 + n) / (10 + n)) at update n, so that a short run is not held back by its first,
+            untrained weights. Off unless asked for: it changes what the decay means.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, warmup: bool = False) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"an EMA decay must be in [0, 1), got {decay}")
+        self.decay, self.warmup = decay, warmup
+        self.module = deepcopy(model).eval().requires_grad_(False)
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
+        self._shadows: list[Tensor] = list(self.module.parameters())
+        self._buffers: list[Tensor] = list(self.module.buffers())
+        self._weights: list[Tensor] = list(model.parameters())
+        self._sources: list[Tensor] = list(model.buffers())
+
+    def decay_at(self, step: int) -> float:
+        """The decay used for update number ``step`` (from 0)."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Follow the model by one update; ``step`` counts from 0."""
+        weights = [w.to(s.dtype) for w, s in zip(self._weights, self._shadows, strict=True)]
+        torch._foreach_lerp_(self._shadows, weights, 1.0 - self.decay_at(step))
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._sources)

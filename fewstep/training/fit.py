@@ -1,0 +1,272 @@
+"""``fit``: the training loop, on one process or many, that can be killed at any instant and goes on.
+
+Every random number of step n comes from (seed, n): rows, noise, times, dropout. So a checkpoint needs no random state,
+and a run that was killed and started again ends with the bits of one that never was (on the CPU, bounded by steps).
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.data.batch import Data
+from fewstep.errors import unknown
+from fewstep.objectives.base import Objective
+from fewstep.training import checkpoints, distributed, folder, interrupt, trackers
+from fewstep.training.batches import Batches, default_chunk
+from fewstep.training.distributed import World
+from fewstep.training.ema import Ema
+from fewstep.training.logbook import Logbook
+from fewstep.training.meter import Meter
+from fewstep.training.run import Callback, Result, Run
+from fewstep.training.schedules import schedule_factor
+from fewstep.training.step import Step, adamw, check_scale, parallel, seed_dropout, syncing, update
+
+_PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def fit(
+    student: nn.Module,
+    objective: Objective,
+    data: Data | Tensor,
+    steps: int | None = None,
+    max_seconds: float | None = None,
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    batch: int = 256,
+    chunk: int | None = None,
+    accumulate: int = 1,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+    schedule: str = "cosine",
+    warmup: int = 0,
+    clip: float | None = 1.0,
+    ema: float | None = 0.999,
+    ema_warmup: bool = True,
+    precision: str = "float32",
+    compile: bool = False,
+    device: torch.device | str | None = None,
+    checkpoint_every: int = 1000,
+    keep: int = 2,
+    log_every: int = 50,
+    callbacks: Sequence[Callback] = (),
+    track: Sequence[str] = (),
+    fingerprint: dict[str, Any] | None = None,
+    resume: bool = True,
+    quiet: bool = False,
+) -> Result:
+    """Train ``student`` with ``objective`` on ``data``, in place.
+
+    >>> result = fit(student, ITVM(teacher), data, steps=20_000, out="runs/fast")
+    >>> images = sample(result.ema, torch.randn(64, 3, 32, 32), steps=2)
+
+    Under torchrun, ``accelerate launch`` or SLURM (with MASTER_ADDR set) the same call trains on all processes, with
+    the rows, noise and losses of one. With ``out`` it checkpoints, and the same call goes on from the last one.
+
+    Args:
+        student, objective: see ``fewstep.objectives.base``; both are moved to the device.
+        data: a ``Data``, or a tensor (N, ...) of rows.
+        steps, max_seconds: where to stop, at least one of them; progress is the larger of the two shares. A run
+            bounded by time depends on the clock and cannot be repeated bit for bit. The time counts everything: data,
+            callbacks, checkpoints, and what earlier parts of a resumed run took.
+        seed: decides every random number of the training (not the initial weights).
+        out: the run folder; without it nothing is written.
+        batch: rows of one update, over all processes and micro-batches.
+        chunk: rows that share a generator; the default is the largest divisor of ``batch`` up to 64. Whole chunks are
+            shared out, so batch must be a multiple of chunk x processes x accumulate.
+        accumulate: micro-batches per update and process; saves memory, changes nothing else.
+        lr, betas, weight_decay: of AdamW, one for each player of ``objective.parameter_groups``.
+        schedule, warmup: see ``fewstep.training.schedules``; a longer continuation (``steps``) stretches the cosine.
+        clip: the largest gradient norm of a player, None for no limit.
+        ema, ema_warmup: decay of the averaged weights, None for none, and whether it rises from 0.1 as (1 + n) /
+            (10 + n) until it gets there. Apart from the copy that the objective may want (``objective.ema``).
+        precision: float32, or the autocast type bf16 (GPU, CPU) or fp16 (GPU, with a gradient scaler). Weights,
+            averages and times stay float32.
+        compile: ``torch.compile`` for ``student.network`` (and of the target's).
+        device: the default is the process's GPU if there is one, else the CPU.
+        checkpoint_every, keep: steps between checkpoints, and how many are kept.
+        log_every: steps between lines in ``metrics.jsonl``; on a GPU also between checks that all is finite.
+        callbacks: called after each step with the ``Run``, in the main process alone. They see to their own rhythm:
+
+            >>> def grid(run: Run) -> None:
+            ...     if run.step % 1000 == 0:
+            ...         save_grid(run.out, sample(run.ema, noise, steps=4))
+            ...         run.log({"rmse": rmse(run.ema)})
+
+        track: any of ``tensorboard``, ``trackio``, ``wandb``.
+        fingerprint: the resolved recipe. A folder whose run had another one, or other arguments of ``fit``, is refused;
+            the length of the training and what only shows or places it may differ (``MAY_DIFFER``).
+        resume: False throws away the run in ``out`` and starts again.
+        quiet: no progress bar or lines.
+
+    Raises:
+        ValueError: arguments that cannot be, a run folder of something else; before anything is computed.
+        FileNotFoundError: the checkpoints of the run in ``out`` are gone.
+        TrainingError: a damaged checkpoint, a loss that is not finite, a full disk.
+    """
+    # Everything that can be refused is refused here, before a file is touched or anything computed.
+    _check_positive(
+        steps=steps, max_seconds=max_seconds, batch=batch, chunk=chunk, accumulate=accumulate, lr=lr, clip=clip,
+        checkpoint_every=checkpoint_every, keep=keep, log_every=log_every,
+    )  # fmt: skip
+    if steps is None and max_seconds is None:
+        raise ValueError("fit needs steps, max_seconds or both: when is the training done?")
+    schedule_factor(schedule, 0.0)
+    objective.check_student(student)
+    if compile and not isinstance(getattr(student, "network", None), nn.Module):
+        raise ValueError(f"compile=True compiles student.network, and {type(student).__name__} has none")
+    trackers.check(track)
+    world = distributed.environment()
+    device = distributed.choose_device(device, world)
+    half = _half_precision(precision, device)
+    data = _as_data(data)
+    chunk = chunk or default_chunk(batch)
+    batches = Batches(data, batch, chunk, seed, accumulate, world.rank, world.size)
+    out = None if out is None else Path(out)
+    settings = {
+        "seed": seed, "batch": batch, "chunk": chunk, "accumulate": accumulate, "lr": lr, "betas": betas,
+        "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup, "clip": clip, "ema": ema,
+        "ema_warmup": ema_warmup, "precision": precision,
+    }  # fmt: skip
+    identity = _identity(settings, student, objective, data) | folder.flat(fingerprint or {})
+    found = None if out is None else folder.open_run(out, identity, resume)
+
+    with ExitStack() as stack:
+        stack.enter_context(distributed.join(world, device))
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        signal = stack.enter_context(interrupt.catch())
+        world.barrier()  # all have looked at the folder before the main process changes it
+        if out is not None and world.is_main:
+            folder.prepare(out, resume)
+
+        student.to(device).train()
+        objective.to(device)
+        model = parallel(Step(student, objective), world)  # before the copies: it makes all processes start alike
+        run = Run(
+            student,
+            objective,
+            adamw(objective.parameter_groups(student), device, lr=lr, betas=betas, weight_decay=weight_decay),
+            torch.amp.GradScaler("cuda", enabled=half is torch.float16),
+            average=None if ema is None else Ema(student, ema, ema_warmup),
+            slow=None if objective.ema is None else Ema(student, objective.ema),
+            meter=Meter(may_overflow=half is torch.float16),
+            out=out,
+            fingerprint=identity,
+        )
+        if found is not None:
+            run.restore(checkpoints.load(found))
+        world.check_same(run.step, out)
+        run.progress = _progress(run, steps, max_seconds)
+        if compile:
+            _compile(student, run.target)
+        saved, started = run.step, time.perf_counter() - run.seconds
+        book = stack.enter_context(Logbook(run, steps, track, world.is_main, quiet))
+
+        while True:
+            run.seconds, asked = world.agree(time.perf_counter() - started, signal.asked)
+            run.progress = _progress(run, steps, max_seconds)
+            if asked or run.progress >= 1.0:
+                break
+
+            seed_dropout(device, seed, run.step, world.rank)
+            for index in range(accumulate):
+                rows, noise = batches.micro(run.step, index)
+                with syncing(model, is_last=index == accumulate - 1):
+                    with torch.autocast(device.type, half, enabled=half is not None):
+                        loss, numbers, times = model(rows.to(device), noise, run.target, run.progress, run.step)
+                    run.scaler.scale(loss / accumulate).backward()
+                run.meter.add(run.step + 1, numbers, times)
+            rate = lr * schedule_factor(schedule, run.progress, run.step, warmup)
+            run.meter.add(run.step + 1, update(run.optimizers, run.scaler, rate, clip))
+            for copy in run.copies:
+                copy.update(run.step)
+            run.step += 1
+
+            is_logged = run.step % log_every == 0 or run.step == steps
+            if is_logged or device.type == "cpu":  # reading makes a GPU wait
+                run.meter.read()
+            if is_logged:
+                check_scale(run.scaler, run.step)
+                run.losses = run.meter.means(world)
+                speed = book.speed(run)
+                run.log({**run.losses, "lr": rate, "steps_per_second": speed, "rows_per_second": speed * batch})
+                run.log({"seconds": run.seconds})
+            if world.is_main:
+                for callback in callbacks:
+                    callback(run)
+                book.write(run)
+            if run.step % checkpoint_every == 0:
+                saved = _save(run, book, world, keep)
+
+        if run.step > saved:
+            _save(run, book, world, keep)
+        stopped = "interrupted" if run.progress < 1.0 else "done" if steps and run.step >= steps else "time"
+        losses = run.losses or run.meter.means(world)
+        book.end(run, stopped)
+    return Result(student, run.ema, run.step, run.seconds, run.step / run.seconds, losses, out, stopped)
+
+
+def _save(run: Run, book: Logbook, world: World, keep: int) -> int:
+    """A checkpoint by the main process, once every number of every process is known to be finite; the step."""
+    run.meter.read()
+    run.meter.share(world)
+    if world.is_main:
+        book.sync()
+        run.save(keep)
+    return run.step
+
+
+def _check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be more than 0, got {value}")
+
+
+def _half_precision(precision: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type, None for none."""
+    if precision not in _PRECISIONS:
+        raise unknown("precision", precision, _PRECISIONS)
+    if precision == "fp16" and device.type != "cuda":
+        raise ValueError(f"precision='fp16' needs a CUDA GPU, this is {device}: use 'bf16' or 'float32'")
+    return _PRECISIONS[precision]
+
+
+def _compile(*models: Any) -> None:
+    """Compile the networks in place; the averages for evaluation, called now and then, stay as they are."""
+    for model in models:
+        if model is not None:
+            model.network.compile()
+
+
+def _as_data(data: Data | Tensor) -> Data:
+    if isinstance(data, Tensor):
+        from fewstep.data.arrays import ArrayData
+
+        return ArrayData(data)
+    return data
+
+
+def _identity(settings: dict[str, Any], student: nn.Module, objective: Objective, data: Data) -> dict[str, Any]:
+    """What makes a run this run and no other, as far as ``fit`` can see it."""
+    return folder.flat(
+        {
+            "training": settings,
+            "objective_class": type(objective).__name__,
+            "student_class": type(student).__name__,
+            "student_parameters": sum(p.numel() for p in student.parameters()),
+            "data_shape": list(data.shape),
+            "data_size": data.size,
+        }
+    )
+
+
+def _progress(run: Run, steps: int | None, max_seconds: float | None) -> float:
+    """How much of the training is done, by steps or by time, whichever is more."""
+    return max(run.step / steps if steps else 0.0, run.seconds / max_seconds if max_seconds else 0.0)

@@ -1,0 +1,113 @@
+"""What one update is made of: the loss as a module (so that DDP sees one forward), gradients, optimizers."""
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from fewstep.data.batch import Batch
+from fewstep.errors import TrainingError
+from fewstep.objectives.base import Objective
+from fewstep.randomness import Generators, mix
+from fewstep.training.distributed import World
+
+_DROPOUT = 3  # after the words of the rows (1) and the noise (2) of a step
+_SMALLEST_SCALE = 1e-4
+
+
+class Step(nn.Module):
+    """The loss of one micro-batch. An objective calls the student several times, by several methods; wrapping both
+    in one module gives DistributedDataParallel the single forward that it wants."""
+
+    def __init__(self, student: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.student, self.objective = student, objective
+
+    def forward(
+        self, batch: Batch, noise: Generators, target: nn.Module | None, progress: float, step: int
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The scalar to descend, all numbers to log, and the times that each term saw."""
+        try:
+            loss = self.objective(self.student, batch, target=target, progress=progress, step=step, generator=noise)
+        except (RuntimeError, TypeError) as error:
+            if step > 0 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            conditions = f" and conditions {', '.join(batch.cond)}" if batch.cond else ""
+            raise ValueError(
+                f"the first step failed on {len(batch)} rows of shape {tuple(batch.data.shape[1:])}{conditions}: do "
+                f"the data fit the network? ({str(error).splitlines()[0]})"
+            ) from error
+        terms = {f"loss/{name}": value.detach() for name, value in loss.terms.items()}
+        return loss.total, {"loss": loss.total.detach(), **terms}, loss.times
+
+
+def parallel(model: Step, world: World) -> nn.Module:
+    """The model, its gradients averaged over processes during the backward pass."""
+    if world.size == 1:
+        return model
+    # A term may use no part of some parameter (a label embedding, a phase of training): their gradients stay None on
+    # all processes then, as they do on one. Where all are used, torch warns of the cost, which is small.
+    warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def syncing(model: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
+    """Processes share gradients in the last micro-batch of a step alone."""
+    return nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+def adamw(
+    groups: dict[str, list[nn.Parameter]], device: torch.device, **options: Any
+) -> dict[str, torch.optim.Optimizer]:
+    """One AdamW a player.
+
+    Raises:
+        ValueError: a player has nothing to train.
+    """
+    for player, parameters in groups.items():
+        if not parameters:
+            raise ValueError(f"{player!r} has no parameter with requires_grad: there is nothing to train")
+    fused = device.type in ("cpu", "cuda")  # three times as fast as foreach on small networks
+    return {player: torch.optim.AdamW(parameters, fused=fused, **options) for player, parameters in groups.items()}
+
+
+def update(
+    optimizers: dict[str, torch.optim.Optimizer], scaler: torch.amp.GradScaler, lr: float, clip: float | None
+) -> dict[str, Tensor]:
+    """Every player's step; returns the gradient norms before clipping."""
+    norms: dict[str, Tensor] = {}
+    for player, optimizer in optimizers.items():
+        scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters])
+        if clip is not None:
+            clip_grads_with_norm_(parameters, clip, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        norms["grad_norm" if len(optimizers) == 1 else f"grad_norm/{player}"] = norm
+    scaler.update()
+    return norms
+
+
+def check_scale(scaler: torch.amp.GradScaler, step: int) -> None:
+    """Refuse to go on when fp16 gradients overflow at any scale: no update is made any more."""
+    if scaler.is_enabled() and scaler.get_scale() < _SMALLEST_SCALE:
+        raise TrainingError(
+            f"step {step}: the fp16 gradients overflow at every scale (now {scaler.get_scale():.1g}), so no update is "
+            "made any more. The last checkpoint is whole; use precision='bf16' or 'float32'"
+        )
+
+
+def seed_dropout(device: torch.device, seed: int, step: int, rank: int) -> None:
+    """Fix what draws from torch's global generators (dropout), anew at each step: there is no state to restore."""
+    word = mix(seed, step, rank, _DROPOUT)
+    # Not torch.manual_seed, which visits every kind of device and takes ten times as long.
+    torch.default_generator.manual_seed(word)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(word)

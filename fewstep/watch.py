@@ -1,0 +1,85 @@
+"""What is seen of a run while it trains: samples at each step count, and how far they are from the teacher's."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.config import Recipe
+from fewstep.data.batch import Data
+from fewstep.evaluation.diagnostics import teacher_states
+from fewstep.evaluation.plots import image_grid, png, points_figure
+from fewstep.evaluation.points import rmse
+from fewstep.fields import VelocityField
+from fewstep.maps import FlowMap
+from fewstep.randomness import generator, sample_generators
+from fewstep.sampling import sample, sample_noise
+from fewstep.training.run import Run
+
+_POINTS = 8192  # in a picture of a density
+_MEASURED = 512  # points compared with the teacher's; its exact flow takes seconds for more
+_COLUMNS = 8  # images a row
+
+
+class Watch:
+    """A callback of ``fit``: draws ``samples/step-XXXXXXXX.png`` and logs ``rmse@N``, the root mean squared distance of
+    N-step samples to the end points of the teacher's ODE, from the same noise.
+
+    Pictures are drawn of images with 1 or 3 channels (a row for each step count, the last the teacher's) and of points
+    in the plane; other samples are only measured.
+    """
+
+    def __init__(self, recipe: Recipe, data: Data, teacher: VelocityField | None, out: Path) -> None:
+        self.steps, self.every, self.out = recipe.evaluation.steps, recipe.evaluation.every, out
+        self.data, self.teacher, self.seed = data, teacher, recipe.seed
+        self._eighth: int | None = None
+        self._ends: Tensor | None = None
+
+    def __call__(self, run: Run) -> None:
+        if self.every is not None:
+            is_due = run.step % self.every == 0
+        else:
+            before, self._eighth = self._eighth, int(8 * run.progress)
+            is_due = before is not None and self._eighth > before
+        if is_due:
+            run.log(self.draw(run.ema, run.step))
+
+    def draw(self, model: Any, step: int) -> dict[str, float]:
+        """Draw the picture of this step; returns the distances."""
+        is_plane, is_image = self.data.shape == (2,), len(self.data.shape) == 3 and self.data.shape[0] in (1, 3)
+        count = _POINTS if is_plane else _COLUMNS
+        device = next(model.parameters()).device
+        noise = sample_noise((count, *self.data.shape), sample_generators(self.seed, range(count))).to(device)
+        cond = self._conditions(count, device)
+        model.eval()
+        drawn = {n: sample(model, noise, n, **cond) for n in self.steps}
+
+        found: dict[str, float] = {}
+        if self.teacher is not None and isinstance(model, FlowMap):
+            few = slice(_MEASURED)
+            if self._ends is None:
+                some = {name: value[few] for name, value in cond.items()}
+                self._ends = teacher_states(self.teacher, noise[few], torch.ones(1), **some)[-1]
+            found = {f"rmse@{n}": rmse(samples[few], self._ends) for n, samples in drawn.items()}
+
+        file = self.out / "samples" / f"step-{step:08d}.png"
+        if is_plane:
+            truth = self.data.rows(torch.arange(count) % (self.data.size or count), generator(self.seed)).data
+            panels = {f"{n} step{'s' * (n > 1)}": samples for n, samples in drawn.items()}
+            png(points_figure({**panels, "data": truth}), file)
+        elif is_image:
+            rows = [*drawn.values()] if self._ends is None else [*drawn.values(), self._ends]
+            image_grid(torch.cat(rows), file, columns=count)
+        return found
+
+    def _conditions(self, count: int, device: torch.device) -> dict[str, Any]:
+        """Those of the first rows of the data, the classes in turn where there are some."""
+        cond = getattr(self.data, "cond", None)
+        if cond is None:
+            cond = self.data.rows(torch.arange(count) % (self.data.size or count), generator(self.seed)).cond
+        picked = {}
+        for name, value in cond.items():
+            classes = value.unique() if name == "class_labels" else value
+            picked[name] = classes[torch.arange(count) % len(classes)].to(device)
+        return picked

@@ -1,0 +1,50 @@
+"""What many tests share: the Gaussian, whose velocity and flow map are known in closed form."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.exact import GaussianField
+from fewstep.maps import FlowMap
+
+torch.set_num_threads(1)
+
+
+class GaussianAverageVelocity(nn.Module):
+    """u(x, s, t) of a Gaussian on the linear path, in closed form, smooth through s = t.
+
+    With C_t the variance of p_t along an axis, ``(sqrt(C_t / C_s) - 1) / (t - s)`` is
+    ``((C_t - C_s) / (t - s)) / (sqrt(C_s) (sqrt(C_t) + sqrt(C_s)))``, and C is quadratic in t.
+    """
+
+    def __init__(self, field: GaussianField) -> None:
+        super().__init__()
+        self.register_buffer("mean", field.mean)
+        self.register_buffer("basis", field.basis)
+        self.register_buffer("variances", field.variances)
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        s, t = s[:, None], t[:, None]
+        root_s, root_t = ((r * r * self.variances + (1 - r) ** 2).sqrt() for r in (s, t))
+        rate = ((s + t) * self.variances - (2 - s - t)) / (root_s * (root_s + root_t))
+        return self.mean + ((x - s * self.mean) @ self.basis * rate) @ self.basis.T
+
+
+@pytest.fixture
+def gaussian() -> GaussianField:
+    """N(mean, cov) in the plane, correlated, float64, on the linear path."""
+    mean = torch.tensor([0.7, -1.1], dtype=torch.float64)
+    cov = torch.tensor([[0.5, 0.3], [0.3, 1.7]], dtype=torch.float64)
+    return GaussianField(mean, cov)
+
+
+@pytest.fixture
+def gaussian_map(gaussian: GaussianField) -> FlowMap:
+    """The exact flow map of ``gaussian``, as a FlowMap around a network that is the truth."""
+    return FlowMap(GaussianAverageVelocity(gaussian))
+
+
+@pytest.fixture
+def points() -> Tensor:
+    """64 points of the plane, float64."""
+    return torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

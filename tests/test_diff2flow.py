@@ -1,0 +1,221 @@
+"""Diffusion models as flows: against networks that are right by construction, and closed forms.
+
+The oracle is the perfect network of a diffusion model whose data are Gaussian: at any step k, whole or not, it returns
+the exact expectation of the noise, the data or v. So what the converted field gets wrong is the conversion's fault.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from torch import Tensor, nn
+from unet_toys import tiny_unet
+
+from fewstep.exact import GaussianField
+from fewstep.fields import DiffusionField, NetworkField
+from fewstep.networks import UNet
+from fewstep.paths import Linear, Tabulated
+from fewstep.sampling import sample
+from fewstep.solvers import integrate
+
+MEAN = torch.tensor([0.8, -0.4], dtype=torch.float64)
+COV = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)
+EXACT = GaussianField(MEAN, COV)
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "linear": {"beta_schedule": "linear"},
+    "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "squaredcos_cap_v2": {"beta_schedule": "squaredcos_cap_v2"},
+    "trained_betas": {"trained_betas": [0.0005 + 0.02 * (k / 500) ** 2 for k in range(500)]},
+}
+CASES = [(s, p) for s in SCHEDULES for p in ("epsilon", "v_prediction", "sample")]
+CASES += [("zero_snr", "v_prediction"), ("zero_snr", "sample")]
+SCHEDULES["zero_snr"] = {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}
+
+
+class Oracle(nn.Module):
+    """``network(x, k)``: the expected noise, data or v at step k of a schedule, for data N(MEAN, COV).
+
+    Between the steps a schedule says nothing, so two readings: ``log-ratio``, log(alpha / sigma) is linear in k, as
+    ``Tabulated`` has it; ``beta``, log alpha is linear in k, which is a diffusion whose beta is constant in each step.
+    """
+
+    def __init__(self, scheduler: Any, between: str = "log-ratio") -> None:
+        super().__init__()
+        self.kind, self.between = scheduler.config.prediction_type, between
+        power = scheduler.alphas_cumprod.double()
+        power = power[power > 0]
+        self.table = power.log() - (-power).log1p() if between == "log-ratio" else power.log()
+        self.asked: list[Tensor] = []
+
+    def levels(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at step k (B,)."""
+        low = k.floor().long().clamp(0, len(self.table) - 2)
+        value = torch.lerp(self.table[low], self.table[low + 1], k - low)
+        if self.between == "log-ratio":
+            return torch.sigmoid(value).sqrt(), torch.sigmoid(-value).sqrt()
+        return (value / 2).exp(), (-torch.expm1(value)).sqrt()
+
+    def forward(self, x: Tensor, k: Tensor) -> Tensor:
+        self.asked.append(k)
+        alpha, sigma = (level.to(x)[:, None] for level in self.levels(k.double()))
+        covariance = alpha[..., None] ** 2 * COV + sigma[..., None] ** 2 * torch.eye(2, dtype=torch.float64)
+        residual = torch.linalg.solve(covariance, (x - alpha * MEAN).double())
+        noise, data = sigma * residual, MEAN + alpha * residual @ COV
+        return {"epsilon": noise, "sample": data, "v_prediction": alpha * noise - sigma * data}[self.kind].to(x)
+
+
+def make(schedule: str, prediction: str, between: str = "log-ratio") -> tuple[DiffusionField, Tensor]:
+    """The converted field, and the times of its schedule's steps."""
+    scheduler = DDPMScheduler(prediction_type=prediction, **SCHEDULES[schedule])
+    return DiffusionField(Oracle(scheduler, between), scheduler), node_times(scheduler)
+
+
+def node_times(scheduler: Any) -> Tensor:
+    """The times of the linear path at which alpha : sigma is that of a step; without a last step that has no signal."""
+    power = scheduler.alphas_cumprod.double()
+    alpha, sigma = power.sqrt(), (1 - power).sqrt()
+    return (alpha / (alpha + sigma))[power > 0]
+
+
+def states(t: Tensor) -> Tensor:
+    """States of the linear path at times (B,), spread as the data and noise are."""
+    generator = torch.Generator().manual_seed(0)
+    data = MEAN + torch.randn(len(t), 2, generator=generator, dtype=t.dtype) @ torch.linalg.cholesky(COV).T
+    return Linear().sample(torch.randn(len(t), 2, generator=generator, dtype=t.dtype), data, t)[0]
+
+
+def error(field: NetworkField, t: Tensor) -> Tensor:
+    x = states(t)
+    return (field(x, t) - EXACT(x, t)).abs().amax(1)
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), CASES)
+def test_the_velocity_is_exact_at_the_steps(schedule: str, prediction: str) -> None:
+    field, nodes = make(schedule, prediction)
+    assert error(field, nodes).max() < 1e-6
+    # The network was asked at that very step.
+    asked = torch.arange(len(nodes), dtype=torch.float64)
+    torch.testing.assert_close(field.network.asked[0], asked, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), CASES)
+def test_the_velocity_between_the_steps(schedule: str, prediction: str) -> None:
+    field, nodes = make(schedule, prediction)
+    other, _ = make(schedule, prediction, between="beta")
+    for part in (0.1, 0.37, 0.5, 0.83):
+        t = torch.lerp(nodes[:-1], nodes[1:], part)
+        assert error(field, t).max() < 1e-6
+        # The two readings part in the first steps, where a step halves the noise.
+        assert error(other, t)[5:].max() < 1e-3
+        assert error(other, t)[:5].max() < 1e-2
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), CASES)
+def test_the_velocity_is_finite_and_near_beyond_the_schedule(schedule: str, prediction: str) -> None:
+    """At t = 0, t = 1 and wherever the schedule does not reach, the network is asked at its ends and no further."""
+    field, nodes = make(schedule, prediction)
+    to_noise, to_data = nodes[-1], 1 - nodes[0]
+    part = torch.cat([torch.tensor([0.0, 1e-12, 1e-6]), torch.linspace(0.01, 1, 20)]).double()
+    for t, reach in ((part * to_noise, to_noise), (1 - part * to_data, to_data)):
+        x = states(t)
+        velocity = field(x, t)
+        assert velocity.isfinite().all()
+        assert field(x.float(), t.float()).isfinite().all()
+        # One of the estimates of data and noise is held there, and is off as the schedule's end is from a pure state.
+        assert (velocity - EXACT(x, t)).abs().max() < 5 * reach
+    asked = torch.cat(field.network.asked)
+    assert asked.min() >= 0
+    assert asked.max() <= len(nodes) - 1
+    for node in (nodes[0], nodes[-1]):  # no jump at either end
+        x = states(node[None]).expand(2, -1)
+        below, above = field(x, torch.stack([node - 1e-9, node + 1e-9]))
+        torch.testing.assert_close(below, above, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), CASES)
+def test_200_steps_land_on_the_closed_form(schedule: str, prediction: str) -> None:
+    """From the schedule's own noisiest point: before it the schedule, and so the model, knows nothing."""
+    field, nodes = make(schedule, prediction)
+    start = nodes[-1]
+    x = states(start.expand(64))
+    grid = start + (1 - start) * torch.linspace(0, 1, 201, dtype=torch.float64)
+    for solver, bound in (("euler", 1e-2), ("heun", 2e-3)):
+        error = integrate(field, x, grid, solver) - EXACT.flow(x, start, 1.0)
+        assert error.square().sum(1).mean().sqrt() < bound
+
+
+def ddim(scheduler: Any, model: nn.Module, noise: Tensor, steps: int) -> Tensor:
+    scheduler.set_timesteps(steps)
+    x = noise
+    with torch.no_grad():
+        for k in scheduler.timesteps:
+            x = scheduler.step(model(x, k).sample, k, x).prev_sample
+    return x
+
+
+def ddim_case(prediction: str) -> tuple[UNet2DModel, DDIMScheduler, DiffusionField, Tensor, Tensor]:
+    """A random model, its scheduler with steps that start at the schedule's first point, its field, and the same
+    noise as DDIM has it and as the linear path has it there."""
+    model = tiny_unet().double()
+    scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=False, timestep_spacing="trailing")
+    noise = torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    power = scheduler.alphas_cumprod[-1].double()
+    return model, scheduler, DiffusionField(UNet(model), scheduler), noise, noise / (power.sqrt() + (1 - power).sqrt())
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_euler_on_the_steps_of_ddim_is_ddim(prediction: str) -> None:
+    """Exactly: DDIM holds the estimates of data and noise in a step, which on the linear path is an Euler step. What is
+    left is the float32 of the scheduler."""
+    model, scheduler, field, noise, x = ddim_case(prediction)
+    expected = ddim(scheduler, model, noise, 20)
+    grid = torch.cat([node_times(scheduler)[scheduler.timesteps], torch.ones(1, dtype=torch.float64)])
+    with torch.no_grad():
+        got = integrate(field, x, grid, "euler")
+    torch.testing.assert_close(got, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+
+
+def test_many_steps_of_either_agree() -> None:
+    """100 steps of DDIM, which is of first order, and 50 of Heun on a grid of their own: to 2 % of the image."""
+    model, scheduler, field, noise, x = ddim_case("v_prediction")
+    expected = ddim(scheduler, model, noise, 100)
+    start = node_times(scheduler)[-1]
+    with torch.no_grad():
+        got = integrate(field, x, start + (1 - start) * torch.linspace(0, 1, 51, dtype=torch.float64), "heun")
+    assert (got - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_no_signal_and_a_noise_prediction_is_refused_with_a_way_out() -> None:
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True)
+    oracle = Oracle(scheduler)
+    with pytest.raises(ValueError, match=r"zero terminal SNR.*alphas_cumprod\[:-1\]"):
+        DiffusionField(oracle, scheduler)
+    native = Tabulated.from_alphas_cumprod(scheduler.alphas_cumprod[:-1])
+    field = NetworkField(oracle, native, "noise", path=Linear())
+    assert error(field, node_times(scheduler)).max() < 1e-6
+
+
+def test_what_no_schedule_can_say_is_refused() -> None:
+    from diffusers import EDMEulerScheduler
+
+    with pytest.raises(ValueError, match=r"EDMEulerScheduler has no alphas_cumprod.*NetworkField"):
+        DiffusionField(nn.Identity(), EDMEulerScheduler())
+    with pytest.raises(ValueError, match=r"unknown prediction type 'epsilom'.*did you mean 'epsilon'"):
+        DiffusionField(nn.Identity(), DDPMScheduler(prediction_type="epsilom"))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_match_model_is_its_network_with_time_reversed(shift: float) -> None:
+    """A shift moves the sampler's steps, not what the network means at a timestep."""
+
+    class Flow(nn.Module):
+        def forward(self, x: Tensor, k: Tensor) -> Tensor:
+            return -EXACT(x, 1 - k / 1000)
+
+    field = DiffusionField(Flow(), FlowMatchEulerDiscreteScheduler(shift=shift))
+    t = torch.linspace(0, 1, 33, dtype=torch.float64)
+    assert error(field, t).max() < 1e-12
+    x = states(torch.zeros(64, dtype=torch.float64))
+    assert (sample(field, x, steps=200, solver="heun") - EXACT.flow(x, 0.0, 1.0)).abs().max() < 1e-3

@@ -1,0 +1,250 @@
+"""What ``fewstep.load`` takes, and how it says no."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+)
+from safetensors.torch import load_file, save_file
+from unet_toys import tiny_unet
+
+from fewstep.fields import DiffusionField
+from fewstep.loading import load
+from fewstep.networks import UNet
+from fewstep.paths import Linear
+
+
+def write(folder: Path, scheduler: Any = None, layout: str = "pipeline", **options: Any) -> Path:
+    """A diffusers folder, as one of the layouts in which they come."""
+    model, scheduler = tiny_unet(**options), scheduler or DDPMScheduler()
+    if layout == "pipeline":
+        DDPMPipeline(model, scheduler).save_pretrained(folder)
+    elif layout == "folders":
+        model.save_pretrained(folder / "unet")
+        scheduler.save_pretrained(folder / "scheduler")
+    else:
+        model.save_pretrained(folder)
+        scheduler.save_pretrained(folder)
+    return folder
+
+
+def check(folder: Path, scheduler: Any, **options: Any) -> DiffusionField:
+    """The loaded field is the one made by hand, to the bit."""
+    field, expected = load(folder), DiffusionField(UNet(tiny_unet(**options)), scheduler)
+    assert isinstance(field, DiffusionField)
+    assert field.path.same_as(Linear())
+    assert not field.training
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([0.0, 0.4, 1.0])
+    labels = {"class_labels": torch.tensor([0, 1, 2])} if options.get("classes") else {}
+    with torch.no_grad():
+        assert torch.equal(field(x, t, **labels), expected(x, t, **labels))
+        assert field(x, t, **labels).isfinite().all()
+    return field
+
+
+@pytest.mark.parametrize("layout", ["pipeline", "folders", "bare"])
+def test_the_layouts(layout: str, tmp_path: Path) -> None:
+    scheduler = DDPMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    check(write(tmp_path / "model", scheduler, layout), scheduler)
+
+
+def test_an_index_beside_a_bare_model(tmp_path: Path) -> None:
+    """As the first repositories of diffusers had it."""
+    write(tmp_path, layout="bare")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
+    check(tmp_path, DDPMScheduler())
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(prediction_type="sample"),
+        DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        PNDMScheduler(),
+        DPMSolverMultistepScheduler(),
+        EulerDiscreteScheduler(),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_the_schedulers(scheduler: Any, tmp_path: Path) -> None:
+    check(write(tmp_path / "model", scheduler), scheduler)
+
+
+def test_classes_are_passed_through(tmp_path: Path) -> None:
+    check(write(tmp_path / "model", classes=5), DDPMScheduler(), classes=5)
+
+
+def test_a_flow_match_folder_round_trip(tmp_path: Path) -> None:
+    from fewstep.exporting import export
+
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
+    field = check(write(tmp_path / "model", scheduler), scheduler)
+    back = check(export(field, tmp_path / "export"), scheduler)
+    assert back.native == field.native
+
+
+def test_a_run_is_left_to_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "recipe.yaml").write_text("{}")
+    field = DiffusionField(UNet(tiny_unet()), DDPMScheduler())
+    monkeypatch.setattr("fewstep.runs.load_run", {tmp_path: field}.__getitem__)
+    assert load(str(tmp_path)) is field
+
+
+# Refusals
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(FileNotFoundError, match="is a file: a model is loaded from its folder"):
+        load(tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no model in .*recipe\.yaml and checkpoints/"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="unknown packaged model 'nothing'"):
+        load("fewstep:nothing")
+
+
+def test_a_hub_name_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"no folder someone/model here.*hub.*hf download someone/model"):
+        load("someone/model")
+
+
+def test_a_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The configurations are fetched and judged first, then the weights of the model and nothing else."""
+    asked: list[list[str]] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    write(tmp_path / "someone" / "model")
+    assert isinstance(load("someone/model"), DiffusionField)
+    assert asked[0] == ["*.json"]
+    assert not any("bin" in pattern for patterns in asked for pattern in patterns)
+    asked.clear()
+    write(tmp_path / "someone" / "other", FlowMatchEulerDiscreteScheduler())
+    edit(tmp_path / "someone" / "other" / "unet" / "config.json", _class_name="UNet2DConditionModel")
+    with pytest.raises(ValueError, match="UNet2DConditionModel"):
+        load("someone/other")
+    assert len(asked) == 1
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_model_that_is_not_known_yet(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model")
+    edit(folder / "unet" / "config.json", _class_name="DiTTransformer2DModel")
+    with pytest.raises(ValueError, match=r"DiTTransformer2DModel.*DiffusionField\(network, scheduler\).*NetworkField"):
+        load(folder)
+    edit(folder / "unet" / "config.json", _class_name="UNet2DModel", time_embedding_type="fourier")
+    with pytest.raises(ValueError, match="fourier time embedding"):
+        load(folder)
+
+
+def test_schedulers_that_do_not_do(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model")
+    config = folder / "scheduler" / "scheduler_config.json"
+    edit(config, _class_name="EDMEulerScheduler")
+    with pytest.raises(ValueError, match="EDMEulerScheduler has no alphas_cumprod"):
+        load(folder)
+    for name in ("MyScheduler", "UNet2DModel"):  # unknown, and known but no scheduler
+        edit(config, _class_name=name)
+        with pytest.raises(ValueError, match=f"scheduler in .* is a {name}, which diffusers does not have"):
+            load(folder)
+    edit(config, _class_name="DDPMScheduler", rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        load(folder)
+    config.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no scheduler in .*save_pretrained.*DiffusionField"):
+        load(folder)
+
+
+def test_refusals_come_before_the_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "model", DDPMScheduler(prediction_type="v_prediction"))
+    edit(folder / "scheduler" / "scheduler_config.json", _class_name="EDMEulerScheduler")
+
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(UNet2DModel, "from_pretrained", read)
+    with pytest.raises(ValueError, match="EDMEulerScheduler"):
+        load(folder)
+
+
+def test_weights_that_are_not_safe_missing_or_damaged(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"not a safetensors file"):
+        weights.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors is damaged"):
+            load(folder)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no weights in .*diffusion_pytorch_model\.safetensors is missing"):
+        load(folder)
+    tiny_unet().save_pretrained(folder / "unet", safe_serialization=False)
+    with pytest.raises(FileNotFoundError, match=r"\.bin files only.*safe_serialization=True"):
+        load(folder)
+
+
+def test_weights_of_another_model(tmp_path: Path) -> None:
+    """diffusers would fill up what is missing with random numbers, and warn."""
+    folder = write(tmp_path / "model")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    taken = tensors.pop("conv_in.weight")
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match=r"not those of its config\.json: 1 are missing, one is 'conv_in.weight'"):
+        load(folder)
+    save_file({**tensors, "conv_in.weight": taken, "more": taken.clone()}, weights)
+    with pytest.raises(ValueError, match=r"not those of its config\.json: 1 are unexpected, one is 'more'"):
+        load(folder)
+    save_file({**tensors, "conv_in.weight": taken[1:].clone()}, weights)
+    with pytest.raises(ValueError, match=r"not those of its config\.json: .*conv_in.weight expected shape"):
+        load(folder)
+
+
+def test_a_configuration_that_is_no_json(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model")
+    (folder / "unet" / "config.json").write_text('{"_class_name": ')
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        load(folder)
+
+
+def test_damaged_exports(tmp_path: Path) -> None:
+    from unet_toys import tiny_student
+
+    from fewstep.exporting import export
+    from fewstep.maps import FlowMap
+    from fewstep.networks import MLP
+
+    folder = export(tiny_student("flow"), tmp_path / "map")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors is damaged"):
+        load(folder)
+    folder = export(FlowMap(MLP(2, width=8, depth=2, times=2)), tmp_path / "points")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+        load(folder)
+    edit(folder / "config.json", network={"name": "MPL", "options": {}})
+    with pytest.raises(ValueError, match="unknown network 'MPL': did you mean 'MLP'"):
+        load(folder)

@@ -13,7 +13,11 @@ READY = .venv/.ready-$(subst /,-,$(TORCH))
 .PHONY: demo test lint clean
 
 demo: $(READY)
-	.venv/bin/fewstep demo
+	.venv/bin/fewstep distill checkerboard-itvm --out runs/checkerboard
+	.venv/bin/fewstep distill fashion-mnist-demo --out runs/fashion-mnist-demo
+	@echo
+	@echo "The pictures: runs/checkerboard/samples and runs/fashion-mnist-demo/samples, one each eighth of the training;"
+	@echo "the reports:  runs/checkerboard/report.html and runs/fashion-mnist-demo/report.html"
 
 test: $(READY)
 	.venv/bin/python -m pytest

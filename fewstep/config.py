@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fewstep.errors import unknown
 from fewstep.options import arguments, find_object, in_one_line, parse_value, read_yaml
@@ -140,6 +140,13 @@ class Evaluation(Section):
         default=None, description="training steps between sample grids; else eight grids in a run"
     )
 
+    @field_validator("count")
+    @classmethod
+    def _enough(cls, value: int) -> int:
+        if 0 < value < 4:
+            raise ValueError("4 samples at least are needed to judge by, or 0 for no evaluation")
+        return value
+
 
 class Recipe(Section):
     """A whole run."""
@@ -179,7 +186,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     Args:
         source: a path (of a run folder too), a name such as ``checkerboard-itvm``, or the keys themselves.
         overrides: dotted keys, and their values as YAML text: ``{"objective.ema": "0.99", "steps": "10"}``. Short
-            forms: ``steps``, ``teacher``, ``student``, ``data``, ``objective``.
+            forms: ``steps``, ``teacher``, ``student``, ``data``, ``objective``. Another objective, or network of the
+            student, starts from its own defaults: the options in the file are those of the one that it replaces.
 
     Raises:
         FileNotFoundError: there is no such recipe, or no file that it names.
@@ -192,8 +200,10 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         path = find_recipe(source)
         base, tree = path.parent, read_yaml(path)
         tree.setdefault("name", path.stem)
-    for key, text in (overrides or {}).items():
+    # The short forms first, as they may take away options that others set.
+    for key, text in sorted((overrides or {}).items(), key=lambda item: item[0] not in _FLAGS):
         value = parse_value(key, text)
+        _replace(tree, key, value)
         _set(tree, key if isinstance(value, Mapping) else _FLAGS.get(key, key), value)
     try:
         recipe = Recipe.model_validate(tree)
@@ -242,6 +252,14 @@ def find_objective(name: str) -> type:
     if name not in OBJECTIVES:
         raise unknown("objective", name, OBJECTIVES)
     return OBJECTIVES[name]
+
+
+def _replace(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Take away the options of a method or network that gives way to another."""
+    section = tree.get(key)
+    if key in ("objective", "student") and isinstance(section, dict) and section.get(_SHORT[key]) != value:
+        kept = ("kind", "path", "prediction", "weights") if key == "student" else ()
+        tree[key] = {name: section[name] for name in kept if name in section}
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:

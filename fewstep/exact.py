@@ -11,6 +11,7 @@ from torch.special import erfcx
 
 from fewstep.fields import VelocityField
 from fewstep.paths import Linear, Path, as_times
+from fewstep.randomness import normal, uniform
 from fewstep.solvers import integrate
 
 
@@ -30,6 +31,12 @@ class ExactField(VelocityField):
 def _columns(path: Path, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(alpha, sigma, alpha_dot, sigma sigma_dot) at t (B,), each (B, 1)."""
     return path.alpha(t)[:, None], path.sigma(t)[:, None], path.alpha_dot(t)[:, None], path.noise_rate(t)[:, None]
+
+
+def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` indices of probabilities as the weights are, drawn where the generator lives."""
+    index = torch.multinomial(weights.to(generator.device), count, replacement=True, generator=generator)
+    return index.to(weights.device)
 
 
 class GaussianField(ExactField):
@@ -77,7 +84,7 @@ class GaussianField(ExactField):
         return (mean_t + coordinates @ basis.T).reshape(x.shape).to(x.dtype)
 
     def data(self, count: int, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(count, self.mean.numel(), generator=generator, dtype=self.mean.dtype)
+        noise = normal(self.mean.new_empty(count, self.mean.numel()), generator)
         points = self.mean.flatten() + noise * self.variances.sqrt() @ self.basis.T
         return points.reshape(count, *self.mean.shape)
 
@@ -118,8 +125,8 @@ class MixtureField(ExactField):
         return velocity.to(x.dtype)
 
     def data(self, count: int, generator: torch.Generator) -> Tensor:
-        which = torch.multinomial(self.weights, count, replacement=True, generator=generator)
-        noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=self.means.dtype)
+        which = _draw(self.weights, count, generator)
+        noise = normal(self.means.new_empty(count, self.means.shape[1]), generator)
         return self.means[which] + self.scales[which, None] * noise
 
     def on(self, path: Path) -> "MixtureField":
@@ -160,8 +167,8 @@ class BoxesField(ExactField):
     def data(self, count: int, generator: torch.Generator) -> Tensor:
         """float32, (count, D)."""
         volume = (self.boxes[..., 1] - self.boxes[..., 0]).prod(1)
-        box = self.boxes[torch.multinomial(volume, count, replacement=True, generator=generator)].float()
-        part = torch.rand(count, box.shape[1], generator=generator)
+        box = self.boxes[_draw(volume, count, generator)].float()
+        part = uniform(count * box.shape[1], generator).reshape(box.shape[:2]).to(box)
         return box[..., 0] + part * (box[..., 1] - box[..., 0])
 
     def on(self, path: Path) -> "BoxesField":

@@ -53,7 +53,7 @@ def export(
 
     >>> fewstep.export(student, "fast-pipeline", method="ITVM")
     """
-    folder = Path(folder).expanduser()
+    folder = Path(folder).expanduser().resolve()
     _check_target(folder, overwrite)
     if isinstance(model, str | Path):
         method = method or _method_of(Path(model).expanduser())
@@ -106,7 +106,7 @@ def _write_map(model: FlowMap, folder: Path) -> None:
     from fewstep.pipelines import flow_map
 
     unet, native = _unet(model), model.native
-    unet.save_pretrained(folder / "unet")
+    _save(unet, folder / "unet")
     shutil.copyfile(flow_map.__file__, folder / "pipeline.py")
     library = "diffusers"
     if isinstance(unet, class_time_unet.ClassTimeUNet2DModel):
@@ -118,7 +118,7 @@ def _write_map(model: FlowMap, folder: Path) -> None:
         kind = PREDICTION_TYPES[model.prediction]
         diffusion = {"prediction_type": kind, "log_ratios": native.log_ratios}
     scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=_timesteps(native))
-    scheduler.save_pretrained(folder / "scheduler")
+    _save(scheduler, folder / "scheduler")
     _write_json(
         folder / "model_index.json",
         {
@@ -136,12 +136,12 @@ def _write_field(model: NetworkField, folder: Path) -> None:
     import diffusers
 
     unet = _unet(model)
-    unet.save_pretrained(folder / "unet")
+    _save(unet, folder / "unet")
     if isinstance(model, DiffusionField):
         scheduler = model.scheduler
     else:
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=_timesteps(model.native))
-    scheduler.save_pretrained(folder / "scheduler")
+    _save(scheduler, folder / "scheduler")
     _write_json(
         folder / "model_index.json",
         {
@@ -176,6 +176,15 @@ def _write_plain(model: FlowMap | NetworkField, folder: Path) -> None:
 def _unet(model: FlowMap | NetworkField) -> Any:
     network: Any = model.network
     return network.model
+
+
+def _save(part: Any, folder: Path) -> None:
+    """A model or scheduler, without the path that it was loaded from: that is the business of its maker."""
+    part.save_pretrained(folder)
+    config = folder / part.config_name
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    _write_json(config, values)
 
 
 def _timesteps(native: Trajectory) -> int:
@@ -282,4 +291,4 @@ def _credit(method: str) -> str:
     if method in OBJECTIVES:
         papers = re.findall(r"\b\d{4}\.\d{4,5}\b", inspect.getdoc(OBJECTIVES[method]) or "")
     links = ", ".join(f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in dict.fromkeys(papers))
-    return f"Trained with {method}{f': please cite {links}' if links else ''}."
+    return f"Trained with {method}{f' ({links})' if links else ''}."

@@ -86,7 +86,7 @@ class NetworkField(VelocityField):
 
 
 # How diffusers' schedulers name what a network predicts.
-_DIFFUSERS_KINDS = {"epsilon": "noise", "sample": "data", "v_prediction": "v", "flow_prediction": "flow"}
+_DIFFUSERS_KINDS = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
 
 
 class DiffusionField(NetworkField):
@@ -123,7 +123,8 @@ def schedule_of(scheduler: Any) -> tuple[Path, str]:
     if prediction not in _DIFFUSERS_KINDS:
         raise unknown("prediction type", str(prediction), _DIFFUSERS_KINDS)
     kind = _DIFFUSERS_KINDS[prediction]
-    if float(table[-1]) <= 0:  # zero terminal SNR
+    # Zero terminal SNR. Some schedulers write just 2^-24 there for their own divisions; others reach less in earnest.
+    if float(table[-1]) in (0.0, 2**-24):
         if kind == "noise":
             raise ValueError(
                 f"the last of the {len(table)} steps of this {name} has no signal (zero terminal SNR), where a noise "

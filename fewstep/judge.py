@@ -4,9 +4,9 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.config import Recipe
 from fewstep.data import load_data
@@ -22,6 +22,9 @@ from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.training.trackers import read_metrics
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # What is plotted, the first that there is heading the report.
 _PLOTTED = ("fid", "fd", "rmse", "sliced_w2")
 _LABELS = {
@@ -30,7 +33,28 @@ _LABELS = {
     "fd": "Frechet distance to the data",
     "fid": "FID",
 }
-_POINTS, _IMAGES = 8192, 32
+_POINTS, _IMAGES = 8192, 24
+
+
+def prepare(recipe: Recipe, data: Data) -> Data:
+    """What samples are held against; called before the training too, so that it does not fail after it.
+
+    Raises:
+        ValueError: data of another shape, or too few. FileNotFoundError: data or Inception weights that are not there.
+    """
+    section = recipe.evaluation
+    held_out = load_data(section.data.name, **section.data.options) if section.data else data
+    if tuple(held_out.shape) != tuple(data.shape):
+        raise ValueError(
+            f"evaluation.data {held_out.shape} and data {data.shape} differ in the shape of a sample: they must agree"
+        )
+    if held_out.size is not None and held_out.size < 4:
+        raise ValueError(f"{held_out.size} rows of data are too few to judge by: 4 at least, or evaluation.count: 0")
+    if section.extractor not in ("auto", "none") and not Path(section.extractor).expanduser().is_file():
+        raise FileNotFoundError(
+            f"evaluation.extractor: no file {section.extractor}; auto and none are the other choices"
+        )
+    return held_out
 
 
 def judge(
@@ -46,8 +70,7 @@ def judge(
 
     Returns None, and writes the report alone, where there is nothing to measure: images without teacher and labels.
     """
-    section = recipe.evaluation
-    held_out = load_data(section.data.name, **section.data.options) if section.data else data
+    section, held_out = recipe.evaluation, prepare(recipe, data)
     extractor = _extractor(section.extractor, held_out if recipe.data.name == "teacher" else data, model)
     found = None
     if teacher is not None or extractor is not None or len(data.shape) != 3:
@@ -65,7 +88,7 @@ def judge(
                 progress=progress,
             )
         replace_file(out / "quality.json", found.to_json().encode())
-    _report(model, recipe, found, out)
+    _report(model, teacher, recipe, found, out)
     return found
 
 
@@ -86,10 +109,9 @@ def compare_runs(evaluations: dict[str, Evaluation], out: Path) -> tuple[list[st
         lines = [row for row in lines if not row["model"].startswith("teacher")] + [
             {**row, "model": "teacher"} for row in evaluations[first].rows if row["model"] == "teacher"
         ]
-    figures = [(_LABELS[m], quality_figure(lines, m, _LABELS[m])) for m in _plotted(lines)]
-    out.mkdir(parents=True, exist_ok=True)
-    for metric, figure in zip(_plotted(lines), figures, strict=True):
-        png(figure[1], out / f"{metric}.png")
+    figures = [
+        (_LABELS[metric], png(quality_figure(lines, metric), out / f"{metric}.png")) for metric in _plotted(lines)
+    ]
     write_report(
         out / "compare.html",
         title=" · ".join(evaluations),
@@ -134,16 +156,16 @@ def _plotted(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [metric for metric in _PLOTTED if any(row.get(metric) is not None for row in rows)]
 
 
-def _report(model: Model, recipe: Recipe, found: Evaluation | None, out: Path) -> None:
+def _report(model: Model, teacher: VelocityField | None, recipe: Recipe, found: Evaluation | None, out: Path) -> None:
     is_map = isinstance(model, FlowMap)
     figures, tables = [], []
     if found is not None:
         columns, rows = found.table()
         tables.append(("Quality against network calls", columns, rows))
         for metric in _plotted(found.rows):
-            figures.append((_LABELS[metric], quality_figure(found.rows, metric, _LABELS[metric])))
+            figures.append((_LABELS[metric], quality_figure(found.rows, metric)))
         png(figures[0][1], out / "quality.png")
-        figures += _pictures(model, recipe, found)
+        figures += _pictures(model, teacher, recipe, found)
     if len(lines := read_metrics(out / "metrics.jsonl")) > 1:
         figures.append(("Loss", loss_figure(lines)))
     write_report(
@@ -156,22 +178,34 @@ def _report(model: Model, recipe: Recipe, found: Evaluation | None, out: Path) -
     )
 
 
-def _pictures(model: Model, recipe: Recipe, found: Evaluation) -> list[tuple[str, bytes]]:
+def _pictures(
+    model: Model, teacher: VelocityField | None, recipe: Recipe, found: Evaluation
+) -> "list[tuple[str, bytes | Figure]]":
     """Samples at each step count, the teacher's beside them, and the data."""
-    shape = found.facts["shape"]
+    shape, steps = found.facts["shape"], recipe.evaluation.steps
     if shape == [2]:
-        panels = {
-            f"{n} step{'s' * (n > 1)}": draw(model, _POINTS, n, seed=recipe.seed, batch=_POINTS)[0]
-            for n in recipe.evaluation.steps
-        }
-        return [("Samples", png(points_figure(panels)))]
-    if len(shape) == 3 and shape[0] in (1, 3):
+        models = {"student": model} if teacher is None else {"student": model, "teacher": teacher}
         return [
-            (f"{name} step{'s' * (not name.endswith(' 1'))}" if name != "data" else name, grid)
-            for name, images in found.samples.items()
-            for grid in [image_grid(images[:_IMAGES], columns=8)]
+            (f"Samples of the {name}", points_figure({_steps(n): _points(who, n, recipe.seed) for n in steps}))
+            for name, who in models.items()
         ]
-    return []
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        return []
+    # The student's and the teacher's of one step count side by side, as two fit in a line of the page.
+    names = sorted(found.samples, key=lambda name: (name == "data", int(name.split()[-1]) if name != "data" else 0))
+    return [
+        (name if name == "data" else f"{name.split()[0]}, {_steps(int(name.split()[1]))}", image_grid(few, columns=6))
+        for name in names
+        for few in [found.samples[name][:_IMAGES]]
+    ]
+
+
+def _points(model: Model, steps: int, seed: int) -> Tensor:
+    return draw(model, _POINTS, steps, shape=(2,), seed=seed, batch=_POINTS)[0]
+
+
+def _steps(n: int) -> str:
+    return f"{n} step{'s' * (n > 1)}"
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def _wrap(
         raise unknown("prediction kind", prediction, KINDS)
     field = NetworkField(network, native, prediction, path=path)
     try:
-        if is_map and not hasattr(network, "with_second_time"):
+        if is_map and getattr(network, "with_second_time", None) is None:
             # A network of one's own comes with its second time.
             return (
                 FlowMap(network, native, prediction, path=path) if start is None else FlowMap.from_field(start, network)

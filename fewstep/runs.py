@@ -13,7 +13,7 @@ from fewstep.data.batch import Data
 from fewstep.drawing import Model, classes_of, shape_of
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.fields import VelocityField
-from fewstep.judge import judge
+from fewstep.judge import judge, prepare
 from fewstep.objectives.base import Objective
 from fewstep.parts import (
     make_data,
@@ -93,6 +93,8 @@ def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
     """
     folder.open_run(out, {}, resume=False)  # refuses a folder that is no run
     built = build(recipe, out)
+    if recipe.evaluation.count:
+        prepare(recipe, built.data)
     is_main = distributed.environment().is_main
     if is_main:
         _begin(out, recipe, fresh)

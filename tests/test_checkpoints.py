@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 
 import pytest
@@ -83,6 +84,12 @@ def test_an_optimizer_comes_back_bit_for_bit(out):
     assert moments[0] == moments[1]
 
 
+def test_hidden_files_of_a_file_browser_do_no_harm(out):
+    (out / "checkpoints" / ".DS_Store").write_text("")
+    assert train(out).step == 12
+    assert (out / "checkpoints" / ".DS_Store").exists()
+
+
 def test_the_folder_lists_every_file(out):
     folder = out / "checkpoints" / "step-00000012"
     state = json.loads((folder / "state.json").read_text())["state"]
@@ -162,8 +169,11 @@ def test_a_full_disk_costs_nothing_that_was_saved(tmp_path, monkeypatch, file, k
 
     monkeypatch.setattr(checkpoints, "save_file", save_file)
     monkeypatch.setattr(type(tmp_path), "write_text", write_text)
-    with pytest.raises(TrainingError, match=rf"checkpoint of step 8: {file} needs \d\d\d+ bytes, \d+ are free in") as e:
+    with pytest.raises(TrainingError, match=rf"could not write {file} of the checkpoint of step 8 \(.*\)") as e:
         train(tmp_path / "run")
+    groups = checkpoints.load(tmp_path / "whole" / "checkpoints" / "step-00000012").tensors.values()
+    needed = sum(tensor.nbytes for group in groups for tensor in group.values())
+    assert re.search(rf"needs {needed:,} bytes in all, [\d,]+ are free in", str(e.value))
     assert "step-00000004 is whole and the same command goes on from it" in str(e.value)
     left = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
     assert left == {"step-00000004", "reached"}

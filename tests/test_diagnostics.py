@@ -11,6 +11,7 @@ from fewstep.exact import CheckerboardField, GaussianField
 from fewstep.fields import NetworkField
 from fewstep.maps import FlowMap
 from fewstep.paths import Linear
+from fewstep.sampling import count_calls
 
 MEAN = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 STD = torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64)
@@ -68,8 +69,7 @@ def test_a_fault_of_the_diagonal_shows_in_its_true_size():
 def test_a_fault_off_the_diagonal_is_invisible_to_the_tangent():
     diagnosis = diagnose(FlowMap(ExactVelocity(slope=0.2)), FIELD, noise(), times=[0.0, 0.5, 1.0])
     assert diagnosis.residuals["tangent"].nan_to_num().max() < 1e-9
-    # X is off by 0.2 (t - s)^2. One half of the interval: d_t of it is 0.2; v_t adds a little. Composition at
-    # (0, 1): the sum of two halves is off by half as much, less what the first half's fault does on its way.
+    # X is off by 0.2 (t - s)^2, so that two halves of an interval are off by less than the whole.
     composition = diagnosis.residuals["composition"]
     assert composition.diagonal().max() < 1e-9
     assert composition[0, 2] > composition[0, 1] > 1e-3
@@ -114,6 +114,26 @@ def test_conditions_reach_both_models_and_attention_has_its_derivative():
     assert other.summary() != diagnosis.summary()
 
 
+def test_group_norm_has_its_derivative_in_any_memory_layout():
+    class Norm(nn.Module):
+        """The normed image, whatever the times, through a layout like that which convolutions return."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.GroupNorm(2, 4).double()
+
+        def forward(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+            late = (t - s)[:, None, None, None]
+            return self.norm((x * (1 + late)).contiguous(memory_format=torch.channels_last))
+
+    x = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    norm = Norm()
+    field = NetworkField(Still(), Linear())
+    diagnosis = diagnose(FlowMap(norm), field, x, times=[0.0, 1.0])
+    # The norm is blind to the factor 1 + (t - s), up to its eps: d_t X is the normed image, |.|^2 = 144 of 144 parts.
+    assert float(diagnosis.residuals["lagrangian"][0, 1]) == pytest.approx(12.0, abs=1e-3)
+
+
 def test_diagnosis_leaves_no_graph():
     class Affine(nn.Module):
         def __init__(self) -> None:
@@ -137,11 +157,14 @@ def test_teacher_states_agree_with_the_closed_form():
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return FIELD(x, t)
 
-    solved = teacher_states(NetworkField(Bare(), Linear()), noise(), times)
+    field = NetworkField(Bare(), Linear())
+    with count_calls(field) as calls:
+        solved = teacher_states(field, noise(), times)
+    assert calls.count == 2 * (20 + 45)  # 64 Heun steps in all, each leg rounded up
     error = (solved - exact).abs().amax(dim=(1, 2))
     assert error[0] == 0
-    assert 1e-9 < error[2] < 2e-3  # 64 Heun steps in all, not 64 for each leg and not one
-    finer = teacher_states(NetworkField(Bare(), Linear()), noise(), times, steps=128)
+    assert 1e-9 < error[2] < 2e-3
+    finer = teacher_states(field, noise(), times, steps=128)
     assert (finer - exact).abs().max() < error[2] / 3  # second order
 
 
@@ -179,7 +202,7 @@ def test_checkerboard_is_diagnosed_at_its_sharp_end():
 
 
 class Still(nn.Module):
-    def forward(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, s: Tensor, t: Tensor | None = None) -> Tensor:
         return torch.zeros_like(x)
 
 

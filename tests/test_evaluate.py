@@ -319,7 +319,7 @@ def test_extractors_with_other_weights_are_not_compared():
         ({"metrics": ["fd"]}, "'fd' cannot be had here, only rmse, sliced_w2, energy, histogram_kl"),
         ({"metrics": []}, "nothing to measure"),
         ({"teacher": None}, "evaluate needs data"),
-        ({"teacher": nn.Identity()}, "the teacher is a VelocityField, not a Identity"),
+        ({"teacher": nn.Identity(), "data": torch.zeros(9, 2)}, "the teacher is a VelocityField, not a Identity"),
         ({"extractor": Features()}, r"an extractor judges images \(C, H, W\), and a sample has shape \(2,\)"),
         ({"teacher": None, "data": torch.zeros(9, 1, 4, 4)}, "nothing to measure: give a teacher"),
     ],

@@ -189,6 +189,17 @@ def test_zero_terminal_snr(gaussian, points, kind):
     close(velocity[inside], gaussian(points, t)[inside], 1e-9)
 
 
+def test_little_signal_is_signal(gaussian, points):
+    # The cosine schedule ends below the 2^-24 that stands for none elsewhere.
+    cosine = scheduler("DDPMScheduler", beta_schedule="squaredcos_cap_v2")
+    native, kind = schedule_of(cosine)
+    assert len(native.log_ratios) == 1000
+    t = torch.linspace(1e-4, 0.98, 64, dtype=F64)
+    close(DiffusionField(Oracle(gaussian, native, kind), cosine)(points, t), gaussian(points, t), 1e-9)
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler has no signal"):
+        schedule_of(scheduler("EulerDiscreteScheduler", rescale_betas_zero_snr=True))
+
+
 def test_scheduler_errors():
     with pytest.raises(
         ValueError, match="EDMEulerScheduler has no alphas_cumprod and is no flow-match scheduler: wrap"
@@ -196,7 +207,7 @@ def test_scheduler_errors():
         DiffusionField(MLP(2), scheduler("EDMEulerScheduler"))
     odd = scheduler("DDPMScheduler")
     odd.register_to_config(prediction_type="velocity")
-    with pytest.raises(ValueError, match=r"unknown prediction type 'velocity'.*Known: epsilon, flow_prediction"):
+    with pytest.raises(ValueError, match=r"unknown prediction type 'velocity'.*Known: epsilon, sample"):
         DiffusionField(MLP(2), odd)
 
 

@@ -114,8 +114,9 @@ CALLS = {
     "step": (ITVM, {"target": "step"}, (1, 64), (1, 32), (3, 96)),
     "derivative": (ITVM, {"target": "derivative"}, (1, 64), (1, 32), (2, 64)),
     "mixed": (ITVM, {"target": {"interval": 3.0, "step": 1.0}, "diagonal": 0.25}, (1, 64), (3, 84), (3, 40)),
+    "default": (ITVM, {}, (1, 64), (3, 48), (2, 48)),
     "all diagonal": (ITVM, {"diagonal": 1.0}, (1, 64), (0, 0), (1, 64)),
-    "none diagonal": (ITVM, {"diagonal": 0.0}, (1, 64), (2, 128), (0, 0)),
+    "none diagonal": (ITVM, {"target": "interval", "diagonal": 0.0}, (1, 64), (2, 128), (0, 0)),
     "LMD": (LMD, {}, (2, 64), (0, 0), (2, 64)),
     "LMD, none diagonal": (LMD, {"diagonal": 0.0}, (1, 64), (0, 0), (1, 64)),
 }

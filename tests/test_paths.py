@@ -350,6 +350,20 @@ def test_conversions_are_finite_and_smooth_on_all_of_the_interval(native, path, 
     assert rate.isfinite().all()
 
 
+@by_path
+@by_kind
+def test_predictions_are_held_where_they_say_little(path, kind):
+    """Noise where there is less than 1 data to 1000 noise, data the other way; else only where the path ends."""
+    ends = torch.tensor([0.0, 1.0], dtype=F64)
+    first, last = (path.alpha(ends) / path.sigma(ends)).tolist()
+    held = torch.tensor(path.hold_range(kind), dtype=F64)
+    low, high = (path.alpha(held) / path.sigma(held)).tolist()
+    assert low == pytest.approx(max(first, 1e-3) if kind in ("noise", "score") else first, rel=1e-9)
+    # The rate of sigma is infinite at the end of a variance-preserving path: all kinds are held before it.
+    to_data = kind == "data" or isinstance(path, VariancePreserving)
+    assert high == pytest.approx(min(last, 1e3) if to_data else last, rel=1e-9)
+
+
 @by_native
 @by_wanted
 @by_kind

@@ -97,9 +97,9 @@ def test_samples_with_consecutive_seeds_are_independent():
 
 
 def test_half_precision_starts_from_the_same_noise():
-    full = normal(torch.zeros(4, 3), generator(0))
+    full = normal(torch.zeros(40, 3), generator(0))
     for dtype in (torch.float16, torch.bfloat16):
-        half = normal(torch.zeros(4, 3, dtype=dtype), generator(0))
+        half = normal(torch.zeros(40, 3, dtype=dtype), generator(0))
         assert half.dtype == dtype
         assert torch.equal(half, full.to(dtype))
     assert normal(torch.zeros(4, 3, dtype=torch.float64), generator(0)).dtype == torch.float64

@@ -78,6 +78,17 @@ def test_points_share_the_extent_and_shade_of_the_last():
     assert shares[0] < 0.1  # most of what is five times too wide lies outside
 
 
+def test_points_have_x_across_and_y_up():
+    corner = torch.tensor([0.5, -1.0]) + 0.01 * torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    image = points_figure({"one corner": corner, "teacher": torch.rand(2000, 2) * 4 - 2}).axes[0].images[0]
+    shares = np.asarray(image.get_array())
+    row, column = (int(i) for i in np.unravel_index(shares.argmax(), shares.shape))
+    left, right, bottom, top = image.get_extent()
+    assert left + (column + 0.5) / shares.shape[1] * (right - left) == pytest.approx(0.5, abs=0.1)
+    assert bottom + (row + 0.5) / shares.shape[0] * (top - bottom) == pytest.approx(-1.0, abs=0.1)
+    assert image.origin == "lower"
+
+
 def test_quality_lines_run_through_the_mean_of_seeds():
     rows = [{"model": "ITVM", "nfe": n, "seed": s, "fd": 4.0 / n + s} for s in (0, 2) for n in (8, 1, 2)]
     rows += [{"model": "teacher, Heun", "nfe": n, "fd": 100.0 / n} for n in (2, 100)]
@@ -107,7 +118,8 @@ def test_loss_curves_by_term():
     (ax,) = loss_figure(rows).axes
     labels = [line.get_label() for line in ax.get_lines()]
     assert [label for label in labels if not str(label).startswith("_")] == ["loss", "initial"]
-    raw, smooth = ax.get_lines()[2:]
+    total, raw, smooth = ax.get_lines()[1:]
+    assert np.allclose(total.get_ydata(), 2.0)  # its ends too
     assert np.ptp(raw.get_ydata()) == 1.0
     assert abs(np.asarray(smooth.get_ydata())[20:-20] - 1).max() < 0.06
     assert len(np.asarray(smooth.get_ydata())) == 400
@@ -149,10 +161,9 @@ def test_figures_touch_no_global_state():
     import matplotlib
     from matplotlib import pyplot
 
-    before, backend = dict(matplotlib.rcParams), matplotlib.get_backend()
     png(points_figure({"a": torch.randn(50, 2)}))
-    assert dict(matplotlib.rcParams) == before
-    assert matplotlib.get_backend() == backend
+    for name in plots._STYLE:
+        assert matplotlib.rcParams[name] == matplotlib.rcParamsDefault[name], name
     assert pyplot.get_fignums() == []
 
 

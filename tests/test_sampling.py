@@ -16,7 +16,7 @@ from fewstep.sampling import count_calls, sample, sample_noise
 from fewstep.times import GRIDS, step_grid
 
 F64 = torch.float64
-SHORT = Tabulated((3.0, 1.5, 0.0, -1.0, -3.0))  # ends with much noise left, and begins with some data
+SHORT = Tabulated((1.0, 0.5, 0.0, -1.0, -3.0))  # ends with much noise left, and begins with some data
 PATHS = [Linear(), Trigonometric(), VariancePreserving(), SHORT]
 by_path = pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
 

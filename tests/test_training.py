@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from fewstep.training.schedules import schedule_factor
 
 def train(out=None, student=None, objective=None, data=None, **options):
     options = {"steps": 12, "batch": 16, "quiet": True, "log_every": 1, **options}
-    return fit(student or Student(), objective or Matching(), data or Gaussian(), out=out, **options)
+    return fit(student or Student(), objective or Matching(), Gaussian() if data is None else data, out=out, **options)
 
 
 def weights(result):
@@ -155,6 +156,20 @@ def test_it_learns_the_known_answer():
     assert result.losses["loss"] < 1e-4
 
 
+def test_a_tensor_is_data():
+    rows = torch.randn(40, 2, generator=generator(1)).double()
+    seen = []
+
+    class Looking(Matching):
+        def forward(self, student, batch, **options):
+            seen.append(batch.data)
+            return super().forward(student, batch, **options)
+
+    train(objective=Looking(), data=rows, batch=20, steps=2)
+    found = torch.cat(seen)
+    torch.testing.assert_close(found[found[:, 0].argsort()], rows[rows[:, 0].argsort()].float(), rtol=0, atol=0)
+
+
 def test_accumulation_changes_neither_losses_nor_weights(tmp_path):
     for name, accumulate in (("whole", 1), ("parts", 4)):
         # Dropout draws per micro-batch; without it the two are one sum in another order.
@@ -172,6 +187,21 @@ def test_one_seed_decides_all_and_the_callers_generator_is_left_alone():
     assert torch.equal(first, again)
     assert torch.equal(first, weights(train()))
     assert not torch.equal(first, weights(train(seed=1)))
+
+
+def test_what_dropout_draws_is_new_at_each_step_and_decided_by_the_seed():
+    class Drawing(Matching):
+        def forward(self, student, batch, **options):
+            drawn.append(torch.rand(()).item())
+            return super().forward(student, batch, **options)
+
+    runs = []
+    for seed in (0, 0, 1):
+        drawn = []
+        train(objective=Drawing(), seed=seed)
+        runs.append(drawn)
+    assert runs[0] == runs[1]
+    assert len({*runs[0], *runs[2]}) == 24
 
 
 def test_lines_hold_the_means_of_every_step(tmp_path):
@@ -218,6 +248,23 @@ def test_copies_are_made_only_where_wanted():
     assert len({id(m) for m in (target, average, student)}) == 3
     assert student.training
     assert not target.training
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_the_copies_follow_the_student(decay):
+    seen = []
+
+    def look(run):
+        seen.append([next(m.parameters()).detach().clone() for m in (run.student, run.target, run.ema)])
+
+    start = next(Student().parameters()).detach()
+    train(objective=Matching(ema=decay), ema=decay, ema_warmup=False, steps=3, callbacks=[look])
+    expected = start
+    for weight, slow, ema in seen:
+        expected = decay * expected + (1 - decay) * weight
+        torch.testing.assert_close(slow, expected)
+        torch.testing.assert_close(ema, expected)
+    assert not torch.equal(start, seen[0][0])
 
 
 def test_each_player_has_its_own_optimizer(tmp_path):
@@ -267,15 +314,32 @@ def test_callbacks_see_the_run_and_log_into_its_line(tmp_path):
     assert "loss" not in records[0]
 
 
-def test_time_can_end_a_run(tmp_path):
-    result = train(tmp_path, steps=None, max_seconds=0.3, log_every=10)
-    assert result.stopped == "time"
-    assert 0.3 <= result.seconds < 5
-    rates = [line["lr"] for line in lines(tmp_path)]
-    assert rates == sorted(rates, reverse=True)
-    assert rates[-1] < 0.5 * rates[0]
+def test_a_callback_that_samples_from_the_student_changes_nothing():
+    def sampling(run):
+        run.ema.eval()
+        torch.randn(3)
+
+    assert torch.equal(weights(train(ema=None)), weights(train(ema=None, callbacks=[sampling])))
+
+
+def test_time_can_end_a_run(tmp_path, monkeypatch):
+    """By a clock that ticks once a step."""
+    clock = iter(range(10_000))
+    monkeypatch.setattr("fewstep.training.fit.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    result = train(tmp_path, steps=None, max_seconds=20.0, lr=0.1)
+    assert (result.stopped, result.step, result.seconds) == ("time", 19, 20.0)
+    for step, line in enumerate(lines(tmp_path), start=1):
+        assert line["lr"] == pytest.approx(0.1 * schedule_factor("cosine", step / 20))
     both = train(steps=5, max_seconds=1000)
     assert (both.stopped, both.step) == ("done", 5)
+
+
+def test_time_goes_on_where_it_was(tmp_path, monkeypatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr("fewstep.training.fit.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    train(tmp_path, steps=None, max_seconds=20.0)
+    longer = train(tmp_path, steps=None, max_seconds=30.0)
+    assert (longer.step, longer.seconds) == (28, 30.0)
 
 
 # Going on

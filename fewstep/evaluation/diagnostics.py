@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from fewstep.evaluation.points import rmse
 from fewstep.exact import ExactField
@@ -91,7 +92,7 @@ def diagnose(
     residuals = {name: grid.new_full((len(grid), len(grid)), math.nan) for name in VELOCITIES + POSITIONS}
     speeds = grid.new_zeros(len(grid))
     # Fused attention has no forward-mode derivative; the plain form has.
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), _ContiguousGroupNorm():
         for i, x in enumerate(states):
             s = grid[i].repeat(len(x))
             v = field(x, s, **cond)
@@ -103,6 +104,15 @@ def diagnose(
     spread = torch.stack([_rms(x - x.mean(dim=0)) for x in states]).square().mean().sqrt()
     speed = speeds.square().mean().sqrt()
     return Diagnosis(grid.cpu(), {k: r.cpu() for k, r in residuals.items()}, float(speed), float(spread))
+
+
+class _ContiguousGroupNorm(TorchFunctionMode):
+    """The forward-mode derivative of a group norm fails on the memory layouts that convolutions like to return."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.group_norm:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _residuals(

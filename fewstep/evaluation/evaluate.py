@@ -38,7 +38,7 @@ class Evaluation:
             guidance makes two a step) and the metrics.
         floor: the metrics of data against data, as many rows: what a perfect model would have. Empty where there are
             not enough data for two sets.
-        facts: what else decides the numbers: shape, count, seed, rows of data, extractor, how end points were found.
+        facts: what else decides the numbers: shape, count, seed, rows of data, rows with end points, extractor.
         samples: the first 64 of each row, ``"student 1"``, ``"teacher 100"``, ..., and of ``"data"``, on the CPU.
     """
 
@@ -129,7 +129,7 @@ def evaluate(
     tick = _ticker(progress, calls)
 
     first, second = _two_sets(data, count, seed)
-    with torch.no_grad(), _eval_mode(model, teacher, extractor):
+    with _eval_mode(model, teacher, extractor):
         judge = Judge(names, extractor)
         known = judge.learn(_gather(data, first, seed, 0))
         starts = _Starts(tuple(data.shape), seed, batch, _conditions(known if cond is None else cond, count, seed))

@@ -116,7 +116,7 @@ class FlowMapPipeline(DiffusionPipeline):
         if labels is not None:
             second = torch.stack([labels.to(second), second], dim=-1)
         dtype = self.unet.dtype
-        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(x.device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
             prediction = self.unet((scale * x).to(dtype), first, class_labels=second).sample[:, : x.shape[1]]
         return x + (t - s) * (x_part * x + network_part * prediction.float())
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from fewstep.errors import TrainingError
 
 _WHOLE = re.compile(r"step-(\d{8,})")
-_STALE = re.compile(r"\.(tmp|old)-.*")
+_STALE = re.compile(r"\.(tmp|old)-(step-\d{8,}|reached)")
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -55,7 +55,7 @@ def latest(folder: Path) -> Path | None:
     if (reached := folder / "reached").exists():
         raise FileNotFoundError(
             f"no checkpoint in {folder}, though the run had reached step {reached.read_text().strip()}: put the "
-            f"step-... folder back, or start again with another output folder or resume=False"
+            f"step-... folder back, or start again with another output folder or resume=False (--fresh)"
         )
     return None
 
@@ -69,26 +69,24 @@ def save(
         TrainingError: the disk is full or cannot be written; older checkpoints stay as they were.
     """
     target, aside = folder / _name(step), folder / f".tmp-{_name(step)}"
-    file, size = aside, 0
+    file, size = aside, sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     try:
         aside.mkdir(parents=True)
         files: dict[str, dict[str, Any]] = {}
         for name, group in tensors.items():
             if not group:
                 continue
-            plain = _plain(group)
-            file, size = aside / f"{name}.safetensors", sum(t.nbytes for t in plain.values())
-            save_file(plain, file)
+            file = aside / f"{name}.safetensors"
+            save_file(_plain(group), file)
             files[file.name] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
             _sync(file)
-        text = _seal({**state, "step": step, "files": files})
-        file, size = aside / "state.json", len(text)
-        file.write_text(text)
+        file = aside / "state.json"
+        file.write_text(_seal({**state, "step": step, "files": files}))
         _sync(file)
         _sync(aside)
         os.replace(aside, target)
         _sync(folder)
-        file, size = folder / ".tmp-reached", 16
+        file = folder / ".tmp-reached"
         file.write_text(f"{step}\n")
         _sync(file)
         os.replace(file, folder / "reached")
@@ -144,8 +142,8 @@ def clear(folder: Path) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether nothing but checkpoints of this library lies in ``folder``."""
-    known = lambda name: name == "reached" or _WHOLE.fullmatch(name) or _STALE.fullmatch(name)  # noqa: E731
+    """Whether nothing but checkpoints of this library, and hidden files, lies in ``folder``."""
+    known = lambda name: name == "reached" or name.startswith(".") or _WHOLE.fullmatch(name)  # noqa: E731
     return all(known(entry.name) for entry in folder.iterdir())
 
 
@@ -209,7 +207,7 @@ def _way_out(path: Path, fault: str) -> str:
             return f"{fault}. Delete the folder {path} to go back to {older.name}"
     return (
         f"{fault}, and no other checkpoint is whole. Put the file back, or start again with another output folder or "
-        "resume=False"
+        "resume=False (--fresh)"
     )
 
 
@@ -218,8 +216,8 @@ def _no_room(folder: Path, step: int, file: Path, size: int, error: Exception) -
     steps = steps_in(folder)
     whole = f"{_name(steps[-1])} is whole and the same command goes on from it" if steps else "there is none before it"
     return (
-        f"could not write the checkpoint of step {step}: {file.name} needs {size} bytes, {free} are free in {folder} "
-        f"({error}). Free some space, or keep fewer checkpoints; {whole}"
+        f"could not write {file.name} of the checkpoint of step {step} ({error}): it needs {size:,} bytes in all, "
+        f"{free:,} are free in {folder}. Free some space, or keep fewer checkpoints; {whole}"
     )
 
 

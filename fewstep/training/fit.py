@@ -201,6 +201,8 @@ def fit(
             if world.is_main:
                 for callback in callbacks:
                     callback(run)
+                if not student.training:  # a callback that sampled from it
+                    student.train()
                 book.write(run)
             if run.step % checkpoint_every == 0:
                 saved = _save(run, book, world, keep)

@@ -38,7 +38,7 @@ def open_run(out: Path, fingerprint: Mapping[str, Any], resume: bool) -> Path | 
     if not folder.exists() and (out / "metrics.jsonl").exists() and (lines := read_metrics(out / "metrics.jsonl")):
         raise FileNotFoundError(
             f"{folder} is missing, though {out / 'metrics.jsonl'} shows that the run had reached step "
-            f"{lines[-1]['step']}: put it back, or start again with another output folder or resume=False"
+            f"{lines[-1]['step']}: put it back, or start again with another output folder or resume=False (--fresh)"
         )
     if (path := checkpoints.latest(folder)) is not None:
         _compare(out, checkpoints.read_state(path)["fingerprint"], flat(fingerprint))
@@ -85,5 +85,5 @@ def _compare(out: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError(
             f"the run in {out} belongs to another recipe: {'; '.join(differing[:3])}{more}. Use another output folder "
-            "(--out), or resume=False to throw that run away and start again"
+            "(--out), or resume=False (--fresh) to throw that run away and start again"
         )

@@ -35,7 +35,8 @@ class Meter:
         steps, self._steps = self._steps, []
         if not steps:
             return
-        numbers = iter(torch.stack([value for _, values, _ in steps for value in values.values()]).tolist())
+        scalars = [value for _, values, _ in steps for value in values.values()]
+        numbers = iter(torch.stack([value.to(scalars[0].device) for value in scalars]).tolist())
         for step, values, times in steps:
             found = {name: next(numbers) for name in values}
             if self._may_overflow:

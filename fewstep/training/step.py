@@ -89,7 +89,8 @@ def update(
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:  # optimizer.zero_grad, without its detour of 100 us through dynamo
+            parameter.grad = None
         norms["grad_norm" if len(optimizers) == 1 else f"grad_norm/{player}"] = norm
     scaler.update()
     return norms

@@ -1,0 +1,163 @@
+"""The recipe: what it takes, what it refuses and how, and that it reads back as it was written."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fewstep.config import Recipe, Training, describe, find_recipe, known_recipes, load_recipe
+from fewstep.training.fit import fit
+
+SMALL = {
+    "name": "small",
+    "teacher": "checkerboard",
+    "student": {"network": "mlp", "options": {"width": 16, "depth": 2}},
+    "data": "checkerboard",
+    "objective": "ITVM",
+    "training": {"steps": 5},
+}
+
+
+@pytest.mark.parametrize("name", known_recipes())
+def test_every_recipe_that_comes_along_is_valid_and_reads_back_the_same(name: str) -> None:
+    overrides = {"teacher": "checkerboard", "student": "mlp"} if name == "distill" else {}
+    recipe = load_recipe(name, overrides)
+    assert recipe.name == name
+    assert load_recipe(yaml.safe_load(recipe.as_yaml())) == recipe
+    assert describe(known_recipes()[name])
+
+
+def test_training_has_the_options_of_fit_and_its_defaults() -> None:
+    others = {"student", "objective", "data", "seed", "out", "callbacks", "fingerprint", "resume"}
+    options = {n: p.default for n, p in inspect.signature(fit).parameters.items() if n not in others}
+    fields = {name: field.default for name, field in Training.model_fields.items()}
+    assert fields == options
+
+
+def test_short_forms_are_the_long_ones() -> None:
+    recipe = load_recipe(SMALL)
+    assert recipe.teacher is not None
+    assert (recipe.teacher.source, recipe.data.name, recipe.objective.name) == ("checkerboard", "checkerboard", "ITVM")
+    long = {
+        **SMALL,
+        "teacher": {"source": "checkerboard"},
+        "data": {"name": "checkerboard"},
+        "objective": {"name": "ITVM"},
+    }
+    assert load_recipe(long) == recipe
+
+
+def test_the_defaults_of_the_method_are_filled_in() -> None:
+    options = load_recipe({**SMALL, "objective": {"name": "ITVM", "ema": 0.5}}).objective.options
+    assert options["ema"] == 0.5
+    assert "terminal_weight" in options
+    assert "teacher" not in options
+
+
+def test_overrides_are_yaml_and_open_short_forms() -> None:
+    overrides = {
+        "objective.ema": "0.5", "training.lr": "3e-4", "steps": "7", "teacher": "eight-gaussians", "seed": "3",
+        "data": "eight-gaussians", "evaluation.steps": "[1, 3]", "student.options.width": "8", "training.clip": "null",
+    }  # fmt: skip
+    recipe = load_recipe(SMALL, overrides)
+    assert recipe.objective.options["ema"] == 0.5
+    assert (recipe.training.lr, recipe.training.steps, recipe.training.clip) == (3e-4, 7, None)
+    assert recipe.teacher is not None
+    assert (recipe.teacher.source, recipe.data.name, recipe.seed) == ("eight-gaussians", "eight-gaussians", 3)
+    assert recipe.evaluation.steps == (1, 3)
+    assert recipe.student.options == {"width": 8, "depth": 2}
+    assert SMALL["student"] == {"network": "mlp", "options": {"width": 16, "depth": 2}}  # nothing given is changed
+
+
+def test_another_method_or_network_starts_from_its_own_defaults() -> None:
+    tree = {**SMALL, "objective": {"name": "ITVM", "target": "step"}, "student": {**SMALL["student"], "path": "vp"}}  # pyright: ignore
+    recipe = load_recipe(tree, {"objective.diagonal": "0.75", "objective": "LMD", "student": "unet"})
+    assert recipe.objective.name == "LMD"
+    assert recipe.objective.options["diagonal"] == 0.75
+    assert "target" not in recipe.objective.options
+    assert (recipe.student.network, recipe.student.options, recipe.student.path) == ("unet", {}, "vp")
+    assert load_recipe(tree, {"objective": "ITVM"}).objective.options["target"] == "step"
+
+
+def test_teacher_none_is_no_teacher() -> None:
+    for teacher in ("none", None, {"source": "none"}):
+        assert load_recipe({**SMALL, "teacher": teacher, "objective": "FlowMatching"}).teacher is None
+    assert load_recipe(SMALL, {"teacher": "none", "objective": "FlowMatching"}).teacher is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            {"training.stpes": "3"},
+            "unknown recipe key 'training.stpes': did you mean 'training.steps'? Known: accumulate",
+        ),
+        ({"lr": "1"}, "unknown recipe key 'lr': did you mean 'training.lr'?"),
+        ({"foo": "1"}, "unknown recipe key 'foo': Known: data, evaluation, name, objective"),
+        ({"objective": "ITMV"}, "unknown objective 'ITMV': did you mean 'ITVM'?"),
+        ({"objective.emma": "0.9"}, "unknown recipe key 'objective.emma': did you mean 'objective.ema'?"),
+        ({"objective.ema": "high"}, "objective.ema is 'high': input should be a valid number"),
+        ({"student.network": "mpl"}, "unknown network 'mpl': did you mean 'mlp'? Known: auto, mlp, unet"),
+        ({"student.path": "linaer"}, "unknown path 'linaer': did you mean 'linear'?"),
+        ({"training.steps": "0"}, "training.steps is 0: input should be greater than 0"),
+        ({"training.steps": "2.5"}, "training.steps is 2.5: input should be a valid integer"),
+        ({"training.steps": "null"}, "training.steps or training.max_seconds is needed"),
+        ({"training.ema": "1.0"}, "training.ema is 1.0: input should be less than 1"),
+        ({"training": "3"}, "training is 3: input should be a valid dictionary"),
+        ({"seed.x": "1"}, "seed is {'x': 1}: input should be a valid integer"),
+        ({"name.x": "1"}, "unknown recipe key 'name.x': name is 'small', which has no keys inside"),
+        ({"teacher.guidance.scale": "2"}, "teacher.guidance.null is needed and not given"),
+        ({"evaluation.count": "3"}, "evaluation.count is 3: 4 samples at least"),
+        ({"teacher": "none"}, "ITVM distills a teacher and there is none"),
+        ({"teacher": "none", "objective": "FlowMatching", "student": "auto"}, "student.network is auto"),
+        ({"objective": "json:Nothing"}, "unknown name in json 'Nothing'"),
+        ({"objective": "no_such_module:Loss"}, "'no_such_module:Loss': no module 'no_such_module' is installed"),
+        ({"seed": "[1"}, "seed: '[1' cannot be read as a YAML value"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(overrides: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        load_recipe(SMALL, overrides)
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="did you mean 'checkerboard-itvm'"):
+        find_recipe("checkerboard-itm")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load_recipe(SMALL, {"objective": "./nowhere.py:Loss"})
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("training: {steps: 3\n")
+    with pytest.raises(ValueError, match="is not YAML"):
+        load_recipe(broken)
+    broken.write_text("- 1\n")
+    with pytest.raises(ValueError, match="is no recipe"):
+        load_recipe(broken)
+
+
+def test_a_method_and_files_of_ones_own_are_found_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from fewstep.objectives.itvm import ITVM\n\n\nclass Mine(ITVM):\n"
+        "    def __init__(self, teacher, strength: float = 2.0):\n        super().__init__(teacher)\n"
+    )
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**SMALL, "objective": "mine.py:Mine"}))
+    recipe = load_recipe(tmp_path / "mine.yaml", {"objective.strength": "3"})
+    assert recipe.objective.name == f"{tmp_path}/mine.py:Mine"
+    assert recipe.objective.options == {"strength": 3.0}
+    with pytest.raises(ValueError, match=r"unknown recipe key 'objective\.weight'.*Known: strength"):
+        load_recipe(tmp_path / "mine.yaml", {"objective.weight": "3"})
+
+
+def test_the_fingerprint_leaves_out_what_changes_no_weight() -> None:
+    first = load_recipe(SMALL)
+    assert load_recipe(SMALL, {"name": "other", "evaluation.count": "7"}).fingerprint() == first.fingerprint()
+    assert load_recipe(SMALL, {"objective.ema": "0.5"}).fingerprint() != first.fingerprint()
+
+
+def test_every_key_says_what_it_is() -> None:
+    sections = [Recipe, *(f.annotation for f in Recipe.model_fields.values() if isinstance(f.annotation, type))]
+    for section in sections:
+        for name, field in getattr(section, "model_fields", {}).items():
+            assert field.description or section.__name__ == "Named", f"{section.__name__}.{name}"

@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("export", _export, "write a model that diffusers loads")
     p.add_argument("model", type=Path, help="a run folder")
-    p.add_argument("folder", type=Path, help="where to")
+    p.add_argument("folder", type=Path, nargs="?", help="where to (default: model, in the run folder)")
     p.add_argument("--overwrite", action="store_true", help="replace an export that is there")
 
     p = command("recipes", _recipes, "list the recipes that come along")
@@ -263,7 +263,7 @@ def _export(args: argparse.Namespace, _: dict[str, str]) -> int:
 
     file = args.model / "quality.json"
     table = _markdown(*Evaluation.from_json(file.read_text()).table()) if file.is_file() else None
-    folder = export(args.model, args.folder, overwrite=args.overwrite, quality=table)
+    folder = export(args.model, args.folder or args.model / "model", overwrite=args.overwrite, quality=table)
     print(f"{folder} is a model of its own; its README.md says how to use it")
     _next([f"fewstep sample {folder} --steps 2 --out {folder.name}.png"])
     return 0

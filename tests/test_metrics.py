@@ -53,6 +53,12 @@ def test_sliced_wasserstein_is_blind_to_order_dtype_and_block(monkeypatch: pytes
     assert sliced_wasserstein(x, x) == 0.0
 
 
+def test_sliced_wasserstein_of_equal_and_unequal_numbers_agree():
+    x, y = normal(200), normal(200, seed=1) * 1.5
+    twice = torch.cat([y, y])  # the same distribution, by the other way of computing it
+    assert sliced_wasserstein(x, y) == pytest.approx(sliced_wasserstein(x, twice), rel=1e-9)
+
+
 def test_energy_distance_of_two_points_each():
     x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [5.0]])
     assert energy_distance(x, y) == pytest.approx(2 * (3 + 5 + 2 + 4) / 4 - 1 - 2, abs=1e-12)

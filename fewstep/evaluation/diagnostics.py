@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import jvp
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -110,7 +111,7 @@ class _ContiguousGroupNorm(TorchFunctionMode):
     """The forward-mode derivative of a group norm fails on the memory layouts that convolutions like to return."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.group_norm:
+        if func in (functional.group_norm, torch.group_norm):
             args = (args[0].contiguous(), *args[1:])
         return func(*args, **(kwargs or {}))
 

@@ -40,6 +40,11 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256, seed: int =
     directions = torch.randn(x.shape[1], projections, generator=generator(seed), dtype=torch.float64)
     directions = (directions / directions.norm(dim=0)).to(x.device)
     total = 0.0
+    if len(x) == len(y):  # the i-th smallest goes to the i-th smallest; POT's general case takes five times as long
+        for some in directions.T.split(_PROJECTIONS):
+            moved = (some @ x.T).sort(dim=1).values - (some @ y.T).sort(dim=1).values
+            total += float(moved.square().mean()) * len(some)
+        return (total / projections) ** 0.5
     for some in directions.split(_PROJECTIONS, dim=1):
         distance = cast(Tensor, ot.sliced_wasserstein_distance(x, y, projections=some, p=2))
         total += float(distance) ** 2 * some.shape[1]

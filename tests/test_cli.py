@@ -21,7 +21,8 @@ from fewstep.errors import TrainingError
 TINY = [
     "--teacher", "eight-gaussians", "--data", "eight-gaussians", "--steps", "4", "--training.batch", "32",
     "--training.chunk", "32", "--student.options.width=8", "--student.options.depth", "2",
-    "--evaluation.count", "20", "--evaluation.steps", "[1, 2]", "--evaluation.teacher-steps", "[2]", "--training.quiet", "true",
+    "--evaluation.count", "20", "--evaluation.steps", "[1, 2]", "--evaluation.teacher-steps", "[2]",
+    "--training.quiet", "true",
 ]  # fmt: skip
 
 

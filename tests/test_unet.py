@@ -4,9 +4,12 @@ import pytest
 import torch
 from unet_toys import LABELS, conditions, tiny_field, tiny_student, tiny_unet
 
+from fewstep.data.batch import Batch
 from fewstep.fields import DiffusionField
 from fewstep.maps import FlowMap
 from fewstep.networks import TwoTimeUNet, UNet
+from fewstep.objectives import ITVM, LMD, FlowMatching, Objective
+from fewstep.randomness import generator
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 CLASSES = (None, 5)
@@ -106,6 +109,28 @@ def test_bf16_autocast(classes: int | None) -> None:
         out.square().mean().backward()
     torch.testing.assert_close(out.float(), exact, atol=0.05, rtol=0.05)
     assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("name", ["FlowMatching", "ITVM", "ITVM derivative", "LMD"])
+def test_every_objective_trains_it(name: str, classes: int | None) -> None:
+    """Forward derivatives too, whose group norms and attention need care on the CPU."""
+    field = tiny_field("flow", classes)
+    student, target = FlowMap.from_field(field), FlowMap.from_field(field)
+    objectives: dict[str, Objective] = {
+        "FlowMatching": FlowMatching(),
+        "ITVM": ITVM(field),
+        "ITVM derivative": ITVM(field, "derivative"),
+        "LMD": LMD(field),
+    }
+    data = torch.randn(8, 1, 8, 8, generator=generator(1))
+    labels = {} if classes is None else {"class_labels": torch.arange(8) % classes}
+    loss = objectives[name](student, Batch(data, labels), target=target, progress=0.5, generator=generator(0)).total
+    loss.backward()
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    assert loss.isfinite()
+    assert all(g.isfinite().all() for g in gradients)
+    assert sum(float(g.square().sum()) for g in gradients) > 0
 
 
 def test_the_mean_of_a_model_that_predicts_a_variance_too() -> None:

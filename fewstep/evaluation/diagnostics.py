@@ -20,14 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import jvp
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from fewstep.evaluation.points import rmse
 from fewstep.exact import ExactField
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
+from fewstep.objectives.base import forward_mode
 from fewstep.sampling import sample
 from fewstep.solvers import integrate
 
@@ -71,7 +69,7 @@ def diagnose(
 ) -> Diagnosis:
     """The residuals of a flow map against its teacher, for every s <= t of a grid.
 
-    Costs about 8 network calls of B rows for each of the T (T + 1) / 2 pairs, two of them with a JVP, which holds the
+    Costs 6 network calls of B rows for each of the T (T + 1) / 2 pairs, two of them with a JVP, which holds the
     activations of two calls: some 64 images or 1000 points are enough.
 
     Args:
@@ -80,6 +78,9 @@ def diagnose(
             without, those the teacher's own flow reaches from the noise, which few-step samples should pass through.
         times: the grid in [0, 1], rising, or how many evenly spaced times.
         cond: conditions, (B, ...) each, for both models.
+
+    Raises:
+        ValueError: times that do not rise within [0, 1].
     """
     grid = torch.linspace(0, 1, times) if isinstance(times, int) else torch.as_tensor(times)
     grid = grid.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
@@ -92,8 +93,7 @@ def diagnose(
 
     residuals = {name: grid.new_full((len(grid), len(grid)), math.nan) for name in VELOCITIES + POSITIONS}
     speeds = grid.new_zeros(len(grid))
-    # Fused attention has no forward-mode derivative; the plain form has.
-    with sdpa_kernel(SDPBackend.MATH), _ContiguousGroupNorm():
+    with forward_mode():
         for i, x in enumerate(states):
             s = grid[i].repeat(len(x))
             v = field(x, s, **cond)
@@ -105,15 +105,6 @@ def diagnose(
     spread = torch.stack([_rms(x - x.mean(dim=0)) for x in states]).square().mean().sqrt()
     speed = speeds.square().mean().sqrt()
     return Diagnosis(grid.cpu(), {k: r.cpu() for k, r in residuals.items()}, float(speed), float(spread))
-
-
-class _ContiguousGroupNorm(TorchFunctionMode):
-    """The forward-mode derivative of a group norm fails on the memory layouts that convolutions like to return."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (functional.group_norm, torch.group_norm):
-            args = (args[0].contiguous(), *args[1:])
-        return func(*args, **(kwargs or {}))
 
 
 def _residuals(

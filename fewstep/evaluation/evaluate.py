@@ -84,8 +84,8 @@ def evaluate(
 
     * with a teacher, ``rmse`` to the end points of its ODE (see ``points.rmse``), solved once: exact for a field in
       closed form, else by 128 midpoint steps, of images for the first 1000;
-    * points (any shape but (C, H, W)) against fresh rows of the data: ``sliced_w2`` (of 16,000 rows at most), ``energy`` (of 5,000
-      at most) and, in the plane, ``histogram_kl``;
+    * points (any shape but (C, H, W)) against fresh rows of the data: ``sliced_w2`` (of 16,000 rows at most),
+      ``energy`` (of 5,000 at most) and, in the plane, ``histogram_kl``;
     * images, with an extractor, against rows of the data: the Frechet distance of the features, ``fd``, called ``fid``
       with FID's own network alone; ``kid``; ``precision`` and ``recall``; and ``accuracy``, the share of samples in
       the class that was asked for, where the extractor has ``classify`` and there are ``class_labels``.

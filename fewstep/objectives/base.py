@@ -1,11 +1,14 @@
 """What every objective is, and what several of them share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from fewstep.data.batch import Batch
 from fewstep.errors import unknown
@@ -145,11 +148,23 @@ def squared_error(x: Tensor, y: Tensor) -> Tensor:
 
 
 def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
-    """``(f(t), df/dt)`` row by row by one forward-mode pass, t (B,).
+    """``(f(t), df/dt)`` row by row by one forward-mode pass, t (B,)."""
+    with forward_mode():
+        return torch.func.jvp(function, (t,), (torch.ones_like(t),))  # pyright: ignore[reportReturnType]
 
-    Attention runs on the MATH kernel inside, the only one with a forward derivative (CPU included).
-    """
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Networks can be differentiated forward inside: attention runs on the MATH kernel, the only one with a forward
+    derivative (CPU included), and group norms get contiguous inputs, without which theirs fails."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch.func.jvp(function, (t,), (torch.ones_like(t),))  # pyright: ignore[reportReturnType]
+    with sdpa_kernel(SDPBackend.MATH), _ContiguousGroupNorm():
+        yield
+
+
+class _ContiguousGroupNorm(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (functional.group_norm, torch.group_norm):
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))

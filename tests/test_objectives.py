@@ -154,7 +154,7 @@ def test_weights_and_shares_of_itvm(gaussian: GaussianField):
 
 
 def test_the_error_of_a_data_predicting_student_is_that_of_its_data(gaussian: GaussianField):
-    """The weight (1 - s)^2 turns the error of u into that of ``x + (1 - s) u``; asked for, or where data is predicted."""
+    """The weight (1 - s)^2 turns the error of u into that of ``x + (1 - s) u``: asked for, or if data is predicted."""
     student, batch = FlowMap(Perturbed(GaussianAverageVelocity(gaussian), 2, 0.3)), batch_of(gaussian)
     x = torch.zeros(64, 2, dtype=torch.float64)
 

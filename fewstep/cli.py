@@ -149,6 +149,7 @@ def _fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from fewstep.judge import next_commands
     from fewstep.maps import FlowMap
     from fewstep.runs import build, run
+    from fewstep.training.distributed import environment
 
     source, needed = args.recipe, _DEFAULTS[args.name][0]
     if source is None:
@@ -173,6 +174,8 @@ def _fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     if done.result.stopped == "interrupted":
         _next([again.replace(" --fresh", "")])
         return 130
+    if not environment().is_main:
+        return 0
     _table(done.evaluation)
     print(f"{out / 'report.html'} shows it all")
     _next(next_commands(out, recipe, isinstance(done.result.student, FlowMap)))

@@ -12,6 +12,7 @@ from fewstep.config import Recipe, load_recipe
 from fewstep.data.batch import Data
 from fewstep.drawing import Model, classes_of, shape_of
 from fewstep.evaluation.evaluate import Evaluation
+from fewstep.evaluation.files import replace_file
 from fewstep.fields import VelocityField
 from fewstep.judge import judge, prepare
 from fewstep.objectives.base import Objective
@@ -113,7 +114,7 @@ def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
     if not is_main:
         return Finished(result, None)
     # Only now: one that went on may have got other steps, and `fit` has seen that it is the same run.
-    (out / "recipe.yaml").write_text(recipe.as_yaml())
+    replace_file(out / "recipe.yaml", recipe.as_yaml().encode())
     watch.draw(result.ema, result.step)
     if result.stopped == "interrupted" or recipe.evaluation.count == 0:
         return Finished(result, None)

@@ -103,9 +103,12 @@ def _load_diffusion(folder: Path) -> DiffusionField:
     check_weights(model)
     wrong = f"the weights in {model} are not those of its config.json"
     try:
-        loaded: Any = UNet2DModel.from_pretrained(model, use_safetensors=True, output_loading_info=True)
-    except ValueError as error:
-        raise ValueError(f"{wrong}: {str(error).split('. ')[0]}") from None
+        # The plain way of loading: the other one needs accelerate, and words its errors otherwise.
+        loaded: Any = UNet2DModel.from_pretrained(
+            model, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{wrong}: {' '.join(str(error).split('. ')[0].split())}") from None
     unet, report = loaded
     # diffusers would leave what is missing as random numbers, with a warning.
     for what in ("missing", "unexpected"):

@@ -25,7 +25,7 @@ class FlowMapPipeline(flow_map.FlowMapPipeline):
         folder = Path(pretrained_model_name_or_path)
         index = json.loads((folder / "model_index.json").read_text())
         model = ClassTimeUNet2DModel if index["unet"][1] == ClassTimeUNet2DModel.__name__ else UNet2DModel
-        unet: Any = model.from_pretrained(folder / "unet", use_safetensors=True, **kwargs)
+        unet: Any = model.from_pretrained(folder / "unet", use_safetensors=True, low_cpu_mem_usage=False, **kwargs)
         scheduler: Any = FlowMapEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         return cls(unet, scheduler, index["diffusion"])
 

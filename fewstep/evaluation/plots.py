@@ -212,6 +212,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], terms: Sequence[str] | None =
             ax.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
             ax.plot(steps, _smooth(values), color=colour, label=term.removeprefix("loss/"))
         ax.set(xlabel="step", ylabel="loss")
+        ax.locator_params(axis="x", nbins=5)
         if all((points[:, 1] > 0).all() for points in curves.values()):
             ax.set_yscale("log")
             _plain_log_ticks(ax)

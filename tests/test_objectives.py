@@ -142,7 +142,7 @@ def test_the_gradient_of_lmd_is_that_of_its_loss(gaussian: GaussianField, throug
 
 def test_weights_and_shares_of_itvm(gaussian: GaussianField):
     student, batch = FlowMap(Perturbed(GaussianAverageVelocity(gaussian), 2, 0.3)), batch_of(gaussian)
-    weighted = ITVM(gaussian, initial_weight=2.0, terminal_weight=0.5)
+    weighted = ITVM(gaussian, "mixed", initial_weight=2.0, terminal_weight=0.5)
     loss = loss_of(weighted, student, batch)
     expected = 2.0 * loss.terms["initial"] + 0.5 * (loss.terms["interval"] + loss.terms["integral"]) / 2
     assert value(loss) == pytest.approx(float(expected), rel=1e-12)

@@ -24,7 +24,7 @@ from fewstep.solvers import heun_step
 from fewstep.times import draw_pairs, draw_times
 
 TARGETS = ("interval", "integral", "step", "derivative")
-MIXED = {"interval": 1.0, "integral": 1.0}  # the best on images, and near the best elsewhere: docs/itvm-ablation.md
+MIXED = {"interval": 1.0, "integral": 1.0}
 ERRORS = ("auto", "velocity", "data")
 
 
@@ -67,7 +67,7 @@ class ITVM(Objective):
     def __init__(
         self,
         teacher: VelocityField,
-        target: str | dict[str, float] = "mixed",
+        target: str | dict[str, float] = "interval",
         ema: float = 0.99,
         diagonal: float = 0.5,
         initial_weight: float = 1.0,

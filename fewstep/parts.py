@@ -1,6 +1,7 @@
 """The parts of a run, each made from its section of the recipe: teacher, student, data, objective."""
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cached_property
@@ -202,6 +203,7 @@ class TeacherSamples:
             with np.load(self.file, allow_pickle=False) as kept:
                 return ArrayData(kept["data"], {name: kept[name] for name in self.cond})
         labels = self.cond["class_labels"].tolist() if self.cond else None
+        print(f"drawing {self.size} samples of the teacher, once", file=sys.stderr, flush=True)
         samples, cond, _ = draw(
             self.field, self.size or 0, self.steps, shape=self.shape, seed=self.seed, labels=labels, solver=self.solver
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.evaluation.files import replace_file
 from fewstep.evaluation.plots import image_grid, png, points_figure
 from fewstep.exact import ExactField
-from fewstep.fields import Guided, VelocityField
+from fewstep.fields import VelocityField, unguided
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP, TwoTimeUNet, UNet
 from fewstep.randomness import generator, sample_generators
@@ -51,8 +51,7 @@ def classes_of(model: Model) -> int:
 
 def _inside(model: Model) -> Any:
     """The network of a model, or the model itself where it has none."""
-    while isinstance(model, Guided):
-        model = model.field
+    model = unguided(model)
     return getattr(model, "network", model)
 
 

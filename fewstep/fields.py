@@ -205,3 +205,10 @@ def _moved(t: float, path: Path, wanted: Path) -> float:
         return t
     time = torch.tensor(t, dtype=torch.float64)
     return float(wanted.time_of(path.alpha(time), path.sigma(time)))
+
+
+def unguided(model: Any) -> Any:
+    """The field inside a guided one, however deep; any other model as it is."""
+    while isinstance(model, Guided):
+        model = model.field
+    return model

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fewstep.fields import Guided, NetworkField, VelocityField
+from fewstep.fields import NetworkField, VelocityField, unguided
 from fewstep.networks import with_second_time
 from fewstep.paths import Path, as_times, expand, scaling
 
@@ -45,8 +45,7 @@ class FlowMap(nn.Module):
         Raises:
             ValueError: if a network is needed and not given, or has no place for one of the teacher's weights.
         """
-        while isinstance(field, Guided):
-            field = field.field
+        field = unguided(field)
         if not isinstance(field, NetworkField):
             if network is None:
                 raise ValueError(

@@ -18,7 +18,7 @@ from fewstep.data.batch import Batch, Data
 from fewstep.drawing import classes_of, draw, shape_of, write
 from fewstep.errors import unknown
 from fewstep.exact import CheckerboardField, eight_gaussians
-from fewstep.fields import Guided, NetworkField, VelocityField
+from fewstep.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP, UNet
 from fewstep.objectives.base import Objective
@@ -77,9 +77,7 @@ def make_student(
     Raises:
         ValueError: a network that does not fit the shape, options that are not known, weights that do not fit.
     """
-    inner = teacher
-    while isinstance(inner, Guided):
-        inner = inner.field
+    inner = unguided(teacher)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         if section.network == "auto":

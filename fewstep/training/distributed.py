@@ -91,7 +91,8 @@ def join(world: World, device: torch.device) -> Iterator[None]:
         yield
         world.barrier()  # the main process has written its last file
     except BaseException:
-        atexit.unregister(_leave)  # the others may never come; the launcher ends them
+        atexit.unregister(_leave)  # the others may never come
+        atexit.register(dist.destroy_process_group)
         raise
 
 

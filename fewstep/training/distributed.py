@@ -92,7 +92,7 @@ def join(world: World, device: torch.device) -> Iterator[None]:
         world.barrier()  # the main process has written its last file
     except BaseException:
         atexit.unregister(_leave)  # the others may never come
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_drop)
         raise
 
 
@@ -100,3 +100,8 @@ def _leave() -> None:
     """Without a barrier before the end, some processes abort while others still talk to them."""
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _drop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -12,6 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fewstep.citing import cite
+    from fewstep.comparing import compare_methods
     from fewstep.data import load_data
     from fewstep.evaluation.diagnostics import diagnose
     from fewstep.evaluation.evaluate import compare, evaluate
@@ -20,7 +22,31 @@ if TYPE_CHECKING:
     from fewstep.fields import DiffusionField, Guided, NetworkField, VelocityField
     from fewstep.loading import load
     from fewstep.maps import FlowMap
-    from fewstep.objectives import ITVM, LMD, FlowMatching
+    from fewstep.objectives import (
+        AYF,
+        CTM,
+        EMD,
+        ESD,
+        FMM,
+        ITVM,
+        LMD,
+        LSD,
+        PFMM,
+        PSD,
+        SCM,
+        TVM,
+        AlphaFlow,
+        ConsistencyDistillation,
+        ConsistencyTraining,
+        ContrastiveFlowMatching,
+        FlowMatching,
+        ImprovedMeanFlow,
+        MeanFlow,
+        Recentred,
+        Shortcut,
+        SplitMeanFlow,
+        TwoTime,
+    )
     from fewstep.paths import Linear, Tabulated, Trigonometric, VariancePreserving
     from fewstep.sampling import sample
     from fewstep.training.fit import fit
@@ -29,22 +55,44 @@ __version__ = "0.1.0"
 
 # Where each public name lives.
 _HOMES = {
+    "AYF": "objectives",
+    "AlphaFlow": "objectives",
+    "CTM": "objectives",
     "CheckerboardField": "exact",
+    "ConsistencyDistillation": "objectives",
+    "ConsistencyTraining": "objectives",
+    "ContrastiveFlowMatching": "objectives",
     "DiffusionField": "fields",
+    "EMD": "objectives",
+    "ESD": "objectives",
+    "FMM": "objectives",
     "FlowMap": "maps",
     "FlowMatching": "objectives",
     "GaussianField": "exact",
     "Guided": "fields",
     "ITVM": "objectives",
+    "ImprovedMeanFlow": "objectives",
     "LMD": "objectives",
+    "LSD": "objectives",
     "Linear": "paths",
+    "MeanFlow": "objectives",
     "MixtureField": "exact",
     "NetworkField": "fields",
+    "PFMM": "objectives",
+    "PSD": "objectives",
+    "Recentred": "objectives",
+    "SCM": "objectives",
+    "Shortcut": "objectives",
+    "SplitMeanFlow": "objectives",
+    "TVM": "objectives",
     "Tabulated": "paths",
     "Trigonometric": "paths",
+    "TwoTime": "objectives",
     "VariancePreserving": "paths",
     "VelocityField": "fields",
+    "cite": "citing",
     "compare": "evaluation.evaluate",
+    "compare_methods": "comparing",
     "diagnose": "evaluation.diagnostics",
     "evaluate": "evaluation.evaluate",
     "export": "exporting",
@@ -55,22 +103,44 @@ _HOMES = {
 }
 
 __all__ = [
+    "AYF",
+    "CTM",
+    "EMD",
+    "ESD",
+    "FMM",
     "ITVM",
     "LMD",
+    "LSD",
+    "PFMM",
+    "PSD",
+    "SCM",
+    "TVM",
+    "AlphaFlow",
     "CheckerboardField",
+    "ConsistencyDistillation",
+    "ConsistencyTraining",
+    "ContrastiveFlowMatching",
     "DiffusionField",
     "FlowMap",
     "FlowMatching",
     "GaussianField",
     "Guided",
+    "ImprovedMeanFlow",
     "Linear",
+    "MeanFlow",
     "MixtureField",
     "NetworkField",
+    "Recentred",
+    "Shortcut",
+    "SplitMeanFlow",
     "Tabulated",
     "Trigonometric",
+    "TwoTime",
     "VariancePreserving",
     "VelocityField",
+    "cite",
     "compare",
+    "compare_methods",
     "diagnose",
     "evaluate",
     "export",

@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Nothing heavy is imported before a command is known."""
 
 import argparse
+import json
 import shlex
 import sys
 import warnings
@@ -130,14 +131,46 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, metavar="N", help="of the samples (default: the recipe's)")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
 
-    p = command("compare", _compare, "put runs side by side")
-    p.add_argument("runs", type=Path, nargs="+", help="run folders that were evaluated")
+    p = command("compare", _compare, "put runs side by side, or train methods and put those side by side")
+    p.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="evaluated run folders; with --methods, one recipe"
+    )
     p.add_argument("--out", type=Path, default=Path("compare"), metavar="FOLDER", help="(default: compare)")
+    p.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="train these on the recipe: NAME, or NAME:key=value,key=value"
+    )
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="with --methods (default: 0)")
+    budget = p.add_mutually_exclusive_group()
+    budget.add_argument("--train-steps", type=int, metavar="N", help="updates of each method (default: the recipe's)")
+    budget.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="the same time for each: all methods' steps are timed in turn first, and S seconds over that time is how "
+        "many updates a method gets; so a run can be repeated and goes on, however busy the machine is",
+    )
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="keys of the recipe")
+
+    p = command("reflow", _reflow, "draw pairs of noise and data from a model, to train a straighter one on")
+    p.add_argument("model", help="a run, an export or a diffusers folder")
+    p.add_argument("--count", type=int, required=True, metavar="N", help="how many pairs")
+    p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to; goes on with what is there")
+    p.add_argument("--steps", type=int, metavar="N", help="2 for a flow map, 50 for a velocity field")
+    p.add_argument("--solver", metavar="NAME", help="for a velocity field: euler, midpoint, heun (default), adaptive")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="decides the noise (default: 0)")
+    p.add_argument("--labels", metavar="3,5", help="classes, given to the pairs in turn (default: all)")
+    p.add_argument("--teacher", action="store_true", help="take the teacher of the run instead")
+    p.add_argument("--batch", type=int, default=256, metavar="N", help="pairs drawn at once (default: 256)")
+    p.add_argument("--shard", type=int, default=10_000, metavar="N", help="pairs in a file (default: 10000)")
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
 
     p = command("export", _export, "write a model that diffusers loads")
     p.add_argument("model", type=Path, help="a run folder")
     p.add_argument("folder", type=Path, nargs="?", help="where to (default: model, in the run folder)")
     p.add_argument("--overwrite", action="store_true", help="replace an export that is there")
+
+    p = command("cite", _cite, "print BibTeX for what a run, recipe or method uses")
+    p.add_argument("what", nargs="+", metavar="WHAT", help="run folders, recipes, methods by name or FILE.py:CLASS")
 
     p = command("recipes", _recipes, "list the recipes that come along")
     p.add_argument("recipe", nargs="?", help="print this one, to start your own from")
@@ -183,20 +216,11 @@ def _fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def _sample(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.drawing import check_out, draw, shape_of, write
-    from fewstep.loading import load
+    from fewstep.drawing import check_out, draw, write
     from fewstep.maps import FlowMap
-    from fewstep.parts import make_teacher
-    from fewstep.runs import open_run
     from fewstep.training.distributed import World, choose_device
 
-    run = open_run(args.model) if (Path(args.model) / "recipe.yaml").is_file() else None
-    if args.teacher and (run is None or run.recipe.teacher is None):
-        raise ValueError(f"--teacher: {args.model} is no run that has a teacher")
-    model = load(args.model) if run is None else run.model
-    if args.teacher and run is not None and run.recipe.teacher is not None:
-        model = make_teacher(run.recipe.teacher)
-    shape = shape_of(model) if run is None else run.shape
+    model, run, shape = _open(args)
     is_map = isinstance(model, FlowMap)
     steps = args.steps if args.steps is not None else 2 if is_map else 50
     out = args.out or Path("samples.png" if len(shape) == 3 or shape == (2,) else "samples.npy")
@@ -223,12 +247,76 @@ def _sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     return 0
 
 
+def _open(args: argparse.Namespace) -> tuple[Any, Any, tuple[int, ...]]:
+    """The model that is asked for (with --teacher, the teacher of the run), its run if it is one, a sample's shape."""
+    from fewstep.drawing import shape_of
+    from fewstep.loading import load
+    from fewstep.parts import make_teacher
+    from fewstep.runs import open_run
+
+    run = open_run(args.model) if (Path(args.model) / "recipe.yaml").is_file() else None
+    if args.teacher and (run is None or run.recipe.teacher is None):
+        raise ValueError(f"--teacher: {args.model} is no run that has a teacher")
+    model = load(args.model) if run is None else run.model
+    if args.teacher and run is not None and run.recipe.teacher is not None:
+        model = make_teacher(run.recipe.teacher)
+    return model, run, shape_of(model) if run is None else run.shape
+
+
 def _denormalized(recipe: Any, samples: Any) -> Any:
     """Samples in the units of the data, where the run brought those to mean 0 and deviation 1."""
     from fewstep.data import load_data
 
     data: Any = load_data(recipe.data.name, **recipe.data.options)
     return data.denormalize(samples)
+
+
+def _reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fewstep.fields import NetworkField
+    from fewstep.maps import FlowMap
+    from fewstep.reflow import make_pairs
+    from fewstep.training.distributed import environment
+
+    model, run, shape = _open(args)
+    again, is_main = shlex.join(["fewstep", *args.argv]), environment().is_main
+    is_map = isinstance(model, FlowMap)
+    with Progress(console=Console(stderr=True), disable=not (is_main and sys.stderr.isatty()), transient=True) as bar:
+        task = bar.add_task("pairs", total=args.count)
+        missing = make_pairs(
+            model,
+            args.out,
+            args.count,
+            steps=args.steps if args.steps is not None else 2 if is_map else 50,
+            solver=args.solver,
+            shape=shape,
+            seed=args.seed,
+            labels=_numbers("--labels", args.labels) if args.labels else None,
+            batch=args.batch,
+            shard=args.shard,
+            device=args.device,
+            command=again,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if not is_main:
+        return 0
+    if missing:
+        print(f"{args.out}: {missing} shards are still missing, which other processes draw")
+        _next([again])
+        return 0
+    print(f"{args.out}: {args.count} pairs of noise and data")
+    train = ["--objective", "FlowMatching", "--out", f"{args.out}-trained"]
+    if isinstance(model, NetworkField) and not args.teacher:
+        # Starts from the model's own weights, and is judged by its trajectories.
+        _next([shlex.join(["fewstep", "distill", "--teacher", args.model, "--data", str(args.out), *train])])
+    else:
+        recipe = args.model if run else "checkerboard-reflow" if len(shape) == 1 else "photos-teacher"
+        # As a mapping, it takes the place of the options of the recipe's own data too.
+        data = json.dumps({"name": str(args.out)})
+        _next([shlex.join(["fewstep", "train", recipe, "--data", data, *train])])
+    return 0
 
 
 def _evaluate(args: argparse.Namespace, _: dict[str, str]) -> int:
@@ -248,6 +336,8 @@ def _compare(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.evaluation.evaluate import Evaluation
     from fewstep.judge import compare_runs
 
+    if args.methods:
+        return _compare_methods(args)
     found = {}
     for run in args.runs:
         file = run / "quality.json"
@@ -260,6 +350,37 @@ def _compare(args: argparse.Namespace, _: dict[str, str]) -> int:
     return 0
 
 
+def _compare_methods(args: argparse.Namespace) -> int:
+    from fewstep.comparing import compare_methods
+
+    if len(args.runs) != 1:
+        raise ValueError(f"--methods are trained on one recipe, not on {len(args.runs)}")
+    overrides = {}
+    for word in args.set:
+        key, has_value, value = word.partition("=")
+        if not has_value:
+            raise ValueError(f"--set {word}: KEY=VALUE is needed, as in --set training.lr=1e-3")
+        overrides[key] = value
+    found = compare_methods(
+        args.runs[0],
+        args.methods,
+        seeds=args.seeds,
+        steps=args.train_steps,
+        seconds=args.seconds,
+        out=args.out,
+        overrides=overrides,
+        say=_say,
+    )
+    for metric in found.metrics[:1]:
+        print(found.caption(metric))
+        _print_table(*found.table(metric))
+    print(f"{args.out / 'compare.html'} shows it with plots, {args.out / 'compare.md'} is the same as text")
+    best = next((run for run in found.runs if run.evaluation), None)
+    if best is not None:
+        _next([f"fewstep sample {best.folder} --steps 1 --out {best.folder.name}.png"])
+    return 0
+
+
 def _export(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.evaluation.evaluate import Evaluation
     from fewstep.exporting import export
@@ -269,6 +390,14 @@ def _export(args: argparse.Namespace, _: dict[str, str]) -> int:
     folder = export(args.model, args.folder or args.model / "model", overwrite=args.overwrite, quality=table)
     print(f"{folder} is a model of its own; its README.md says how to use it")
     _next([f"fewstep sample {folder} --steps 2 --out {folder.name}.png"])
+    return 0
+
+
+def _cite(args: argparse.Namespace, _: dict[str, str]) -> int:
+    from fewstep.citing import cite
+
+    print(cite(*args.what), end="")
+    _next([shlex.join(["fewstep", *args.argv]) + " > papers.bib"])
     return 0
 
 
@@ -318,7 +447,7 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
     table = Table(box=SIMPLE_HEAD)
     for name in columns:
-        table.add_column(name, justify="left" if name in ("model", "metric") else "right", overflow="fold")
+        table.add_column(name, justify="left" if name in ("model", "metric", "method") else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(_cell, row))
     # Where there is no terminal, no line may break.

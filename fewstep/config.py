@@ -52,13 +52,22 @@ class Named(Section):
 
 
 class Guidance(Section):
-    """Classifier-free guidance of the teacher; see ``fewstep.Guided``."""
+    """Classifier-free guidance of the teacher, or autoguidance by a weaker model; see ``fewstep.Guided``."""
 
     scale: float = Field(description="weight of the guided direction; 1 is no guidance")
     interval: tuple[float, float] = Field(
         default=(0.0, 1.0), description="times (0 noise, 1 data) between which it acts"
     )
-    null: dict[str, int] = Field(description="the conditions that stand for none, such as {class_labels: 10}")
+    null: dict[str, int] = Field(
+        default_factory=dict, description="the conditions that stand for none, such as {class_labels: 10}"
+    )
+    weak: str | None = Field(default=None, description="a weaker model, named as a teacher is: autoguidance")
+
+    @model_validator(mode="after")
+    def _something_weaker(self) -> "Guidance":
+        if not self.null and self.weak is None:
+            raise ValueError("guidance needs null conditions, such as {class_labels: 10}, or a weak model")
+        return self
 
 
 class Teacher(Section):
@@ -66,7 +75,7 @@ class Teacher(Section):
 
     short = "source"
     source: str = Field(
-        description="an exact field (checkerboard, eight-gaussians), a diffusers folder or hub name, a run folder, "
+        description="an exact field (checkerboard, eight-gaussians, spiral), a diffusers folder or hub name, a run, "
         "fewstep:NAME for a model that comes along, or FILE.py:FUNCTION or MODULE:FUNCTION that returns a VelocityField"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of that function")
@@ -131,6 +140,9 @@ class Evaluation(Section):
     count: int = Field(default=10_000, ge=0, description="samples judged at each step count; 0 for no evaluation")
     batch: Count = Field(default=500, description="samples drawn at once")
     data: Named | None = Field(default=None, description="what samples are held against; else the data trained on")
+    metrics: tuple[str, ...] | None = Field(
+        default=None, description="which of rmse, fd, kid, ... are measured; else all (rmse is dear on images)"
+    )
     extractor: str = Field(
         default="auto",
         description="features of images: auto (a small classifier trained on the labels), none, or the file of FID's "
@@ -155,6 +167,9 @@ class Recipe(Section):
     teacher: Teacher | None = Field(default=None, description="what is distilled; none to train from data")
     student: Student = Field(default=Student.model_validate({}), description="what is trained")
     data: Named = Field(description="a data set by name or path, or `teacher`: its own samples stand in for data")
+    coupling: Literal["independent", "ot"] = Field(
+        default="independent", description="how noise is paired with data: ot, by optimal transport within a chunk"
+    )
     objective: Named = Field(description="a method by name, or FILE.py:CLASS or MODULE:CLASS of one's own")
     training: Training = Field(default=Training(), description="when and how")
     evaluation: Evaluation = Field(default=Evaluation(), description="how well")
@@ -177,7 +192,9 @@ class Recipe(Section):
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes two runs one: all but the name and the evaluation."""
-        return {key: value for key, value in self.as_dict().items() if key not in ("name", "evaluation")}
+        # Runs from before there was a coupling say nothing of it, and may go on.
+        without = {"name", "evaluation"} | ({"coupling"} if self.coupling == "independent" else set())
+        return {key: value for key, value in self.as_dict().items() if key not in without}
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> Recipe:
@@ -287,13 +304,19 @@ def _resolve(recipe: Recipe, base: Path) -> Recipe:
 
     if teacher is not None:
         teacher.source = _beside(base, teacher.source)
+        if teacher.guidance is not None and teacher.guidance.weak is not None:
+            teacher.guidance.weak = _beside(base, teacher.guidance.weak)
     student.network = _beside(base, student.network)
     recipe.data.name = _beside(base, recipe.data.name)
     recipe.objective.name = _beside(base, recipe.objective.name)
 
     method = find_objective(recipe.objective.name)
-    options = arguments("objective", method, recipe.objective.options, given=("teacher",))
-    recipe.objective = Named.model_validate({"name": recipe.objective.name, **options})
+    options = recipe.objective.options
+    alone = {"teacher": "none"} if "teacher" in options else {}
+    if alone:
+        _train_alone(recipe, method, options.pop("teacher"))
+    options = arguments("objective", method, options, given=("teacher",))
+    recipe.objective = Named.model_validate({"name": recipe.objective.name, **alone, **options})
     wanted = inspect.signature(method).parameters.get("teacher")
     if teacher is None and wanted is not None and wanted.default is wanted.empty:
         raise ValueError(
@@ -304,6 +327,23 @@ def _resolve(recipe: Recipe, base: Path) -> Recipe:
             "student.network is auto, the network of the teacher, and there is no teacher: say mlp or unet"
         )
     return recipe
+
+
+def _train_alone(recipe: Recipe, method: type, value: Any) -> None:
+    """Take in ``objective.teacher: none``: the loss, and the first weights, know the data alone, and the teacher is
+    there for the evaluation."""
+    wanted, name = inspect.signature(method).parameters.get("teacher"), recipe.objective.name
+    if value not in ("none", None):
+        raise ValueError(f"objective.teacher is {value!r}: none is all it can be; the teacher is named by `teacher`")
+    if wanted is None or wanted.default is wanted.empty:
+        why = f"{name} needs its teacher" if wanted else f"{name} takes no teacher anyway"
+        raise ValueError(f"objective.teacher is none, but {why}: leave it out")
+    if recipe.student.network == "auto" and recipe.student.weights != "teacher":
+        raise ValueError(
+            "objective.teacher is none, and student.network is auto, which starts from the teacher's weights: say mlp "
+            "or unet, or student.weights: teacher"
+        )
+    recipe.student.weights = recipe.student.weights or "random"
 
 
 def _beside(base: Path, name: str) -> str:

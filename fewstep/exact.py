@@ -237,3 +237,13 @@ def eight_gaussians() -> MixtureField:
     angle = torch.arange(8) * (math.pi / 4)
     means = radius * torch.stack([angle.cos(), angle.sin()], dim=1)
     return MixtureField(means, torch.full((8,), radius / 8), torch.ones(8))
+
+
+def spiral() -> MixtureField:
+    """Forty-eight equal Gaussians along a spiral of two turns, scaled to a standard deviation of 1 over both axes."""
+    radius = torch.linspace(0.2**2, 1, 48, dtype=torch.float64).sqrt()  # evenly spaced, as the turns are of one width
+    angle = 4 * math.pi * radius
+    means = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+    means, scale = means - means.mean(0), 0.05
+    size = (means.square().sum(1).mean() / 2 + scale**2).sqrt()
+    return MixtureField((means / size).float(), torch.full((48,), scale / float(size)), torch.ones(48))

@@ -143,7 +143,8 @@ class Guided(VelocityField):
     with another ``weak`` field, autoguidance (arXiv 2406.02507). Outside the interval, the field itself.
 
     Args:
-        scale: w; 1 is no guidance.
+        scale: w; 1 is no guidance. The condition ``guidance`` (B,) of a call, which goes no further, takes its place
+            row by row.
         interval: the times (t = 0 noise, 1 data) between which guidance acts.
         null: the conditions of the weak call, a number or one sample's tensor each, such as ``{"class_labels": 10}``;
             the others stay as they are.
@@ -174,10 +175,11 @@ class Guided(VelocityField):
         self.scale, self.interval, self.null = scale, interval, null or {}
         self.path = field.path
 
-    def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, *, guidance: Tensor | None = None, **cond: Any) -> Tensor:
         t = as_times(t, x)
+        scale = self.scale if guidance is None else guidance.to(t)
         inside = (t >= self.interval[0]) & (t <= self.interval[1])
-        if self.scale == 1 or not inside.any():
+        if (guidance is None and scale == 1) or not inside.any():
             return self.field(x, t, **cond)
         missing = sorted(set(self.null) - set(cond))
         if missing:
@@ -191,7 +193,7 @@ class Guided(VelocityField):
         else:
             strong, weak = self.field(x, t, **cond), self.weak(x, t, **null)
         # Where w - 1 is 0, outside the interval, this is the field to the last bit.
-        return strong + expand((self.scale - 1) * inside.to(t.dtype), x) * (strong - weak)
+        return strong + expand((scale - 1) * inside.to(t.dtype), x) * (strong - weak)
 
     def on(self, path: Path) -> "Guided":
         weak = None if self.weak is None else self.weak.on(path)

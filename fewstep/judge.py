@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 # What is plotted, the first that there is heading the report.
 _PLOTTED = ("fid", "fd", "rmse", "sliced_w2")
-_LABELS = {
+# What a metric is called in reports.
+LABELS = {
     "rmse": "RMSE to the end points of the teacher's ODE",
     "sliced_w2": "sliced W2 to the data",
     "fd": "Frechet distance to the data",
@@ -85,6 +86,7 @@ def judge(
                 extractor=extractor,
                 seed=recipe.seed,
                 batch=section.batch,
+                metrics=section.metrics,
                 progress=progress,
             )
         replace_file(out / "quality.json", found.to_json().encode())
@@ -110,7 +112,7 @@ def compare_runs(evaluations: dict[str, Evaluation], out: Path) -> tuple[list[st
             {**row, "model": "teacher"} for row in evaluations[first].rows if row["model"] == "teacher"
         ]
     figures = [
-        (_LABELS[metric], png(quality_figure(lines, metric), out / f"{metric}.png")) for metric in _plotted(lines)
+        (LABELS[metric], png(quality_figure(lines, metric), out / f"{metric}.png")) for metric in _plotted(lines)
     ]
     write_report(
         out / "compare.html",
@@ -163,7 +165,7 @@ def _report(model: Model, teacher: VelocityField | None, recipe: Recipe, found: 
         columns, rows = found.table()
         tables.append(("Quality against network calls", columns, rows))
         for metric in _plotted(found.rows):
-            figures.append((_LABELS[metric], quality_figure(found.rows, metric)))
+            figures.append((LABELS[metric], quality_figure(found.rows, metric)))
         png(figures[0][1], out / "quality.png")
         figures += _pictures(model, teacher, recipe, found)
     if len(lines := read_metrics(out / "metrics.jsonl")) > 1:

@@ -22,7 +22,13 @@ class FlowMap(nn.Module):
     Args:
         network: called ``network(x, s, t, **cond)`` with times in the units of its native path.
         native: the path it belongs to. prediction: what it predicts there. path: the path of the map.
+
+    Attributes:
+        gamma: how ``fewstep.sample`` re-noises between steps if nothing is said: 0, not at all, or 1 for a map that
+            only knows the way to t = 1 (a consistency model).
     """
+
+    gamma: float = 0.0
 
     def __init__(
         self, network: nn.Module, native: Path | None = None, prediction: str = "velocity", *, path: Path | None = None

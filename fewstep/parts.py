@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import PATHS, Recipe, Student, Teacher, find_objective
+from fewstep.couplings import Coupled
 from fewstep.data import ArrayData, load_data
 from fewstep.data.batch import Batch, Data
 from fewstep.drawing import classes_of, draw, shape_of, write
 from fewstep.errors import unknown
-from fewstep.exact import CheckerboardField, eight_gaussians
+from fewstep.exact import CheckerboardField, eight_gaussians, spiral
 from fewstep.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP, UNet
@@ -31,6 +32,7 @@ from fewstep.randomness import generator
 EXACT: dict[str, Callable[[], VelocityField]] = {
     "checkerboard": CheckerboardField,
     "eight-gaussians": eight_gaussians,
+    "spiral": spiral,
 }
 _PATHS: dict[str, Callable[[], Trajectory]] = dict(zip(PATHS, (Linear, Trigonometric, VariancePreserving), strict=True))
 
@@ -42,7 +44,7 @@ def make_teacher(section: Teacher) -> VelocityField:
         ValueError: nothing of that name, or something that is no velocity field.
         FileNotFoundError: a path that is not there.
     """
-    field = _find_teacher(section)
+    field = _find_teacher(section.source, section.options)
     if isinstance(field, FlowMap):
         raise ValueError(
             f"the teacher {section.source!r} is a flow map, and what is distilled is a velocity field: "
@@ -51,17 +53,17 @@ def make_teacher(section: Teacher) -> VelocityField:
     if not isinstance(field, VelocityField):
         raise ValueError(f"the teacher {section.source!r} gave a {type(field).__name__}, not a VelocityField")
     if (guidance := section.guidance) is not None:
-        field = Guided(field, guidance.scale, guidance.interval, null=dict(guidance.null))
+        weak = None if guidance.weak is None else _find_teacher(guidance.weak)
+        field = Guided(field, guidance.scale, guidance.interval, null=dict(guidance.null), weak=weak)
     return field
 
 
-def _find_teacher(section: Teacher) -> Any:
-    source = section.source
+def _find_teacher(source: str, options: dict[str, Any] | None = None) -> Any:
     if source in EXACT:
         return EXACT[source]()
     if ":" in source and not source.startswith("fewstep:"):
         function = find_object(source)
-        return function(**arguments("teacher.options", function, section.options))
+        return function(**arguments("teacher.options", function, options or {}))
     if not any(mark in source for mark in "/:~") and not Path(source).exists():
         raise unknown("teacher", source, EXACT)
     from fewstep.loading import load
@@ -151,7 +153,10 @@ def make_objective(recipe: Recipe, teacher: VelocityField | None) -> Objective:
     """The training loss of a recipe."""
     method = find_objective(recipe.objective.name)
     takes_teacher = "teacher" in inspect.signature(method).parameters
-    return method(*([teacher] if takes_teacher else []), **recipe.objective.options)
+    options = recipe.objective.options
+    if options.pop("teacher", None) == "none":
+        teacher = None
+    return method(*([teacher] if takes_teacher else []), **options)
 
 
 def trains_map(recipe: Recipe) -> bool:
@@ -211,7 +216,12 @@ class TeacherSamples:
 
 
 def make_data(recipe: Recipe, teacher: VelocityField | None, out: Path | None) -> Data:
-    """The data of a recipe; ``out`` is where samples of the teacher are kept."""
+    """The data of a recipe, coupled as it says; ``out`` is where samples of the teacher are kept."""
+    data = _uncoupled(recipe, teacher, out)
+    return data if recipe.coupling == "independent" else Coupled(data, recipe.coupling)
+
+
+def _uncoupled(recipe: Recipe, teacher: VelocityField | None, out: Path | None) -> Data:
     if recipe.data.name != "teacher":
         return load_data(recipe.data.name, **recipe.data.options)
     if teacher is None:

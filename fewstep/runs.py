@@ -8,13 +8,15 @@ from typing import Any, cast
 
 import torch
 
-from fewstep.config import Recipe, load_recipe
+from fewstep.config import Recipe, find_objective, load_recipe
+from fewstep.couplings import uncoupled
 from fewstep.data.batch import Data
 from fewstep.drawing import Model, classes_of, shape_of
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.files import replace_file
 from fewstep.fields import VelocityField
 from fewstep.judge import judge, prepare
+from fewstep.maps import FlowMap
 from fewstep.objectives.base import Objective
 from fewstep.parts import (
     make_data,
@@ -76,6 +78,8 @@ def build(recipe: Recipe, out: Path | None = None) -> Built:
     student = make_student(recipe.student, data.shape, teacher, trains_map(recipe), recipe.seed)
     objective = make_objective(recipe, teacher)
     objective.check_student(student)
+    if isinstance(student, FlowMap):
+        student.gamma = objective.gamma
     if teacher is not None:
         _check_fit("teacher", teacher, recipe.data.name, data)
     _check_fit("student", student, recipe.data.name, data)
@@ -95,11 +99,11 @@ def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
     folder.open_run(out, {}, resume=False)  # refuses a folder that is no run
     built = build(recipe, out)
     if recipe.evaluation.count:
-        prepare(recipe, built.data)
+        prepare(recipe, uncoupled(built.data))
     is_main = distributed.environment().is_main
     if is_main:
         _begin(out, recipe, fresh)
-    watch = Watch(recipe, built.data, built.teacher, out)
+    watch = Watch(recipe, uncoupled(built.data), built.teacher, out)
     result = fit(
         built.student,
         built.objective,
@@ -119,7 +123,7 @@ def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
     if result.stopped == "interrupted" or recipe.evaluation.count == 0:
         return Finished(result, None)
     model = cast(Model, result.ema)
-    evaluation = judge(model, recipe, built.data, built.teacher, out, quiet=recipe.training.quiet)
+    evaluation = judge(model, recipe, uncoupled(built.data), built.teacher, out, quiet=recipe.training.quiet)
     return Finished(result, evaluation)
 
 
@@ -134,7 +138,7 @@ def evaluate_run(path: Path, device: str | None = None, **changes: Any) -> Evalu
     return judge(
         run.model.to(place),
         recipe,
-        make_data(recipe, teacher, path),
+        uncoupled(make_data(recipe, teacher, path)),
         None if teacher is None else teacher.to(place),
         path,
     )
@@ -160,6 +164,8 @@ def open_run(path: str | Path) -> Trained:
         warnings.simplefilter("ignore")
         model = make_student(recipe.student, shape, _teacher(recipe), trains_map(recipe), recipe.seed)
     model.load_state_dict(saved.tensors["ema" if "ema" in saved.tensors else "model"])
+    if isinstance(model, FlowMap):
+        model.gamma = find_objective(recipe.objective.name).gamma
     return Trained(model.eval().requires_grad_(False), recipe, shape, saved.step)
 
 

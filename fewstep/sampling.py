@@ -28,7 +28,7 @@ def sample(
     *,
     grid: str | Tensor = "uniform",
     solver: str = "euler",
-    gamma: float = 0.0,
+    gamma: float | None = None,
     generator: Generators | None = None,
     tolerance: float = 1e-5,
     **cond: Any,
@@ -43,7 +43,8 @@ def sample(
         steps: how many steps from t = 0 to t = 1.
         grid: uniform, shifted, quadratic, or the times themselves, rising from 0 to 1.
         solver: for fields: euler, midpoint, heun, adaptive.
-        gamma: for maps: 0 is deterministic, 1 is consistency sampling; see :func:`sample_map`.
+        gamma: for maps: 0 is deterministic, 1 is consistency sampling; see :func:`sample_map`. By default the map's
+            own ``gamma``: 0, but 1 for a consistency model.
         generator: the source of re-noising where gamma > 0, torch's global one if not given; a list with one generator
             a sample fixes each sample.
         tolerance: of the adaptive solver.
@@ -59,6 +60,7 @@ def sample(
     if isinstance(model, FlowMap):
         if solver != "euler":
             raise ValueError(f"a flow map takes its steps itself: solver={solver!r} is for velocity fields")
+        gamma = model.gamma if gamma is None else gamma
         return sample_map(model, noise, times, gamma=gamma, generator=generator, **cond)
     if not isinstance(model, VelocityField):
         raise ValueError(f"sample() takes a FlowMap or a VelocityField, not a {type(model).__name__}")

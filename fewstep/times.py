@@ -27,18 +27,26 @@ def draw_times(rows: int, generators: Generators, distribution: str = "uniform")
 
 
 def draw_pairs(
-    rows: int, generators: Generators, distribution: str = "uniform", ends: float = 0.0
+    rows: int, generators: Generators, distribution: str = "uniform", ends: float = 0.0, longest: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Pairs s <= t, each (rows,): two draws, sorted.
 
-    ``ends``: with this probability s becomes 0, and with this one (of its own) t becomes 1: the times of one-step
-    sampling, which otherwise have probability 0.
+    Args:
+        ends: with this probability s becomes 0, and with this one (of its own) t becomes 1: the times of one-step
+            sampling, which otherwise have probability 0.
+        longest: the strip ``t - s <= longest``: intervals shrink by this factor, and their places spread to fill it.
+            (Of two sorted uniform numbers, s is uniform on [0, 1 - (t - s)], and stays so.) Ends then go as far as
+            the strip reaches.
     """
     first, second = (draw_times(rows, generators, distribution) for _ in range(2))
     s, t = torch.minimum(first, second), torch.maximum(first, second)
+    if longest < 1:
+        length = longest * (t - s)
+        s = s * (1 - length) / (1 - (t - s)).clamp(min=1e-9)
+        t = s + length
     if ends > 0:
-        s = torch.where(uniform(rows, generators) < ends, 0.0, s)
-        t = torch.where(uniform(rows, generators) < ends, 1.0, t)
+        s = torch.where(uniform(rows, generators) < ends, (t - longest).clamp(min=0.0), s)
+        t = torch.where(uniform(rows, generators) < ends, (s + longest).clamp(max=1.0), t)
     return s, t
 
 

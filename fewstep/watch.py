@@ -50,10 +50,11 @@ class Watch:
         is_plane, is_image = self.data.shape == (2,), len(self.data.shape) == 3 and self.data.shape[0] in (1, 3)
         count = _POINTS if is_plane else _COLUMNS
         device = next(model.parameters()).device
-        noise = sample_noise((count, *self.data.shape), sample_generators(self.seed, range(count))).to(device)
+        generators = sample_generators(self.seed, range(count))
+        noise = sample_noise((count, *self.data.shape), generators).to(device)
         cond = self._conditions(count, device)
         model.eval()
-        drawn = {n: sample(model, noise, n, **cond) for n in self.steps}
+        drawn = {n: sample(model, noise, n, generator=generators, **cond) for n in self.steps}
 
         found: dict[str, float] = {}
         if self.teacher is not None and isinstance(model, FlowMap):

@@ -1,11 +1,14 @@
 """What many tests share: the Gaussian, whose velocity and flow map are known in closed form."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fewstep.exact import GaussianField
 from fewstep.maps import FlowMap
+from fewstep.objectives import two_time
 
 torch.set_num_threads(1)
 
@@ -48,3 +51,14 @@ def gaussian_map(gaussian: GaussianField) -> FlowMap:
 def points() -> Tensor:
     """64 points of the plane, float64."""
     return torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.fixture
+def fraction(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Fixes the draw of a time between s and t in the objectives of maps: ``fraction(0.3)``; until then it is 0.3."""
+
+    def fix(value: float) -> None:
+        monkeypatch.setattr(two_time, "uniform", lambda rows, _: torch.full((rows,), value, dtype=torch.float64))
+
+    fix(0.3)
+    return fix

@@ -1,36 +1,54 @@
 """Which rows, calls, types and gradients the objectives use; and what they refuse."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from conftest import GaussianAverageVelocity
-from objective_toys import Moving, MovingNetwork, Perturbed, batch_of, gradient, loss_of, value
+from objective_toys import (
+    ALL,
+    DISTILLS,
+    FROM_DATA,
+    Moving,
+    MovingNetwork,
+    Perturbed,
+    batch_of,
+    gradient,
+    loss_of,
+    moving_rows,
+    value,
+)
 from torch import Tensor, nn
 
 from fewstep.data.batch import Batch
 from fewstep.exact import GaussianField
-from fewstep.fields import NetworkField, VelocityField
+from fewstep.fields import NetworkField
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP
-from fewstep.objectives import ITVM, LMD, FlowMatching, Objective
+from fewstep.objectives import (
+    AYF,
+    CTM,
+    EMD,
+    FMM,
+    ITVM,
+    LMD,
+    OBJECTIVES,
+    PFMM,
+    PSD,
+    SCM,
+    TVM,
+    AlphaFlow,
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    ContrastiveFlowMatching,
+    FlowMatching,
+    MeanFlow,
+    Shortcut,
+)  # fmt: skip
 from fewstep.objectives.base import split_rows
 from fewstep.paths import Trigonometric
 from fewstep.randomness import generator
 from fewstep.sampling import count_calls
-
-ALL: dict[str, Callable[[VelocityField], Objective]] = {
-    "interval": lambda teacher: ITVM(teacher, "interval", middle=0.5),
-    "integral": lambda teacher: ITVM(teacher, "integral"),
-    "step": lambda teacher: ITVM(teacher, "step"),
-    "derivative": lambda teacher: ITVM(teacher, "derivative"),
-    "mixed": lambda teacher: ITVM(teacher, {"interval": 3.0, "step": 1.0}, ends=0.1),
-    "LMD": lambda teacher: LMD(teacher),
-    "LMD through the teacher": lambda teacher: LMD(teacher, through_teacher=True),
-    "flow matching": lambda teacher: FlowMatching(),
-}
-DISTILLS = [name for name in ALL if name != "flow matching"]
 
 
 def teacher_of(seed: int = 0) -> NetworkField:
@@ -107,48 +125,117 @@ def test_coupled_noise_is_used_as_it_is(gaussian: GaussianField, name: str):
 
 # Calls
 
+# Calls and rows of the student, of its copy (the target, or the frozen one), of the teacher, for a batch of 64.
 CALLS = {
-    # Calls and rows of the student, of the target, of the teacher, for a batch of 64.
-    "interval": (ITVM, {"target": "interval"}, (1, 64), (2, 64), (1, 32)),
-    "integral": (ITVM, {"target": "integral"}, (1, 64), (1, 32), (2, 64)),
-    "step": (ITVM, {"target": "step"}, (1, 64), (1, 32), (3, 96)),
-    "derivative": (ITVM, {"target": "derivative"}, (1, 64), (1, 32), (2, 64)),
-    "mixed": (ITVM, {"target": {"interval": 3.0, "step": 1.0}, "diagonal": 0.25}, (1, 64), (3, 84), (3, 40)),
-    "default": (ITVM, {}, (1, 64), (2, 64), (1, 32)),
-    "half and half": (ITVM, {"target": "mixed"}, (1, 64), (3, 48), (2, 48)),
-    "all diagonal": (ITVM, {"diagonal": 1.0}, (1, 64), (0, 0), (1, 64)),
-    "none diagonal": (ITVM, {"target": "interval", "diagonal": 0.0}, (1, 64), (2, 128), (0, 0)),
-    "LMD": (LMD, {}, (2, 64), (0, 0), (2, 64)),
-    "LMD, none diagonal": (LMD, {"diagonal": 0.0}, (1, 64), (0, 0), (1, 64)),
+    "ITVM interval": ((1, 64), (2, 64), (1, 32)),
+    "ITVM integral": ((1, 64), (1, 32), (2, 64)),
+    "ITVM step": ((1, 64), (1, 32), (3, 96)),
+    "ITVM derivative": ((1, 64), (1, 32), (2, 64)),
+    "ITVM of two targets": ((1, 64), (3, 56), (3, 48)),
+    "LMD": ((2, 64), (0, 0), (2, 64)),
+    "LMD by difference": ((3, 112), (0, 0), (2, 64)),
+    "EMD": ((3, 112), (0, 0), (2, 64)),
+    "EMD full": ((2, 64), (0, 0), (2, 64)),
+    "AYF": ((2, 112), (0, 0), (2, 64)),
+    "AYF LMD": ((1, 64), (1, 48), (3, 112)),
+    "PFMM": ((1, 64), (2, 96), (1, 16)),
+    "ConsistencyDistillation": ((1, 64), (1, 64), (2, 128)),
+    "CTM": ((2, 64), (3, 144), (5, 208)),
+    "SCM distilled": ((2, 128), (0, 0), (1, 64)),
+    "MeanFlow distilled": ((2, 80), (0, 0), (2, 64)),
+    "MeanFlow distilled, by difference": ((3, 96), (0, 0), (2, 64)),
+    "ImprovedMeanFlow distilled": ((3, 128), (0, 0), (2, 64)),
+    "AlphaFlow distilled": ((2, 96), (0, 0), (2, 64)),
+    "LSD distilled": ((3, 80), (0, 0), (1, 48)),
+    "ESD distilled": ((4, 96), (0, 0), (1, 48)),
+    "PSD distilled": ((3, 96), (0, 0), (1, 48)),
+    "TVM distilled": ((2, 64), (1, 32), (1, 32)),
+    "Shortcut distilled": ((1, 64), (2, 32), (1, 48)),
+    "SplitMeanFlow distilled": ((3, 128), (0, 0), (1, 32)),
+    "SCM": ((2, 128), (0, 0), (0, 0)),
+    "MeanFlow": ((2, 80), (0, 0), (0, 0)),
+    "ImprovedMeanFlow": ((3, 128), (0, 0), (0, 0)),
+    "AlphaFlow": ((2, 96), (0, 0), (0, 0)),
+    "FMM": ((2, 128), (0, 0), (0, 0)),
+    "LSD": ((3, 80), (0, 0), (0, 0)),
+    "ESD": ((4, 96), (0, 0), (0, 0)),
+    "PSD": ((3, 96), (0, 0), (0, 0)),
+    "TVM": ((2, 64), (1, 32), (0, 0)),
+    "Shortcut": ((1, 64), (2, 32), (0, 0)),
+    "SplitMeanFlow": ((3, 128), (0, 0), (0, 0)),
+    "ConsistencyTraining": ((2, 128), (0, 0), (0, 0)),
+    "FlowMatching": ((1, 64), (0, 0), (0, 0)),
+    "ContrastiveFlowMatching": ((1, 64), (0, 0), (0, 0)),
 }
+# The same with other options.
+MORE_CALLS = {
+    "ITVM as it comes": (lambda v: ITVM(v), CALLS["ITVM interval"]),
+    "ITVM half and half": (lambda v: ITVM(v, "mixed"), ((1, 64), (3, 48), (2, 48))),
+    "ITVM, none diagonal": (lambda v: ITVM(v, diagonal=0.0), ((1, 64), (2, 128), (0, 0))),
+    "LMD, none diagonal": (lambda v: LMD(v, diagonal=0.0), ((1, 64), (0, 0), (1, 64))),
+    "PSD, none diagonal": (lambda v: PSD(v, diagonal=0.0), ((3, 192), (0, 0), (0, 0))),
+}
+COUNTED = {name: (ALL[name], expected) for name, expected in CALLS.items()} | MORE_CALLS
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", COUNTED)
 def test_no_call_and_no_row_is_wasted(name: str):
-    method, options, *expected = CALLS[name]
+    make, expected = COUNTED[name]
     teacher = teacher_of()
     student, target = student_of(teacher), student_of(teacher)
-    batch = Batch(torch.randn(64, 2))
-    with count_calls(student) as a, count_calls(target) as b, count_calls(teacher) as c:
-        loss = loss_of(method(teacher, **options), student, batch, target=target)
+    objective = make(teacher)
+    objective.adopt(target)
+    with (
+        count_calls(student) as a,
+        count_calls(getattr(objective, "frozen", None) or target) as b,
+        count_calls(teacher) as c,
+    ):
+        loss = loss_of(objective, student, Batch(torch.randn(64, 2)), target=target)
         loss.total.backward()
-    assert [(calls.count, calls.rows) for calls in (a, b, c)] == expected
-    assert sum(map(len, loss.times.values())) == 64
+    assert tuple((calls.count, calls.rows) for calls in (a, b, c)) == expected
+    shares = {name: len(times) for name, times in loss.times.items()}
+    two_terms = {"inverse", "contrast"}  # on the rows of another
+    assert sum(count for name, count in shares.items() if name not in two_terms) == 64
+    assert set(shares) == set(loss.terms)
+
+
+def test_alpha_flow_calls_what_its_a_needs():
+    for progress, calls_of_student in ((0.0, (1, 64)), (0.5, (2, 96)), (1.0, (2, 96))):
+        student = student_of(teacher_of())
+        with count_calls(student) as calls:
+            loss_of(AlphaFlow(), student, Batch(torch.randn(64, 2)), progress=progress)
+        assert (calls.count, calls.rows) == calls_of_student
+
+
+def test_the_first_round_of_pfmm_is_the_teachers():
+    teacher = teacher_of()
+    objective, student = PFMM(teacher), student_of(teacher)
+    objective.adopt(student)
+    with count_calls(objective.frozen) as frozen, count_calls(teacher) as calls:  # pyright: ignore
+        loss_of(objective, student, Batch(torch.randn(64, 2)), progress=0.0)
+    assert (frozen.count, calls.count, calls.rows) == (0, 5, 16 + 4 * 48)
+
+
+def test_every_method_is_in_these_tests(gaussian: GaussianField):
+    assert {type(make(gaussian)) for make in ALL.values()} == set(OBJECTIVES.values())
+    assert all(make(gaussian).sources for make in ALL.values())
+    assert {type(ALL[name](gaussian)) for name in CALLS} == set(OBJECTIVES.values())
 
 
 # Gradients
 
 
-@pytest.mark.parametrize("name", DISTILLS)
+@pytest.mark.parametrize("name", DISTILLS | FROM_DATA)
 def test_neither_teacher_nor_target_learns(name: str):
     teacher = teacher_of()
     student, target = student_of(teacher), student_of(teacher)
     objective = ALL[name](teacher)
     for parameter in target.parameters():
-        parameter.requires_grad_(True)
-    for parameter in teacher.parameters():  # frozen by the objective; thawed here to see what would reach it
-        assert not parameter.requires_grad
-        parameter.requires_grad_(name != "LMD through the teacher")
+        parameter.requires_grad_(name != "CTM")  # which compares after its fixed copy
+    if name in DISTILLS:
+        for parameter in teacher.parameters():  # frozen by the objective; thawed here to see what would reach it
+            assert not parameter.requires_grad
+            parameter.requires_grad_(name != "LMD through the teacher")
     loss = loss_of(objective, student, Batch(torch.randn(32, 2)), target=target)
     loss.total.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters())
@@ -156,31 +243,51 @@ def test_neither_teacher_nor_target_learns(name: str):
     assert not any(term.requires_grad for term in (*loss.terms.values(), *loss.times.values()))
 
 
-def test_the_teacher_is_no_part_of_the_objective_but_moves_with_it(gaussian: GaussianField):
-    for objective in (ITVM(teacher_of().train()), LMD(teacher_of().train())):
-        assert objective.state_dict() == {}
-        assert list(objective.parameters()) == []
+def test_goals_have_no_gradient(gaussian: GaussianField):
+    """The student's own weights make the goal of many: moving them there would change the gradient."""
+    for name in ("PSD", "SplitMeanFlow", "MeanFlow", "ImprovedMeanFlow", "AlphaFlow", "ConsistencyTraining", "SCM"):
+        student, calls = perturbed(gaussian), []
+        student.network.register_forward_hook(lambda _m, _a, out, calls=calls: calls.append(out.requires_grad))
+        loss_of(ALL[name](gaussian), student, batch_of(gaussian))
+        assert calls.count(True) == 1
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_teacher_is_no_part_of_the_objective_but_moves_with_it(name: str):
+    objective = ALL[name](teacher_of().train())
+    own = [key for key in objective.state_dict() if not key.startswith("log_weight.")]
+    assert own == (["round"] if name == "PFMM" else [])
+    objective.to(torch.float64)
+    if name in DISTILLS:
         assert not objective.train().teacher.training
-        objective.to(torch.float64)
         assert next(objective.teacher.parameters()).dtype == torch.float64
-        student = student_of(teacher_of())
-        assert objective.parameter_groups(student) == {"student": list(student.parameters())}
-    assert (ITVM(gaussian).ema, LMD(gaussian).ema, FlowMatching().ema) == (0.99, None, None)
+    student = student_of(teacher_of())
+    groups = objective.parameter_groups(student)
+    assert groups == {"student": [*student.parameters(), *objective.parameters()]}
+    learns = name in ("SCM", "SCM distilled", "LSD distilled, weighted", "PSD, weighted")
+    assert len(list(objective.parameters())) == (4 if learns else 0)
+
+
+def test_which_copies_the_methods_want(gaussian: GaussianField):
+    wanted = {type(make(gaussian)).__name__ for make in ALL.values() if make(gaussian).ema is not None}
+    assert wanted == {"ITVM", "AYF", "PFMM", "ConsistencyDistillation", "CTM", "TVM", "Shortcut"}
+    assert (AYF(gaussian).ema, AYF(gaussian, "LMD").ema) == (None, 0.99)
+    gammas = {type(make(gaussian)).__name__ for make in ALL.values() if make(gaussian).gamma == 1}
+    assert gammas == {"ConsistencyDistillation", "ConsistencyTraining", "SCM"}
 
 
 # Shapes, types, conditions
 
 
-@pytest.mark.parametrize("name", DISTILLS)
+@pytest.mark.parametrize("name", DISTILLS | FROM_DATA)
 def test_conditions_follow_their_rows(name: str):
     labels = torch.arange(48) % 5 - 2
-    at_label = torch.stack([torch.randn(48), labels.float()], dim=1)
-    # Noise and data agree in the second coordinate, so every state on the path has it too.
-    batch = Batch(at_label, {"class_labels": labels}, noise=torch.stack([torch.randn(48), labels.float()], dim=1))
+    batch = moving_rows(labels)
     loss = loss_of(ALL[name](Moving()), FlowMap(MovingNetwork()), batch)
-    assert value(loss) < 1e-9
+    assert value(loss) < 1e-8
+    wrong = Batch(batch.data, {"class_labels": labels.roll(1)}, noise=batch.noise)
     with pytest.raises(AssertionError, match="the condition of another"):
-        loss_of(ALL[name](Moving()), FlowMap(MovingNetwork()), Batch(batch.data, {"class_labels": labels.roll(1)}))
+        loss_of(ALL[name](Moving()), FlowMap(MovingNetwork()), wrong)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -196,16 +303,22 @@ def test_images_as_their_points(gaussian: GaussianField, name: str):
     assert losses[0] > 1e-3
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("how", ["autocast", "weights"])
-def test_half_precision(name: str, how: str):
+# Weights in half precision are too coarse for differences.
+HALVES = [("autocast", name) for name in ALL] + [("weights", name) for name in ALL if "difference" not in name]
+
+
+@pytest.mark.parametrize(("how", "name"), HALVES)
+def test_half_precision(how: str, name: str):
     teacher = teacher_of()
     student, batch = student_of(teacher), Batch(torch.randn(64, 2, generator=torch.Generator().manual_seed(4)))
-    full = value(loss_of(ALL[name](teacher), student, batch))
+    # States a small gap apart are one in half precision.
+    progress = 0.3 if name.startswith("ConsistencyTraining") else 1.0
+    full = value(loss_of(ALL[name](teacher), student, batch, progress=progress))
     if how == "weights":
         student, batch = student.to(torch.bfloat16), Batch(batch.data.bfloat16())
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        loss = loss_of(ALL[name](teacher).to(next(student.parameters()).dtype), student, batch)
+        objective = ALL[name](teacher).to(next(student.parameters()).dtype)
+        loss = loss_of(objective, student, batch, progress=progress)
     assert loss.total.dtype == torch.float32
     assert value(loss) == pytest.approx(full, rel=0.05)
     loss.total.backward()
@@ -222,28 +335,70 @@ def test_half_precision(name: str, how: str):
         (ITVM, {"target": {"interval": 1.0, "jump": 1.0}}, "unknown target of ITVM 'jump'"),
         (ITVM, {"target": {"interval": -1.0}}, "not negative"),
         (ITVM, {"target": {"interval": 0.0}}, "not all shares are 0"),
+        (ITVM, {"diagonal": 1.0}, "ITVM's diagonal is 1: that leaves no row for the map itself"),
         (ITVM, {"diagonal": 1.5}, r"ITVM's diagonal is 1.5: it lies in \[0, 1\]"),
         (ITVM, {"ema": -0.1}, "ITVM's ema is -0.1"),
         (ITVM, {"middle": 2.0}, "ITVM's middle is 2.0"),
         (ITVM, {"step_size": float("nan")}, "ITVM's step_size is nan"),
         (ITVM, {"warmup": -1.0}, "ITVM's warmup is -1.0"),
-        (ITVM, {"initial_weight": -1.0}, "not negative"),
+        (ITVM, {"initial_weight": -1.0}, r"ITVM's weights are \(-1.0, 1.0\): they are not negative"),
         (ITVM, {"times": "unifrom"}, "unknown distribution of times 'unifrom': did you mean 'uniform'"),
         (LMD, {"times": "normal"}, "unknown distribution of times 'normal'"),
         (LMD, {"diagonal": -0.1}, "LMD's diagonal is -0.1"),
         (LMD, {"diagonal": 1.0}, "LMD's diagonal is 1: that leaves no row"),
         (LMD, {"ends": 2.0}, "LMD's ends is 2.0"),
+        (LMD, {"jvp": "forwards"}, "unknown jvp of LMD 'forwards': did you mean 'forward'"),
+        (EMD, {"error_in": "dat"}, "unknown error_in of EMD 'dat': did you mean 'data'"),
+        (AYF, {"variant": "EMDD"}, "unknown variant of AYF 'EMDD': did you mean 'EMD'"),
+        (AYF, {"ramp": 1.1}, "AYF's ramp is 1.1"),
+        (AYF, {"step_size": 2.0}, "AYF's step_size is 2.0"),
+        (AYF, {"variant": "LMD", "ema": 1.0}, r"AYF's ema is 1.0: it lies in \[0, 1\)"),
+        (AYF, {"strength": (1.0, 3.0)}, "AYF's strength is .* the teacher, a GaussianField, is not guided: give it"),
+        (SCM, {"warmup": -0.1}, "SCM's warmup is -0.1"),
+        (PFMM, {"rounds": 0}, "PFMM's rounds are 0: at least one"),
+        (PFMM, {"ema": 1.0}, "PFMM's ema is 1.0"),
+        (ConsistencyDistillation, {"gap": 0.0}, "gap is 0: a step of no length teaches nothing"),
+        (ConsistencyDistillation, {"gap": 1.5}, "ConsistencyDistillation's gap is 1.5"),
+        (ConsistencyDistillation, {"huber": -1.0}, "ConsistencyDistillation's huber is -1.0"),
+        (CTM, {"solver_steps": 0}, "CTM's solver_steps are 0: at least one"),
+        (MeanFlow, {"adaptive": 1.5}, "MeanFlow's adaptive is 1.5"),
+        (AlphaFlow, {"sharpness": 0.0}, "AlphaFlow's sharpness is 0.0: it is more than 0"),
+        (PSD, {"middle": "midpiont"}, "unknown middle of PSD 'midpiont': did you mean 'midpoint'"),
+        (Shortcut, {"finest": 100}, "Shortcut's finest is 100: it is a power of 2, such as 128"),
+        (Shortcut, {"finest": 1}, "Shortcut's finest is 1"),
+        (TVM, {"ema": -0.5}, "TVM's ema is -0.5"),
     ],
 )
 def test_options_that_cannot_be(gaussian: GaussianField, method: Any, options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         method(gaussian, **options)
-    with pytest.raises(ValueError, match="unknown distribution of times"):
-        FlowMatching("cosine")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (FlowMatching, {"times": "cosine"}, "unknown distribution of times 'cosine'"),
+        (ContrastiveFlowMatching, {"weight": 1.0}, r"ContrastiveFlowMatching's weight is 1.0: it lies in \[0, 1\)"),
+        (ContrastiveFlowMatching, {"times": "cosine"}, "unknown distribution of times 'cosine'"),
+        (FMM, {"first": 0.0}, "FMM's first is 0: a strip of no width teaches nothing"),
+        (FMM, {"widening": 1.5}, "FMM's widening is 1.5"),
+        (ConsistencyTraining, {"stages": 0}, "ConsistencyTraining has stages=0, q=2.0: at least one stage"),
+        (ConsistencyTraining, {"q": 1.0}, "and q above 1"),
+    ],
+)
+def test_options_that_cannot_be_from_data(method: Any, options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        method(**options)
+
+
+def test_pfmm_needs_its_copy(gaussian: GaussianField):
+    student = perturbed(gaussian)
+    with pytest.raises(ValueError, match="no copy of its student yet: call objective"):
+        PFMM(gaussian)(student, batch_of(gaussian), target=student, progress=1.0, generator=generator(0))
 
 
 def test_students_that_cannot_be_trained(gaussian: GaussianField):
-    for objective in (ITVM(gaussian), LMD(gaussian)):
+    for objective in (DISTILLS[name](gaussian) for name in DISTILLS):
         with pytest.raises(ValueError, match=r"trains a FlowMap, not a NetworkField: FlowMap.from_field\(field\)"):
             objective.check_student(teacher_of())
         with pytest.raises(ValueError, match="trains a FlowMap, not a MLP"):

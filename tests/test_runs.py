@@ -110,9 +110,9 @@ def test_a_run_goes_on_and_refuses_another_recipe(tmp_path: Path) -> None:
     longer = run(load_recipe(POINTS, {**few, "steps": "9"}), out)
     assert longer.result.step == 9
     assert load_recipe(out).training.steps == 9
-    with pytest.raises(ValueError, match=r"belongs to another recipe: objective\.ema is 0\.99 there and 0\.5 here"):
+    with pytest.raises(ValueError, match=r"belongs to another recipe: objective\.ema is 0\.9 there and 0\.5 here"):
         run(load_recipe(POINTS, {**few, "objective.ema": "0.5"}), out)
-    assert load_recipe(out).objective.options["ema"] == 0.99  # the folder still says what it holds
+    assert load_recipe(out).objective.options["ema"] == 0.9  # the folder still says what it holds
     assert run(load_recipe(POINTS, {**few, "objective.ema": "0.5"}), out, fresh=True).result.step == 6
     assert load_recipe(out).objective.options["ema"] == 0.5
 
@@ -205,7 +205,7 @@ def test_guidance_is_around_the_teacher(teacher_run: Path) -> None:
 def test_networks_teachers_and_methods_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from fewstep.exact import eight_gaussians\nfrom fewstep.networks import MLP\n"
-        "from fewstep.objectives.lmd import LMD\n\n\n"
+        "from fewstep.objectives import LMD\n\n\n"
         "class Own(MLP):\n    with_second_time = None\n\n\n"
         "def net(width: int = 8):\n    return Own(2, width=width, depth=2, times=2)\n\n\n"
         "def teacher(shift: float = 0.0):\n    return eight_gaussians()\n\n\n"

@@ -14,14 +14,16 @@ from fewstep.data import files, pictures, toy
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch, Data
 from fewstep.data.order import epoch_indices
+from fewstep.data.pairs import FACTS, Pairs
 from fewstep.data.toy import Toy
 
-__all__ = ["ArrayData", "Batch", "Data", "Toy", "epoch_indices", "load_data"]
+__all__ = ["ArrayData", "Batch", "Data", "Pairs", "Toy", "epoch_indices", "load_data"]
 
 _NAMED: dict[str, Callable[..., Any]] = {
     "checkerboard": toy.checkerboard,
     "two-moons": toy.two_moons,
     "eight-gaussians": toy.eight_gaussians,
+    "spiral": toy.spiral,
     "pinwheel": toy.pinwheel,
     "swiss-roll": toy.swiss_roll,
     "silhouette": toy.silhouette,
@@ -36,7 +38,8 @@ def load_data(name: str | Path, **options: Any) -> Data:
 
     Args:
         name: one of the names above; ``hf:NAME`` on the Hugging Face hub; or a path: a folder of pictures, of IDX
-            files, of binary CIFAR-10 batches or from ``save_to_disk``, a ``.npy``, ``.npz`` or IDX file.
+            files, of binary CIFAR-10 batches, of reflow pairs or from ``save_to_disk``, a ``.npy``, ``.npz`` or IDX
+            file.
 
     Raises:
         ValueError: an unknown name, or an option that the loader does not take; lists what is known.
@@ -74,6 +77,8 @@ def _loader_of(path: Path) -> Callable[..., Any]:
         if "idx" in path.name:
             return files.idx
         raise ValueError(f"{path} is no file of data that fewstep reads: .npy, .npz, IDX, or a folder")
+    if (path / FACTS).is_file():
+        return Pairs
     if pictures.is_saved_to_disk(path):
         return pictures.hugging_face
     if any(path.glob("*idx3-ubyte*")):

@@ -45,6 +45,11 @@ def eight_gaussians() -> Toy:
     return Toy(exact.eight_gaussians().data)
 
 
+def spiral() -> Toy:
+    """Gaussians along a spiral: the data of ``fewstep.exact.spiral()``."""
+    return Toy(exact.spiral().data)
+
+
 def two_moons(noise: float = 0.05) -> Toy:
     """Two half circles of radius 1, interleaved; ``noise`` is a standard deviation in units of that radius.
 

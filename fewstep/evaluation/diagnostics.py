@@ -25,7 +25,7 @@ from fewstep.evaluation.points import rmse
 from fewstep.exact import ExactField
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
-from fewstep.objectives.base import forward_mode
+from fewstep.objectives.derivative import forward_mode
 from fewstep.sampling import sample
 from fewstep.solvers import integrate
 

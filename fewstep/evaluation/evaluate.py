@@ -19,7 +19,7 @@ from fewstep.evaluation.measure import METRICS, Judge, choose_metrics, possible_
 from fewstep.exact import ExactField
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
-from fewstep.randomness import generator, sample_generators
+from fewstep.randomness import Generators, generator, sample_generators
 from fewstep.sampling import count_calls, sample, sample_noise
 
 _SOLVE = 128  # midpoint steps to the end points of a teacher without a closed form; Heun would ask at t = 1
@@ -135,7 +135,7 @@ def evaluate(
         starts = _Starts(tuple(data.shape), seed, batch, _conditions(known if cond is None else cond, count, seed))
         if teacher is not None and solved:
             judge.ends = torch.cat(
-                [_ends(teacher, noise, some, tick).cpu() for noise, some in starts.of(teacher, solved)]
+                [_ends(teacher, noise, some, tick).cpu() for noise, _, some in starts.of(teacher, solved)]
             )
         rows, samples = [], {}
         for role, who, n in plan:
@@ -198,26 +198,29 @@ class _Starts:
     batch: int
     cond: dict[str, Tensor]
 
-    def of(self, model: nn.Module, count: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Noise and conditions of the first ``count`` samples, batch by batch, where the model is."""
+    def of(self, model: nn.Module, count: int) -> Iterator[tuple[Tensor, Generators, dict[str, Any]]]:
+        """Noise, the generators it came from and conditions of the first ``count`` samples, batch by batch, where the
+        model is."""
         device = next((p.device for p in chain(model.parameters(), model.buffers())), torch.device("cpu"))
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         for first in range(0, count, self.batch):
             rows = range(first, min(first + self.batch, count))
             # The same bits for all: drawn in float32, whatever the model computes in.
-            noise = sample_noise((len(rows), *self.shape), sample_generators(self.seed, rows)).to(device, dtype)
-            yield noise, {name: value[rows.start : rows.stop].to(device) for name, value in self.cond.items()}
+            generators = sample_generators(self.seed, rows)
+            noise = sample_noise((len(rows), *self.shape), generators).to(device, dtype)
+            cond = {name: value[rows.start : rows.stop].to(device) for name, value in self.cond.items()}
+            yield noise, generators, cond
 
 
 def _sampled(
     role: str,
     model: FlowMap | VelocityField,
     steps: int,
-    starts: Iterable[tuple[Tensor, dict[str, Any]]],
+    starts: Iterable[tuple[Tensor, Generators, dict[str, Any]]],
     tick: Callable[[int], None],
 ) -> Iterator[Batch]:
-    for noise, cond in starts:
-        x = sample(model, noise, steps, **cond)
+    for noise, generators, cond in starts:
+        x = sample(model, noise, steps, generator=generators, **cond)
         bad = int((~x.flatten(1).isfinite().all(1)).sum())
         if bad:
             raise ValueError(

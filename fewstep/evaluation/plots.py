@@ -155,15 +155,16 @@ def quality_figure(rows: Sequence[Mapping[str, Any]], metric: str, label: str | 
 
     lines: dict[str, dict[int, list[float]]] = {}
     for row in rows:
-        if row.get(metric) is not None:
+        if row.get(metric) is not None and math.isfinite(row[metric]):
             lines.setdefault(str(row["model"]), {}).setdefault(int(row["nfe"]), []).append(float(row[metric]))
     if not lines:
         raise ValueError(
             f"no row has the metric {metric!r}, the rows have: {', '.join({k: 0 for r in rows for k in r})}"
         )
     calls = sorted({nfe for points in lines.values() for nfe in points})
-    with _panels(1, size=(4.9, 3.6)) as (figure, (ax,)):
-        colours = iter(COLOURS * len(lines))
+    is_crowded = len(lines) > 7  # then the names stand outside, and a second round of colours is dotted
+    with _panels(1, size=(8.4, 4.8) if is_crowded else (4.9, 3.6)) as (figure, (ax,)):
+        looks = ((colour, *look) for look in (("-", "o"), (":", "D"), ("-.", "v")) * len(lines) for colour in COLOURS)
         for name, points in lines.items():
             is_teacher = name.startswith("teacher")
             nfes = sorted(points)
@@ -173,8 +174,8 @@ def quality_figure(rows: Sequence[Mapping[str, Any]], metric: str, label: str | 
                 colour = QUIET
                 ax.plot(nfes, means, color=colour, label=name, linestyle=(0, (4, 2)), marker="s", markersize=4.5)
             else:
-                colour = next(colours)
-                ax.plot(nfes, means, color=colour, label=name, marker="o")
+                colour, style, marker = next(looks)
+                ax.plot(nfes, means, color=colour, label=name, linestyle=style, marker=marker)
             if max(map(len, values)) > 1:
                 ax.fill_between(
                     nfes, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0
@@ -188,7 +189,10 @@ def quality_figure(rows: Sequence[Mapping[str, Any]], metric: str, label: str | 
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
         _plain_log_ticks(ax)
-        ax.legend()
+        if is_crowded:
+            figure.legend(loc="outside right upper")
+        else:
+            ax.legend()
     return figure
 
 

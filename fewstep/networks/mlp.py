@@ -1,5 +1,6 @@
 """A network for points: the student and teacher of 2-D densities and of any data of a few dozen numbers."""
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.networks.second_time import SecondTime, sinusoidal
@@ -12,22 +13,30 @@ class MLP(nn.Module):
         dim: numbers in a sample; samples are (B, dim).
         times: 1 for a field, 2 for a flow map.
         classes: the number of classes for a ``class_labels`` condition (B,), 0 for none.
+        guidance: takes the strength of guidance as a condition ``guidance`` (B,); 1, which is none, if it is not given.
 
     Raises:
         ValueError: when called with another number of times, or without the labels of its classes.
     """
 
-    def __init__(self, dim: int, width: int = 256, depth: int = 4, times: int = 1, classes: int = 0) -> None:
+    def __init__(
+        self, dim: int, width: int = 256, depth: int = 4, times: int = 1, classes: int = 0, guidance: bool = False
+    ) -> None:
         super().__init__()
-        self.config = {"dim": dim, "width": width, "depth": depth, "times": times, "classes": classes}
+        self.config = {
+            "dim": dim, "width": width, "depth": depth, "times": times, "classes": classes, "guidance": guidance,
+        }  # fmt: skip
         self.input = nn.Linear(dim, width)
         self.time = nn.Linear(64, width)
         self.second_time = SecondTime(width) if times == 2 else None
         self.label = nn.Embedding(classes, width) if classes else None
+        self.strength = SecondTime(width, scale=3.0) if guidance else None  # silent at first, as a second time is
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
         self.output = nn.Linear(width, dim)
 
-    def forward(self, x: Tensor, *times: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *times: Tensor, class_labels: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
         if len(times) != self.config["times"]:
             raise ValueError(f"an MLP with times={self.config['times']} was called with {len(times)}: make it to fit")
         h = self.input(x) + self.time(sinusoidal(times[0], 64, low=0.5, high=30.0).to(x.dtype))
@@ -37,6 +46,8 @@ class MLP(nn.Module):
             if class_labels is None:
                 raise ValueError("this MLP was made with classes: class_labels (B,) are needed")
             h = h + self.label(class_labels)
+        if self.strength is not None:
+            h = h + self.strength(torch.ones_like(times[0]) if guidance is None else guidance.to(times[0]))
         for layer in self.hidden:
             h = layer(nn.functional.gelu(h))
         return self.output(nn.functional.gelu(h))

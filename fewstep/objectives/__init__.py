@@ -1,10 +1,25 @@
-"""Objectives: one file a family, one class a method; ``base`` holds what they share."""
+"""Objectives: one file a family, one class a method; ``base`` and ``two_time`` hold what they share."""
 
+from fewstep.objectives.ayf import AYF, SCM
 from fewstep.objectives.base import Loss, Objective
-from fewstep.objectives.flow_matching import FlowMatching
+from fewstep.objectives.consistency import CTM, ConsistencyDistillation, ConsistencyTraining
+from fewstep.objectives.direct import FMM
+from fewstep.objectives.eulerian import EMD, ESD
+from fewstep.objectives.flow_matching import ContrastiveFlowMatching, FlowMatching, Recentred
 from fewstep.objectives.itvm import ITVM
-from fewstep.objectives.lmd import LMD
+from fewstep.objectives.lagrangian import LMD, LSD, TVM
+from fewstep.objectives.mean_flow import AlphaFlow, ImprovedMeanFlow, MeanFlow
+from fewstep.objectives.progressive import PFMM, PSD, Shortcut, SplitMeanFlow
+from fewstep.objectives.two_time import TwoTime
 
-OBJECTIVES: dict[str, type[Objective]] = {cls.__name__: cls for cls in (FlowMatching, ITVM, LMD)}
+_METHODS: tuple[type[Objective], ...] = (
+    FlowMatching, ContrastiveFlowMatching, ITVM, LMD, EMD, AYF, PFMM, ConsistencyDistillation, CTM, SCM, MeanFlow,
+    ImprovedMeanFlow, AlphaFlow, FMM, LSD, ESD, PSD, TVM, Shortcut, SplitMeanFlow, ConsistencyTraining,
+)  # fmt: skip
+OBJECTIVES: dict[str, type[Objective]] = {method.__name__: method for method in _METHODS}
 
-__all__ = ["ITVM", "LMD", "OBJECTIVES", "FlowMatching", "Loss", "Objective"]
+__all__ = [
+    "AYF", "CTM", "EMD", "ESD", "FMM", "ITVM", "LMD", "LSD", "OBJECTIVES", "PFMM", "PSD", "SCM", "TVM", "AlphaFlow",
+    "ConsistencyDistillation", "ConsistencyTraining", "ContrastiveFlowMatching", "FlowMatching", "ImprovedMeanFlow",
+    "Loss", "MeanFlow", "Objective", "Recentred", "Shortcut", "SplitMeanFlow", "TwoTime",
+]  # fmt: skip

@@ -1,14 +1,11 @@
 """What every objective is, and what several of them share."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from fewstep.data.batch import Batch
 from fewstep.errors import unknown
@@ -34,9 +31,14 @@ class Objective(nn.Module):
     ``ema`` is the decay of the student copy that the loss wants as ``target``, or None where it wants none (the
     trainer then makes none). The teacher stays out of ``state_dict``; parts of the loss that train are parameters of
     it. It knows no device, optimizer or data set, and draws random numbers only from the generators handed in.
+
+    ``sources`` are the arXiv numbers of its papers. ``gamma`` is how the students it makes are sampled when nothing is
+    said: 0, or 1 where they only know the way to t = 1 (consistency models), see ``fewstep.sample``.
     """
 
     ema: float | None = None
+    gamma: float = 0.0
+    sources: tuple[str, ...] = ()
 
     def __init__(self, teacher: VelocityField | None = None) -> None:
         super().__init__()
@@ -81,6 +83,9 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    def adopt(self, student: nn.Module) -> None:
+        """Called once, before the training and before a checkpoint is read: make what is shaped like the student."""
+
     def parameter_groups(self, student: nn.Module) -> dict[str, list[nn.Parameter]]:
         """Which parameters train, by player; each player gets its own optimizer."""
         own = [p for p in self.parameters() if p.requires_grad]
@@ -95,6 +100,13 @@ class Objective(nn.Module):
             raise ValueError(
                 f"the student is on {student.path}, the teacher on {self.teacher.path}: use teacher.on(student.path)"
             )
+
+
+def check_decay(method: str, ema: float) -> float:
+    """The decay of a student copy, which lies in [0, 1)."""
+    if not 0 <= ema < 1:
+        raise ValueError(f"{method}'s ema is {ema}: it lies in [0, 1)")
+    return ema
 
 
 def check_options(method: str, times: str, **in_unit: float) -> None:
@@ -145,26 +157,3 @@ def squared_error(x: Tensor, y: Tensor) -> Tensor:
     """The mean over components of the squared error, in float32 at least: (B,)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return (x.to(dtype) - y.to(dtype)).square().flatten(1).mean(1)
-
-
-def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
-    """``(f(t), df/dt)`` row by row by one forward-mode pass, t (B,)."""
-    with forward_mode():
-        return torch.func.jvp(function, (t,), (torch.ones_like(t),))  # pyright: ignore[reportReturnType]
-
-
-@contextmanager
-def forward_mode() -> Iterator[None]:
-    """Networks can be differentiated forward inside: attention runs on the MATH kernel, the only one with a forward
-    derivative (CPU included), and group norms get contiguous inputs, without which theirs fails."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend.MATH), _ContiguousGroupNorm():
-        yield
-
-
-class _ContiguousGroupNorm(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (functional.group_norm, torch.group_norm):
-            args = (args[0].contiguous(), *args[1:])
-        return func(*args, **(kwargs or {}))

@@ -2,9 +2,13 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from fewstep.fields import VelocityField
 from fewstep.objectives.base import Batch, Loss, Objective, check_options, noise_of, squared_error
-from fewstep.paths import as_times
-from fewstep.randomness import Generators
+from fewstep.paths import Path, as_times, expand
+from fewstep.randomness import Generators, chunk_rows
 from fewstep.times import draw_times
 
 
@@ -17,9 +21,11 @@ class FlowMatching(Objective):
         times: uniform, or logit-normal, which images prefer (arXiv 2403.03206).
     """
 
+    sources = ("2210.02747", "2303.08797")
+
     def __init__(self, times: str = "uniform") -> None:
         super().__init__()
-        check_options("FlowMatching", times)
+        check_options(type(self).__name__, times)
         self.times = times
 
     def forward(
@@ -35,11 +41,70 @@ class FlowMatching(Objective):
         noise = noise_of(batch, generator)
         t = as_times(draw_times(len(batch), generator, self.times), noise)
         x, dx = student.path.sample(noise, batch.data, t)
-        loss = squared_error(student.velocity(x, t, **batch.cond), dx).mean()
-        return Loss(loss, {"velocity": loss.detach()}, {"velocity": t[:, None].expand(-1, 2)})
+        velocity = student.velocity(x, t, **batch.cond)
+        terms = {"velocity": squared_error(velocity, dx).mean()}
+        terms |= self.more_terms(velocity, student.path, noise, batch.data, t, chunk_rows(len(batch), generator))
+        total = torch.stack(list(terms.values())).sum()
+        times = dict.fromkeys(terms, t[:, None].expand(-1, 2))
+        return Loss(total, {name: term.detach() for name, term in terms.items()}, times)
+
+    def more_terms(
+        self, velocity: Tensor, path: Path, noise: Tensor, data: Tensor, t: Tensor, chunk: int
+    ) -> dict[str, Tensor]:
+        """What else is in the loss, scalars, of the velocity (B, ...) at these states; ``chunk`` rows draw together."""
+        return {}
 
     def check_student(self, student: Any) -> None:
         """Anything with a ``path`` and a ``velocity`` will do."""
         if not (hasattr(student, "path") and hasattr(student, "velocity")):
-            name = type(student).__name__
-            raise ValueError(f"FlowMatching trains a VelocityField or a FlowMap, not a {name}: NetworkField(network)")
+            own, name = type(self).__name__, type(student).__name__
+            raise ValueError(f"{own} trains a VelocityField or a FlowMap, not a {name}: NetworkField(network)")
+
+
+class ContrastiveFlowMatching(FlowMatching):
+    """``E |v(x_t, t) - dx_t|^2 - l |v(x_t, t) - dx~_t|^2``, dx~ that of another row's noise and data at this t
+    (arXiv 2506.05350): pushes the velocities of different data (of different conditions, above all) apart.
+
+    What it learns is ``(E[dx given x] - l E[dx]) / (1 - l)``, not the velocity: :class:`Recentred` undoes that.
+
+    Args:
+        weight: l, in [0, 1).
+        times: see :class:`FlowMatching`.
+    """
+
+    sources = ("2506.05350", "2210.02747")
+
+    def __init__(self, weight: float = 0.05, times: str = "uniform") -> None:
+        super().__init__(times)
+        if not 0 <= weight < 1:
+            raise ValueError(f"ContrastiveFlowMatching's weight is {weight}: it lies in [0, 1)")
+        self.weight = weight
+
+    def more_terms(
+        self, velocity: Tensor, path: Path, noise: Tensor, data: Tensor, t: Tensor, chunk: int
+    ) -> dict[str, Tensor]:
+        # The next row of the same chunk, the same on any number of processes; at this row's time.
+        noise, data = (x.reshape(-1, chunk, *x.shape[1:]).roll(1, dims=1).reshape(x.shape) for x in (noise, data))
+        _, other = path.sample(noise, data, t)
+        return {"contrast": -self.weight * squared_error(velocity, other).mean()}
+
+
+class Recentred(VelocityField):
+    """The velocity of a field that was trained with contrast: ``v = (1 - l) u + l E[dx_t]`` (arXiv 2506.05350).
+
+    Args:
+        field: what :class:`ContrastiveFlowMatching` trained, noise and data of mean 0 and ``mean``. weight: its l.
+        mean: the mean of the data, one sample's shape.
+    """
+
+    mean: Tensor
+
+    def __init__(self, field: VelocityField, weight: float, mean: Tensor) -> None:
+        super().__init__()
+        self.field, self.weight, self.path = field, weight, field.path
+        self.register_buffer("mean", mean)
+
+    def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        t = as_times(t, x)
+        drift = expand(self.path.alpha_dot(t), x) * self.mean
+        return (1 - self.weight) * self.field(x, t, **cond) + self.weight * drift

@@ -147,6 +147,7 @@ def fit(
             folder.prepare(out, resume)
 
         student.to(device).train()
+        objective.adopt(student)
         objective.to(device)
         model = parallel(Step(student, objective), world)  # before the copies: it makes all processes start alike
         run = Run(

@@ -1,0 +1,319 @@
+"""What a training step of an objective costs: its time, its memory, and the network calls it is made of.
+
+A step here is the loss and its backward pass; the optimizer and the averages, which cost the same for every method, are
+left out. Costs are compared as ratios to plain flow matching on the same network, and held against what the counted
+calls say they should be: an objective costs what its network calls cost.
+"""
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fewstep.data.batch import Batch
+from fewstep.fields import Guided, NetworkField, VelocityField
+from fewstep.maps import FlowMap
+from fewstep.objectives import FlowMatching, Loss, Objective
+from fewstep.objectives.base import noise_of, squared_error
+from fewstep.objectives.derivative import derivative
+from fewstep.paths import as_times
+from fewstep.randomness import Generators, generator
+from fewstep.times import draw_pairs
+
+# What is measured: a student, its loss, and the slow copy of the student where the loss wants one (made if None).
+Entry = tuple[Any, Objective, Any]
+
+# What a batch through a network costs, in steps of flow matching, by kind of call (see Counts). A backward pass is
+# worth two forward passes, one to the inputs and one to the weights. Forward mode has no such rule: what ``probes``
+# measured on an MLP of 6 x 512, 512 rows, one CPU thread (plain came out as 0.335 there, frozen as 0.61).
+UNITS = {"trained": 1.0, "frozen": 2 / 3, "plain": 1 / 3, "tangent": 1.1, "tangent_trained": 3.0}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a step asks of the networks of student, target and teacher.
+
+    Rows, in batches, by kind of call: ``trained``, forward and backward to the weights; ``frozen``, forward and
+    backward to the inputs alone; ``plain``, forward alone; ``tangent``, forward mode (value and derivative) with no
+    backward; ``tangent_trained``, forward mode and backward through it. ``calls`` is how often a network was called,
+    ``jvps`` how often in forward mode. Whether a call has a backward pass is judged as it is made: one whose result is
+    detached later counts as one that has.
+    """
+
+    trained: float = 0.0
+    frozen: float = 0.0
+    plain: float = 0.0
+    tangent: float = 0.0
+    tangent_trained: float = 0.0
+    calls: int = 0
+    jvps: int = 0
+
+    @property
+    def rows(self) -> dict[str, float]:
+        """The kinds of call that occur, and their rows in batches."""
+        kinds = {field.name: getattr(self, field.name) for field in fields(self) if field.name in UNITS}
+        return {kind: rows for kind, rows in kinds.items() if rows}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``times``: seconds of each round. ``peak_bytes``: the most that a step holds at once beside the weights, their
+    gradients and the batch, that is activations and what passes. ``counts``: the network calls it is made of."""
+
+    times: tuple[float, ...]
+    peak_bytes: int
+    counts: Counts
+
+    @property
+    def seconds(self) -> float:
+        """The median over the rounds."""
+        return statistics.median(self.times)
+
+    def over(self, base: "Cost") -> float:
+        """The time as a multiple of another's, measured with it: the median of the ratios round by round, so that a
+        machine that was slow for a while was slow for both."""
+        return statistics.median(mine / its for mine, its in zip(self.times, base.times, strict=True))
+
+
+def expected_cost(counts: Counts, units: Mapping[str, float] = UNITS) -> float:
+    """What calls alone should cost, in steps of flow matching; ``units`` as :func:`unit_costs` measures them."""
+    return sum(rows * units[kind] for kind, rows in counts.rows.items())
+
+
+def step_cost(
+    student: Any, objective: Objective, batch: Batch, *, target: Any = None, rounds: int = 5, seed: int = 0
+) -> Cost:
+    """The cost of one step of one objective; arguments as :func:`compare_costs`."""
+    return compare_costs({"": (student, objective, target)}, batch, rounds, seed=seed)[""]
+
+
+def compare_costs(
+    make: Mapping[str, Entry],
+    batch: Batch,
+    rounds: int = 5,
+    *,
+    seed: int = 0,
+    precision: torch.dtype | None = None,
+) -> dict[str, Cost]:
+    """The cost of one step, forward and backward, of each of several objectives on the same rows.
+
+    Two steps of each warm it up, in which calls are counted and memory is measured; then every round times one step of
+    each, in shuffled order, so that what else runs on the machine hits all alike. In a round all have the same random
+    numbers.
+    Time is wall time; on a CPU with one thread, CPU time, which other programs lengthen less.
+
+    Args:
+        make: by name, a student (put in train mode), its objective and the objective's target, or None: a frozen copy
+            of the student is made where the objective has an ``ema``. All may share one student.
+        batch: rows on the device of the students.
+        seed: decides every random number. Progress is 0.5; the step counts from 0.
+        precision: the autocast type, None for none.
+
+    Raises:
+        ValueError: rounds below 1. Whatever the objectives raise.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}: each method is timed once at least")
+    device = batch.data.device
+    ready = {name: _prepared(*entry) for name, entry in make.items()}
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+    def run(name: str, step: int) -> float:
+        student, objective, target = ready[name]
+        draw = generator(seed, step)
+        torch.manual_seed(seed)  # dropout
+        _wait(device)
+        start = clock()
+        with torch.autocast(device.type, precision, enabled=precision is not None):
+            loss = objective(student, batch, target=target, progress=0.5, step=step, generator=draw)
+        loss.total.backward()
+        _wait(device)
+        seconds = clock() - start
+        for module in (student, objective):
+            module.zero_grad(set_to_none=True)
+        return seconds
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        counts, peaks = {}, {}
+        for name, parts in ready.items():
+            with counting(*parts) as calls:
+                run(name, 0)
+            counts[name] = calls(len(batch))
+            with _peak(device, *parts) as peak:
+                run(name, 1)
+            peaks[name] = peak()
+        times = []
+        for n in range(rounds):
+            # Shuffled: what a step leaves behind, such as memory at hand, is worth a few per cent to the next one.
+            order = torch.randperm(len(ready), generator=generator(seed, n)).tolist()
+            times.append({name: run(name, 2 + n) for name in (list(ready)[i] for i in order)})
+    return {name: Cost(tuple(t[name] for t in times), peaks[name], counts[name]) for name in ready}
+
+
+def probes(student: FlowMap) -> dict[str, Entry]:
+    """One bare call of each kind, to be measured among the objectives: what :func:`unit_costs` reads."""
+    bare = {kind: Probe(kind) for kind in UNITS if kind != "trained"}
+    return {kind: (student, objective, None) for kind, objective in {"trained": FlowMatching(), **bare}.items()}
+
+
+def unit_costs(costs: Mapping[str, Cost]) -> dict[str, float]:
+    """What each kind of call costs on this network and machine, in steps of flow matching, from costs with probes."""
+    return {kind: costs[kind].over(costs["trained"]) for kind in UNITS}
+
+
+class Probe(Objective):
+    """No loss to train by: one call of the student, of one kind, on every row."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.ema = 0.0 if kind == "frozen" else None
+
+    def forward(
+        self,
+        student: Any,
+        batch: Batch,
+        *,
+        target: Any = None,
+        progress: float = 0.0,
+        step: int = 0,
+        generator: Generators,
+    ) -> Loss:
+        noise = noise_of(batch, generator)
+        s, t = (as_times(time, noise) for time in draw_pairs(len(batch), generator))
+        x, dx = student.path.sample(noise, batch.data, s)
+        if self.kind == "frozen":
+            x.requires_grad_()
+            return Loss(squared_error(target.average_velocity(x, s, t, **batch.cond), dx).mean())
+        with torch.set_grad_enabled(self.kind == "tangent_trained"):
+            if self.kind == "plain":
+                value = student.average_velocity(x, s, t, **batch.cond)
+            else:
+                along = (dx, torch.ones_like(s), torch.zeros_like(t))
+                _, value = derivative(lambda *at: student.average_velocity(*at, **batch.cond), (x, s, t), along)
+            loss = squared_error(value, dx).mean()
+        return Loss(loss if loss.requires_grad else loss.requires_grad_())
+
+
+def _prepared(student: Any, objective: Objective, target: Any) -> Entry:
+    """The student in train mode, and the target that its objective wants."""
+    if target is None and objective.ema is not None:
+        target = deepcopy(student).eval().requires_grad_(False)
+    objective.adopt(student)
+    return student.train(), objective, target
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def counting(student: nn.Module, objective: Objective, target: nn.Module | None) -> Iterator[Callable[[int], Counts]]:
+    """Count the calls of all networks that a loss knows; gives a function from the rows of a batch to the counts."""
+    rows = dict.fromkeys(UNITS, 0)
+    calls = jvps = 0
+
+    def hook(network: nn.Module, arguments: tuple[Any, ...]) -> None:
+        nonlocal calls, jvps
+        is_dual = any(isinstance(a, Tensor) and _has_tangent(a) for a in arguments)
+        has_weights = any(p.requires_grad for p in network.parameters())
+        is_deep = torch.is_grad_enabled() and (has_weights or any(_wants_grad(a) for a in arguments))
+        kind = "trained" if has_weights else "frozen"
+        if is_dual:
+            kind = "tangent_trained" if is_deep else "tangent"
+        elif not is_deep:
+            kind = "plain"
+        rows[kind] += len(arguments[0])
+        calls, jvps = calls + 1, jvps + is_dual
+
+    handles = [network.register_forward_pre_hook(hook) for network in _networks(student, objective, target)]
+    try:
+        yield lambda batch: Counts(**{kind: n / batch for kind, n in rows.items()}, calls=calls, jvps=jvps)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _networks(student: nn.Module, objective: Objective, target: nn.Module | None) -> set[nn.Module]:
+    """What is called: the networks of maps and fields, and the fields that have none (exact ones)."""
+    models = [student, objective, *([target] if target is not None else [])]
+    if objective.has_teacher:
+        models.append(objective.teacher)
+    found: set[nn.Module] = set()
+    for part in (part for model in models for part in model.modules()):
+        if isinstance(part, FlowMap | NetworkField):
+            found.add(part.network)
+        elif isinstance(part, VelocityField) and not isinstance(part, Guided):
+            found.add(part)
+    return found
+
+
+def _has_tangent(x: Tensor) -> bool:
+    is_inside = forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
+    return is_inside and forward_ad.unpack_dual(x).tangent is not None
+
+
+def _wants_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+@contextmanager
+def _peak(device: torch.device, *parts: nn.Module | None) -> Iterator[Callable[[], int]]:
+    """The most bytes held at once inside; gradients of weights are dropped as they come: all methods have them."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    weights = {p for part in parts if part is not None for p in part.parameters() if p.requires_grad}
+    handles = [p.register_post_accumulate_grad_hook(drop) for p in weights]
+    try:
+        if device.type == "cuda":
+            _wait(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            yield lambda: torch.cuda.max_memory_allocated(device) - before
+        else:
+            with _Allocations() as made:
+                yield lambda: made.peak
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Allocations(TorchDispatchMode):
+    """Bytes of the tensors that operations made and that still live: torch counts none on the CPU. It sits below
+    autograd and forward mode, so that it sees what they keep; the work space inside a kernel it does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for address, storage in {storage._cdata: storage for storage in _storages(result)}.items():
+            if address in given:  # a view, or written in place
+                continue
+            size = storage.nbytes()
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._freed, size)
+        return result
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

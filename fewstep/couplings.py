@@ -1,0 +1,101 @@
+"""How noise is paired with data: independently, as objectives do themselves, or by minibatch optimal transport.
+
+Pairs that a model has made (reflow) come from ``fewstep.reflow`` and are read by ``fewstep.data.pairs``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.data.batch import Batch, Data
+from fewstep.data.pairs import Pairs
+from fewstep.errors import unknown
+from fewstep.randomness import normal
+
+
+def couple(noise: Tensor, data: Tensor) -> Tensor:
+    """The rows of ``noise`` (n, ...) permuted, so that row i belongs to row i of ``data``, (n, ...) each.
+
+    The permutation minimises ``sum_i |noise_i - data_i|^2``, exactly, in float64 (arXiv 2302.00482, 2304.14772). Its
+    time grows with n^3: see ``docs/couplings.md``.
+
+    Raises:
+        ValueError: shapes that differ, numbers that are not finite.
+
+    >>> noise = couple(torch.randn_like(images), images)
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if noise.shape != data.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, data {tuple(data.shape)}: they must agree")
+    # |x0 - x1|^2 but for the squares, whose sum is that of every permutation.
+    cost = -(data.flatten(1).double() @ noise.flatten(1).double().T)
+    if not cost.isfinite().all():
+        raise ValueError("noise or data are not finite (NaN or infinite): they cannot be paired by their distance")
+    _, columns = linear_sum_assignment(cost.cpu().numpy())
+    return noise[torch.from_numpy(columns).to(noise.device)]
+
+
+COUPLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ot": couple}
+
+
+def uncoupled(data: Data) -> Data:
+    """The data alone, for what shows and judges: it asks for thousands of rows at once, and for no noise."""
+    return data.data if isinstance(data, Coupled) else data
+
+
+class Coupled:
+    """Data whose rows bring their noise along, paired with them: a ``Data`` around another.
+
+    The noise of the rows that are asked for together is drawn from their generator, after what the data draws from
+    it, and permuted. Rows and conditions keep their order, so a condition stays with its row, and no row is left
+    out. In training, rows are asked for a chunk at a time (those that share a generator: ``training.chunk``, 64 unless
+    said otherwise), so the assignment is within a chunk: results do not depend on how many processes share a batch,
+    and a larger chunk couples better and costs more.
+
+    With conditions the pairing is biased: noise becomes dependent on the condition, and sampling draws it
+    independently. The score from a velocity (``VelocityField.score``) does not hold either way.
+
+    Args:
+        data: what is coupled. coupling: ``ot``, see :func:`couple`. ``independent`` needs no wrapper.
+        group: rows assigned together at most; more, asked for at once, are assigned in groups of this size.
+
+    Raises:
+        ValueError: an unknown coupling, data that comes with noise of its own.
+
+    >>> fit(student, FlowMatching(), Coupled(data), steps=20_000, batch=256, chunk=256)
+    """
+
+    def __init__(self, data: Data, coupling: str = "ot", group: int = 1024) -> None:
+        if coupling not in COUPLINGS:
+            raise unknown("coupling", coupling, COUPLINGS)
+        if group < 1:
+            raise ValueError(f"group is {group}: at least one row is assigned")
+        self.data, self.coupling, self.group = data, coupling, group
+        if isinstance(data, Pairs | Coupled):
+            raise self._paired()
+        self.shape, self.size = data.shape, data.size
+
+    def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
+        """The rows of ``index`` (n,) as the data gives them, with their noise."""
+        batch = self.data.rows(index, generator)
+        if batch.noise is not None:
+            raise self._paired()
+        noise, assign = normal(batch.data, generator), COUPLINGS[self.coupling]
+        groups = zip(noise.split(self.group), batch.data.split(self.group), strict=True)
+        return Batch(batch.data, batch.cond, torch.cat([assign(*group) for group in groups]))
+
+    def __getattr__(self, name: str) -> Any:
+        """What else is asked of the data (``cond``, ``classes``, ``denormalize``)."""
+        if name.startswith("_"):  # copying looks for such names before ``data`` is there
+            raise AttributeError(name)
+        return getattr(self.data, name)
+
+    def _paired(self) -> ValueError:
+        kind = type(self.data).__name__
+        return ValueError(
+            f"coupling {self.coupling!r} pairs data with noise, and the data ({kind}) comes with its own: "
+            "say coupling: independent"
+        )

@@ -1,0 +1,115 @@
+"""Pairs of noise and data from a folder, as ``fewstep.reflow`` writes them: facts in JSON, rows in shards."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fewstep.data.batch import Batch
+
+FACTS = "pairs.json"
+FORMAT = 1
+
+
+class Pairs:
+    """The pairs in a folder of ``fewstep reflow``: each row brings its own noise (arXiv 2209.03003).
+
+    The shards are memory-mapped: a row is read when it is asked for. Nothing about a row is random.
+
+    Raises:
+        FileNotFoundError: no such folder, or a shard is missing; says which, and how to go on.
+        ValueError: a shard that is damaged or of something else, a format that is not known.
+
+    >>> fit(student, FlowMatching(), Pairs("pairs"), steps=20_000)
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self.facts = read_facts(self.folder)
+        self.size: int | None = self.facts["count"]
+        self.shape: tuple[int, ...] = tuple(self.facts["shape"])
+        files = shard_files(self.folder, self.facts)
+        go_on = f"the command that made the folder goes on with it: {self.facts['command']}"
+        if missing := [file for file in files if not file.is_file()]:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(files)} shards are missing, the first is {missing[0]}: {go_on}"
+            )
+        try:
+            self._shards = [read_shard(self.folder, self.facts, i) for i in range(len(files))]
+        except ValueError as error:
+            raise ValueError(f"{error}: {go_on}") from None
+
+    @cached_property
+    def cond(self) -> dict[str, Tensor]:
+        """The conditions of all rows by name, (N, ...) each."""
+        names = [name for name in self._shards[0] if name not in ("noise", "data")]
+        return {name: torch.cat([shard[name] for shard in self._shards]) for name in names}
+
+    def __len__(self) -> int:
+        return self.facts["count"]
+
+    def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
+        """The rows of ``index`` (n,): data, conditions and the noise that each came from."""
+        noise, data = self._gather("noise", index), self._gather("data", index)
+        return Batch(data, {name: value[index] for name, value in self.cond.items()}, noise)
+
+    def _gather(self, name: str, index: Tensor) -> Tensor:
+        gathered = torch.empty(len(index), *self.shape)
+        which = index // self.facts["shard"]
+        for shard in which.unique().tolist():
+            here = which == shard
+            gathered[here] = self._shards[shard][name][index[here] - shard * self.facts["shard"]]
+        return gathered
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What ``pairs.json`` says of the pairs in a folder.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is of another format, or no JSON.
+    """
+    file = folder / FACTS
+    if not file.is_file():
+        raise FileNotFoundError(f"no pairs in {folder}: there is no {FACTS}; `fewstep reflow MODEL` makes one")
+    try:
+        facts = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if facts.get("format") != FORMAT:
+        raise ValueError(f"{file} has format {facts.get('format')}, this fewstep reads {FORMAT}: make the pairs anew")
+    return facts
+
+
+def shard_files(folder: Path, facts: dict[str, Any]) -> list[Path]:
+    """The files that the pairs are in once all are made."""
+    return [folder / f"pairs-{i:05d}.safetensors" for i in range(-(-facts["count"] // facts["shard"]))]
+
+
+def shard_rows(facts: dict[str, Any], shard: int) -> range:
+    """Which pairs a shard holds."""
+    return range(shard * facts["shard"], min((shard + 1) * facts["shard"], facts["count"]))
+
+
+def read_shard(folder: Path, facts: dict[str, Any], shard: int) -> dict[str, Tensor]:
+    """``noise``, ``data`` and the conditions of one shard, memory-mapped.
+
+    Raises:
+        ValueError: it is damaged or holds something else.
+    """
+    file, rows = shard_files(folder, facts)[shard], len(shard_rows(facts, shard))
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error})") from None
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    wanted = {"noise": (rows, *facts["shape"]), "data": (rows, *facts["shape"])}
+    if facts["labels"] is not None:
+        wanted["class_labels"] = (rows,)
+    if found != wanted:
+        raise ValueError(f"{file} holds {found} and not {wanted}")
+    return tensors

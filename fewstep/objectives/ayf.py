@@ -1,0 +1,140 @@
+"""Align Your Flow and continuous consistency models: the Eulerian equation as a normalised, warmed-up tangent."""
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import unknown
+from fewstep.fields import Guided, VelocityField
+from fewstep.maps import FlowMap
+from fewstep.objectives.base import Batch, check_decay, check_options
+from fewstep.objectives.two_time import Now, Rows, TwoTime, normalized
+from fewstep.paths import expand
+from fewstep.randomness import Generators, uniform
+from fewstep.solvers import heun_step
+
+VARIANTS = ("EMD", "LMD")
+
+
+class _Tangent(TwoTime):
+    """``E |u - sg[u] + g|^2`` with ``g = normalized((u - v) - r (t - s) Du)``."""
+
+    def tangent_goal(self, student: FlowMap, rows: Rows, velocity: Tensor, ramp: float) -> Tensor:
+        """``sg[u] - g``, (n, ...)."""
+        along = (velocity.to(rows.x.dtype), torch.ones_like(rows.s))
+        u, u_dot = self.derivative(
+            lambda x, s: student.average_velocity(x, s, rows.t, **rows.cond), (rows.x, rows.s), along
+        )
+        return u - normalized(u - velocity - ramp * expand(rows.t - rows.s, u) * u_dot)
+
+
+class AYF(_Tangent):
+    """Align Your Flow (arXiv 2506.14603), in both its forms:
+
+    * ``EMD``: ``g = sg[(u - v) - r (t - s) Du]``, normalised per row to ``g / (rms(g) + 0.1)``, in
+      ``E |u - sg[u] + g|^2``; r rises from 0 to ``ramp`` over the first ``warmup`` of the training. With r < 1 the
+      fixed point is off by the order of 1 - r.
+    * ``LMD``: ``X_{s,t}(x_s)`` against one Heun step of the teacher, of length ``step_size`` at most, from the EMA
+      copy's ``X^-_{s,t-e}(x_s)``.
+
+    With ``strength`` and a :class:`fewstep.Guided` teacher, autoguidance ``v + (l - 1)(v - v_weak)`` has an l drawn for
+    each row between the two numbers (the paper: 1 to 3), given to the student as the condition ``guidance`` (n,).
+
+    Args:
+        teacher: the frozen field.
+        variant: ``EMD`` or ``LMD``.
+        warmup, ramp: of the tangent, in ``EMD``.
+        step_size, ema: in ``LMD``.
+        strength: the range of l, or None for the teacher as it is.
+        diagonal, times, ends, options: see :class:`TwoTime`.
+    """
+
+    term = "ayf"
+    sources = ("2506.14603",)
+
+    def __init__(
+        self,
+        teacher: VelocityField,
+        variant: str = "EMD",
+        warmup: float = 0.1,
+        ramp: float = 0.99,
+        step_size: float = 0.05,
+        ema: float = 0.99,
+        strength: tuple[float, float] | None = None,
+        diagonal: float = 0.25,
+        times: str = "uniform",
+        ends: float = 0.0,
+        error_in: str = "auto",
+        jvp: str = "forward",
+    ) -> None:
+        super().__init__(teacher, diagonal=diagonal, times=times, ends=ends, error_in=error_in, jvp=jvp)
+        if variant not in VARIANTS:
+            raise unknown("variant of AYF", variant, VARIANTS)
+        check_options("AYF", times, warmup=warmup, ramp=ramp, step_size=step_size)
+        if strength is not None and not isinstance(teacher, Guided):
+            raise ValueError(
+                f"AYF's strength is {strength}, and the teacher, a {type(teacher).__name__}, is not guided: "
+                "give it Guided(field, scale, weak=weaker)"
+            )
+        self.variant, self.warmup, self.ramp, self.step_size, self.strength = variant, warmup, ramp, step_size, strength
+        self.ema = check_decay("AYF", ema) if variant == "LMD" else None
+
+    def conditions(self, batch: Batch, generator: Generators) -> dict[str, Tensor]:
+        if self.strength is None:
+            return batch.cond
+        low, high = self.strength
+        strength = low + (high - low) * uniform(len(batch), generator)
+        return {**batch.cond, "guidance": strength.to(batch.data)}
+
+    def goal(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
+        if self.variant == "EMD":
+            ramp = self.ramp * min(1.0, now.progress / self.warmup) if self.warmup else self.ramp
+            return self.tangent_goal(student, rows, self.velocity(rows), ramp)
+        x, s, t = rows.x, rows.s, rows.t
+        m = torch.maximum(s, t - self.step_size)
+        near = now.target(x, s, m, **rows.cond)
+        end = heun_step(lambda x, t: self.teacher(x, t, **rows.cond), near, m, t)
+        return (end - x) / expand((t - s).clamp(min=1e-6), x)
+
+    def weigh(self, error: Tensor, s: Tensor, t: Tensor, now: Now) -> Tensor:
+        # The error of X rather than of u, off the diagonal.
+        return error * torch.where(t > s, (t - s).square(), 1.0) if self.variant == "LMD" else error
+
+
+class SCM(_Tangent):
+    """Continuous-time consistency models: the tangent of :class:`AYF` with t = 1 (arXiv 2410.11081), as sCD from a
+    teacher or as sCT from data, with the learned weight. The students know ``X_{s,1}`` alone.
+
+    On the trigonometric path this g is the paper's at r = 1, up to the factor cos(theta) 2 / pi with which it scales
+    each time (reconstructed from memory, and checked against the closed form).
+
+    Args:
+        teacher: the frozen field, or None to train from data.
+        warmup, ramp: r rises from 0 to ``ramp`` over this share of the training.
+        times, learned, options: see :class:`TwoTime`.
+    """
+
+    term = "consistency"
+    gamma = 1.0
+    sources = ("2410.11081",)
+
+    def __init__(
+        self,
+        teacher: VelocityField | None = None,
+        warmup: float = 0.1,
+        ramp: float = 1.0,
+        times: str = "uniform",
+        learned: bool = True,
+        error_in: str = "auto",
+        jvp: str = "forward",
+    ) -> None:
+        super().__init__(teacher, diagonal=0.0, times=times, learned=learned, error_in=error_in, jvp=jvp)
+        check_options("SCM", times, warmup=warmup, ramp=ramp)
+        self.warmup, self.ramp = warmup, ramp
+
+    def pairs(self, rows: int, generator: Generators, now: Now) -> tuple[Tensor, Tensor]:
+        s = self.starts(rows, generator)
+        return s, torch.ones_like(s)
+
+    def goal(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
+        ramp = self.ramp * min(1.0, now.progress / self.warmup) if self.warmup else self.ramp
+        return self.tangent_goal(student, rows, self.velocity(rows), ramp)

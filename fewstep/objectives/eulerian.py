@@ -1,0 +1,90 @@
+"""Eulerian methods: the map's end point stays where it is as its start moves along the flow.
+
+``d_s X + (grad X) v_s`` is the derivative of ``X_{s,t}(x)`` along ``(v_s, 1)`` in ``(x, s)``, and it is zero.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.fields import VelocityField
+from fewstep.maps import FlowMap
+from fewstep.objectives.two_time import Now, Rows, TwoTime
+
+
+class _Eulerian(TwoTime):
+    term = "eulerian"
+
+    def transport(self, student: FlowMap, rows: Rows, velocity: Tensor) -> Tensor:
+        """``d_s X + sg[(grad X) velocity]``, (n, ...): two forward-mode passes, one of them without grad."""
+        with torch.no_grad():
+            _, moved = self.derivative(lambda x: student(x, rows.s, rows.t, **rows.cond), (rows.x,), (velocity,))
+        _, start_dot = self.derivative(
+            lambda s: student(rows.x, s, rows.t, **rows.cond), (rows.s,), (torch.ones_like(rows.s),)
+        )
+        return start_dot + moved
+
+
+class EMD(_Eulerian):
+    """``E |d_s X_{s,t}(x_s) + (grad X) v_s(x_s)|^2`` (arXiv 2406.07507, 2505.18825), and ``u = v`` on the diagonal.
+
+    Args:
+        teacher: the frozen field.
+        full: the gradient runs through all of it (the first paper), or not through ``(grad X) v`` (the second).
+        diagonal, times, ends, options: see :class:`TwoTime`.
+    """
+
+    sources = ("2406.07507", "2505.18825")
+
+    def __init__(
+        self,
+        teacher: VelocityField,
+        full: bool = False,
+        diagonal: float = 0.25,
+        times: str = "uniform",
+        ends: float = 0.0,
+        error_in: str = "auto",
+        jvp: str = "forward",
+    ) -> None:
+        super().__init__(teacher, diagonal=diagonal, times=times, ends=ends, error_in=error_in, jvp=jvp)
+        self.full = full
+
+    def residual(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
+        with torch.no_grad():
+            velocity = self.teacher(rows.x, rows.s, **rows.cond)
+        if not self.full:
+            return self.transport(student, rows, velocity)
+        along = (velocity.to(rows.x.dtype), torch.ones_like(rows.s))
+        return self.derivative(lambda x, s: student(x, s, rows.t, **rows.cond), (rows.x, rows.s), along)[1]
+
+
+class ESD(_Eulerian):
+    """Eulerian self-distillation: ``E |d_s X_{s,t}(x_s) + sg[(grad X) u(x_s, s, s)]|^2`` (arXiv 2505.18825).
+
+    The student's own diagonal is the velocity, current weights. Its authors found it unstable on images.
+
+    Args:
+        teacher: where there is one, its velocity teaches the diagonal.
+        diagonal, times, ends, learned, options: see :class:`TwoTime`.
+    """
+
+    sources = ("2505.18825",)
+
+    def __init__(
+        self,
+        teacher: VelocityField | None = None,
+        diagonal: float = 0.75,
+        times: str = "uniform",
+        ends: float = 0.0,
+        learned: bool = False,
+        error_in: str = "auto",
+        jvp: str = "forward",
+    ) -> None:
+        options: dict[str, Any] = {"times": times, "ends": ends, "learned": learned, "error_in": error_in, "jvp": jvp}
+        super().__init__(teacher, diagonal=diagonal, **options)
+
+    def residual(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
+        with torch.no_grad():
+            velocity = student.velocity(rows.x, rows.s, **rows.cond)
+        return self.transport(student, rows, velocity)

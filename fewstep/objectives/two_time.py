@@ -1,0 +1,268 @@
+"""What the objectives of flow maps share: rows and times, the split into diagonal and other rows, weights.
+
+A method says what ``u(x, s, t)`` is to be (``goal``), or which residual is to vanish (``residual``); all else is here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.data.batch import Batch
+from fewstep.errors import unknown
+from fewstep.fields import VelocityField
+from fewstep.maps import FlowMap
+from fewstep.networks.second_time import sinusoidal
+from fewstep.objectives.base import Loss, Objective, check_options, noise_of, rows_of, split_rows, squared_error
+from fewstep.objectives.derivative import MODES, derivative
+from fewstep.paths import as_times, expand
+from fewstep.randomness import Generators, uniform
+from fewstep.times import draw_pairs, draw_times
+
+ERRORS = ("auto", "velocity", "data")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch on the path: ``x`` is x_s (n, ...), ``dx`` its conditional velocity, made of ``noise`` and
+    ``data``; ``s`` and ``t`` (n,) the times; ``fraction`` (n,) uniform in [0, 1), for a time between them; ``cond``
+    the conditions; ``part`` the term that these rows belong to."""
+
+    part: str
+    x: Tensor
+    dx: Tensor
+    s: Tensor
+    t: Tensor
+    noise: Tensor
+    data: Tensor
+    fraction: Tensor
+    cond: dict[str, Tensor]
+
+    def take(self, part: str, index: Tensor) -> "Rows":
+        """Some of the rows, (n,) indices."""
+        tensors = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name not in ("part", "cond")}
+        return Rows(part=part, cond=rows_of(self.cond, index), **tensors)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True)
+class Now:
+    """Where the training is: ``progress`` in [0, 1], ``step``, and the EMA copy ``target`` where there is one."""
+
+    target: Any = None
+    progress: float = 0.0
+    step: int = 0
+
+
+class TwoTime(Objective):
+    """The base of objectives that train a flow map. A method of one's own defines ``goal``, or ``residual``.
+
+    The first ``diagonal`` of the rows have s = t, where u is to be the velocity: the teacher's, or without one the
+    conditional velocity ``dx``, whose mean it is. The rows are split before any network is called.
+
+    Args:
+        teacher: the frozen field, or None to train from data.
+        diagonal: the share of rows on s = t.
+        times, ends: see :func:`fewstep.times.draw_pairs`.
+        adaptive: p of the weight ``1 / (error + 0.001)^p`` (arXiv 2505.13447), with no gradient; 0 for none. The error
+            is a mean over components, so that it does not depend on their number. Where the goal is noisy (no
+            teacher), a weight that goes with the noise biases what is learned.
+        learned: weigh by ``exp(-w) error + w`` with a learned w(s, t) (arXiv 2505.18825, 2312.02696).
+        error_in: ``velocity``; ``data``, the error of the data that u points to, ``x + (1 - s) u``, so a weight
+            ``(1 - s)^2``; ``auto``, data for a network that predicts data, whose velocity near s = 1 is its output
+            over 1 - s and would drown all else, and velocity for all others.
+        weights: of the diagonal term and of the others.
+        jvp: how derivatives of the network are taken, see :func:`fewstep.objectives.derivative.derivative`.
+
+    Raises:
+        ValueError: for an option out of its range.
+    """
+
+    diagonal_term = "tangent"
+    term = "map"
+
+    def __init__(
+        self,
+        teacher: VelocityField | None = None,
+        *,
+        diagonal: float,
+        times: str = "uniform",
+        ends: float = 0.0,
+        adaptive: float = 0.0,
+        learned: bool = False,
+        error_in: str = "auto",
+        weights: tuple[float, float] = (1.0, 1.0),
+        jvp: str = "forward",
+    ) -> None:
+        super().__init__(teacher)
+        name = type(self).__name__
+        check_options(name, times, diagonal=diagonal, ends=ends, adaptive=adaptive)
+        if error_in not in ERRORS:
+            raise unknown(f"error_in of {name}", error_in, ERRORS)
+        if jvp not in MODES:
+            raise unknown(f"jvp of {name}", jvp, MODES)
+        if min(weights) < 0:
+            raise ValueError(f"{name}'s weights are {weights}: they are not negative")
+        if diagonal == 1:
+            raise ValueError(f"{name}'s diagonal is 1: that leaves no row for the map itself, take less")
+        self.shares = {self.diagonal_term: diagonal, self.term: 1 - diagonal}
+        self.times, self.ends, self.error_in, self.weights = times, ends, error_in, weights
+        self.adaptive, self.jvp = adaptive, jvp
+        self.log_weight = LearnedWeight() if learned else None
+
+    # What a method defines
+
+    def goal(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
+        """What ``u(x, s, t)`` is to be on these rows, (n, ...); called without grad."""
+        raise NotImplementedError
+
+    def residual(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
+        """What is to vanish on these rows, (n, ...), with grad; by default ``u - goal``, in one call for all rows."""
+        raise NotImplementedError
+
+    def pairs(self, rows: int, generator: Generators, now: Now) -> tuple[Tensor, Tensor]:
+        """The times s, t of the rows off the diagonal, each (rows,)."""
+        return draw_pairs(rows, generator, self.times, self.ends)
+
+    def starts(self, rows: int, generator: Generators) -> Tensor:
+        """Single times (rows,), those of the diagonal."""
+        return draw_times(rows, generator, self.times)
+
+    def conditions(self, batch: Batch, generator: Generators) -> dict[str, Tensor]:
+        """The conditions of the rows."""
+        return batch.cond
+
+    # What all share
+
+    def velocity(self, rows: Rows) -> Tensor:
+        """v_s(x_s): the teacher's, or the conditional velocity."""
+        return self.teacher(rows.x, rows.s, **rows.cond) if self.has_teacher else rows.dx
+
+    def derivative(
+        self, function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """``(f, df)`` along a direction, by the mode ``jvp``."""
+        return derivative(function, at, along, self.jvp)
+
+    def forward(
+        self,
+        student: Any,
+        batch: Batch,
+        *,
+        target: Any = None,
+        progress: float = 0.0,
+        step: int = 0,
+        generator: Generators,
+    ) -> Loss:
+        now = Now(target, progress, step)
+        rows, parts = self._draw(student, batch, generator, now)
+        errors = self.errors(student, rows, parts, now)
+        index = {name: parts[name if name in parts else self.term] for name in errors}
+        times = {name: torch.stack([rows.s, rows.t], dim=1)[rows_of_term] for name, rows_of_term in index.items()}
+        diagonal, others = [], []
+        for name, error in errors.items():
+            weighed = self.weigh(error, times[name][:, 0], times[name][:, 1], now)
+            (diagonal if name == self.diagonal_term else others).append(weighed)
+        total = torch.stack(
+            [w * torch.cat(part).mean() for w, part in zip(self.weights, (diagonal, others), strict=True) if part]
+        ).sum()
+        return Loss(
+            total,
+            {name: error.detach().mean() for name, error in errors.items()},
+            times,
+        )
+
+    def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Tensor], now: Now) -> dict[str, Tensor]:
+        """The squared error of each row, by term: (n,) each. A term that is no part is of the rows off the diagonal."""
+        some = {name: rows.take(name, index) for name, index in parts.items()}
+        if type(self).residual is not TwoTime.residual:
+            residuals = {name: self._residual(student, part, now) for name, part in some.items()}
+            return {
+                name: squared_error(value, torch.zeros_like(value)) * self._unit(student, some[name].s)
+                for name, value in residuals.items()
+            }
+        # Full precision at least: under autocast, or with a bf16 student, goals and x differ in type.
+        goal = torch.empty_like(rows.x, dtype=torch.promote_types(rows.x.dtype, torch.float32))
+        with torch.no_grad():
+            for name, part in some.items():
+                value = self.velocity(part) if name == self.diagonal_term else self.goal(student, part, now)
+                goal[parts[name]] = value.to(goal.dtype)
+        # One call for all rows; each goal was made of its own rows alone, so that no call is wasted.
+        error = squared_error(student.average_velocity(rows.x, rows.s, rows.t, **rows.cond), goal)
+        error = error * self._unit(student, rows.s)
+        return {name: error[index] for name, index in parts.items()}
+
+    def weigh(self, error: Tensor, s: Tensor, t: Tensor, now: Now) -> Tensor:
+        """The errors of rows (n,) with their weights."""
+        if self.adaptive:
+            error = error * (error.detach() + 1e-3) ** -self.adaptive
+        if self.log_weight is not None:
+            w = self.log_weight(s, t)
+            error = torch.exp(-w) * error + w
+        return error
+
+    def _residual(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
+        if rows.part != self.diagonal_term:
+            return self.residual(student, rows, now)
+        with torch.no_grad():
+            velocity = self.velocity(rows)
+        return student.velocity(rows.x, rows.s, **rows.cond) - velocity
+
+    def _unit(self, student: FlowMap, s: Tensor) -> Tensor:
+        in_data = self.error_in == "data" or (self.error_in == "auto" and student.prediction == "data")
+        return (1 - s).square() if in_data else torch.ones_like(s)
+
+    def _draw(self, student: FlowMap, batch: Batch, generator: Generators, now: Now) -> tuple[Rows, dict[str, Tensor]]:
+        """The rows of a batch, and which of them belong to which term."""
+        count, noise = len(batch), noise_of(batch, generator)
+        shared = split_rows(count, self.shares, generator, noise.device)
+        s, t = self.pairs(count, generator, now)
+        start, fraction = self.starts(count, generator), uniform(count, generator)
+        cond = self.conditions(batch, generator)
+        s, t, start, fraction = (as_times(value, noise) for value in (s, t, start, fraction))
+        diagonal = shared[self.diagonal_term]
+        s[diagonal] = t[diagonal] = start[diagonal]
+        x, dx = student.path.sample(noise, batch.data, s)
+        rows = Rows("all", x, dx, s, t, noise, batch.data, fraction, cond)
+        return rows, {name: index for name, index in shared.items() if len(index)}
+
+
+class LearnedWeight(nn.Module):
+    """w(s, t) of the weight ``exp(-w) error + w``: at its minimum exp(w) is the mean error at (s, t), so that all times
+    weigh alike in the end. Zero at the start. ``forward(s, t)``, each (n,), gives (n,)."""
+
+    def __init__(self, frequencies: int = 16) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        with torch.random.fork_rng([]):  # the same in every process and run
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(2 * frequencies, 64), nn.Linear(64, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, s: Tensor, t: Tensor) -> Tensor:
+        features = [sinusoidal(time, self.frequencies, low=0.5, high=10.0) for time in (s, t)]
+        hidden = nn.functional.silu(self.first(torch.cat(features, dim=1).to(self.first.weight.dtype)))
+        return self.last(hidden)[:, 0]
+
+
+def through_middle(model: FlowMap, rows: Rows, part: Tensor) -> Tensor:
+    """The average velocity from s to t by way of m = s + part (t - s), part (n,):
+    ``part u(x, s, m) + (1 - part) u(X_{s,m}(x), m, t)``. Two calls."""
+    x, s, t = rows.x, rows.s, rows.t
+    m = s + part * (t - s)
+    first = model.average_velocity(x, s, m, **rows.cond)
+    second = model.average_velocity(x + expand(m - s, x) * first, m, t, **rows.cond)
+    weight = expand(part, x)
+    return weight * first + (1 - weight) * second
+
+
+def normalized(residual: Tensor) -> Tensor:
+    """``g / (rms(g) + 0.1)`` for each row: bounded by 1, so that no row can throw the training off (arXiv 2410.11081;
+    with the root mean square for their norm, 0.1 does not depend on the dimension)."""
+    rms = residual.flatten(1).square().mean(1).sqrt()
+    return residual / expand(rms + 0.1, residual)

@@ -1,0 +1,177 @@
+"""Reflow: noise and the data that a model makes of it, kept as pairs to train on (arXiv 2209.03003).
+
+A field trained on the pairs of another has straighter trajectories, so fewer steps do. ``fewstep.data.pairs.Pairs``
+reads what is written here.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from fewstep.data.pairs import FACTS, FORMAT, read_facts, read_shard, shard_files, shard_rows
+from fewstep.drawing import Model, classes_of, shape_of
+from fewstep.errors import unknown
+from fewstep.evaluation.files import replace_file
+from fewstep.maps import FlowMap
+from fewstep.paths import Path as Trajectory
+from fewstep.randomness import sample_generators
+from fewstep.sampling import sample, sample_noise
+from fewstep.solvers import SOLVERS
+from fewstep.training.distributed import choose_device, environment
+
+# What may differ between a folder of pairs and the call that goes on with it.
+_MAY_DIFFER = ("command",)
+
+
+def make_pairs(
+    field: Model,
+    out: str | Path,
+    count: int,
+    *,
+    steps: int,
+    solver: str | None = None,
+    shape: Sequence[int] | None = None,
+    seed: int = 0,
+    labels: Sequence[int] | None = None,
+    batch: int = 256,
+    shard: int = 10_000,
+    device: torch.device | str | None = None,
+    command: str = "make_pairs with the same arguments",
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Draw ``count`` pairs of a velocity field or a flow map into the folder ``out``; returns the shards still missing.
+
+    Pair i of a seed starts from the noise of sample i of that seed. The shards in the folder that are whole stay, so a
+    call that was stopped, repeated, ends with the same files. Under torchrun or SLURM the processes share out the
+    shards, with no word between them: what is missing at the end is still on its way in another process.
+
+    Args:
+        field: what is sampled; moved to the device, in evaluation mode.
+        out: the folder of ``pairs.json`` and ``pairs-00000.safetensors`` and so on, with ``noise`` and ``data``
+            (shard, ...), and ``class_labels`` (shard,) where there are any; each file is whole or absent.
+        steps, solver: see ``fewstep.sample``; by default fields are solved by Heun, two calls a step.
+        shape: one sample's; by default what the model says.
+        seed: decides the noise. The noise of ``fewstep sample`` with the same seed is the same.
+        labels: classes, given to the pairs in turn; by default all of them, where the model has classes.
+        batch: pairs drawn at once. shard: pairs in a file, and in memory.
+        device: the default is the process's GPU if there is one, else the CPU.
+        command: what to type to go on, told where a shard is missing.
+        progress: called with the pairs done and all those of this process, after each batch.
+
+    Raises:
+        ValueError: arguments that cannot be, a folder of something else or of other pairs; before anything is drawn.
+
+    >>> make_pairs(teacher, "pairs", 50_000, steps=50)
+    """
+    world = environment()
+    out = Path(out).expanduser()
+    for name, value in (("count", count), ("steps", steps), ("batch", batch), ("shard", shard)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if isinstance(field, FlowMap):
+        if solver is not None:
+            raise ValueError(f"a flow map takes its steps itself: solver={solver!r} is for velocity fields")
+    elif (solver := solver or "heun") not in SOLVERS:
+        raise unknown("solver", solver, SOLVERS)
+    facts = {
+        "format": FORMAT, "count": count, "shape": list(shape_of(field) if shape is None else shape), "seed": seed,
+        "steps": steps, "solver": solver, "labels": _labels(field, labels), "shard": shard,
+        "model": _identity(field), "command": command,
+    }  # fmt: skip
+    _claim(out, facts)
+
+    place = choose_device(device, world)
+    field = field.to(place).eval()
+    mine = [i for i in range(len(shard_files(out, facts))) if i % world.size == world.rank]
+    total = sum(len(shard_rows(facts, i)) for i in mine)
+    done = 0
+    for i in mine:
+        rows, parts = shard_rows(facts, i), []
+        if _is_whole(out, facts, i):
+            done += len(rows)
+            continue
+        for part in torch.tensor(rows).split(batch):
+            parts.append(_draw(field, part.tolist(), facts, place))
+            done += len(part)
+            if progress:
+                progress(done, total)
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if not tensors["data"].isfinite().all():
+            raise ValueError(f"the model gave numbers that are not finite for pairs {rows.start} to {rows.stop - 1}")
+        replace_file(shard_files(out, facts)[i], save(tensors))
+    return sum(not file.is_file() for file in shard_files(out, facts))
+
+
+def _labels(field: Model, labels: Sequence[int] | None) -> list[int] | None:
+    """The classes of the pairs, in turn; None for none."""
+    classes = classes_of(field)
+    labels = list(range(classes) if labels is None else labels)
+    if not all(0 <= label < classes for label in labels):
+        has = f"the classes 0 to {classes - 1}" if classes else "no classes (a network says how many as `classes`)"
+        raise ValueError(f"labels {labels}: the model has {has}")
+    return labels or None
+
+
+def _draw(field: Model, rows: list[int], facts: dict[str, Any], place: torch.device) -> dict[str, torch.Tensor]:
+    """The pairs of these indices, on the CPU."""
+    noise = sample_noise((len(rows), *facts["shape"]), sample_generators(facts["seed"], rows))
+    labels = facts["labels"]
+    cond = {"class_labels": torch.tensor([labels[i % len(labels)] for i in rows])} if labels else {}
+    given: dict[str, Any] = {name: value.to(place) for name, value in cond.items()}
+    if facts["solver"] is not None:
+        given["solver"] = facts["solver"]
+    return {"noise": noise, "data": sample(field, noise.to(place), facts["steps"], **given).cpu(), **cond}
+
+
+def _claim(out: Path, facts: dict[str, Any]) -> None:
+    """Write the facts, or see that those that are there are the same. Every process does: they write the same bytes."""
+    if (out / FACTS).exists():
+        there = read_facts(out)
+        differing = [
+            f"{name} is {there.get(name)} there and {value} here"
+            for name, value in facts.items()
+            if name not in _MAY_DIFFER and there.get(name) != value
+        ]
+        if differing:
+            raise ValueError(f"{out} holds other pairs: {'; '.join(differing)}. Use another folder, or remove that one")
+        return
+    # Another process may be at it, with a file that is not yet renamed.
+    if out.exists() and (out.is_file() or any(not name.startswith(".pairs") for name in os.listdir(out))):
+        raise ValueError(f"{out} holds something else than pairs: nothing in it is overwritten, use another folder")
+    replace_file(out / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def _is_whole(out: Path, facts: dict[str, Any], shard: int) -> bool:
+    if not shard_files(out, facts)[shard].is_file():
+        return False
+    try:
+        read_shard(out, facts, shard)
+    except ValueError:
+        return False
+    return True
+
+
+def _identity(model: nn.Module) -> str:
+    """A model by its kind and a hash of its weights and of the numbers that its parts were made with (a path, the
+    scale of guidance)."""
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        plain = {key: value for key, value in sorted(vars(module).items()) if key != "training" and _is_plain(value)}
+        digest.update(f"{name} {type(module).__name__} {plain}".encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"{type(model).__name__} {digest.hexdigest()[:16]}"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | Trajectory)

@@ -1,0 +1,66 @@
+"""Autoguidance with the strength given to the student: by recipe, from end to end."""
+
+import pytest
+import torch
+
+from fewstep.config import load_recipe
+from fewstep.exact import eight_gaussians
+from fewstep.fields import Guided
+from fewstep.networks import MLP
+from fewstep.runs import load_run, run
+
+FIELDS = """
+from fewstep.exact import MixtureField, eight_gaussians
+
+def weak():
+    field = eight_gaussians()
+    return MixtureField(field.means, 3 * field.scales, field.weights)
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "fields.py").write_text(FIELDS)
+    return {
+        "name": "guided",
+        "teacher": {"source": "eight-gaussians", "guidance": {"scale": 2.0, "weak": f"{tmp_path}/fields.py:weak"}},
+        "student": {"network": "mlp", "options": {"width": 64, "depth": 2, "guidance": True}},
+        "data": "eight-gaussians",
+        "objective": {"name": "AYF", "strength": [1.0, 3.0], "diagonal": 0.75},
+        "training": {"steps": 500, "batch": 128, "lr": 3e-3, "quiet": True},
+        "evaluation": {"count": 0},
+    }
+
+
+def test_a_student_learns_the_strength_it_is_given(recipe, tmp_path):
+    run(load_recipe(recipe), tmp_path / "run")
+    student, field = load_run(tmp_path / "run"), eight_gaussians()
+    weak = type(field)(field.means, 3 * field.scales, field.weights)
+    draw = torch.Generator().manual_seed(0)
+    x, _ = field.path.sample(torch.randn(500, 2, generator=draw), field.data(500, draw), 0.6)
+    # What three times the guidance adds: the student's and the teacher's point the same way.
+    strengths = (torch.full((500,), 1.0), torch.full((500,), 3.0))
+    plain, pushed = (student.velocity(x, 0.6, guidance=strength) for strength in strengths)
+    true_plain, true_pushed = (Guided(field, 2.0, weak=weak)(x, 0.6, guidance=strength) for strength in strengths)
+    added, true = (pushed - plain).flatten(), (true_pushed - true_plain).flatten()
+    assert torch.cosine_similarity(added, true, dim=0) > 0.3
+    assert 0.1 < float(added @ true / (true @ true)) < 1.2
+    # Without a word, no guidance.
+    torch.testing.assert_close(student.velocity(x, 0.6), student.velocity(x, 0.6, guidance=torch.ones(500)))
+
+
+def test_what_cannot_be(recipe):
+    with pytest.raises(ValueError, match="guidance needs null conditions, such as"):
+        load_recipe({**recipe, "teacher": {"source": "eight-gaussians", "guidance": {"scale": 2.0}}})
+    plain = load_recipe({**recipe, "teacher": "eight-gaussians"})
+    from fewstep.runs import build
+
+    with pytest.raises(ValueError, match=r"AYF's strength is \(1.0, 3.0\), and the teacher, a MixtureField, is not"):
+        build(plain)
+
+
+def test_the_strength_is_silent_at_first():
+    torch.manual_seed(0)
+    network, x, t = MLP(2, width=16, depth=2, guidance=True), torch.randn(8, 2), torch.rand(8)
+    assert torch.equal(network(x, t), network(x, t, guidance=torch.full((8,), 3.0)))
+    assert network.with_second_time().config["guidance"] is True

@@ -127,6 +127,7 @@ def _write_map(model: FlowMap, folder: Path) -> None:
             "unet": [library, type(unet).__name__],
             "scheduler": ["diffusers", type(scheduler).__name__],
             "diffusion": diffusion,
+            "gamma": model.gamma,
         },
     )
 
@@ -169,6 +170,7 @@ def _write_plain(model: FlowMap | NetworkField, folder: Path) -> None:
             "native": _describe(model.native),
             "prediction": model.prediction,
             "path": _describe(model.path),
+            **({"gamma": model.gamma} if isinstance(model, FlowMap) else {}),
         },
     )
 

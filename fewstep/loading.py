@@ -160,11 +160,13 @@ def _load_map(folder: Path, index: dict[str, Any]) -> FlowMap:
     network = TwoTimeUNet(pipeline.unet)
     diffusion = index["diffusion"]
     if diffusion is None:
-        native = Reversed(float(pipeline.scheduler.config["num_train_timesteps"]))
-        return FlowMap(network, native, "flow", path=Linear())
-    kinds = {name: kind for kind, name in PREDICTION_TYPES.items()}
-    native = Tabulated(tuple(diffusion["log_ratios"]))
-    return FlowMap(network, native, kinds[diffusion["prediction_type"]], path=Linear())
+        native, prediction = Reversed(float(pipeline.scheduler.config["num_train_timesteps"])), "flow"
+    else:
+        kinds = {name: kind for kind, name in PREDICTION_TYPES.items()}
+        native, prediction = Tabulated(tuple(diffusion["log_ratios"])), kinds[diffusion["prediction_type"]]
+    model = FlowMap(network, native, prediction, path=Linear())
+    model.gamma = index.get("gamma", 0.0)
+    return model
 
 
 def _load_plain(folder: Path, config: dict[str, Any]) -> FlowMap | NetworkField:
@@ -178,8 +180,11 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> FlowMap | NetworkField:
     _check_file(folder / "model.safetensors")
     network.load_state_dict(load_file(folder / "model.safetensors"))
     native, path = (_trajectory(config[key]) for key in ("native", "path"))
-    kind = FlowMap if config["_class_name"] == "FlowMap" else NetworkField
-    return kind(network, native, config["prediction"], path=path)
+    if config["_class_name"] != "FlowMap":
+        return NetworkField(network, native, config["prediction"], path=path)
+    model = FlowMap(network, native, config["prediction"], path=path)
+    model.gamma = config.get("gamma", 0.0)
+    return model
 
 
 def _trajectory(config: dict[str, Any]) -> Trajectory:

@@ -35,16 +35,21 @@ class FlowMapPipeline(DiffusionPipeline):
             ``{"prediction_type": "epsilon", "sample" or "v_prediction", "log_ratios": [...]}``, the latter
             log(alpha / sigma) of every step of the schedule, falling.
         scheduler: the times of the steps.
+        gamma: the default of a call: 1 for a map that only knows the way to the image (a consistency model).
     """
 
     model_cpu_offload_seq = "unet"
 
     def __init__(
-        self, unet: UNet2DModel, scheduler: FlowMapEulerDiscreteScheduler, diffusion: dict | None = None
+        self,
+        unet: UNet2DModel,
+        scheduler: FlowMapEulerDiscreteScheduler,
+        diffusion: dict | None = None,
+        gamma: float = 0.0,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(diffusion=diffusion)
+        self.register_to_config(diffusion=diffusion, gamma=gamma)
         self._diffusion = diffusion
         # The timestep of pure noise.
         self._last = len(diffusion["log_ratios"]) - 1 if diffusion else scheduler.config["num_train_timesteps"]
@@ -57,7 +62,7 @@ class FlowMapPipeline(DiffusionPipeline):
         class_labels: int | list[int] | Tensor | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
-        gamma: float = 0.0,
+        gamma: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -68,11 +73,13 @@ class FlowMapPipeline(DiffusionPipeline):
             class_labels: for a class-conditional model, one for all images or one for each.
             generator: the source of all noise; a list with one generator an image fixes each image by itself.
             latents: the noise to start from, (B, C, H, W).
-            gamma: fresh noise between the steps, from 0 (none: deterministic) to 1 (all: consistency sampling).
+            gamma: fresh noise between the steps, from 0 (none: deterministic) to 1 (all: consistency sampling); by
+                default what the model was trained for.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the latter two in [0, 1].
         """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps}: at least one is needed")
+        gamma = float(self.config["gamma"]) if gamma is None else gamma
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma is {gamma}: it runs from 0 (deterministic) to 1 (consistency sampling)")
         if output_type not in ("pil", "np", "pt"):

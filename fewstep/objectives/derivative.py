@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -71,15 +72,27 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
 @contextmanager
 def forward_mode() -> Iterator[None]:
     """Networks can be differentiated forward inside: attention runs on the MATH kernel, the only one with a forward
-    derivative (CPU included), and group norms get contiguous inputs, without which theirs fails."""
+    derivative (CPU included), and what torch does badly there is done well."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel(SDPBackend.MATH), _ContiguousGroupNorm():
+    with sdpa_kernel(SDPBackend.MATH), _ForwardMode():
         yield
 
 
-class _ContiguousGroupNorm(TorchFunctionMode):
+class _ForwardMode(TorchFunctionMode):
+    """Group norms get contiguous inputs, without which theirs fails; layers that are linear in x act on the value and
+    the tangent in turn, where torch would also multiply x by the zero tangent of the weights: a third of the time."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in (functional.group_norm, torch.group_norm):
-            args = (args[0].contiguous(), *args[1:])
-        return func(*args, **(kwargs or {}))
+            return func(args[0].contiguous(), *args[1:], **kwargs)
+        if func in (functional.linear, torch.conv2d) and len(args) >= 2:
+            x, weight, *rest = args
+            bias = rest.pop(0) if rest else kwargs.pop("bias", None)
+            value, tangent = unpack_dual(x)
+            if tangent is not None and all(w is None or unpack_dual(w).tangent is None for w in (weight, bias)):
+                ahead = func(tangent, weight, None, *rest, **kwargs)
+                return make_dual(func(value, weight, bias, *rest, **kwargs), ahead)
+            return func(x, weight, bias, *rest, **kwargs)
+        return func(*args, **kwargs)

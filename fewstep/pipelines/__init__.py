@@ -27,7 +27,7 @@ class FlowMapPipeline(flow_map.FlowMapPipeline):
         model = ClassTimeUNet2DModel if index["unet"][1] == ClassTimeUNet2DModel.__name__ else UNet2DModel
         unet: Any = model.from_pretrained(folder / "unet", use_safetensors=True, low_cpu_mem_usage=False, **kwargs)
         scheduler: Any = FlowMapEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-        return cls(unet, scheduler, index["diffusion"])
+        return cls(unet, scheduler, index["diffusion"], index.get("gamma", 0.0))
 
 
 __all__ = ["FlowMapPipeline"]

@@ -1,4 +1,4 @@
-"""Short trainings: the objectives bring a small network towards the exact flow map of a mixture, on one core in seconds.
+"""Short trainings: objectives bring a small network towards the exact flow map of a mixture, on one core in seconds.
 
 The bounds are a third above what one run measured, or more. One Euler step of the teacher makes one point of all noise,
 an error of 1.39, the spread of the data; two have 0.64, four 0.33.
@@ -43,7 +43,7 @@ from fewstep.training.fit import fit
 
 
 class Case(NamedTuple):
-    """A method, the bounds of its error at 1, 2 and 4 steps (consistency models are judged at 1 alone), its training."""
+    """A method, bounds of its error at 1, 2 and 4 steps (consistency models are judged at 1 alone), and its training."""
 
     make: Make
     bounds: tuple[float, ...]

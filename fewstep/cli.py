@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, metavar="PATH", help="a .png grid, .npy, .npz, or a folder of PNGs")
     p.add_argument("--labels", metavar="3,5", help="classes, given to the samples in turn (default: all)")
     p.add_argument(
-        "--gamma", type=float, metavar="G", help="re-noising between the steps of a map, 0 to 1 (default: 0)"
+        "--gamma", type=float, metavar="G", help="re-noising between steps, 0 to 1 (default: the map's, mostly 0)"
     )
     p.add_argument("--grid", default="uniform", metavar="NAME", help="times of the steps: uniform, shifted, quadratic")
     p.add_argument("--solver", metavar="NAME", help="for a velocity field: euler (default), midpoint, heun, adaptive")
@@ -289,7 +289,7 @@ def _reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
             model,
             args.out,
             args.count,
-            steps=args.steps if args.steps is not None else 2 if is_map else 50,
+            steps=args.steps or ((1 if model.gamma else 2) if is_map else 50),
             solver=args.solver,
             shape=shape,
             seed=args.seed,
@@ -375,9 +375,9 @@ def _compare_methods(args: argparse.Namespace) -> int:
         print(found.caption(metric))
         _print_table(*found.table(metric))
     print(f"{args.out / 'compare.html'} shows it with plots, {args.out / 'compare.md'} is the same as text")
-    best = next((run for run in found.runs if run.evaluation), None)
-    if best is not None:
-        _next([f"fewstep sample {best.folder} --steps 1 --out {best.folder.name}.png"])
+    done = next((run for run in found.runs if run.evaluation), None)
+    if done is not None:
+        _next([f"fewstep sample {done.folder} --steps 1 --out {done.folder.name}.png"])
     return 0
 
 

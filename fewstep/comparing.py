@@ -123,6 +123,15 @@ def compare_methods(
     costs = _costs(first, built, out / "budget.json", say)
     del built
 
+    def planned(method: Method, seed: int) -> Recipe:
+        per_step = costs[method.label].seconds
+        return recipe_of(
+            method, seed, steps if seconds is None or per_step is None else max(1, round(seconds / per_step))
+        )
+
+    for method in chosen:
+        for seed in seeds:
+            _check_length(out / method.folder(seed), planned(method, seed))
     trained = []
     for seed in seeds:
         for method in chosen:
@@ -130,12 +139,11 @@ def compare_methods(
             if cost.seconds is None:
                 done = Training(method.label, seed, folder, failed=cost.failed)
             else:
-                n = steps if seconds is None else max(1, round(seconds / cost.seconds))
-                done = _train(method.label, recipe_of(method, seed, n), folder)
+                done = _train(method.label, planned(method, seed), folder)
             trained.append(done)
             say(done.line(max(len(m.label) for m in chosen)))
     found = Comparison(trained, costs)
-    found.write(out, next(iter(first.values())))
+    found.write(out, planned(chosen[0], seeds[0]))
     return found
 
 
@@ -168,6 +176,16 @@ def _check_folder(folder: Path, recipe: Recipe) -> None:
         )
 
 
+def _check_length(folder: Path, recipe: Recipe) -> None:
+    """Raise if the run that is there was to be of another length: it would be neither of the two."""
+    if checkpoints.steps_in(folder / "checkpoints"):
+        there, here = load_recipe(folder).training.steps, recipe.training.steps
+        if there != here:
+            raise ValueError(
+                f"the run in {folder} is one of {there} steps, and here it would have {here}: use another --out"
+            )
+
+
 def _train(label: str, recipe: Recipe, folder: Path) -> Training:
     """Train and judge one run, or go on with it, or read what it came to."""
     failed, found = _failure(folder, recipe), _finished(folder, recipe)
@@ -177,7 +195,7 @@ def _train(label: str, recipe: Recipe, folder: Path) -> Training:
             found = done.evaluation
             if done.result.stopped == "interrupted":
                 raise KeyboardInterrupt
-        except (TrainingError, ValueError) as error:  # all that can be refused has been: this is the method's own
+        except _FAILURES as error:  # all that can be refused has been: this is the method's own
             failed = " ".join(str(error).split())
             note = {"why": failed, "recipe": recipe.as_dict()}
             replace_file(folder / "failed.json", json.dumps(note, indent=2).encode())

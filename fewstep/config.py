@@ -335,9 +335,8 @@ def _train_alone(recipe: Recipe, method: type, value: Any) -> None:
     wanted, name = inspect.signature(method).parameters.get("teacher"), recipe.objective.name
     if value not in ("none", None):
         raise ValueError(f"objective.teacher is {value!r}: none is all it can be; the teacher is named by `teacher`")
-    if wanted is None or wanted.default is wanted.empty:
-        why = f"{name} needs its teacher" if wanted else f"{name} takes no teacher anyway"
-        raise ValueError(f"objective.teacher is none, but {why}: leave it out")
+    if wanted is not None and wanted.default is wanted.empty:
+        raise ValueError(f"objective.teacher is none, but {name} needs its teacher: leave it out")
     if recipe.student.network == "auto" and recipe.student.weights != "teacher":
         raise ValueError(
             "objective.teacher is none, and student.network is auto, which starts from the teacher's weights: say mlp "

@@ -140,7 +140,9 @@ def _wrap(
                 FlowMap(network, native, prediction, path=path) if start is None else FlowMap.from_field(start, network)
             )
         if start is not None:
-            network.load_state_dict(start.network.state_dict())
+            new, extra = network.load_state_dict(start.network.state_dict(), strict=False)
+            if extra or not all(name.startswith("strength.") for name in new):  # the strength of guidance may be new
+                raise ValueError(f"unlike: {', '.join([*new, *extra])}")
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"the teacher's weights do not fit the student's {type(network).__name__} "
@@ -156,7 +158,7 @@ def make_objective(recipe: Recipe, teacher: VelocityField | None) -> Objective:
     options = recipe.objective.options
     if options.pop("teacher", None) == "none":
         teacher = None
-    return method(*([teacher] if takes_teacher else []), **options)
+    return method(**({"teacher": teacher} if takes_teacher else {}), **options)
 
 
 def trains_map(recipe: Recipe) -> bool:

@@ -76,6 +76,11 @@ def make_pairs(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if isinstance(field, FlowMap):
+        if field.gamma and steps > 1:
+            raise ValueError(
+                f"this map brings new noise in between its steps (gamma {field.gamma:g}), so that data would not "
+                "follow from the noise it is paired with: take steps=1"
+            )
         if solver is not None:
             raise ValueError(f"a flow map takes its steps itself: solver={solver!r} is for velocity fields")
     elif (solver := solver or "heun") not in SOLVERS:
@@ -143,7 +148,7 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
             raise ValueError(f"{out} holds other pairs: {'; '.join(differing)}. Use another folder, or remove that one")
         return
     # Another process may be at it, with a file that is not yet renamed.
-    if out.exists() and (out.is_file() or any(not name.startswith(".pairs") for name in os.listdir(out))):
+    if out.exists() and (out.is_file() or any("pairs" not in name for name in os.listdir(out))):
         raise ValueError(f"{out} holds something else than pairs: nothing in it is overwritten, use another folder")
     replace_file(out / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
 

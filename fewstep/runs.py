@@ -78,8 +78,6 @@ def build(recipe: Recipe, out: Path | None = None) -> Built:
     student = make_student(recipe.student, data.shape, teacher, trains_map(recipe), recipe.seed)
     objective = make_objective(recipe, teacher)
     objective.check_student(student)
-    if isinstance(student, FlowMap):
-        student.gamma = objective.gamma
     if teacher is not None:
         _check_fit("teacher", teacher, recipe.data.name, data)
     _check_fit("student", student, recipe.data.name, data)

@@ -43,7 +43,7 @@ from fewstep.training.fit import fit
 
 
 class Case(NamedTuple):
-    """A method, bounds of its error at 1, 2 and 4 steps (consistency models are judged at 1 alone), and its training."""
+    """A method, bounds of its error at 1, 2 and 4 steps (consistency models: at 1 alone), and its training."""
 
     make: Make
     bounds: tuple[float, ...]

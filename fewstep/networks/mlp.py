@@ -46,6 +46,8 @@ class MLP(nn.Module):
             if class_labels is None:
                 raise ValueError("this MLP was made with classes: class_labels (B,) are needed")
             h = h + self.label(class_labels)
+        if guidance is not None and self.strength is None:
+            raise ValueError("this MLP takes no strength of guidance: make it with guidance=True")
         if self.strength is not None:
             h = h + self.strength(torch.ones_like(times[0]) if guidance is None else guidance.to(times[0]))
         for layer in self.hidden:

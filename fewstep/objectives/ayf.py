@@ -7,10 +7,9 @@ from fewstep.errors import unknown
 from fewstep.fields import Guided, VelocityField
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Batch, check_decay, check_options
-from fewstep.objectives.two_time import Now, Rows, TwoTime, normalized
+from fewstep.objectives.two_time import Now, Rows, TwoTime, near_the_end, normalized, warmed
 from fewstep.paths import expand
 from fewstep.randomness import Generators, uniform
-from fewstep.solvers import heun_step
 
 VARIANTS = ("EMD", "LMD")
 
@@ -37,7 +36,8 @@ class AYF(_Tangent):
       copy's ``X^-_{s,t-e}(x_s)``.
 
     With ``strength`` and a :class:`fewstep.Guided` teacher, autoguidance ``v + (l - 1)(v - v_weak)`` has an l drawn for
-    each row between the two numbers (the paper: 1 to 3), given to the student as the condition ``guidance`` (n,).
+    each row between the two numbers (the paper: 1 to 3), given to the student as the condition ``guidance`` (n,), which
+    its network must take: ``MLP(..., guidance=True)``.
 
     Args:
         teacher: the frozen field.
@@ -76,7 +76,10 @@ class AYF(_Tangent):
                 "give it Guided(field, scale, weak=weaker)"
             )
         self.variant, self.warmup, self.ramp, self.step_size, self.strength = variant, warmup, ramp, step_size, strength
-        self.ema = check_decay("AYF", ema) if variant == "LMD" else None
+        if variant == "LMD":
+            if step_size == 0:
+                raise ValueError("AYF's step_size is 0: a step of no length teaches nothing, take 0.05")
+            self.ema, self.velocity_at = check_decay("AYF", ema), None
 
     def conditions(self, batch: Batch, generator: Generators) -> dict[str, Tensor]:
         if self.strength is None:
@@ -87,13 +90,9 @@ class AYF(_Tangent):
 
     def goal(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
         if self.variant == "EMD":
-            ramp = self.ramp * min(1.0, now.progress / self.warmup) if self.warmup else self.ramp
+            ramp = self.ramp * warmed(now.progress, self.warmup)
             return self.tangent_goal(student, rows, self.velocity(rows), ramp)
-        x, s, t = rows.x, rows.s, rows.t
-        m = torch.maximum(s, t - self.step_size)
-        near = now.target(x, s, m, **rows.cond)
-        end = heun_step(lambda x, t: self.teacher(x, t, **rows.cond), near, m, t)
-        return (end - x) / expand((t - s).clamp(min=1e-6), x)
+        return near_the_end(now.target, self.teacher, rows, torch.maximum(rows.s, rows.t - self.step_size))
 
     def weigh(self, error: Tensor, s: Tensor, t: Tensor, now: Now) -> Tensor:
         # The error of X rather than of u, off the diagonal.
@@ -136,5 +135,5 @@ class SCM(_Tangent):
         return s, torch.ones_like(s)
 
     def goal(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
-        ramp = self.ramp * min(1.0, now.progress / self.warmup) if self.warmup else self.ramp
+        ramp = self.ramp * warmed(now.progress, self.warmup)
         return self.tangent_goal(student, rows, self.velocity(rows), ramp)

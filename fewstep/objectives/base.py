@@ -84,7 +84,10 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def adopt(self, student: nn.Module) -> None:
-        """Called once, before the training and before a checkpoint is read: make what is shaped like the student."""
+        """Called once, before the training and before a checkpoint is read: tell the student how it is sampled, and
+        make what is shaped like it."""
+        if isinstance(student, FlowMap):
+            student.gamma = self.gamma
 
     def parameter_groups(self, student: nn.Module) -> dict[str, list[nn.Parameter]]:
         """Which parameters train, by player; each player gets its own optimizer."""

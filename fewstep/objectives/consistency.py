@@ -114,6 +114,7 @@ class CTM(TwoTime):
     """
 
     term = "trajectory"
+    velocity_at = None
     sources = ("2310.02279",)
 
     def __init__(

@@ -83,6 +83,8 @@ class ContrastiveFlowMatching(FlowMatching):
     def more_terms(
         self, velocity: Tensor, path: Path, noise: Tensor, data: Tensor, t: Tensor, chunk: int
     ) -> dict[str, Tensor]:
+        if chunk == 1:
+            raise ValueError("ContrastiveFlowMatching sets rows of a chunk against each other, and chunks have one row")
         # The next row of the same chunk, the same on any number of processes; at this row's time.
         noise, data = (x.reshape(-1, chunk, *x.shape[1:]).roll(1, dims=1).reshape(x.shape) for x in (noise, data))
         _, other = path.sample(noise, data, t)
@@ -106,5 +108,5 @@ class Recentred(VelocityField):
 
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         t = as_times(t, x)
-        drift = expand(self.path.alpha_dot(t), x) * self.mean
+        drift = expand(self.path.alpha_dot(t), x) * self.mean.to(x)
         return (1 - self.weight) * self.field(x, t, **cond) + self.weight * drift

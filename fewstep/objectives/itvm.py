@@ -7,9 +7,8 @@ from fewstep.errors import unknown
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import check_decay, check_options
-from fewstep.objectives.two_time import Now, Rows, TwoTime, normalized, through_middle
+from fewstep.objectives.two_time import Now, Rows, TwoTime, near_the_end, normalized, through_middle, warmed
 from fewstep.paths import expand
-from fewstep.solvers import heun_step
 
 TARGETS = ("interval", "integral", "step", "derivative")
 MIXED = {"interval": 1.0, "integral": 1.0}
@@ -78,7 +77,9 @@ class ITVM(TwoTime):
             if name not in TARGETS:
                 raise unknown("target of ITVM", name, ("mixed", *TARGETS))
         check_options("ITVM", times, middle=middle, step_size=step_size, warmup=warmup)
-        if min(targets.values()) < 0 or sum(targets.values()) == 0:
+        if "step" in targets and step_size == 0:
+            raise ValueError("ITVM's step_size is 0: a step of no length teaches nothing, take 0.1")
+        if not targets or min(targets.values()) < 0 or sum(targets.values()) == 0:
             raise ValueError("ITVM's shares of targets are not negative, and not all shares are 0")
         off = (1 - diagonal) / sum(targets.values())
         self.shares = {self.diagonal_term: diagonal, **{name: off * share for name, share in targets.items()}}
@@ -96,15 +97,12 @@ class ITVM(TwoTime):
             case "step":
                 # 1 - fraction lies in (0, 1]: no step is zero.
                 h = torch.minimum((1 - rows.fraction) * self.step_size, t - s)
-                m = t - h
-                near = now.target(x, s, m, **cond)
-                end = heun_step(lambda x, t: self.teacher(x, t, **cond), near, m, t)
-                return (end - x) / expand((t - s).clamp(min=1e-6), x)
+                return near_the_end(now.target, self.teacher, rows, t - h)
             case "derivative":
                 u, u_dot = self.derivative(
                     lambda t: now.target.average_velocity(x, s, t, **cond), (t,), (torch.ones_like(t),)
                 )
                 end = x + expand(t - s, x) * u
-                ramp = min(1.0, now.progress / self.warmup) if self.warmup else 1.0
+                ramp = warmed(now.progress, self.warmup)
                 return u - normalized(u - self.teacher(end, t, **cond) + ramp * expand(t - s, x) * u_dot)
         raise unknown("target of ITVM", rows.part, TARGETS)

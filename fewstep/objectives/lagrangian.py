@@ -17,6 +17,7 @@ from fewstep.objectives.two_time import Now, Rows, TwoTime
 
 class _Lagrangian(TwoTime):
     term = "lagrangian"
+    velocity_at = "t"
 
     def residual(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
         end, end_dot = self.derivative(
@@ -31,7 +32,7 @@ class _Lagrangian(TwoTime):
 class LMD(_Lagrangian):
     """``E |d_t X_{s,t}(x_s) - v_t(X_{s,t}(x_s))|^2`` (arXiv 2406.07507, 2505.18825), and ``u = v`` on the diagonal.
 
-    Costs 3 to 5 plain steps and as much memory, and rules out fused attention and checkpointing.
+    A backward pass through a derivative is dear in time and memory, and rules out fused attention and checkpointing.
 
     Args:
         teacher: the frozen field.

@@ -14,10 +14,9 @@ from fewstep.errors import unknown
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import check_decay
-from fewstep.objectives.two_time import Now, Rows, TwoTime, through_middle
+from fewstep.objectives.two_time import Now, Rows, TwoTime, step_velocity, through_middle
 from fewstep.paths import expand
 from fewstep.randomness import Generators, uniform
-from fewstep.solvers import heun_step
 from fewstep.times import draw_pairs
 
 MIDDLES = ("midpoint", "uniform")
@@ -104,7 +103,7 @@ class Shortcut(TwoTime):
         self,
         teacher: VelocityField | None = None,
         finest: int = 128,
-        ema: float = 0.999,
+        ema: float = 0.9,
         diagonal: float = 0.75,
         times: str = "uniform",
         error_in: str = "auto",
@@ -154,7 +153,7 @@ class PFMM(TwoTime):
         self,
         teacher: VelocityField,
         rounds: int = 5,
-        ema: float = 0.999,
+        ema: float = 0.99,
         diagonal: float = 0.25,
         times: str = "uniform",
         ends: float = 0.0,
@@ -169,6 +168,7 @@ class PFMM(TwoTime):
         self._current: int | None = None  # ``round`` without asking a GPU, once it was read
 
     def adopt(self, student: nn.Module) -> None:
+        super().adopt(student)
         self.frozen = deepcopy(student).eval().requires_grad_(False)
         self.round.zero_()
         self._current = None  # a checkpoint may be read after this
@@ -184,15 +184,10 @@ class PFMM(TwoTime):
     def goal(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
         if self._begin_round(now) > 0:
             return through_middle(self._frozen(), rows, torch.full_like(rows.s, 0.5))
-        x, s, t = rows.x, rows.s, rows.t
-        end, m = x, (s + t) / 2
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return self.teacher(x, t, **rows.cond)
-
-        for start, stop in ((s, m), (m, t)):
-            end = heun_step(velocity, end, start, stop)
-        return (end - x) / expand((t - s).clamp(min=1e-6), x)
+        m = (rows.s + rows.t) / 2
+        first = step_velocity(self.teacher, rows.x, rows.s, m, rows.cond)
+        near = rows.x + expand(m - rows.s, rows.x) * first
+        return (first + step_velocity(self.teacher, near, m, rows.t, rows.cond)) / 2
 
     def _begin_round(self, now: Now) -> int:
         """The round. At the start of each, T becomes the averaged student."""

@@ -62,7 +62,9 @@ class TwoTime(Objective):
     """The base of objectives that train a flow map. A method of one's own defines ``goal``, or ``residual``.
 
     The first ``diagonal`` of the rows have s = t, where u is to be the velocity: the teacher's, or without one the
-    conditional velocity ``dx``, whose mean it is. The rows are split before any network is called.
+    conditional velocity ``dx``, whose mean it is. The rows are split before any network is called. The loss is the sum
+    of two means, over the rows on the diagonal and over the others (papers that write one mean over the batch give
+    each term the weight of its share).
 
     Args:
         teacher: the frozen field, or None to train from data.
@@ -84,6 +86,8 @@ class TwoTime(Objective):
 
     diagonal_term = "tangent"
     term = "map"
+    # Where the velocity is that errors off the diagonal are in: "s", "t", or nowhere, if they are errors of states.
+    velocity_at: str | None = "s"
 
     def __init__(
         self,
@@ -158,6 +162,8 @@ class TwoTime(Objective):
         step: int = 0,
         generator: Generators,
     ) -> Loss:
+        if self.ema is not None and target is None:
+            raise ValueError(f"{type(self).__name__} wants a slow copy of the student as target=, as fit makes it")
         now = Now(target, progress, step)
         rows, parts = self._draw(student, batch, generator, now)
         errors = self.errors(student, rows, parts, now)
@@ -182,7 +188,7 @@ class TwoTime(Objective):
         if type(self).residual is not TwoTime.residual:
             residuals = {name: self._residual(student, part, now) for name, part in some.items()}
             return {
-                name: squared_error(value, torch.zeros_like(value)) * self._unit(student, some[name].s)
+                name: squared_error(value, torch.zeros_like(value)) * self._unit(student, some[name])
                 for name, value in residuals.items()
             }
         # Full precision at least: under autocast, or with a bf16 student, goals and x differ in type.
@@ -193,8 +199,7 @@ class TwoTime(Objective):
                 goal[parts[name]] = value.to(goal.dtype)
         # One call for all rows; each goal was made of its own rows alone, so that no call is wasted.
         error = squared_error(student.average_velocity(rows.x, rows.s, rows.t, **rows.cond), goal)
-        error = error * self._unit(student, rows.s)
-        return {name: error[index] for name, index in parts.items()}
+        return {name: error[index] * self._unit(student, some[name]) for name, index in parts.items()}
 
     def weigh(self, error: Tensor, s: Tensor, t: Tensor, now: Now) -> Tensor:
         """The errors of rows (n,) with their weights."""
@@ -212,9 +217,12 @@ class TwoTime(Objective):
             velocity = self.velocity(rows)
         return student.velocity(rows.x, rows.s, **rows.cond) - velocity
 
-    def _unit(self, student: FlowMap, s: Tensor) -> Tensor:
+    def _unit(self, student: FlowMap, rows: Rows) -> Tensor:
+        """The weight (n,) that turns errors of velocities into those of data, where they are wanted so."""
         in_data = self.error_in == "data" or (self.error_in == "auto" and student.prediction == "data")
-        return (1 - s).square() if in_data else torch.ones_like(s)
+        if not in_data or (self.velocity_at is None and rows.part == self.term):
+            return torch.ones_like(rows.s)
+        return (1 - (rows.t if self.velocity_at == "t" else rows.s)).square()
 
     def _draw(self, student: FlowMap, batch: Batch, generator: Generators, now: Now) -> tuple[Rows, dict[str, Tensor]]:
         """The rows of a batch, and which of them belong to which term."""
@@ -259,6 +267,26 @@ def through_middle(model: FlowMap, rows: Rows, part: Tensor) -> Tensor:
     second = model.average_velocity(x + expand(m - s, x) * first, m, t, **rows.cond)
     weight = expand(part, x)
     return weight * first + (1 - weight) * second
+
+
+def step_velocity(field: VelocityField, x: Tensor, s: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    """The mean velocity of one Heun step of a field from s to t: two calls, and no division by t - s."""
+    here = field(x, s, **cond)
+    return (here + field(x + expand(t - s, x) * here, t, **cond)) / 2
+
+
+def near_the_end(model: FlowMap, field: VelocityField, rows: Rows, m: Tensor) -> Tensor:
+    """The average velocity from s to t by the map to m and one Heun step of a field from there, m (n,)."""
+    x, s, t = rows.x, rows.s, rows.t
+    first = model.average_velocity(x, s, m, **rows.cond)
+    second = step_velocity(field, x + expand(m - s, x) * first, m, t, rows.cond)
+    weight = expand((m - s) / (t - s).clamp(min=1e-9), x)  # 0 where s = m = t
+    return weight * first + (1 - weight) * second
+
+
+def warmed(progress: float, warmup: float) -> float:
+    """From 0 to 1 over the first ``warmup`` of the training."""
+    return min(1.0, progress / warmup) if warmup else 1.0
 
 
 def normalized(residual: Tensor) -> Tensor:

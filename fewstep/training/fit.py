@@ -180,7 +180,8 @@ def fit(
             for index in range(accumulate):
                 rows, noise = batches.micro(run.step, index)
                 with syncing(model, is_last=index == accumulate - 1):
-                    with torch.autocast(device.type, half, enabled=half is not None):
+                    # Without the cache: a goal made without grad would leave its casts of the weights, in older torch.
+                    with torch.autocast(device.type, half, enabled=half is not None, cache_enabled=False):
                         loss, numbers, times = model(rows.to(device), noise, run.target, run.progress, run.step)
                     run.scaler.scale(loss / accumulate).backward()
                 run.meter.add(run.step + 1, numbers, times)

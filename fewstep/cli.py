@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", type=Path, metavar="PATH", help="a .png grid, .npy, .npz, or a folder of PNGs")
     p.add_argument("--labels", metavar="3,5", help="classes, given to the samples in turn (default: all)")
+    p.add_argument("--guidance", type=float, metavar="W", help="its strength, for a model that takes it")
     p.add_argument(
         "--gamma", type=float, metavar="G", help="re-noising between steps, 0 to 1 (default: the map's, mostly 0)"
     )
@@ -225,7 +226,7 @@ def _sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     steps = args.steps if args.steps is not None else 2 if is_map else 50
     out = args.out or Path("samples.png" if len(shape) == 3 or shape == (2,) else "samples.npy")
     check_out(out, shape)
-    options = {"grid": args.grid, "gamma": args.gamma, "solver": args.solver}
+    options = {"grid": args.grid, "gamma": args.gamma, "solver": args.solver, "guidance": args.guidance}
     samples, cond, calls = draw(
         model.to(choose_device(args.device, World())),
         args.count,

@@ -64,6 +64,7 @@ def draw(
     seed: int = 0,
     labels: Sequence[int] | None = None,
     batch: int = 256,
+    guidance: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor], float]:
     """Samples (count, ...) on the CPU, their conditions, and how often the network was called for each.
@@ -73,6 +74,7 @@ def draw(
     Args:
         shape: of one sample; by default what the model says.
         labels: classes, given to the samples in turn; by default all of them, where the model has classes.
+        guidance: the strength of guidance, for a model that takes it.
         options: those of ``fewstep.sample``.
 
     Raises:
@@ -95,6 +97,8 @@ def draw(
             generators = sample_generators(seed, rows.tolist())
             noise = sample_noise((len(rows), *shape), generators).to(device)
             given: dict[str, Any] = {name: value[rows].to(device) for name, value in cond.items()}
+            if guidance is not None:
+                given["guidance"] = torch.full((len(rows),), guidance, device=device)
             if isinstance(model, FlowMap):
                 given["generator"] = generators
             parts.append(sample(model, noise, steps, **options, **given).cpu())

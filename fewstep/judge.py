@@ -18,7 +18,7 @@ from fewstep.evaluation.files import replace_file
 from fewstep.evaluation.inception import inception
 from fewstep.evaluation.plots import image_grid, loss_figure, png, points_figure, quality_figure
 from fewstep.evaluation.report import write_report
-from fewstep.fields import VelocityField
+from fewstep.fields import Guided, VelocityField
 from fewstep.maps import FlowMap
 from fewstep.training.trackers import read_metrics
 
@@ -86,12 +86,19 @@ def judge(
                 extractor=extractor,
                 seed=recipe.seed,
                 batch=section.batch,
+                guidance=_strength(recipe, teacher),
                 metrics=section.metrics,
                 progress=progress,
             )
         replace_file(out / "quality.json", found.to_json().encode())
     _report(model, teacher, recipe, found, out)
     return found
+
+
+def _strength(recipe: Recipe, teacher: VelocityField | None) -> float | None:
+    """The guidance at which a student that takes its strength is held against its teacher: the teacher's own."""
+    takes_it = recipe.objective.options.get("strength") is not None
+    return float(teacher.scale) if takes_it and isinstance(teacher, Guided) else None
 
 
 def compare_runs(evaluations: dict[str, Evaluation], out: Path) -> tuple[list[str], list[list[Any]]]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fewstep.cli import main
 from fewstep.config import load_recipe
 from fewstep.exact import eight_gaussians
 from fewstep.fields import Guided
@@ -57,6 +58,28 @@ def test_what_cannot_be(recipe):
 
     with pytest.raises(ValueError, match=r"AYF's strength is \(1.0, 3.0\), and the teacher, a MixtureField, is not"):
         build(plain)
+
+
+def test_it_is_judged_and_sampled_at_a_strength(recipe, tmp_path, monkeypatch):
+    asked = []
+    recipe["evaluation"] = {"count": 40, "steps": [1], "teacher_steps": [1], "every": 10**9}
+    recipe["training"]["steps"] = 2
+    forward = MLP.forward
+
+    def spied(self, *args, guidance=None, **cond):
+        asked.append(guidance)
+        return forward(self, *args, guidance=guidance, **cond)
+
+    monkeypatch.setattr(MLP, "forward", spied)
+    run(load_recipe(recipe), tmp_path / "run")
+    judged = [g for g in asked if g is not None and len(g) == 40]
+    assert judged
+    assert all((g == 2.0).all() for g in judged)
+    words = ["sample", str(tmp_path / "run"), "--count", "4", "--guidance", "1.5", "--out", str(tmp_path / "x.npy")]
+    assert main(words) == 0
+    assert torch.equal(asked[-1], torch.full((4,), 1.5))
+    with pytest.raises(ValueError, match="takes no strength of guidance: make it with guidance=True"):
+        MLP(2, width=8)(torch.zeros(4, 2), torch.zeros(4), guidance=torch.ones(4))
 
 
 def test_the_strength_is_silent_at_first():

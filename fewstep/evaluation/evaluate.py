@@ -75,6 +75,7 @@ def evaluate(
     seed: int = 0,
     batch: int = 1000,
     cond: Mapping[str, Tensor | int] | None = None,
+    guidance: float | None = None,
     metrics: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -101,6 +102,7 @@ def evaluate(
         batch: samples drawn at once.
         cond: what to ask for: each condition as rows (n, ...), used in turn, or as a whole number n, for labels drawn
             uniformly below it. By default sample i is asked for what row i of the data has; ``{}`` for nothing.
+        guidance: the strength that student and teacher are given, for a student that takes it as a condition.
         metrics: which of the above; by default all that can be had.
         progress: called with the work done and the whole of it, in network calls, after each batch.
 
@@ -132,7 +134,10 @@ def evaluate(
     with _eval_mode(model, teacher, extractor):
         judge = Judge(names, extractor)
         known = judge.learn(_gather(data, first, seed, 0))
-        starts = _Starts(tuple(data.shape), seed, batch, _conditions(known if cond is None else cond, count, seed))
+        given = _conditions(known if cond is None else cond, count, seed)
+        if guidance is not None:
+            given["guidance"] = torch.full((count,), guidance)
+        starts = _Starts(tuple(data.shape), seed, batch, given)
         if teacher is not None and solved:
             judge.ends = torch.cat(
                 [_ends(teacher, noise, some, tick).cpu() for noise, _, some in starts.of(teacher, solved)]

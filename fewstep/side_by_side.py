@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.config import Recipe
+from fewstep.console import markdown
 from fewstep.cost import Counts
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.files import replace_file
@@ -128,7 +129,7 @@ class Comparison:
         ]
         text = [
             f"# Methods on {recipe.data.name}",
-            *(f"{head}\n\n{_markdown(columns, rows)}" for head, columns, rows in tables),
+            *(f"{head}\n\n{markdown(columns, rows)}" for head, columns, rows in tables),
         ]
         text += [f"{run.method}, seed {run.seed}, {run.outcome}: {run.failed}" for run in self.runs if run.failed]
         replace_file(out / "compare.md", ("\n\n".join(text) + "\n").encode())
@@ -170,12 +171,3 @@ def _spread(values: Sequence[float]) -> str | None:
     return (
         mean if len(values) == 1 or not all(map(math.isfinite, values)) else f"{mean} ± {statistics.stdev(values):.2g}"
     )
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [
-        columns,
-        ["---"] * len(columns),
-        *(["-" if value is None else str(value) for value in row] for row in rows),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -10,11 +10,12 @@ from objective_toys import Perturbed, SolvedAverageVelocity, loss_of, value
 from test_times import GAP, N, gap
 from torch import Tensor, nn
 
+from fewstep import exact
 from fewstep.data.batch import Batch
 from fewstep.exact import GaussianField
 from fewstep.fields import Guided, VelocityField
 from fewstep.maps import FlowMap
-from fewstep.objectives import AYF, FMM, SCM, Shortcut, ayf
+from fewstep.objectives import AYF, FMM, ITVM, PSD, SCM, Shortcut, SplitMeanFlow, TwoTime, ayf
 from fewstep.objectives.two_time import Now, Rows, normalized
 from fewstep.paths import Linear, Trigonometric
 from fewstep.randomness import generator
@@ -73,6 +74,30 @@ def test_the_shortest_halves_of_shortcut_are_along_the_velocity(gaussian: Gaussi
     with torch.no_grad():
         goal = Shortcut(finest=finest).goal(student, rows, Now(target=student))
     torch.testing.assert_close(goal, end - x)
+
+
+@pytest.mark.parametrize(
+    ("objective", "part"),
+    [
+        (PSD(), 0.5),
+        (PSD(middle="uniform"), 0.3),
+        (SplitMeanFlow(), 0.3),
+        (ITVM(exact.eight_gaussians()), 0.5),
+        (ITVM(exact.eight_gaussians(), middle=0.5), 0.4),
+        (ITVM(exact.eight_gaussians(), middle=1.0), 0.3),
+    ],
+    ids=["PSD", "PSD-U", "SplitMeanFlow", "ITVM", "ITVM, near the middle", "ITVM, anywhere"],
+)
+def test_where_an_interval_is_cut(gaussian: GaussianField, objective: TwoTime, part: float):
+    """For a fraction drawn as 0.3: the goal is the way through that place, by the student's own two parts."""
+    student = FlowMap(Perturbed(GaussianAverageVelocity(gaussian), 2, 0.1))
+    x = torch.randn(8, 2, generator=generator(0), dtype=torch.float64)
+    s, t = torch.full((2, 8), 0.2, dtype=torch.float64) + torch.tensor([[0.0], [0.5]])
+    rows = Rows("interval", x, x, s, t, x, x, torch.full_like(s, 0.3), {})
+    m = s + part * (t - s)
+    with torch.no_grad():
+        goal = objective.goal(student, rows, Now(target=student))
+        torch.testing.assert_close(x + 0.5 * goal, student(student(x, s, m), m, t), rtol=0, atol=1e-12)
 
 
 def test_the_strip_of_fmm_widens():

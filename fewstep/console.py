@@ -1,0 +1,46 @@
+"""What commands print: tables, and what to type next."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def say(text: str) -> None:
+    """For the one who waits, on stderr."""
+    print(text, file=sys.stderr)
+
+
+def say_next(commands: Sequence[str]) -> None:
+    """What to type next, on stderr, so that the output proper can be piped."""
+    say("next:\n" + "\n".join(f"  {command}" for command in commands))
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_evaluation(evaluation: Any) -> None:
+    """Its table, where there is one."""
+    if evaluation is not None:
+        print_table(*evaluation.table())
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table for the terminal; None is a dash."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD)
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("model", "metric", "method") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(_cell, row))
+    # Where there is no terminal, no line may break.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as Markdown; None is a dash."""
+    lines = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

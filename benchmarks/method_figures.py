@@ -2,6 +2,8 @@
 
     fewstep compare checkerboard-itvm --methods ... --out runs/checkerboard
     python benchmarks/method_figures.py runs/checkerboard docs/images/methods
+
+Runs that were not evaluated are left out.
 """
 
 import argparse

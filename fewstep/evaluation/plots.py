@@ -163,7 +163,8 @@ def quality_figure(rows: Sequence[Mapping[str, Any]], metric: str, label: str | 
         )
     calls = sorted({nfe for points in lines.values() for nfe in points})
     is_crowded = len(lines) > 7  # then the names stand outside, and a second round of colours is dotted
-    with _panels(1, size=(8.4, 4.8) if is_crowded else (4.9, 3.6)) as (figure, (ax,)):
+    columns = math.ceil(len(lines) / 18)  # of names that find room beside the plot
+    with _panels(1, size=(5.6 + 2.8 * columns, 4.8) if is_crowded else (4.9, 3.6)) as (figure, (ax,)):
         looks = ((colour, *look) for look in (("-", "o"), (":", "D"), ("-.", "v")) * len(lines) for colour in COLOURS)
         for name, points in lines.items():
             is_teacher = name.startswith("teacher")
@@ -190,7 +191,7 @@ def quality_figure(rows: Sequence[Mapping[str, Any]], metric: str, label: str | 
         ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
         _plain_log_ticks(ax)
         if is_crowded:
-            figure.legend(loc="outside right upper")
+            figure.legend(loc="outside right upper", ncols=columns)
         else:
             ax.legend()
     return figure

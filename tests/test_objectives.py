@@ -26,7 +26,7 @@ from fewstep.data.batch import Batch
 from fewstep.exact import ExactField, GaussianField
 from fewstep.fields import NetworkField, VelocityField
 from fewstep.maps import FlowMap
-from fewstep.objectives import ITVM, LMD, FlowMatching
+from fewstep.objectives import EMD, ITVM, LMD, FlowMatching, Objective
 from fewstep.paths import expand
 
 
@@ -241,3 +241,22 @@ def test_flow_matching_trains_the_diagonal_of_a_map(gaussian: GaussianField):
     x, dx = student.path.sample(noise, batch.data, t)
     expected = (network(x, t, t) - dx).detach().square().mean()
     assert value(loss) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize(("method", "is_at_end"), [(LMD, True), (EMD, False)])
+def test_errors_of_velocities_are_turned_into_data_where_the_velocities_are(
+    gaussian: GaussianField, method: Callable[..., Objective], is_at_end: bool
+):
+    """Lagrangian errors are of velocities at t, where a data-predicting network divides by 1 - t; the others' at s."""
+    student, batch = FlowMap(Perturbed(GaussianAverageVelocity(gaussian), 2, 0.3)), batch_of(gaussian)
+    each = []
+    for row in range(4):
+        one = Batch(batch.data[row : row + 1])
+        plain, weighted = (
+            loss_of(method(gaussian, diagonal=0.0, error_in=unit), student, one, seed=row)
+            for unit in ("velocity", "data")
+        )
+        s, t = next(iter(plain.times.values()))[0]
+        each.append((value(weighted) / value(plain), float((1 - (t if is_at_end else s)) ** 2)))
+    for found, expected in each:
+        assert found == pytest.approx(expected, rel=1e-9)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fewstep.console import markdown, print_evaluation, print_table, say, say_next
+from fewstep.console import markdown, print_evaluation, print_table, progress_bar, say, say_next
 
 # The recipes of `fewstep train --data DIR` and `fewstep distill --teacher DIR`.
 DEFAULTS = {"train": ("data", "photos-teacher"), "distill": ("teacher", "distill")}
@@ -111,9 +111,6 @@ def _denormalized(recipe: Any, samples: Any) -> Any:
 
 
 def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from fewstep.fields import NetworkField
     from fewstep.maps import FlowMap
     from fewstep.reflow import make_pairs
@@ -122,8 +119,7 @@ def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
     model, run, shape = _open(args)
     again, is_main = shlex.join(["fewstep", *args.argv]), environment().is_main
     is_map = isinstance(model, FlowMap)
-    with Progress(console=Console(stderr=True), disable=not (is_main and sys.stderr.isatty()), transient=True) as bar:
-        task = bar.add_task("pairs", total=args.count)
+    with progress_bar("pairs", quiet=not (is_main and sys.stderr.isatty())) as progress:
         missing = make_pairs(
             model,
             args.out,
@@ -137,7 +133,7 @@ def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
             shard=args.shard,
             device=args.device,
             command=again,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     if not is_main:
         return 0

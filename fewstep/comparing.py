@@ -24,7 +24,7 @@ from fewstep.runs import Built, build, run
 from fewstep.side_by_side import Comparison, MethodCost, Training
 from fewstep.training import checkpoints
 from fewstep.training.distributed import choose_device, environment
-from fewstep.training.folder import MAY_DIFFER, flat
+from fewstep.training.folder import MAY_DIFFER, differences, flat
 from fewstep.training.trackers import read_metrics
 
 STEPS = (1, 2, 4, 8, 16)
@@ -164,13 +164,7 @@ def _check_folder(folder: Path, recipe: Recipe) -> None:
     """Raise if a run of another recipe is there: before any other is trained."""
     if not checkpoints.steps_in(folder / "checkpoints"):
         return
-    there, here = flat(load_recipe(folder).fingerprint()), flat(recipe.fingerprint())
-    differing = [
-        f"{key} is {there.get(key)} there and {here.get(key)} here"
-        for key in sorted(there.keys() | here.keys())
-        if key not in MAY_DIFFER and there.get(key) != here.get(key)
-    ]
-    if differing:
+    if differing := differences(flat(load_recipe(folder).fingerprint()), flat(recipe.fingerprint())):
         raise ValueError(
             f"the run in {folder} belongs to another recipe: {'; '.join(differing[:3])}. Use another --out"
         )

@@ -1,7 +1,8 @@
-"""What commands print: tables, and what to type next."""
+"""What is printed: tables, progress, and what to type next."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -44,3 +45,20 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table as Markdown; None is a dash."""
     lines = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@contextmanager
+def progress_bar(text: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on a terminal, one line elsewhere; both on stderr. None stands for a bar that is not there."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if quiet or not sys.stderr.isatty():
+        if not quiet:
+            console.print(text, highlight=False)
+        yield None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

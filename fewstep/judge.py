@@ -1,14 +1,14 @@
 """A run judged: quality against network calls, as a table, plots and a report in its folder."""
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from fewstep.config import Recipe
+from fewstep.console import progress_bar
 from fewstep.data import load_data
 from fewstep.data.batch import Data
 from fewstep.drawing import Model, draw
@@ -75,7 +75,7 @@ def judge(
     extractor = _extractor(section.extractor, held_out if recipe.data.name == "teacher" else data, model)
     found = None
     if teacher is not None or extractor is not None or len(data.shape) != 3:
-        with _bar("evaluating", quiet) as progress:
+        with progress_bar("evaluating", quiet) as progress:
             found = evaluate(
                 model,
                 teacher=teacher,
@@ -154,7 +154,7 @@ def _extractor(choice: str, data: Data, model: Model) -> nn.Module | None:
     if choice != "auto":
         found: nn.Module = inception(choice)
     elif "class_labels" in getattr(data, "cond", {}) and min(data.shape[1:]) >= 8 and max(data.shape[1:]) <= 64:
-        with _bar("features of images: a small classifier, trained once", quiet=False) as progress:
+        with progress_bar("features of images: a small classifier, trained once", quiet=False) as progress:
             found = trained_classifier(data, progress=progress)
     else:
         return None
@@ -215,22 +215,3 @@ def _points(model: Model, steps: int, seed: int) -> Tensor:
 
 def _steps(n: int) -> str:
     return f"{n} step{'s' * (n > 1)}"
-
-
-@contextmanager
-def _bar(text: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal, one line elsewhere; both on stderr."""
-    import sys
-
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    if quiet or not sys.stderr.isatty():
-        if not quiet:
-            console.print(text, highlight=False)
-        yield None
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(text, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

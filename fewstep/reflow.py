@@ -25,6 +25,7 @@ from fewstep.randomness import sample_generators
 from fewstep.sampling import sample, sample_noise
 from fewstep.solvers import SOLVERS
 from fewstep.training.distributed import choose_device, environment
+from fewstep.training.folder import differences
 
 # What may differ between a folder of pairs and the call that goes on with it.
 _MAY_DIFFER = ("command",)
@@ -138,13 +139,7 @@ def _draw(field: Model, rows: list[int], facts: dict[str, Any], place: torch.dev
 def _claim(out: Path, facts: dict[str, Any]) -> None:
     """Write the facts, or see that those that are there are the same. Every process does: they write the same bytes."""
     if (out / FACTS).exists():
-        there = read_facts(out)
-        differing = [
-            f"{name} is {there.get(name)} there and {value} here"
-            for name, value in facts.items()
-            if name not in _MAY_DIFFER and there.get(name) != value
-        ]
-        if differing:
+        if differing := differences(read_facts(out), facts, _MAY_DIFFER):
             raise ValueError(f"{out} holds other pairs: {'; '.join(differing)}. Use another folder, or remove that one")
         return
     # Another process may be at it, with a file that is not yet renamed.

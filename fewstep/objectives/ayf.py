@@ -7,7 +7,7 @@ from fewstep.errors import unknown
 from fewstep.fields import Guided, VelocityField
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Batch, check_decay, check_options
-from fewstep.objectives.two_time import Now, Rows, TwoTime, near_the_end, normalized, warmed
+from fewstep.objectives.two_time import Now, Rows, ToTheEnd, TwoTime, near_the_end, normalized, warmed
 from fewstep.paths import expand
 from fewstep.randomness import Generators, uniform
 
@@ -19,10 +19,7 @@ class _Tangent(TwoTime):
 
     def tangent_goal(self, student: FlowMap, rows: Rows, velocity: Tensor, ramp: float) -> Tensor:
         """``sg[u] - g``, (n, ...)."""
-        along = (velocity.to(rows.x.dtype), torch.ones_like(rows.s))
-        u, u_dot = self.derivative(
-            lambda x, s: student.average_velocity(x, s, rows.t, **rows.cond), (rows.x, rows.s), along
-        )
+        u, u_dot = self.along_flow(student.average_velocity, rows, velocity)
         return u - normalized(u - velocity - ramp * expand(rows.t - rows.s, u) * u_dot)
 
 
@@ -99,7 +96,7 @@ class AYF(_Tangent):
         return error * torch.where(t > s, (t - s).square(), 1.0) if self.variant == "LMD" else error
 
 
-class SCM(_Tangent):
+class SCM(ToTheEnd, _Tangent):
     """Continuous-time consistency models: the tangent of :class:`AYF` with t = 1 (arXiv 2410.11081), as sCD from a
     teacher or as sCT from data, with the learned weight. The students know ``X_{s,1}`` alone.
 
@@ -112,8 +109,6 @@ class SCM(_Tangent):
         times, learned, options: see :class:`TwoTime`.
     """
 
-    term = "consistency"
-    gamma = 1.0
     sources = ("2410.11081",)
 
     def __init__(
@@ -129,10 +124,6 @@ class SCM(_Tangent):
         super().__init__(teacher, diagonal=0.0, times=times, learned=learned, error_in=error_in, jvp=jvp)
         check_options("SCM", times, warmup=warmup, ramp=ramp)
         self.warmup, self.ramp = warmup, ramp
-
-    def pairs(self, rows: int, generator: Generators, now: Now) -> tuple[Tensor, Tensor]:
-        s = self.starts(rows, generator)
-        return s, torch.ones_like(s)
 
     def goal(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
         ramp = self.ramp * warmed(now.progress, self.warmup)

@@ -8,21 +8,14 @@ from torch import Tensor
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import check_decay, check_options, squared_error
-from fewstep.objectives.two_time import Now, Rows, TwoTime
-from fewstep.randomness import Generators
+from fewstep.objectives.two_time import Now, Rows, ToTheEnd, TwoTime
 from fewstep.solvers import heun_step
 
 
-class _Consistency(TwoTime):
-    """``X_{s,1}(x_s)`` against ``X^-_{s',1}(x_{s'})``: the students know ``X_{s,1}`` alone."""
+class _Consistency(ToTheEnd):
+    """``X_{s,1}(x_s)`` against ``X^-_{s',1}(x_{s'})``, by a distance d."""
 
-    term = "consistency"
-    gamma = 1.0
     huber: float
-
-    def pairs(self, rows: int, generator: Generators, now: Now) -> tuple[Tensor, Tensor]:
-        s = self.starts(rows, generator)
-        return s, torch.ones_like(s)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """The pseudo-Huber distance ``sqrt(error + c^2) - c`` of the mean squared error, or that error for c = 0."""

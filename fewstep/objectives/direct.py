@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import check_options, squared_error
-from fewstep.objectives.two_time import Now, Rows, TwoTime
+from fewstep.objectives.two_time import Now, Rows, TwoTime, warmed
 from fewstep.randomness import Generators, uniform
 from fewstep.times import draw_pairs
 
@@ -42,8 +42,7 @@ class FMM(TwoTime):
 
     def longest(self, progress: float) -> float:
         """The width of the strip at this progress."""
-        done = min(1.0, progress / self.widening) if self.widening else 1.0
-        return self.first + (1 - self.first) * done
+        return self.first + (1 - self.first) * warmed(progress, self.widening)
 
     def pairs(self, rows: int, generator: Generators, now: Now) -> tuple[Tensor, Tensor]:
         s, t = draw_pairs(rows, generator, self.times, self.ends, self.longest(now.progress))
@@ -54,7 +53,5 @@ class FMM(TwoTime):
         # The rows are drawn at s; here the path is at t.
         x, dx = student.path.sample(rows.noise, rows.data, rows.t)
         start = student(x, rows.t, rows.s, **rows.cond)
-        end, end_dot = self.derivative(
-            lambda t: student(start, rows.s, t, **rows.cond), (rows.t,), (torch.ones_like(rows.t),)
-        )
+        end, end_dot = self.time_derivative(lambda t: student(start, rows.s, t, **rows.cond), rows.t)
         return {"lagrangian": squared_error(end_dot, dx), "inverse": squared_error(end, x)}

@@ -3,8 +3,6 @@
 ``d_s X + (grad X) v_s`` is the derivative of ``X_{s,t}(x)`` along ``(v_s, 1)`` in ``(x, s)``, and it is zero.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -20,9 +18,7 @@ class _Eulerian(TwoTime):
         """``d_s X + sg[(grad X) velocity]``, (n, ...): two forward-mode passes, one of them without grad."""
         with torch.no_grad():
             _, moved = self.derivative(lambda x: student(x, rows.s, rows.t, **rows.cond), (rows.x,), (velocity,))
-        _, start_dot = self.derivative(
-            lambda s: student(rows.x, s, rows.t, **rows.cond), (rows.s,), (torch.ones_like(rows.s),)
-        )
+        _, start_dot = self.time_derivative(lambda s: student(rows.x, s, rows.t, **rows.cond), rows.s)
         return start_dot + moved
 
 
@@ -53,10 +49,7 @@ class EMD(_Eulerian):
     def residual(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
         with torch.no_grad():
             velocity = self.teacher(rows.x, rows.s, **rows.cond)
-        if not self.full:
-            return self.transport(student, rows, velocity)
-        along = (velocity.to(rows.x.dtype), torch.ones_like(rows.s))
-        return self.derivative(lambda x, s: student(x, s, rows.t, **rows.cond), (rows.x, rows.s), along)[1]
+        return self.along_flow(student, rows, velocity)[1] if self.full else self.transport(student, rows, velocity)
 
 
 class ESD(_Eulerian):
@@ -81,8 +74,9 @@ class ESD(_Eulerian):
         error_in: str = "auto",
         jvp: str = "forward",
     ) -> None:
-        options: dict[str, Any] = {"times": times, "ends": ends, "learned": learned, "error_in": error_in, "jvp": jvp}
-        super().__init__(teacher, diagonal=diagonal, **options)
+        super().__init__(
+            teacher, diagonal=diagonal, times=times, ends=ends, learned=learned, error_in=error_in, jvp=jvp
+        )
 
     def residual(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
         with torch.no_grad():

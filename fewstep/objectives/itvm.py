@@ -99,9 +99,7 @@ class ITVM(TwoTime):
                 h = torch.minimum((1 - rows.fraction) * self.step_size, t - s)
                 return near_the_end(now.target, self.teacher, rows, t - h)
             case "derivative":
-                u, u_dot = self.derivative(
-                    lambda t: now.target.average_velocity(x, s, t, **cond), (t,), (torch.ones_like(t),)
-                )
+                u, u_dot = self.time_derivative(lambda t: now.target.average_velocity(x, s, t, **cond), t)
                 end = x + expand(t - s, x) * u
                 ramp = warmed(now.progress, self.warmup)
                 return u - normalized(u - self.teacher(end, t, **cond) + ramp * expand(t - s, x) * u_dot)

@@ -4,8 +4,6 @@
 backward through it. The methods differ in whose velocity it is.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -20,9 +18,7 @@ class _Lagrangian(TwoTime):
     velocity_at = "t"
 
     def residual(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
-        end, end_dot = self.derivative(
-            lambda t: student(rows.x, rows.s, t, **rows.cond), (rows.t,), (torch.ones_like(rows.t),)
-        )
+        end, end_dot = self.time_derivative(lambda t: student(rows.x, rows.s, t, **rows.cond), rows.t)
         return end_dot - self.end_velocity(student, end, rows, now)
 
     def end_velocity(self, student: FlowMap, end: Tensor, rows: Rows, now: Now) -> Tensor:
@@ -83,8 +79,9 @@ class LSD(_Lagrangian):
         error_in: str = "auto",
         jvp: str = "forward",
     ) -> None:
-        options: dict[str, Any] = {"times": times, "ends": ends, "learned": learned, "error_in": error_in, "jvp": jvp}
-        super().__init__(teacher, diagonal=diagonal, **options)
+        super().__init__(
+            teacher, diagonal=diagonal, times=times, ends=ends, learned=learned, error_in=error_in, jvp=jvp
+        )
 
     @torch.no_grad()
     def end_velocity(self, student: FlowMap, end: Tensor, rows: Rows, now: Now) -> Tensor:

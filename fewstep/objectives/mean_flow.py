@@ -25,10 +25,7 @@ class _MeanFlow(TwoTime):
 
     def mean_goal(self, student: FlowMap, rows: Rows, velocity: Tensor, tangent: Tensor) -> Tensor:
         """``velocity + (t - s) Du``, Du along ``tangent``."""
-        along = (tangent.to(rows.x.dtype), torch.ones_like(rows.s))
-        _, u_dot = self.derivative(
-            lambda x, s: student.average_velocity(x, s, rows.t, **rows.cond), (rows.x, rows.s), along
-        )
+        _, u_dot = self.along_flow(student.average_velocity, rows, tangent)
         return velocity + expand(rows.t - rows.s, rows.x) * u_dot
 
 

@@ -16,7 +16,7 @@ from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.networks.second_time import sinusoidal
 from fewstep.objectives.base import Loss, Objective, check_options, noise_of, rows_of, split_rows, squared_error
-from fewstep.objectives.derivative import MODES, derivative
+from fewstep.objectives.derivative import MODES, derivative, time_derivative
 from fewstep.paths import as_times, expand
 from fewstep.randomness import Generators, uniform
 from fewstep.times import draw_pairs, draw_times
@@ -152,6 +152,15 @@ class TwoTime(Objective):
         """``(f, df)`` along a direction, by the mode ``jvp``."""
         return derivative(function, at, along, self.jvp)
 
+    def time_derivative(self, function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+        """``(f(t), df/dt)`` row by row, t (n,), by the mode ``jvp``."""
+        return time_derivative(function, t, self.jvp)
+
+    def along_flow(self, function: Callable[..., Tensor], rows: Rows, velocity: Tensor) -> tuple[Tensor, Tensor]:
+        """``(f, d_s f + (grad f) velocity)`` of f(x, s, t): how it changes as its start moves along the velocity."""
+        along = (velocity.to(rows.x.dtype), torch.ones_like(rows.s))
+        return self.derivative(lambda x, s: function(x, s, rows.t, **rows.cond), (rows.x, rows.s), along)
+
     def forward(
         self,
         student: Any,
@@ -237,6 +246,17 @@ class TwoTime(Objective):
         x, dx = student.path.sample(noise, batch.data, s)
         rows = Rows("all", x, dx, s, t, noise, batch.data, fraction, cond)
         return rows, {name: index for name, index in shared.items() if len(index)}
+
+
+class ToTheEnd(TwoTime):
+    """The base of consistency models: all rows have t = 1, so that the students know ``X_{s,1}`` alone."""
+
+    term = "consistency"
+    gamma = 1.0
+
+    def pairs(self, rows: int, generator: Generators, now: Now) -> tuple[Tensor, Tensor]:
+        s = self.starts(rows, generator)
+        return s, torch.ones_like(s)
 
 
 class LearnedWeight(nn.Module):

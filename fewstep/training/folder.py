@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,20 @@ def _is_run(out: Path) -> bool:
     return (out / "recipe.yaml").exists() or (folder.is_dir() and checkpoints.is_ours(folder))
 
 
-def _compare(out: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = MAY_DIFFER
+) -> list[str]:
+    """What is one thing in a folder and another in the call that would go on with it, in words, by key."""
     absent = "absent"
-    differing = [
+    return [
         f"{key} is {saved.get(key, absent)} there and {now.get(key, absent)} here"
         for key in sorted(saved.keys() | now.keys())
-        if key not in MAY_DIFFER and saved.get(key, absent) != now.get(key, absent)
+        if key not in may_differ and saved.get(key, absent) != now.get(key, absent)
     ]
-    if differing:
+
+
+def _compare(out: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    if differing := differences(saved, now):
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError(
             f"the run in {out} belongs to another recipe: {'; '.join(differing[:3])}{more}. Use another output folder "

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import unknown
-from fewstep.paths import KINDS, Linear, Path, Reversed, Scaling, Tabulated, as_times, expand, scaling
+from fewstep.paths import KINDS, Linear, Path, Scaling, as_times, expand, scaling
+from fewstep.schedules import schedule_of
 
 
 class VelocityField(nn.Module):
@@ -85,55 +86,24 @@ class NetworkField(VelocityField):
         return f"native={self.native}, prediction={self.prediction!r}, path={self.path}"
 
 
-# How diffusers' schedulers name what a network predicts.
-_DIFFUSERS_KINDS = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
-
-
 class DiffusionField(NetworkField):
     """A diffusers model as a velocity on the linear path, through the schedule of its scheduler (Diff2Flow).
 
     Args:
         network: called ``network(x, timestep, **cond)`` with (continuous) timesteps of the scheduler.
-        scheduler: a diffusers scheduler with ``alphas_cumprod`` (DDPM, DDIM, ...), or a flow-match one.
+        scheduler: any diffusers scheduler that ``fewstep.schedules.schedule_of`` reads: one with ``alphas_cumprod``
+            (DDPM, DDIM, PNDM, DPM-Solver, UniPC, Euler, ...), of EDM, or flow-match.
         path: the path of the velocity, linear if not given.
 
     Raises:
-        ValueError: for a scheduler with neither, a prediction type that is not known, or a schedule whose last step
-            has no signal at all (zero terminal SNR) beside a noise prediction, which says nothing there.
+        ValueError: for any other scheduler, a prediction type that is not known, or a schedule whose last step has no
+            signal at all (zero terminal SNR) beside a noise prediction, which says nothing there.
     """
 
     def __init__(self, network: nn.Module, scheduler: Any, *, path: Path | None = None) -> None:
         native, prediction = schedule_of(scheduler)
         super().__init__(network, native, prediction, path=path or Linear())
         self.scheduler = scheduler
-
-
-def schedule_of(scheduler: Any) -> tuple[Path, str]:
-    """The path and the prediction kind of a diffusers scheduler. Raises as :class:`DiffusionField` does."""
-    name, config = type(scheduler).__name__, scheduler.config
-    if "FlowMatch" in name or "FlowMap" in name:
-        return Reversed(float(config.num_train_timesteps)), "flow"
-    table = getattr(scheduler, "alphas_cumprod", None)
-    if table is None:
-        raise ValueError(
-            f"{name} has no alphas_cumprod and is no flow-match scheduler: wrap the network by hand as "
-            "NetworkField(network, path, prediction)"
-        )
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in _DIFFUSERS_KINDS:
-        raise unknown("prediction type", str(prediction), _DIFFUSERS_KINDS)
-    kind = _DIFFUSERS_KINDS[prediction]
-    # Zero terminal SNR. Some schedulers write just 2^-24 there for their own divisions; others reach less in earnest.
-    if float(table[-1]) in (0.0, 2**-24):
-        if kind == "noise":
-            raise ValueError(
-                f"the last of the {len(table)} steps of this {name} has no signal (zero terminal SNR), where a noise "
-                "prediction says nothing: leave it out, NetworkField(network, "
-                "Tabulated.from_alphas_cumprod(scheduler.alphas_cumprod[:-1]), 'noise')"
-            )
-        # The prediction of the last but one step is held there; the table itself must stay finite.
-        table = table[:-1]
-    return Tabulated.from_alphas_cumprod(table), kind
 
 
 class Guided(VelocityField):

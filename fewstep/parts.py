@@ -23,7 +23,6 @@ from fewstep.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP, UNet
 from fewstep.objectives.base import Objective
-from fewstep.objectives.flow_matching import FlowMatching
 from fewstep.options import arguments, find_object
 from fewstep.paths import KINDS, Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.paths import Path as Trajectory
@@ -164,7 +163,7 @@ def make_objective(recipe: Recipe, teacher: VelocityField | None) -> Objective:
 def trains_map(recipe: Recipe) -> bool:
     """Whether the student is a flow map: asked for, or what the objective trains."""
     kind, method = recipe.student.kind, find_objective(recipe.objective.name)
-    return kind == "map" if kind else not issubclass(method, FlowMatching)
+    return kind == "map" if kind else not getattr(method, "trains_field", False)
 
 
 def path_of(section: Student) -> Trajectory | None:

@@ -4,7 +4,7 @@ Time runs from t = 0 (noise) to t = 1 (data) everywhere in fewstep. An affine pa
 noise ``x0`` and data ``x1``; its conditional velocity is ``dx_t = a'_t x1 + s'_t x0``. Times are tensors of shape
 (B,) against samples of shape (B, ...), and nothing here broadcasts one against the other by accident.
 
-A network predicts one of six *kinds* of thing about ``x_t``:
+A network predicts one of seven *kinds* of thing about ``x_t``:
 
 ==========  =============================  ====================================================
 velocity    ``a' x1 + s' x0``              flow matching
@@ -13,19 +13,21 @@ noise       ``x0``                         "epsilon"
 v           ``a x0 - s x1``                arXiv 2202.00512 ("v_prediction")
 score       ``-x0 / s``                    the score of p_t in expectation
 flow        ``-(a' x1 + s' x0)``           diffusers' flow-match models, whose time runs from data to noise
+edm         ``s x1 - a x0``                -v, on the path of EDM (arXiv 2206.00364)
 ==========  =============================  ====================================================
 """
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import unknown
 
-KINDS = ("velocity", "data", "noise", "v", "score", "flow")
+KINDS = ("velocity", "data", "noise", "v", "score", "flow", "edm")
 
 # Where a prediction loses its meaning (noise at no signal, data at no noise) the ratio of the two is held at this.
 _HOLD = math.log(1000.0)
@@ -56,7 +58,13 @@ def expand(t: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Path:
-    """An affine path ``x_t = alpha(t) x1 + sigma(t) x0``; subclasses give the coefficients, for times of any shape."""
+    """An affine path ``x_t = alpha(t) x1 + sigma(t) x0``; subclasses give the coefficients, for times of any shape.
+
+    ``data_scale`` is the deviation d of the data for which v is meant: with ``A = d alpha`` it is
+    ``A x0 - sigma x1 / d``, and orthogonal to x_t as it is with d = 1.
+    """
+
+    data_scale: ClassVar[float] = 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
         """The weight of the data."""
@@ -139,8 +147,9 @@ class Path:
             return velocity if kind == "velocity" else -velocity
         t = as_times(t, x)
         data, noise = self._split(velocity, x, t, "velocity")
-        a, s = expand(self.alpha(t), x), expand(self.sigma(t), x)
-        out = {"data": data, "noise": noise, "v": a * noise - s * data, "score": -noise / s}[kind]
+        a, s, d = expand(self.alpha(t), x), expand(self.sigma(t), x), self.data_scale
+        v = d * a * noise - s / d * data
+        out = {"data": data, "noise": noise, "v": v, "edm": -v, "score": -noise / s}[kind]
         return self._finite(out, t, f"{kind} from a velocity")
 
     def _split(self, prediction: Tensor, x: Tensor, t: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -170,9 +179,11 @@ def _split_coefficients(path: Path, t: Tensor, kind: str) -> tuple[Tensor, Tenso
             return 1 / a, -s / a, zero, one
         case "score":
             return 1 / a, s * s / a, zero, -s
-        case "v":
+        case "v" | "edm":
+            d, sign = path.data_scale, 1 if kind == "v" else -1
+            a = d * a
             power = a * a + s * s
-            return a / power, -s / power, s / power, a / power
+            return d * a / power, -sign * d * s / power, s / power, sign * a / power
         case "velocity" | "flow":
             a_dot, s_dot = path.alpha_dot(t), path.sigma_dot(t)
             det = a_dot * s - a * s_dot
@@ -350,6 +361,58 @@ class Reversed(Linear):
 
     def network_time(self, t: Tensor) -> Tensor:
         return (1 - t) * self.scale
+
+
+@dataclass(frozen=True)
+class Forward(Linear):
+    """The linear path for networks asked at ``scale t``: diffusers' flow-match models with inverted sigmas."""
+
+    scale: float = 1000.0
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return t * self.scale
+
+
+@dataclass(frozen=True)
+class Preconditioned(Trigonometric):
+    """EDM's scaling of ``x1 + n x0`` (arXiv 2206.00364, table 1): what the network is given is that divided by
+    ``sqrt(n^2 + sigma_data^2)``, with the time ``log(n) / 4``. Its own output is of the kind ``edm``.
+
+    Args:
+        sigma_data: the deviation of the data. sigma_min, sigma_max: the noise n that it was trained between; beyond
+            there is nothing, and conversions hold the ends.
+    """
+
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.sigma_min < self.sigma_max < math.inf and 0 < self.sigma_data < math.inf):
+            raise ValueError(f"{self}: 0 < sigma_min < sigma_max and 0 < sigma_data are needed")
+
+    @property
+    def data_scale(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.sigma_data
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return super().alpha(t) / self.sigma_data
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return super().alpha_dot(t) / self.sigma_data
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return super().alpha(t) * (-math.pi / 2)
+
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return super().time_of(self.sigma_data * alpha, sigma)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return (self.sigma(t) / self.alpha(t)).log() / 4
+
+    def hold_range(self, kind: str) -> tuple[float, float]:
+        ends = self.time_at(-torch.tensor([self.sigma_max, self.sigma_min], dtype=torch.float64).log())
+        return float(ends[0]), float(ends[1])
 
 
 @dataclass(frozen=True)

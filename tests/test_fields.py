@@ -201,10 +201,8 @@ def test_little_signal_is_signal(gaussian, points):
 
 
 def test_scheduler_errors():
-    with pytest.raises(
-        ValueError, match="EDMEulerScheduler has no alphas_cumprod and is no flow-match scheduler: wrap"
-    ):
-        DiffusionField(MLP(2), scheduler("EDMEulerScheduler"))
+    with pytest.raises(ValueError, match="KarrasVeScheduler has no alphas_cumprod, and is no EDM and no flow-match"):
+        DiffusionField(MLP(2), scheduler("KarrasVeScheduler"))
     odd = scheduler("DDPMScheduler")
     odd.register_to_config(prediction_type="velocity")
     with pytest.raises(ValueError, match=r"unknown prediction type 'velocity'.*Known: epsilon, sample"):

@@ -7,14 +7,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewstep.paths import KINDS, Linear, Reversed, Tabulated, Trigonometric, VariancePreserving, as_times, scaling
+from fewstep.paths import (
+    KINDS,
+    Forward,
+    Linear,
+    Preconditioned,
+    Reversed,
+    Tabulated,
+    Trigonometric,
+    VariancePreserving,
+    as_times,
+    scaling,
+)
 
 F64 = torch.float64
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=F64)
 DDPM = Tabulated.from_alphas_cumprod((1 - BETAS).cumprod(0))
 CONTINUOUS = [Linear(), Trigonometric(), VariancePreserving(), VariancePreserving(0.3, 45.0)]
-PATHS = [*CONTINUOUS, DDPM, Tabulated((3.0, 1.0, 0.0, -4.0))]
-UNIT_POWER = PATHS[1:]
+UNIT_POWER = [*CONTINUOUS[1:], DDPM, Tabulated((3.0, 1.0, 0.0, -4.0))]
+PATHS = [Linear(), *UNIT_POWER, Preconditioned(0.5)]
 
 by_path = pytest.mark.parametrize("path", PATHS, ids=str)
 by_kind = pytest.mark.parametrize("kind", KINDS)
@@ -35,11 +46,13 @@ def predictions(path, x1, x0, t):
     """What a perfect network of each kind says, from the true data and noise; t (B,), x (B, D)."""
     a, s, a_dot, s_dot = (c[:, None] for c in path.coefficients(t))
     velocity = a_dot * x1 + s_dot * x0
+    d = path.sigma_data if isinstance(path, Preconditioned) else 1.0
     return {
         "velocity": velocity,
         "data": x1,
         "noise": x0,
-        "v": a * x0 - s * x1,
+        "v": d * a * x0 - s * x1 / d,
+        "edm": s * x1 / d - d * a * x0,
         "score": -x0 / s,
         "flow": -velocity,
     }
@@ -105,7 +118,24 @@ def test_a_table_is_met_at_its_steps():
     close(DDPM.sigma(t), (1 - power).sqrt())
     close(DDPM.network_time(t), k.double(), 1e-12)
     assert Reversed(1000.0).network_time(torch.tensor([0.0, 0.25, 1.0])).tolist() == [1000, 750, 0]
+    assert Forward(500.0).network_time(torch.tensor([0.0, 0.25, 1.0])).tolist() == [0, 125, 500]
     assert Linear().network_time(t) is t
+
+
+def test_the_scaling_of_edm():
+    """Table 1 of arXiv 2206.00364: c_in, c_skip, c_out and c_noise, by their own formulas."""
+    path, n = Preconditioned(0.5, 0.01, 50.0), torch.tensor([0.01, 0.3, 1.0, 7.0, 50.0], dtype=F64)
+    t = path.time_at(-n.log())
+    c_in = 1 / (n**2 + 0.25).sqrt()
+    close(path.alpha(t), c_in)
+    close(path.sigma(t), n * c_in)
+    close(path.network_time(t), n.log() / 4)
+    assert path.hold_range("edm") == (float(t[-1]), float(t[0]))
+    # What EDM calls the denoiser, from the state x = x1 + n x0 that is not scaled.
+    x, f = pair(5, 3)
+    denoised = (0.25 / (n**2 + 0.25))[:, None] * x + (n * 0.5 * c_in)[:, None] * f
+    velocity = path.to_velocity(f, c_in[:, None] * x, t, "edm")
+    close(path.from_velocity(velocity, c_in[:, None] * x, t, "data"), denoised, 1e-10)
 
 
 def test_float32_times_in_a_table_lose_nothing():
@@ -262,7 +292,7 @@ def test_there_is_no_score_without_noise(path):
 def test_other_errors():
     x, f = pair(3, 2)
     for convert in (Linear().to_velocity, Linear().from_velocity):
-        with pytest.raises(ValueError, match=r"unknown prediction kind 'epsilon'.*Known: data, flow, noise, s"):
+        with pytest.raises(ValueError, match=r"unknown prediction kind 'epsilon'.*Known: data, edm, flow, n"):
             convert(f, x, 0.5, "epsilon")
     with pytest.raises(ValueError, match=r"noise has shape \(3, 2\), data \(3, 1\)"):
         Linear().sample(x, f[:, :1], 0.5)
@@ -279,6 +309,11 @@ def test_sameness_and_names():
     assert not VariancePreserving().same_as(VariancePreserving(0.1, 19.0))
     assert Tabulated((1.0, 0.0)).same_as(Tabulated((1.0, 0.0)))
     assert not Tabulated((1.0, 0.0)).same_as(Tabulated((1.0, -1.0)))
+    assert Forward().same_as(Linear())
+    assert not Preconditioned(0.5).same_as(Preconditioned(1.0))
+    assert not Preconditioned(1.0).same_as(Trigonometric())
+    with pytest.raises(ValueError, match=r"Preconditioned.*sigma_min=2.0.*0 < sigma_min < sigma_max"):
+        Preconditioned(0.5, 2.0, 1.0)
     assert repr(DDPM) == "Tabulated(1000 steps, log-ratios 4.61 to -5.06)"
 
 
@@ -306,6 +341,8 @@ def oracle(native, kind):
             t = 1 - time / (len(native.log_ratios) - 1)
         elif isinstance(native, Reversed):
             t = 1 - time / native.scale
+        elif isinstance(native, Preconditioned):
+            t = native.time_at(-4 * time)
         return predictions(native, *posterior(x, native, t), t)[kind]
 
     return network
@@ -316,7 +353,14 @@ def converted(x, native, kind, path, t):
     return c.skip[:, None] * x + c.out[:, None] * oracle(native, kind)(c.into[:, None] * x, c.time)
 
 
-NATIVES = [Linear(), Trigonometric(), VariancePreserving(), DDPM, Reversed(1000.0)]
+NATIVES = [
+    Linear(),
+    Trigonometric(),
+    VariancePreserving(),
+    DDPM,
+    Reversed(1000.0),
+    Preconditioned(0.7, sigma_max=200.0),
+]
 by_native = pytest.mark.parametrize("native", NATIVES, ids=lambda p: type(p).__name__)
 by_wanted = pytest.mark.parametrize("path", NATIVES[:4], ids=lambda p: type(p).__name__)
 
@@ -356,6 +400,8 @@ def test_predictions_are_held_where_they_say_little(path, kind):
     """Noise where there is less than 1 data to 1000 noise, data the other way; else only where the path ends."""
     ends = torch.tensor([0.0, 1.0], dtype=F64)
     first, last = (path.alpha(ends) / path.sigma(ends)).tolist()
+    if isinstance(path, Preconditioned):  # which holds the ends of its training
+        first, last = 1 / 80, 1 / 0.002
     held = torch.tensor(path.hold_range(kind), dtype=F64)
     low, high = (path.alpha(held) / path.sigma(held)).tolist()
     assert low == pytest.approx(max(first, 1e-3) if kind in ("noise", "score") else first, rel=1e-9)

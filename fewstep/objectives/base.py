@@ -33,11 +33,13 @@ class Objective(nn.Module):
     it. It knows no device, optimizer or data set, and draws random numbers only from the generators handed in.
 
     ``sources`` are the arXiv numbers of its papers. ``gamma`` is how the students it makes are sampled when nothing is
-    said: 0, or 1 where they only know the way to t = 1 (consistency models), see ``fewstep.sample``.
+    said: 0, or 1 where they only know the way to t = 1 (consistency models), see ``fewstep.sample``. ``trains_field``
+    says that what it trains is a velocity field, not a flow map.
     """
 
     ema: float | None = None
     gamma: float = 0.0
+    trains_field: bool = False
     sources: tuple[str, ...] = ()
 
     def __init__(self, teacher: VelocityField | None = None) -> None:

@@ -22,6 +22,7 @@ class FlowMatching(Objective):
     """
 
     sources = ("2210.02747", "2303.08797")
+    trains_field = True
 
     def __init__(self, times: str = "uniform") -> None:
         super().__init__()

@@ -1,0 +1,72 @@
+"""What a diffusers scheduler says of the network it was made for: its path, and what it predicts.
+
+The scheduler's own tables and config are read, never its sampler: shifts, spacings and Karras grids move the steps of
+sampling, not what the network means at a time.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.errors import unknown
+from fewstep.paths import Forward, Path, Preconditioned, Reversed, Tabulated
+
+# How diffusers' schedulers name what a network predicts: on a diffusion schedule, and under the scaling of EDM.
+_ON_A_TABLE = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
+_ON_EDM = {"epsilon": "edm", "v_prediction": "v"}
+# Zero terminal SNR. Some schedulers write just 2^-24 there for their own divisions; others reach less in earnest.
+_NO_SIGNAL = (0.0, 2**-24)
+
+
+def schedule_of(scheduler: Any) -> tuple[Path, str]:
+    """The path and the prediction kind of the network that a diffusers scheduler belongs to.
+
+    * flow-match schedulers, and those with ``use_flow_sigmas``: the linear path, whose time runs from data to noise,
+      or from noise to data (``invert_sigmas``);
+    * EDM schedulers, and Euler with continuous timesteps: the scaling of arXiv 2206.00364;
+    * any other with ``alphas_cumprod``: that table.
+
+    Raises:
+        ValueError: for a scheduler that is none of these, a prediction type that is not known, or a table whose last
+            step has no signal at all (zero terminal SNR) beside a noise prediction, which says nothing there.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    prediction = config.get("prediction_type", "epsilon")
+    steps = float(config.get("num_train_timesteps", 1000))
+    if "FlowMatch" in name or "FlowMap" in name or config.get("use_flow_sigmas") or prediction == "flow_prediction":
+        return (Forward(steps), "velocity") if config.get("invert_sigmas") else (Reversed(steps), "flow")
+    if name.startswith("EDM"):
+        native = Preconditioned(config.sigma_data, config.sigma_min, config.sigma_max)
+        return native, _kind(prediction, _ON_EDM)
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        raise ValueError(
+            f"{name} has no alphas_cumprod, and is no EDM and no flow-match scheduler: wrap the network by hand as "
+            "NetworkField(network, path, prediction)"
+        )
+    kind = _kind(prediction, _ON_A_TABLE)
+    if config.get("timestep_type") == "continuous":
+        if kind != "v":
+            raise ValueError(f"{name} with continuous timesteps is known with v_prediction alone, not {prediction}")
+        noise = ((1 - table) / table).sqrt()
+        return Preconditioned(1.0, config.sigma_min or float(noise[0]), config.sigma_max or float(noise[-1])), kind
+    return Tabulated.from_alphas_cumprod(_with_signal(table, kind, name)), kind
+
+
+def _kind(prediction: str, known: dict[str, str]) -> str:
+    if prediction not in known:
+        raise unknown("prediction type", str(prediction), known)
+    return known[prediction]
+
+
+def _with_signal(table: Tensor, kind: str, name: str) -> Tensor:
+    """The table without a last step that has no signal: the prediction of the one before it is held there."""
+    if float(table[-1]) not in _NO_SIGNAL:
+        return table
+    if kind == "noise":
+        raise ValueError(
+            f"the last of the {len(table)} steps of this {name} has no signal (zero terminal SNR), where a noise "
+            "prediction says nothing: leave it out, NetworkField(network, "
+            "Tabulated.from_alphas_cumprod(scheduler.alphas_cumprod[:-1]), 'noise')"
+        )
+    return table[:-1]

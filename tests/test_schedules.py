@@ -1,0 +1,253 @@
+"""What schedulers say of their networks: every family of diffusers, drawn schedules, EDM, flow matching."""
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fewstep.exact import GaussianField, MixtureField
+from fewstep.fields import DiffusionField
+from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
+from fewstep.schedules import schedule_of
+from fewstep.solvers import integrate
+
+F64 = torch.float64
+MEANS = torch.tensor([[-1.0, 0.5], [0.9, 0.2], [0.1, -1.2]], dtype=F64)
+SCALES = torch.tensor([0.3, 0.5, 0.2], dtype=F64)
+WEIGHTS = torch.tensor([0.5, 0.2, 0.3], dtype=F64)
+MIXTURE = MixtureField(MEANS, SCALES, WEIGHTS)
+
+
+def posterior(x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """E[data given x] and E[noise given x] for the mixture, x (B, 2) = alpha data + sigma noise, by Bayes' rule."""
+    a, s = alpha[:, None, None], sigma[:, None, None]
+    variance = (a * SCALES[:, None]) ** 2 + s**2
+    away = x[:, None] - a * MEANS
+    log = WEIGHTS.log() - variance[..., 0].log() - away.square().sum(-1) / (2 * variance[..., 0])
+    share = torch.softmax(log, dim=1)[..., None]
+    data = (share * (MEANS + a * SCALES[:, None] ** 2 / variance * away)).sum(1)
+    return data, (share * s / variance * away).sum(1)
+
+
+class Oracle(nn.Module):
+    """The perfect diffusion network of the mixture at step k of a table of alphas_cumprod; log-SNR linear between."""
+
+    def __init__(self, power: Tensor, prediction: str) -> None:
+        super().__init__()
+        self.log_snr, self.prediction = (power / (1 - power)).log(), prediction
+
+    def forward(self, x: Tensor, k: Tensor) -> Tensor:
+        low = k.floor().long().clamp(0, len(self.log_snr) - 2)
+        log_snr = torch.lerp(self.log_snr[low], self.log_snr[low + 1], k - low)
+        alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+        data, noise = posterior(x, alpha, sigma)
+        v = alpha[:, None] * noise - sigma[:, None] * data
+        return {"epsilon": noise, "sample": data, "v_prediction": v}[self.prediction]
+
+
+def error(field: Any, t: Tensor) -> Tensor:
+    """How far a field is from the mixture's, at states spread as the path's are."""
+    draw = torch.Generator().manual_seed(0)
+    data = MIXTURE.data(len(t), draw).to(F64)
+    x, _ = Linear().sample(torch.randn(data.shape, generator=draw, dtype=F64), data, t)
+    return (field(x, t) - MIXTURE(x, t)).abs().amax(1)
+
+
+@st.composite
+def schedules(draw: Any) -> Any:
+    """A DDPM scheduler of any kind of betas, with a prediction that it allows."""
+    steps = draw(st.integers(20, 1000))
+    prediction = draw(st.sampled_from(["epsilon", "v_prediction", "sample"]))
+    kind = draw(st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "trained"]))
+    first = draw(st.floats(1e-5, 2e-3))
+    last = draw(st.floats(4e-3, 3e-2))
+    options: dict[str, Any] = {"beta_schedule": kind, "beta_start": first, "beta_end": last}
+    if kind == "trained":
+        seed = draw(st.integers(0, 99))
+        rough = torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=F64)
+        options = {"trained_betas": (first + (last - first) * rough).tolist()}
+    options["rescale_betas_zero_snr"] = kind != "squaredcos_cap_v2" and prediction != "epsilon" and draw(st.booleans())
+    return DDPMScheduler(num_train_timesteps=steps, prediction_type=prediction, **options)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(scheduler=schedules())
+def test_any_schedule_is_exact_at_its_steps_and_finite_everywhere(scheduler: Any) -> None:
+    power = scheduler.alphas_cumprod.double()
+    power = power[power > 2**-24]
+    field = DiffusionField(Oracle(power, scheduler.config.prediction_type), scheduler)
+    alpha, sigma = power.sqrt(), (1 - power).sqrt()
+    nodes = alpha / (alpha + sigma)
+    assert error(field, nodes).max() < 1e-6
+    assert error(field, (nodes[1:] + nodes[:-1]) / 2).max() < 1e-6
+    everywhere = torch.cat([torch.tensor([0.0, 1e-15, 1e-9, 1 - 1e-9, 1.0], dtype=F64), torch.linspace(0, 1, 101)])
+    for x in (torch.randn(106, 2, dtype=F64), torch.zeros(106, 2, dtype=F64)):
+        assert field(x, everywhere).isfinite().all()
+
+
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+FAMILIES = [
+    "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler", "DEISMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "SASolverScheduler", "LCMScheduler",
+    "DDPMParallelScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler", "TCDScheduler",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_the_same_table(name: str) -> None:
+    """However a family samples, the network behind it was trained on one schedule."""
+    expected, _ = schedule_of(DDPMScheduler(**BETAS))
+    for prediction, kind in (("epsilon", "noise"), ("v_prediction", "v")):
+        native, found = schedule_of(getattr(diffusers, name)(prediction_type=prediction, **BETAS))
+        assert found == kind
+        assert isinstance(native, Tabulated)
+        assert isinstance(expected, Tabulated)
+        assert native.log_ratios == pytest.approx(expected.log_ratios, rel=1e-6)
+
+
+def test_options_of_sampling_change_nothing() -> None:
+    plain = schedule_of(EulerDiscreteScheduler(**BETAS))
+    options = {"use_karras_sigmas": True, "timestep_spacing": "trailing", "steps_offset": 1}
+    assert schedule_of(EulerDiscreteScheduler(**BETAS, **options)) == plain
+    assert schedule_of(diffusers.DDIMScheduler(**BETAS, clip_sample=False, thresholding=True)) == plain
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_zero_terminal_snr_however_a_family_writes_it(name: str) -> None:
+    scheduler = getattr(diffusers, name)(rescale_betas_zero_snr=True, prediction_type="v_prediction", **BETAS)
+    native, _ = schedule_of(scheduler)
+    assert isinstance(native, Tabulated)
+    assert len(native.log_ratios) == 999
+    scheduler.register_to_config(prediction_type="epsilon")
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        schedule_of(scheduler)
+
+
+# EDM
+
+
+MEAN, COV = torch.tensor([0.4, -0.3], dtype=F64), torch.tensor([[0.3, 0.1], [0.1, 0.2]], dtype=F64)
+GAUSS = GaussianField(MEAN, COV)
+
+
+class Denoiser(nn.Module):
+    """The perfect network of an EDM scheduler for Gaussian data, undone from the scheduler's own preconditioning."""
+
+    def __init__(self, scheduler: Any) -> None:
+        super().__init__()
+        self.scheduler = scheduler
+        self.asked: list[Tensor] = []
+
+    def forward(self, scaled: Tensor, time: Tensor) -> Tensor:
+        self.asked.append(time)
+        n, d = (4 * time.double()).exp()[:, None], self.scheduler.config.sigma_data
+        x = scaled.double() * (n**2 + d**2).sqrt()
+        cov = COV + (n**2)[..., None] * torch.eye(2, dtype=F64)
+        data = MEAN + torch.linalg.solve(cov, x - MEAN) @ COV
+        skip = self.scheduler.precondition_outputs(x, torch.zeros_like(x), n)
+        out = self.scheduler.precondition_outputs(torch.zeros_like(x), torch.ones_like(x), n)
+        return ((data - skip) / out).to(scaled)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_edm_is_exact(prediction: str, sigma_data: float) -> None:
+    scheduler = EDMEulerScheduler(prediction_type=prediction, sigma_data=sigma_data)
+    network = Denoiser(scheduler)
+    field = DiffusionField(network, scheduler)
+    n = torch.logspace(-2.69, 1.9, 60, dtype=F64)
+    t = 1 / (1 + n)
+    draw = torch.Generator().manual_seed(0)
+    data = GAUSS.data(60, draw).to(F64)
+    x, _ = Linear().sample(torch.randn(60, 2, generator=draw, dtype=F64), data, t)
+    assert (field(x, t) - GAUSS(x, t)).abs().max() < 1e-6
+    torch.testing.assert_close(network.asked[0], n.log() / 4, atol=1e-9, rtol=0)
+    ends = torch.tensor([0.0, 1e-9, 1 / 82, 1 - 1e-4, 1.0], dtype=F64)
+    velocity = field(x[:5], ends)
+    assert velocity.isfinite().all()
+    assert (velocity - GAUSS(x[:5], ends)).abs().max() < 0.1
+    asked = torch.cat(network.asked)
+    assert asked.min() >= torch.tensor(0.002).log() / 4 - 1e-6
+    assert asked.max() <= torch.tensor(80.0).log() / 4 + 1e-6
+
+
+def test_edm_sampling_is_its_own_schedulers() -> None:
+    """Euler on the same noise levels: one is in x1 + n x0, the other on the linear path, and a step is the same."""
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            return torch.tanh(2 * x + time.to(x)[:, None].cos())
+
+    scheduler, network = EDMEulerScheduler(), Net()
+    scheduler.set_timesteps(30)
+    noise = torch.randn(5, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+    sigmas = scheduler.sigmas.double()
+    x = noise * sigmas[0]
+    for time in scheduler.timesteps:
+        x = scheduler.step(network(scheduler.scale_model_input(x, time), time.expand(5)), time, x).prev_sample
+    grid = 1 / (1 + sigmas)
+    field = DiffusionField(network, EDMEulerScheduler())
+    got = integrate(field, noise * sigmas[0] * grid[0], grid, "euler")
+    # x1 + n x0 = 80 x0 to begin with in the one, and the scheduler computes in float32.
+    torch.testing.assert_close(got, x, atol=2e-4, rtol=0)
+
+
+def test_continuous_timesteps_are_edm_with_data_of_deviation_one() -> None:
+    """As Stable Video Diffusion has them."""
+    options = {"timestep_type": "continuous", "sigma_min": 0.002, "sigma_max": 700.0, "use_karras_sigmas": True}
+    scheduler = EulerDiscreteScheduler(prediction_type="v_prediction", **BETAS, **options)
+    assert schedule_of(scheduler) == (Preconditioned(1.0, 0.002, 700.0), "v")
+    scheduler.set_timesteps(10)
+    native, _ = schedule_of(scheduler)
+    sigmas = scheduler.sigmas[:-1].double()
+    torch.testing.assert_close(native.network_time(native.time_at(-sigmas.log())), scheduler.timesteps.double())
+    scheduler.register_to_config(prediction_type="epsilon")
+    with pytest.raises(ValueError, match="continuous timesteps is known with v_prediction alone, not epsilon"):
+        schedule_of(scheduler)
+
+
+# Flow matching
+
+
+def test_flow_match_schedulers() -> None:
+    assert schedule_of(FlowMatchEulerDiscreteScheduler(shift=3.0)) == (Reversed(1000.0), "flow")
+    assert schedule_of(diffusers.FlowMatchHeunDiscreteScheduler(num_train_timesteps=500)) == (Reversed(500.0), "flow")
+    assert schedule_of(FlowMatchEulerDiscreteScheduler(invert_sigmas=True)) == (Forward(1000.0), "velocity")
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        flow = getattr(diffusers, name)(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+        assert schedule_of(flow) == (Reversed(1000.0), "flow")
+
+
+def test_inverted_sigmas_run_from_noise_to_data() -> None:
+    """The scheduler's own Euler steps, of a network in its own time, are those of the field."""
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            return torch.tanh(x) + time.to(x)[:, None] / 1000
+
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    scheduler.set_timesteps(7)
+    x = noise = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    for time in scheduler.timesteps:
+        x = scheduler.step(Net()(x, time.expand(4)), time, x, return_dict=False)[0]
+    got = integrate(DiffusionField(Net(), scheduler), noise, scheduler.sigmas, "euler")
+    torch.testing.assert_close(got, x, atol=1e-5, rtol=0)
+
+
+def test_what_no_schedule_can_say_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"KarrasVeScheduler has no alphas_cumprod.*NetworkField"):
+        schedule_of(diffusers.KarrasVeScheduler())
+    with pytest.raises(ValueError, match=r"CMStochasticIterativeScheduler has no alphas_cumprod"):
+        schedule_of(diffusers.CMStochasticIterativeScheduler())
+    with pytest.raises(ValueError, match=r"unknown prediction type 'epsilom'.*did you mean 'epsilon'"):
+        schedule_of(DDPMScheduler(prediction_type="epsilom"))
+    scheduler = EDMEulerScheduler()
+    scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(ValueError, match=r"unknown prediction type 'sample'.*Known: epsilon, v_prediction"):
+        schedule_of(scheduler)

@@ -1,5 +1,6 @@
 """Samples of a trained model: drawn in batches, written as pictures or arrays."""
 
+import inspect
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,9 @@ from torch import Tensor
 from fewstep.evaluation.files import replace_file
 from fewstep.evaluation.plots import image_grid, png, points_figure
 from fewstep.exact import ExactField
-from fewstep.fields import VelocityField, unguided
+from fewstep.fields import Guided, VelocityField, unguided
 from fewstep.maps import FlowMap
-from fewstep.networks import MLP, TwoTimeUNet, UNet
+from fewstep.networks import MLP
 from fewstep.randomness import generator, sample_generators
 from fewstep.sampling import count_calls, sample, sample_noise
 
@@ -22,7 +23,7 @@ Model = FlowMap | VelocityField
 
 
 def shape_of(model: Model) -> tuple[int, ...]:
-    """The shape of one of a model's samples.
+    """The shape of one of a model's samples; a network of one's own says it as ``shape``.
 
     Raises:
         ValueError: its network does not say.
@@ -30,12 +31,10 @@ def shape_of(model: Model) -> tuple[int, ...]:
     inner = _inside(model)
     if isinstance(inner, MLP):
         return (inner.config["dim"],)
-    if isinstance(inner, UNet | TwoTimeUNet):
-        config: Any = inner.model.config
-        size = config.sample_size
-        return (config.in_channels, *((size, size) if isinstance(size, int) else size))
     if isinstance(inner, ExactField):
         return tuple(inner.data(1, generator(0)).shape[1:])
+    if hasattr(inner, "shape"):
+        return tuple(inner.shape)
     raise ValueError(
         f"{type(inner).__name__} does not say what its samples look like: data: {{name: teacher, shape: [1, 28, 28]}}"
     )
@@ -44,8 +43,6 @@ def shape_of(model: Model) -> tuple[int, ...]:
 def classes_of(model: Model) -> int:
     """How many classes a model is conditioned on, 0 for none; a network of one's own says it as ``classes``."""
     inner = _inside(model)
-    if isinstance(inner, UNet | TwoTimeUNet):
-        return inner.model.config["num_class_embeds"] or 0
     return inner.config["classes"] if isinstance(inner, MLP) else getattr(inner, "classes", 0)
 
 
@@ -63,6 +60,8 @@ def draw(
     shape: tuple[int, ...] | None = None,
     seed: int = 0,
     labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    decode: bool = False,
     batch: int = 256,
     guidance: float | None = None,
     **options: Any,
@@ -74,22 +73,30 @@ def draw(
     Args:
         shape: of one sample; by default what the model says.
         labels: classes, given to the samples in turn; by default all of them, where the model has classes.
-        guidance: the strength of guidance, for a model that takes it.
+        prompts: texts, given to the samples in turn; their conditions are not among those returned.
+        decode: images instead of latents, of a latent model.
+        guidance: the strength of guidance, for a model that takes it; a text model that does not is guided away from
+            what it does without a prompt.
         options: those of ``fewstep.sample``.
 
     Raises:
-        ValueError: no samples asked for, labels that the model does not have, or as ``fewstep.sample``.
+        ValueError: no samples asked for, labels that the model does not have, a text model without prompts or another
+            with them, or as ``fewstep.sample``.
     """
     if count < 1 or batch < 1:
         raise ValueError(f"count is {count} and batch is {batch}: at least one sample is needed")
-    shape, classes = shape or shape_of(model), classes_of(model)
+    shape, classes, inner = shape or shape_of(model), classes_of(model), _inside(model)
     labels = range(classes) if labels is None else labels
     if classes and not all(0 <= label < classes for label in labels):
         raise ValueError(f"labels {list(labels)}: the model has the classes 0 to {classes - 1}")
-    if labels and not classes and isinstance(_inside(model), MLP | UNet | TwoTimeUNet | ExactField):
+    if labels and not classes and (isinstance(inner, MLP | ExactField) or hasattr(inner, "classes")):
         raise ValueError(f"labels {list(labels)}: the model has no classes")
     cond = {"class_labels": torch.tensor([labels[i % len(labels)] for i in range(count)])} if labels else {}
     device = next((value.device for value in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    text = _conditions(model, prompts, device)
+    if guidance is not None and text and isinstance(model, VelocityField) and not _takes_guidance(inner):
+        assert model.text is not None
+        model, guidance = Guided(model, guidance, null=model.text.null(device)), None
     parts = []
     with count_calls(model) as calls:
         for rows in torch.arange(count).split(batch):
@@ -97,12 +104,29 @@ def draw(
             generators = sample_generators(seed, rows.tolist())
             noise = sample_noise((len(rows), *shape), generators).to(device)
             given: dict[str, Any] = {name: value[rows].to(device) for name, value in cond.items()}
+            given |= {name: value[rows % len(value)] for name, value in text.items()}
             if guidance is not None:
                 given["guidance"] = torch.full((len(rows),), guidance, device=device)
             if isinstance(model, FlowMap):
                 given["generator"] = generators
-            parts.append(sample(model, noise, steps, **options, **given).cpu())
-    return torch.cat(parts), cond, calls.count / len(parts)
+            samples = sample(model, noise, steps, **options, **given)
+            parts.append((model.latents.decode(samples) if decode and model.latents else samples).cpu())
+    return torch.cat(parts), cond, calls.rows / count
+
+
+def _conditions(model: Model, prompts: Sequence[str] | None, device: torch.device) -> dict[str, Tensor]:
+    """The conditions of prompts, a row each; none for a model without text."""
+    if model.text is None and prompts:
+        raise ValueError(f"prompts {list(prompts)}: this model has no text encoders that fewstep knows")
+    if model.text is None:
+        return {}
+    if not prompts:
+        raise ValueError('the model is conditioned on text: give it prompts, --prompt "a cat" or prompts=["a cat"]')
+    return model.text.encode(list(prompts), device=device)
+
+
+def _takes_guidance(network: Any) -> bool:
+    return "guidance" in inspect.signature(network.forward).parameters
 
 
 def check_out(out: Path, shape: tuple[int, ...]) -> None:

@@ -5,20 +5,32 @@ A field gives ``v_t(x) = E[dx_t given x_t = x]``, the marginal velocity of its p
 another (:class:`Guided`), or in closed form (``fewstep.exact``).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.errors import unknown
+from fewstep.networks import FAMILIES
 from fewstep.paths import KINDS, Linear, Path, Scaling, as_times, expand, scaling
 from fewstep.schedules import schedule_of
 
+if TYPE_CHECKING:
+    from fewstep.latents import Latents
+    from fewstep.prompts import Prompts
+
 
 class VelocityField(nn.Module):
-    """A velocity ``v_t(x)`` on a ``path``: ``field(x, t, **cond)``, x (B, ...), t (B,) or a number -> (B, ...)."""
+    """A velocity ``v_t(x)`` on a ``path``: ``field(x, t, **cond)``, x (B, ...), t (B,) or a number -> (B, ...).
+
+    Attributes:
+        latents: what turns images into the x of a latent model and back, None where x is the data itself.
+        text: what turns prompts into conditions, None for a model without text or with text of one's own.
+    """
 
     path: Path
+    latents: "Latents | None" = None
+    text: "Prompts | None" = None
 
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         raise NotImplementedError
@@ -57,6 +69,12 @@ class NetworkField(VelocityField):
         super().__init__()
         if prediction not in KINDS:
             raise unknown("prediction kind", prediction, KINDS)
+        name = type(network).__name__
+        if name in FAMILIES and type(network).__module__.startswith("diffusers."):
+            raise ValueError(
+                f"a {name} of diffusers is called in its own way and returns an object: wrap it first, "
+                f"fewstep.networks.{FAMILIES[name].__name__}(model)"
+            )
         self.network = network
         self.native = native or Linear()
         self.prediction = prediction
@@ -74,16 +92,45 @@ class NetworkField(VelocityField):
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         t = as_times(t, x)
         if self.bare:
-            return self.network(x, self.native.network_time(t), **cond)
+            return checked(self.network(x, self.native.network_time(t), **cond), x, self.network)
         c = self.scaling(t)
-        prediction = self.network(expand(c.into, x) * x, c.time, **cond)
+        prediction = checked(self.network(expand(c.into, x) * x, c.time, **cond), x, self.network)
         return expand(c.skip, x) * x + expand(c.out, x) * prediction
 
     def on(self, path: Path) -> "NetworkField":
-        return NetworkField(self.network, self.native, self.prediction, path=path)
+        moved = NetworkField(self.network, self.native, self.prediction, path=path)
+        moved.latents, moved.text = self.latents, self.text
+        return moved
 
     def extra_repr(self) -> str:
         return f"native={self.native}, prediction={self.prediction!r}, path={self.path}"
+
+
+def checked(prediction: Any, x: Tensor, network: nn.Module) -> Tensor:
+    """What a network predicted at x (B, ...), which has the shape of x.
+
+    Raises:
+        ValueError: it returned something else; the message says what, and how to wrap the network.
+    """
+    if isinstance(prediction, Tensor) and prediction.shape == x.shape:
+        return prediction
+    name = type(network).__name__
+    if not isinstance(prediction, Tensor):
+        way = "its .sample" if hasattr(prediction, "sample") else "the tensor in it"
+        known = ", ".join(family.__name__ for family in FAMILIES.values())
+        raise ValueError(
+            f"the network {name} returned a {type(prediction).__name__}, and a field needs a tensor like x "
+            f"{tuple(x.shape)}: wrap it in a module whose forward(x, t, **cond) calls it and returns {way}; for "
+            f"diffusers' own models fewstep.networks has {known}"
+        )
+    shapes = f"{tuple(prediction.shape)} for x {tuple(x.shape)}"
+    if prediction.ndim == x.ndim > 1 and prediction.shape[1] == 2 * x.shape[1]:
+        raise ValueError(
+            f"the network {name} returned {shapes}, twice the channels, as one does that predicts a variance too: "
+            f"wrap it in a module whose forward returns the first {x.shape[1]} channels alone, as those of "
+            "fewstep.networks do"
+        )
+    raise ValueError(f"the network {name} returned {shapes}: a prediction has the shape of x")
 
 
 class DiffusionField(NetworkField):
@@ -143,7 +190,7 @@ class Guided(VelocityField):
             raise ValueError(f"the weak field is on {weak.path}, the field on {field.path}: use weak.on(field.path)")
         self.field, self.weak = field, weak
         self.scale, self.interval, self.null = scale, interval, null or {}
-        self.path = field.path
+        self.path, self.latents, self.text = field.path, field.latents, field.text
 
     def forward(self, x: Tensor, t: Tensor | float, *, guidance: Tensor | None = None, **cond: Any) -> Tensor:
         t = as_times(t, x)

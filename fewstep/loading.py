@@ -1,17 +1,18 @@
 """Models from disk: a diffusers folder, an export or a run of fewstep's, as a velocity field or a flow map."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from fewstep.converted import is_converted, load_converted
+from fewstep.diffusers_folder import HUB_FILES, load_field, look_into
 from fewstep.errors import unknown
-from fewstep.fields import DiffusionField, NetworkField, VelocityField, schedule_of
+from fewstep.fields import NetworkField, VelocityField
 from fewstep.maps import FlowMap
-from fewstep.networks import MLP, TwoTimeUNet, UNet
+from fewstep.model_files import check_file, check_weights, read_json
+from fewstep.networks import MLP, TwoTimeUNet
 from fewstep.paths import Linear, Reversed, Tabulated, Trigonometric, VariancePreserving
 from fewstep.paths import Path as Trajectory
 
@@ -23,9 +24,6 @@ _TRAJECTORIES: dict[str, type[Any]] = {
     c.__name__: c for c in (Linear, Reversed, Tabulated, Trigonometric, VariancePreserving)
 }
 
-_BY_HAND = "wrap it by hand: DiffusionField(network, scheduler), or NetworkField(network, path, prediction)"
-_WEIGHTS = "diffusion_pytorch_model"
-
 
 def load(source: str | Path, *, device: str = "cpu") -> VelocityField | FlowMap:
     """A model from a folder, in evaluation mode.
@@ -33,17 +31,20 @@ def load(source: str | Path, *, device: str = "cpu") -> VelocityField | FlowMap:
     Args:
         source: one of
 
-            * a diffusers folder with a ``UNet2DModel`` and a scheduler (a pipeline, or a bare model with
-              ``scheduler_config.json`` beside it), as a velocity field on the linear path (arXiv 2506.02221);
-            * an export of fewstep's, as what was exported;
+            * a diffusers folder with a model of ``fewstep.networks.FAMILIES`` and a scheduler (a pipeline, or a bare
+              model with ``scheduler_config.json`` beside it), as a velocity field on the linear path
+              (arXiv 2506.02221), with the ``latents`` of its VAE and the ``text`` of its encoders;
+            * an export of fewstep's, as what was exported, or what ``fewstep.convert`` wrote, as what was converted;
             * a run folder, as what was trained;
             * ``fewstep:NAME``, a model that comes with fewstep;
             * ``owner/name``, a diffusers model on the Hugging Face hub.
         device: where it goes.
 
     Raises:
-        FileNotFoundError: no such folder or hub model; a folder without model, scheduler or safetensors weights.
-        ValueError: a model or scheduler that fewstep does not know, or a file that cannot be read.
+        FileNotFoundError: no such folder or hub model; a folder without model, scheduler, its VAE or safetensors
+            weights.
+        ValueError: a model, scheduler or VAE that fewstep does not know, parts that do not belong together, or a file
+            that cannot be read.
 
     >>> teacher = fewstep.load("./my-ddpm")
     """
@@ -52,12 +53,14 @@ def load(source: str | Path, *, device: str = "cpu") -> VelocityField | FlowMap:
         from fewstep.runs import load_run
 
         model = load_run(folder)
-    elif (index := _read(folder / "model_index.json")) and _pipeline_name(index) == "FlowMapPipeline":
+    elif (index := read_json(folder / "model_index.json")) and _pipeline_name(index) == "FlowMapPipeline":
         model = _load_map(folder, index)
-    elif (config := _read(folder / "config.json")) and "_fewstep_version" in config:
+    elif (config := read_json(folder / "config.json")) and "_fewstep_version" in config:
         model = _load_plain(folder, config)
+    elif is_converted(folder):
+        model = load_converted(folder)
     else:
-        model = _load_diffusion(folder)
+        model = load_field(folder)
     return model.to(device).eval()
 
 
@@ -77,8 +80,10 @@ def _find(source: str | Path) -> Path:
     if isinstance(source, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         raise FileNotFoundError(f"no folder {name}")
     # The configurations first: what fewstep cannot use is refused before its weights are fetched.
-    _check_diffusion(_from_hub(name, "*.json"))
-    return _from_hub(name, "*.json", f"{_WEIGHTS}*.safetensors", f"unet/{_WEIGHTS}*.safetensors")
+    configurations = _from_hub(name, "*.json")
+    if not is_converted(configurations):
+        look_into(configurations)
+    return _from_hub(name, "*.json", *HUB_FILES)
 
 
 def _from_hub(name: str, *patterns: str) -> Path:
@@ -93,62 +98,6 @@ def _from_hub(name: str, *patterns: str) -> Path:
             f"no folder {name} here, and it cannot be had from the Hugging Face hub ({reason}): check the name, or "
             f"fetch it where there is a network (hf download {name} --local-dir FOLDER) and load the folder"
         ) from None
-
-
-def _load_diffusion(folder: Path) -> DiffusionField:
-    """A diffusers model with its scheduler (Diff2Flow)."""
-    from diffusers import UNet2DModel
-
-    model, scheduler = _check_diffusion(folder)
-    check_weights(model)
-    wrong = f"the weights in {model} are not those of its config.json"
-    try:
-        # The plain way of loading: the other one needs accelerate, and words its errors otherwise.
-        loaded: Any = UNet2DModel.from_pretrained(
-            model, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False
-        )
-    except RuntimeError as error:
-        raise ValueError(f"{wrong}: {' '.join(str(error).split('. ')[0].split())}") from None
-    unet, report = loaded
-    # diffusers would leave what is missing as random numbers, with a warning.
-    for what in ("missing", "unexpected"):
-        if names := report[f"{what}_keys"]:
-            raise ValueError(f"{wrong}: {len(names)} are {what}, one is {names[0]!r}")
-    return DiffusionField(UNet(unet), scheduler)
-
-
-def _check_diffusion(folder: Path) -> tuple[Path, Any]:
-    """The folder of the model, and the scheduler; without touching any weights."""
-    import diffusers
-
-    # In their own folders, or beside each other as in early repositories of diffusers.
-    models = [f for f in (folder / "unet", folder / "transformer", folder) if (f / "config.json").is_file()]
-    schedulers = [f for f in (folder / "scheduler", folder) if (f / "scheduler_config.json").is_file()]
-    if not models:
-        raise FileNotFoundError(
-            f"no model in {folder}: a diffusers folder has unet/config.json or config.json, a run of fewstep's has "
-            "recipe.yaml and checkpoints/"
-        )
-    config = _read(models[0] / "config.json")
-    name = config.get("_class_name", "of no class")
-    if name != "UNet2DModel":
-        raise ValueError(f"the model in {models[0]} is a {name}, and fewstep.load knows UNet2DModel so far: {_BY_HAND}")
-    if (embedding := config.get("time_embedding_type", "positional")) != "positional":
-        raise ValueError(
-            f"the UNet2DModel in {models[0]} has a {embedding} time embedding, not a positional: {_BY_HAND}"
-        )
-    if not schedulers:
-        raise FileNotFoundError(
-            f"no scheduler in {folder}: scheduler_config.json says what the model was trained on. Save the scheduler "
-            f"there (scheduler.save_pretrained({str(folder)!r})), or {_BY_HAND}"
-        )
-    name = _read(schedulers[0] / "scheduler_config.json").get("_class_name", "of no class")
-    scheduler_class = getattr(diffusers, name, None)
-    if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, diffusers.SchedulerMixin):
-        raise ValueError(f"the scheduler in {schedulers[0]} is a {name}, which diffusers does not have: {_BY_HAND}")
-    scheduler: Any = scheduler_class.from_pretrained(schedulers[0])
-    schedule_of(scheduler)
-    return models[0], scheduler
 
 
 def _load_map(folder: Path, index: dict[str, Any]) -> FlowMap:
@@ -177,7 +126,7 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> FlowMap | NetworkField:
     if name not in NETWORKS:
         raise unknown("network", name, NETWORKS)
     network = NETWORKS[name](**options)
-    _check_file(folder / "model.safetensors")
+    check_file(folder / "model.safetensors")
     network.load_state_dict(load_file(folder / "model.safetensors"))
     native, path = (_trajectory(config[key]) for key in ("native", "path"))
     if config["_class_name"] != "FlowMap":
@@ -195,37 +144,3 @@ def _trajectory(config: dict[str, Any]) -> Trajectory:
 def _pipeline_name(index: dict[str, Any]) -> str:
     name = index.get("_class_name", "")
     return name[1] if isinstance(name, list) else name
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file, empty where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): fetch or export the model again") from None
-
-
-def check_weights(model: Path) -> None:
-    """That a diffusers model's weights are there, as safetensors, and whole."""
-    files = sorted(model.glob(f"{_WEIGHTS}.safetensors")) or sorted(model.glob(f"{_WEIGHTS}-*.safetensors"))
-    if not files and list(model.glob("*.bin")):
-        raise FileNotFoundError(
-            f"{model} has its weights in .bin files only, and a .bin can run code when it is opened: if you trust it, "
-            "open it with diffusers and write it anew, model.save_pretrained(folder, safe_serialization=True)"
-        )
-    if not files:
-        raise FileNotFoundError(f"no weights in {model}: {_WEIGHTS}.safetensors is missing")
-    for file in files:
-        _check_file(file)
-
-
-def _check_file(file: Path) -> None:
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing: fetch or export the model again") from None
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}): fetch or export the model again") from None

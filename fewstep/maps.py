@@ -2,13 +2,17 @@
 
 import warnings
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fewstep.fields import NetworkField, VelocityField, unguided
+from fewstep.fields import NetworkField, VelocityField, checked, unguided
 from fewstep.networks import with_second_time
 from fewstep.paths import Path, as_times, expand, scaling
+
+if TYPE_CHECKING:
+    from fewstep.latents import Latents
+    from fewstep.prompts import Prompts
 
 
 class FlowMap(nn.Module):
@@ -26,9 +30,12 @@ class FlowMap(nn.Module):
     Attributes:
         gamma: how ``fewstep.sample`` re-noises between steps if nothing is said: 0, not at all, or 1 for a map that
             only knows the way to t = 1 (a consistency model).
+        latents, text: as those of a :class:`VelocityField`; a map made by ``from_field`` has its field's.
     """
 
     gamma: float = 0.0
+    latents: "Latents | None" = None
+    text: "Prompts | None" = None
 
     def __init__(
         self, network: nn.Module, native: Path | None = None, prediction: str = "velocity", *, path: Path | None = None
@@ -39,7 +46,9 @@ class FlowMap(nn.Module):
         self.native, self.prediction, self.path, self.bare = field.native, prediction, field.path, field.bare
 
     @classmethod
-    def from_field(cls, field: VelocityField, network: nn.Module | None = None) -> "FlowMap":
+    def from_field(
+        cls, field: VelocityField, network: nn.Module | None = None, *, guidance: bool = False
+    ) -> "FlowMap":
         """A student that starts as its teacher: same weights, and a second time that is silent.
 
         Args:
@@ -47,6 +56,8 @@ class FlowMap(nn.Module):
                 ``network``.
             network: a two-time network of one's own; the teacher's weights are loaded into it by name, and a warning
                 says which are new.
+            guidance: give the student an input for the strength of guidance, the condition ``guidance`` (B,), silent at
+                first too; 1, which is none, where it is not given.
 
         Raises:
             ValueError: if a network is needed and not given, or has no place for one of the teacher's weights.
@@ -59,19 +70,21 @@ class FlowMap(nn.Module):
                 )
             return cls(network, field.path)
         if network is None:
-            network = with_second_time(field.network)
+            network = with_second_time(field.network, guidance)
         else:
             load_by_name(network, field.network)
-        return cls(network, field.native, field.prediction, path=field.path)
+        student = cls(network, field.native, field.prediction, path=field.path)
+        student.latents, student.text = field.latents, field.text
+        return student
 
     def average_velocity(self, x: Tensor, s: Tensor | float, t: Tensor | float, **cond: Any) -> Tensor:
         """u(x, s, t), the mean velocity from s to t of the path through x at s; (B, ...)."""
         s, t = as_times(s, x), as_times(t, x)
         second = self.native.network_time(t)
         if self.bare:
-            return self.network(x, self.native.network_time(s), second, **cond)
+            return checked(self.network(x, self.native.network_time(s), second, **cond), x, self.network)
         c = scaling(self.native, self.prediction, self.path, s)
-        prediction = self.network(expand(c.into, x) * x, c.time, second, **cond)
+        prediction = checked(self.network(expand(c.into, x) * x, c.time, second, **cond), x, self.network)
         return expand(c.skip, x) * x + expand(c.out, x) * prediction
 
     def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, **cond: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """What ``fewstep.load`` takes, and how it says no."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from diffusers import (
     PNDMScheduler,
     UNet2DModel,
 )
+from family_toys import MODELS, conditions, ddim, tiny_model, tiny_pipeline, tiny_vae
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from unet_toys import tiny_unet
 
+from fewstep.diffusers_folder import HUB_FILES
 from fewstep.fields import DiffusionField
 from fewstep.loading import load
-from fewstep.networks import UNet
+from fewstep.networks import FAMILIES, UNet
 from fewstep.paths import Linear
 
 
@@ -95,6 +99,41 @@ def test_a_flow_match_folder_round_trip(tmp_path: Path) -> None:
     assert back.native == field.native
 
 
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("layout", ["folders", "bare"])
+def test_each_family(name: str, layout: str, tmp_path: Path) -> None:
+    model, scheduler = tiny_model(name), FlowMatchEulerDiscreteScheduler() if name in ("sd3", "flux") else ddim()
+    part = "unet" if name.startswith("sd") and name != "sd3" else "transformer"
+    model.save_pretrained(tmp_path / part if layout == "folders" else tmp_path)
+    scheduler.save_pretrained(tmp_path / "scheduler" if layout == "folders" else tmp_path)
+    field, expected = load(tmp_path), DiffusionField(FAMILIES[MODELS[name][0]](model), scheduler)
+    x = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(field(x, 0.4, **conditions(name)), expected(x, 0.4, **conditions(name)))
+    assert (field.latents, field.text) == (None, None)
+
+
+def test_a_pipeline_comes_with_its_vae(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline("dit")
+    pipeline.save_pretrained(tmp_path)
+    field = load(tmp_path)
+    assert field.text is None
+    assert field.latents is not None
+    z = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        images = pipeline.vae.decode(z / 0.7).sample.clamp(-1, 1)
+    assert torch.equal(field.latents.decode(z), images)
+
+
+def test_a_dit_and_a_pixart_as_they_were_first_saved(tmp_path: Path) -> None:
+    for name, norm in (("dit", "ada_norm_zero"), ("pixart", "ada_norm_single")):
+        folder = tmp_path / name
+        tiny_model(name).save_pretrained(folder)
+        ddim().save_pretrained(folder)
+        edit(folder / "config.json", _class_name="Transformer2DModel", norm_type=norm)
+        assert isinstance(load(folder).network, FAMILIES[MODELS[name][0]])
+
+
 def test_a_run_is_left_to_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "recipe.yaml").write_text("{}")
@@ -140,21 +179,39 @@ def test_a_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not any("bin" in pattern for patterns in asked for pattern in patterns)
     asked.clear()
     write(tmp_path / "someone" / "other", FlowMatchEulerDiscreteScheduler())
-    edit(tmp_path / "someone" / "other" / "unet" / "config.json", _class_name="UNet2DConditionModel")
-    with pytest.raises(ValueError, match="UNet2DConditionModel"):
+    edit(tmp_path / "someone" / "other" / "unet" / "config.json", _class_name="UVit2DModel")
+    with pytest.raises(ValueError, match="UVit2DModel"):
         load("someone/other")
     assert len(asked) == 1
+
+
+def test_what_is_fetched_of_a_whole_pipeline() -> None:
+    """One variant of the weights, as safetensors, and all that the text encoders need."""
+    wanted = [
+        "unet/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "vae/diffusion_pytorch_model.safetensors", "text_encoder_2/model.safetensors", "tokenizer/merges.txt",
+        "text_encoder_3/model-00002-of-00002.safetensors", "tokenizer_3/spiece.model",
+    ]  # fmt: skip
+    left = [
+        "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "v1-5-pruned.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors", "safety_checker/model.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors", "text_encoder/pytorch_model.bin",
+        "text_encoder/model.fp16.safetensors", "flux1-dev.safetensors",
+    ]  # fmt: skip
+    assert list(filter_repo_objects([*wanted, *left], allow_patterns=list(HUB_FILES))) == wanted
 
 
 def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_a_model_that_is_not_known_yet(tmp_path: Path) -> None:
+def test_a_model_that_is_not_known(tmp_path: Path) -> None:
     folder = write(tmp_path / "model")
-    edit(folder / "unet" / "config.json", _class_name="DiTTransformer2DModel")
-    with pytest.raises(ValueError, match=r"DiTTransformer2DModel.*DiffusionField\(network, scheduler\).*NetworkField"):
-        load(folder)
+    for name in ("UVit2DModel", "Transformer2DModel"):
+        edit(folder / "unet" / "config.json", _class_name=name)
+        says = rf"is a {name}, and fewstep.load knows DiT.*DiffusionField\(network, scheduler\).*NetworkField"
+        with pytest.raises(ValueError, match=says):
+            load(folder)
     edit(folder / "unet" / "config.json", _class_name="UNet2DModel", time_embedding_type="fourier")
     with pytest.raises(ValueError, match="fourier time embedding"):
         load(folder)
@@ -163,14 +220,17 @@ def test_a_model_that_is_not_known_yet(tmp_path: Path) -> None:
 def test_schedulers_that_do_not_do(tmp_path: Path) -> None:
     folder = write(tmp_path / "model")
     config = folder / "scheduler" / "scheduler_config.json"
-    edit(config, _class_name="EDMEulerScheduler")
-    with pytest.raises(ValueError, match="EDMEulerScheduler has no alphas_cumprod"):
+    edit(config, _class_name="ScoreSdeVeScheduler")
+    with pytest.raises(ValueError, match="ScoreSdeVeScheduler has no alphas_cumprod"):
         load(folder)
     for name in ("MyScheduler", "UNet2DModel"):  # unknown, and known but no scheduler
         edit(config, _class_name=name)
         with pytest.raises(ValueError, match=f"scheduler in .* is a {name}, which diffusers does not have"):
             load(folder)
-    edit(config, _class_name="DDPMScheduler", rescale_betas_zero_snr=True)
+    edit(config, _class_name="DDPMScheduler", prediction_type="epsilom")
+    with pytest.raises(ValueError, match="unknown prediction type 'epsilom': did you mean 'epsilon'"):
+        load(folder)
+    edit(config, prediction_type="epsilon", rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match="zero terminal SNR"):
         load(folder)
     config.unlink()
@@ -178,15 +238,61 @@ def test_schedulers_that_do_not_do(tmp_path: Path) -> None:
         load(folder)
 
 
+def test_a_vae_that_does_not_belong_to_the_model(tmp_path: Path) -> None:
+    tiny_pipeline("dit").save_pretrained(tmp_path)
+    vae = tmp_path / "vae"
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    weights.rename(tmp_path / "away")
+    with pytest.raises(
+        FileNotFoundError, match=r"no weights in .*vae: diffusion_pytorch_model\.safetensors is missing"
+    ):
+        load(tmp_path)
+    (tmp_path / "away").rename(weights)
+    edit(vae / "config.json", _class_name="AutoencoderDC")
+    with pytest.raises(ValueError, match=r"unknown VAE 'AutoencoderDC'.*Known: AutoencoderKL, AutoencoderTiny"):
+        load(tmp_path)
+    tiny_vae(latent_channels=3).save_pretrained(vae)
+    says = r"DiTTransformer2DModel in .*transformer is for 4 channels, and the VAE in .*vae has latents of 3"
+    with pytest.raises(ValueError, match=says):
+        load(tmp_path)
+    shutil.rmtree(vae)
+    with pytest.raises(FileNotFoundError, match=r"no VAE in .*vae: .* AutoencoderKL that model_index\.json names"):
+        load(tmp_path)
+
+
+def test_the_channels_of_packed_latents(tmp_path: Path) -> None:
+    tiny_model("flux").save_pretrained(tmp_path / "transformer")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
+    tiny_vae(latent_channels=16).save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match=r"is for 4 channels, and the VAE in .* has latents of 16"):
+        load(tmp_path)
+
+
+def test_a_model_that_takes_more_than_the_sample(tmp_path: Path) -> None:
+    """As those for inpainting: state, mask and masked image. A U-Net has a condition for the others."""
+    tiny_model("sd", in_channels=9).save_pretrained(tmp_path / "unet")
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    ddim().save_pretrained(tmp_path / "scheduler")
+    field, x = load(tmp_path), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        assert field(x, 0.4, **conditions("sd"), image=torch.randn(2, 5, 8, 8)).shape == x.shape
+    with pytest.raises(ValueError, match="takes 9 channels, the state has 4: they must add up"):
+        field(x, 0.4, **conditions("sd"))
+    shutil.rmtree(tmp_path / "unet")
+    tiny_model("flux", in_channels=32, out_channels=16).save_pretrained(tmp_path / "transformer")
+    with pytest.raises(ValueError, match=r"takes 32 channels and gives 16.*DiffusionField\(network, scheduler\)"):
+        load(tmp_path)
+
+
 def test_refusals_come_before_the_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "model", DDPMScheduler(prediction_type="v_prediction"))
-    edit(folder / "scheduler" / "scheduler_config.json", _class_name="EDMEulerScheduler")
+    edit(folder / "scheduler" / "scheduler_config.json", _class_name="ScoreSdeVeScheduler")
 
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(UNet2DModel, "from_pretrained", read)
-    with pytest.raises(ValueError, match="EDMEulerScheduler"):
+    with pytest.raises(ValueError, match="ScoreSdeVeScheduler"):
         load(folder)
 
 

@@ -1,15 +1,17 @@
-"""Networks: a small MLP, the adapters that give diffusers models a second time, and the piece that gives it to
-networks of one's own. There is no U-Net or transformer of fewstep's own."""
+"""Networks: a small MLP, the adapters of diffusers models, those that give them a second time, and the piece that
+gives it to networks of one's own. There is no U-Net or transformer of fewstep's own."""
 
 from torch import nn
 
+from fewstep.networks.families import FAMILIES, SD3, ConditionalUNet, DiT, Flux, PixArt
 from fewstep.networks.mlp import MLP
 from fewstep.networks.second_time import SecondTime, sinusoidal
 from fewstep.networks.unet import TwoTimeUNet, UNet
 
 
-def with_second_time(network: nn.Module) -> nn.Module:
-    """A copy of a field's network with a second time that is silent: ``net(x, s, t) == network(x, s)`` to the bit.
+def with_second_time(network: nn.Module, guidance: bool = False) -> nn.Module:
+    """A copy of a field's network with a second time that is silent: ``net(x, s, t) == network(x, s)`` to the bit; with
+    ``guidance``, also with an input for its strength, the condition ``guidance`` (B,), as silent.
 
     Raises:
         ValueError: for a network that is not of fewstep's families; the message shows the way by hand.
@@ -22,7 +24,20 @@ def with_second_time(network: nn.Module) -> nn.Module:
             "FlowMap.from_field(field, network=...); the teacher's weights are loaded by name. For a diffusers "
             "UNet2DModel, wrap it in fewstep.networks.UNet first"
         )
-    return make()
+    return make(guidance=True) if guidance else make()
 
 
-__all__ = ["MLP", "SecondTime", "TwoTimeUNet", "UNet", "sinusoidal", "with_second_time"]
+__all__ = [
+    "FAMILIES",
+    "MLP",
+    "SD3",
+    "ConditionalUNet",
+    "DiT",
+    "Flux",
+    "PixArt",
+    "SecondTime",
+    "TwoTimeUNet",
+    "UNet",
+    "sinusoidal",
+    "with_second_time",
+]

@@ -1,0 +1,57 @@
+"""Converted models from disk: the flow that ``fewstep.convert`` wrote, as the field that it was made from."""
+
+from pathlib import Path
+
+from fewstep.fields import DiffusionField
+from fewstep.latents import Latents
+from fewstep.model_files import load_weights, read_json
+from fewstep.networks import FAMILIES
+from fewstep.paths import Tabulated
+from fewstep.prompts import Prompts, knows_prompts
+
+# The diffusers models that have a class in `fewstep.networks.flow_model`.
+FLOWS = {
+    name: f"Flow{name}"
+    for name in ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel")
+}
+# Where the original's scheduler is: no sampler needs it, but it says what the network was trained on.
+ORIGINAL = "diffusion_scheduler"
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder is a diffusion model that ``fewstep.convert`` wrote as a flow."""
+    return any(_class_in(folder / part) in FLOWS.values() for part in ("unet", "transformer"))
+
+
+def load_converted(folder: Path) -> DiffusionField:
+    """The field that was converted: the stock model, on its own schedule. No code of the folder is run.
+
+    Raises:
+        FileNotFoundError, ValueError: weights that are missing, damaged or not the model's.
+    """
+    import diffusers
+
+    from fewstep.networks import flow_model
+
+    part = next(folder / part for part in ("unet", "transformer") if _class_in(folder / part) in FLOWS.values())
+    flow = load_weights(getattr(flow_model, _class_in(part)), part)
+    name = _class_in(part).removeprefix("Flow")
+    config = {key: value for key, value in flow.config.items() if not key.startswith("_")}
+    diffusion = config.pop("diffusion")
+    del config["flow_timesteps"]
+    stock = getattr(diffusers, name).from_config(config)
+    stock.load_state_dict(flow.state_dict(), assign=True)
+    original = read_json(folder / ORIGINAL / "scheduler_config.json")
+    scheduler = getattr(diffusers, original["_class_name"]).from_config(original)
+    field = DiffusionField(FAMILIES[name](stock), scheduler)
+    if "log_ratios" in diffusion:
+        # The table that the folder's own code goes by, not one computed anew.
+        field.native = Tabulated(tuple(diffusion["log_ratios"]))
+    vaes = [folder / name for name in ("vae", "vqvae") if (folder / name / "config.json").is_file()]
+    field.latents = Latents(vaes[0]) if vaes else None
+    field.text = Prompts(folder) if knows_prompts(folder) else None
+    return field
+
+
+def _class_in(part: Path) -> str:
+    return str(read_json(part / "config.json").get("_class_name"))

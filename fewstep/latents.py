@@ -1,0 +1,143 @@
+"""The latent space of a latent model: what its VAE makes of images, and images again."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import unknown
+from fewstep.model_files import check_weights, load_weights, read_json
+
+KNOWN_VAES = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
+# Images in one call of the decoder: its activations are large, those of the model it decodes for are not.
+_AT_ONCE = 4
+
+
+class Latents:
+    """Images (B, C, H, W) in [-1, 1] as latents (B, c, h, w) in the units of the model, and back.
+
+    The VAE is loaded when it is first needed, and goes where the tensors are. Copies of a model share it.
+
+    Args:
+        source: the folder of a VAE, of a pipeline with one, or the VAE itself: diffusers' ``AutoencoderKL``,
+            ``AutoencoderTiny`` or ``VQModel``.
+
+    Raises:
+        FileNotFoundError: no VAE in the folder.
+        ValueError: a VAE of another class.
+
+    >>> latents = Latents("./stable-diffusion")
+    >>> images = latents.decode(fewstep.sample(field, noise, steps=50))
+    """
+
+    def __init__(self, source: str | Path | Any) -> None:
+        if isinstance(source, str | Path):
+            self.folder = _vae_folder(Path(source).expanduser())
+            config = read_json(self.folder / "config.json")
+            self._class = config.get("_class_name", "of no class")
+        else:
+            self.folder, config, self._class = None, dict(source.config), type(source).__name__
+            self.vae = source.eval().requires_grad_(False)
+        if self._class not in KNOWN_VAES:
+            raise unknown("VAE", self._class, KNOWN_VAES)
+        self.channels: int = config.get("latent_channels", 4)
+        self.image_channels: int = config.get("in_channels", 3)
+        levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (64,)
+        # How many pixels of an image are one of its latents, along each side.
+        self.factor = 2 ** (len(levels) - 1)
+
+    @cached_property
+    def vae(self) -> Any:
+        """The VAE, frozen, in evaluation mode."""
+        import diffusers
+
+        assert self.folder is not None
+        return load_weights(getattr(diffusers, self._class), self.folder).eval().requires_grad_(False)
+
+    def check(self) -> None:
+        """That the weights of the VAE are there and whole, without loading them.
+
+        Raises:
+            FileNotFoundError, ValueError: they are not.
+        """
+        if self.folder is not None:
+            check_weights(self.folder)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Latents":
+        return self
+
+    def shape_of(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape (c, h, w) of the latents of an image (C, H, W).
+
+        Raises:
+            ValueError: an image that the VAE does not take.
+        """
+        channels, height, width = image_shape
+        if channels != self.image_channels:
+            raise ValueError(f"the VAE takes images of {self.image_channels} channels, these have {channels}")
+        if height % self.factor or width % self.factor:
+            raise ValueError(
+                f"images of {height} x {width}: the VAE makes one latent of {self.factor} x {self.factor} pixels, so "
+                f"both sides must be multiples of {self.factor}"
+            )
+        return self.channels, height // self.factor, width // self.factor
+
+    def image_shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape (C, H, W) of the image of latents (c, h, w)."""
+        return self.image_channels, shape[1] * self.factor, shape[2] * self.factor
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The latents (B, c, h, w) of images (B, C, H, W) in [-1, 1].
+
+        Args:
+            generator: draws them from the posterior of the VAE; its mean if not given.
+
+        Raises:
+            ValueError: images that the VAE does not take.
+        """
+        self.shape_of(tuple(images.shape[1:]))
+        vae = self.vae.to(images.device)
+        encoded = vae.encode(images.to(vae.dtype))
+        if self._class != "AutoencoderKL":
+            z = encoded.latents
+        else:
+            z = encoded.latent_dist.mode() if generator is None else encoded.latent_dist.sample(generator)
+        shift, scale = self._scaling(z)
+        return ((z - shift) * scale).to(images.dtype)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The images (B, C, H, W) in [-1, 1] of latents (B, c, h, w).
+
+        Raises:
+            ValueError: latents of another number of channels than the VAE's.
+        """
+        if latents.ndim != 4 or latents.shape[1] != self.channels:
+            raise ValueError(f"latents of shape {tuple(latents.shape)}: this VAE decodes (B, {self.channels}, h, w)")
+        vae = self.vae.to(latents.device)
+        shift, scale = self._scaling(latents)
+        parts = [vae.decode((part / scale + shift).to(vae.dtype)).sample for part in latents.split(_AT_ONCE)]
+        return torch.cat(parts).clamp(-1, 1).to(latents.dtype)
+
+    def _scaling(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """What is taken from a VAE's own latents, and what the rest is multiplied by, for the units of the model."""
+        config = self.vae.config
+        scale = config.get("scaling_factor", 1.0)
+        mean, deviation = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or deviation is None:
+            return config.get("shift_factor") or 0.0, scale
+        mean, deviation = (torch.tensor(value, device=z.device).reshape(1, -1, 1, 1) for value in (mean, deviation))
+        return mean, scale / deviation
+
+
+def _vae_folder(folder: Path) -> Path:
+    for place in (folder, folder / "vae", folder / "vqvae"):
+        config = read_json(place / "config.json")
+        if config and (place != folder or "latent_channels" in config):
+            return place
+    raise FileNotFoundError(
+        f"no VAE in {folder}: the folder of a VAE has config.json, that of a pipeline vae/config.json"
+    )

@@ -1,0 +1,174 @@
+"""Prompts as the conditions of a text model, by its own text encoders and its pipeline's own ``encode_prompt``."""
+
+import importlib.util
+import inspect
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import unknown
+from fewstep.model_files import read_json
+
+# What `encode_prompt` of a pipeline returns, in its order, as conditions of the model; None for what is not needed.
+_RETURNED: dict[str, tuple[str | None, ...]] = {
+    "FluxPipeline": ("encoder_hidden_states", "pooled_projections", None),
+    "PixArtAlphaPipeline": ("encoder_hidden_states", "encoder_attention_mask", None, None),
+    "PixArtSigmaPipeline": ("encoder_hidden_states", "encoder_attention_mask", None, None),
+    "StableDiffusion3Pipeline": ("encoder_hidden_states", None, "pooled_projections", None),
+    "StableDiffusionPipeline": ("encoder_hidden_states", None),
+    "StableDiffusionXLPipeline": ("encoder_hidden_states", None, "text_embeds", None),
+}
+
+
+def knows_prompts(folder: Path) -> bool:
+    """Whether a folder is a pipeline whose prompts fewstep can encode, with text encoders."""
+    index = read_json(folder / "model_index.json")
+    return index.get("_class_name") in _RETURNED and any(_text_parts(index))
+
+
+class Prompts:
+    """The text encoders of a pipeline's folder, loaded when they are first needed; copies of a model share them.
+
+    Args:
+        folder: of a Stable Diffusion 1, 2, XL or 3, PixArt or Flux pipeline.
+        dtype: of the encoders and of what they give.
+
+    Raises:
+        ValueError: a pipeline of another class.
+
+    >>> field = fewstep.load("./stable-diffusion")
+    >>> cond = field.text.encode(["a cat", "a dog"])
+    >>> latents = fewstep.sample(field, torch.randn(2, 4, 64, 64), steps=50, **cond)
+    """
+
+    def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        self.folder, self.dtype = Path(folder).expanduser(), dtype
+        self.index = read_json(self.folder / "model_index.json")
+        self._class = str(self.index.get("_class_name", "of no class"))
+        if self._class not in _RETURNED:
+            raise unknown("pipeline with text encoders", self._class, _RETURNED)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Prompts":
+        return self
+
+    @torch.no_grad()
+    def encode(
+        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """The conditions of prompts, one row each: ``encoder_hidden_states`` (B, tokens, D) and what else the model
+        takes.
+
+        Args:
+            size: height and width of the image in pixels, for models that are told (SDXL, PixArt-alpha at 1024); by
+                default what the model was made for.
+            device: where the encoders run and the conditions are.
+
+        Raises:
+            ImportError: without the package transformers.
+            FileNotFoundError: a text encoder or tokenizer that the folder's index names is not there.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts are a list of texts, such as ['a cat'], not {prompts!r}")
+        device = torch.device(device)
+        pipeline = self._pipeline
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(device, self.dtype)
+        options = {
+            "prompt": list(prompts),
+            "prompt_2": None,
+            "prompt_3": None,
+            "device": device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": False,
+        }
+        known = inspect.signature(pipeline.encode_prompt).parameters
+        returned = pipeline.encode_prompt(**{name: value for name, value in options.items() if name in known})
+        cond = {name: value for name, value in zip(_RETURNED[self._class], returned, strict=True) if name is not None}
+        return {**cond, **self._sizes(size, len(prompts), device)}
+
+    def null(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The conditions of no prompt, one sample's, as the pipeline takes them for guidance where no negative prompt
+        is given.
+
+        >>> guided = fewstep.Guided(field, 7.5, null=field.text.null())
+        """
+        cond = {name: value[0] for name, value in self.encode([""], device=device).items()}
+        if self._class == "StableDiffusionXLPipeline" and self.index.get("force_zeros_for_empty_prompt", True):
+            cond |= {name: torch.zeros_like(cond[name]) for name in ("encoder_hidden_states", "text_embeds")}
+        # The size of the image is no matter of guidance: it stays what each call says.
+        return {name: value for name, value in cond.items() if name not in _SIZES}
+
+    def _sizes(self, size: tuple[int, int] | None, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """What the model is told of the image: uncropped, of the size that is wanted."""
+        config, factor = self._model_config, self._factor
+        height, width = size or (factor * config.get("sample_size", 128),) * 2
+        if self._class == "StableDiffusionXLPipeline":
+            told = {"time_ids": [height, width, 0, 0, height, width]}
+        elif self._class.startswith("PixArt") and _is_told_sizes(config):
+            told = {"resolution": [height, width], "aspect_ratio": [height / width]}
+        else:
+            told = {}
+        return {
+            name: torch.tensor([value], dtype=self.dtype, device=device).repeat(rows, 1) for name, value in told.items()
+        }
+
+    @cached_property
+    def _model_config(self) -> dict[str, Any]:
+        folders = (self.folder / name / "config.json" for name in ("unet", "transformer"))
+        return next((read_json(file) for file in folders if file.is_file()), {})
+
+    @property
+    def _factor(self) -> int:
+        """How many pixels one latent is, along each side."""
+        levels = read_json(self.folder / "vae" / "config.json").get("block_out_channels")
+        return 2 ** (len(levels) - 1) if levels else 8
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        """The pipeline with nothing in it but tokenizers and text encoders."""
+        if importlib.util.find_spec("transformers") is None:
+            raise ImportError("prompts need the package transformers: pip install 'fewstep[text]'")
+        import diffusers
+
+        wanted = _text_parts(self.index)
+        for name in wanted:
+            if not (self.folder / name).is_dir():
+                raise FileNotFoundError(
+                    f"no {name} in {self.folder}, which its model_index.json names: fetch it, or pass the conditions "
+                    "of the text yourself"
+                )
+        parts: dict[str, Any] = {
+            name: None for name, value in self.index.items() if isinstance(value, list) and name not in wanted
+        }
+        if "requires_safety_checker" in self.index:
+            parts["requires_safety_checker"] = False
+        pipeline = getattr(diffusers, self._class).from_pretrained(
+            self.folder, use_safetensors=True, low_cpu_mem_usage=False, **parts
+        )
+        # Without its third encoder, SD3 asks its transformer for the width of what that one would give.
+        pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**self._model_config))
+        return pipeline
+
+
+_SIZES = ("time_ids", "resolution", "aspect_ratio")
+
+
+def _is_told_sizes(config: dict[str, Any]) -> bool:
+    """Whether a PixArt is: those for 128 x 128 latents are, if their config does not say otherwise."""
+    told = config.get("use_additional_conditions")
+    return config.get("sample_size") == 128 if told is None else told
+
+
+def _text_parts(index: dict[str, Any]) -> list[str]:
+    """The names of the tokenizers and text encoders that a pipeline's index has."""
+    return [
+        name
+        for name, value in index.items()
+        if name.startswith(("text_encoder", "tokenizer")) and isinstance(value, list) and value[0] is not None
+    ]

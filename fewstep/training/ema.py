@@ -10,7 +10,8 @@ class Ema:
     """An exponential moving average of a model's weights, kept in float32 (float64 for a float64 model).
 
     After each update of the model, ``shadow = decay * shadow + (1 - decay) * weight``; buffers are copied.
-    ``module`` is a model like the original, in eval mode and without gradients, to be called directly.
+    ``module`` is a model like the original, in eval mode and without gradients, to be called directly. What is frozen
+    in the model (the base of a LoRA) is not averaged, and not copied: ``module`` holds the model's own tensors there.
 
     Args:
         model: what to follow; copied now.
@@ -23,13 +24,14 @@ class Ema:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"an EMA decay must be in [0, 1), got {decay}")
         self.decay, self.warmup = decay, warmup
-        self.module = deepcopy(model).eval().requires_grad_(False)
-        for tensor in (*self.module.parameters(), *self.module.buffers()):
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.module = deepcopy(model, {**frozen}).eval().requires_grad_(False)
+        self._shadows: list[Tensor] = [p for p in self.module.parameters() if id(p) not in frozen]
+        self._buffers: list[Tensor] = list(self.module.buffers())
+        for tensor in (*self._shadows, *self._buffers):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
-        self._shadows: list[Tensor] = list(self.module.parameters())
-        self._buffers: list[Tensor] = list(self.module.buffers())
-        self._weights: list[Tensor] = list(model.parameters())
+        self._weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self._sources: list[Tensor] = list(model.buffers())
 
     def decay_at(self, step: int) -> float:

@@ -77,12 +77,13 @@ def _is_run(out: Path) -> bool:
 def differences(
     saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = MAY_DIFFER
 ) -> list[str]:
-    """What is one thing in a folder and another in the call that would go on with it, in words, by key."""
+    """What is one thing in a folder and another in the call that would go on with it, in words, by key. A key that is
+    absent is as good as one that is null: options that came later are null where nobody asked for them."""
     absent = "absent"
     return [
         f"{key} is {saved.get(key, absent)} there and {now.get(key, absent)} here"
         for key in sorted(saved.keys() | now.keys())
-        if key not in may_differ and saved.get(key, absent) != now.get(key, absent)
+        if key not in may_differ and saved.get(key) != now.get(key)
     ]
 
 

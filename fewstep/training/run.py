@@ -1,7 +1,7 @@
 """A run while it lasts: what trains, what a callback sees, and what a checkpoint saves and restores."""
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -50,17 +50,22 @@ class Run:
         """The averages that follow the student."""
         return [copy for copy in (self.average, self.slow) if copy is not None]
 
+    @property
+    def _models(self) -> dict[str, nn.Module]:
+        """The student and the copies of it, as a checkpoint calls them."""
+        models = {"model": self.student, "ema": self.average and self.average.module, "target": self.target}
+        return {name: model for name, model in models.items() if model is not None}
+
     def log(self, values: Mapping[str, Any]) -> None:
         """Add numbers to this step's line in ``metrics.jsonl`` and to the trackers."""
         self.record.update(values)
 
     def capture(self) -> tuple[Tensors, dict[str, Any]]:
         """All that decides how the run goes on: tensors by group, and the rest as JSON."""
-        tensors: Tensors = {"model": self.student.state_dict(), "objective": self.objective.state_dict()}
-        if self.average is not None:
-            tensors["ema"] = self.average.module.state_dict()
-        if self.slow is not None:
-            tensors["target"] = self.slow.module.state_dict()
+        still = frozen(self.student)
+        tensors: Tensors = {"model": {}, "objective": self.objective.state_dict()}
+        for group, model in self._models.items():
+            tensors[group] = {name: value for name, value in model.state_dict().items() if name not in still}
         for player, optimizer in self.optimizers.items():
             tensors[f"optimizer-{player}"] = _flatten(optimizer)
         state = {
@@ -71,6 +76,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "fingerprint": self.fingerprint,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            **({"frozen": mark(still.values())} if still else {}),
         }
         return tensors, state
 
@@ -82,12 +88,10 @@ class Run:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where the checkpoint was taken."""
         tensors, state = checkpoint.tensors, checkpoint.state
-        self.student.load_state_dict(tensors["model"])
         self.objective.load_state_dict(tensors.get("objective", {}))
-        if self.average is not None:
-            self.average.module.load_state_dict(tensors["ema"])
-        if self.slow is not None:
-            self.slow.module.load_state_dict(tensors["target"])
+        still = frozen(self.student)
+        for group, model in self._models.items():
+            put_back(model, still, checkpoint, group)
         for player, optimizer in self.optimizers.items():
             _unflatten(optimizer, tensors[f"optimizer-{player}"])
         self.scaler.load_state_dict(state["scaler"])
@@ -124,6 +128,41 @@ def every(steps: int, callback: Callback) -> Callback:
             callback(run)
 
     return at_multiples
+
+
+def frozen(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that do not train, by name: a checkpoint leaves them out."""
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def put_back(model: nn.Module, still: Mapping[str, Tensor], checkpoint: Checkpoint, group: str) -> None:
+    """Load a model's weights from a checkpoint, all but those that stood ``still`` in the training.
+
+    Raises:
+        ValueError: the weights that stood still are others than in the training, so that the rest is worth nothing.
+        RuntimeError: a weight is missing, not known, or of another shape, as ``load_state_dict`` says it.
+    """
+    if (expected := checkpoint.state.get("frozen")) is not None:
+        norm = max(expected[0], 1e-12)
+        if any(abs(now - then) > 1e-4 * norm for now, then in zip(mark(still.values()), expected, strict=True)):
+            raise ValueError(
+                f"the frozen weights are not those that {checkpoint.path} was trained on, and it holds the others "
+                "alone: start from the same model (the same teacher; the same torch.manual_seed where it is made anew)"
+            )
+    weights = checkpoint.tensors.get(group, {})
+    own = model.state_dict()
+    model.load_state_dict({**{name: own[name] for name in still}, **weights})
+
+
+def mark(weights: Iterable[Tensor]) -> list[float]:
+    """Two numbers that tell other weights apart, whatever the machine: the norm, and a projection, of the first 4096
+    numbers of each tensor. Not bits, as weights may be computed anew (a merged adapter)."""
+    square = along = torch.zeros((), dtype=torch.float64)
+    for index, weight in enumerate(weights):
+        first = weight.detach().flatten()[:4096].cpu().double()
+        square = square + first.square().sum()
+        along = along + (first * torch.cos(index + torch.arange(len(first), dtype=torch.float64))).sum()
+    return [square.sqrt().item(), along.item()]
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

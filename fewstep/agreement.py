@@ -1,0 +1,236 @@
+"""Whether a converted model samples what the original does: its ODE against a sampler of diffusers, from one noise."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.fields import DiffusionField, NetworkField
+from fewstep.paths import Forward, Linear, Path, Preconditioned, Reversed, Tabulated
+from fewstep.sampling import count_calls
+from fewstep.solvers import integrate
+
+STEPS = (10, 50, 200)
+# On the same steps the two samplers differ by rounding alone, 1e-6 in float32 and more on GPUs that round to TF32;
+# a schedule that is off by a few percent differs by more than this.
+SAME = 5e-3
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sampler at a number of steps: network calls a sample, and the RMS difference of its samples from the
+    reference, relative to their standard deviation; None for the reference itself."""
+
+    sampler: str
+    steps: int
+    calls: int
+    difference: float | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The original sampler and the flow, from the same noise.
+
+    Attributes:
+        original: the class of the original's deterministic sampler in diffusers.
+        rows: both at several numbers of steps, against the original at its finest.
+        same_steps: how many steps the original took where the flow took those very steps, by Euler.
+        on_same_steps: the relative difference between those two: rounding, if the conversion is right.
+        count, seed: of the samples.
+    """
+
+    original: str
+    rows: tuple[Row, ...]
+    same_steps: int
+    on_same_steps: float
+    count: int
+    seed: int
+
+    @property
+    def is_good(self) -> bool:
+        """Whether both are one model."""
+        return self.on_same_steps <= SAME
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        off = f"{self.on_same_steps:.2g}"
+        if self.is_good:
+            return f"the flow is the model: on the same {self.same_steps} steps both draw the same, to {off}"
+        return (
+            f"the flow is NOT what {self.original} draws: on the same {self.same_steps} steps they are {off} apart, "
+            "where rounding alone is expected; is this the scheduler that the model was trained with?"
+        )
+
+    def table(self) -> tuple[list[str], list[list[Any]]]:
+        """Column names and rows, as ``fewstep.console`` prints them."""
+        rows = [[row.sampler, row.steps, row.calls, row.difference] for row in self.rows]
+        return ["method", "steps", "network calls", "relative difference"], rows
+
+
+def compare_samplers(
+    field: NetworkField, noise: Tensor, steps: Sequence[int], cond: Mapping[str, Any], seed: int = 0
+) -> tuple[Agreement, Tensor, Tensor]:
+    """How well a field's ODE and the original's own sampler agree, and the samples (B, ...) of both at the middle one
+    of the numbers of steps: the original's, and Euler's.
+
+    Args:
+        noise: (B, ...), where all start: at the schedule's own first point, before which it knows nothing.
+        steps: rising, as :func:`steps_for` gives them.
+        cond: conditions, (B, ...) each.
+    """
+    sampler = sampler_of(field)
+    name = type(sampler).__name__.removeprefix("Flow") if not isinstance(field.native, Linear) else "Euler"
+    drawn, calls = {}, {}
+    for n in steps:
+        with count_calls(field) as counted:
+            drawn[n] = original_samples(field, sampler, noise, n, cond)
+        calls[n] = counted.count
+    reference = drawn[steps[-1]]
+    rows = [
+        Row(f"original ({name})", n, calls[n], None if n == steps[-1] else _apart(drawn[n], reference)) for n in steps
+    ]
+
+    def flow(grid: Tensor, solver: str) -> Tensor:
+        with torch.no_grad():
+            return integrate(lambda x, t: field(x, t, **cond), start, grid, solver)
+
+    # After the sampler was set to them: these are its steps.
+    times, level = _times(sampler, field.native, steps[0])
+    start = noise * level
+    same = flow(times.to(noise), "euler")
+    euler = {}
+    for solver in ("euler", "heun"):
+        for n in steps:
+            grid = times[0] + (1 - times[0]) * torch.linspace(0, 1, n + 1, dtype=torch.float64)
+            with count_calls(field) as counted:
+                samples = flow(grid.to(noise), solver)
+            euler.setdefault(n, samples)
+            rows.append(Row(f"flow, {solver.capitalize()}", n, counted.count, _apart(samples, reference)))
+    agreement = Agreement(name, tuple(rows), steps[0], _apart(same, drawn[steps[0]]), len(noise), seed)
+    middle = steps[len(steps) // 2]
+    return agreement, drawn[middle], euler[middle]
+
+
+def _apart(samples: Tensor, reference: Tensor) -> float:
+    return float((samples - reference).square().mean().sqrt() / reference.std())
+
+
+@torch.no_grad()
+def original_samples(field: NetworkField, sampler: Any, noise: Tensor, steps: int, cond: Mapping[str, Any]) -> Tensor:
+    """What the model draws with a sampler of diffusers: its bare network, and nothing of the conversion."""
+    sampler.set_timesteps(steps, device=noise.device)
+    x = noise * sampler.init_noise_sigma
+    for k in sampler.timesteps:
+        prediction = field.network(sampler.scale_model_input(x, k), k.expand(len(x)), **cond)
+        x = sampler.step(prediction, k, x).prev_sample
+    return x
+
+
+def scheduler_of(field: NetworkField) -> Any:
+    """The diffusers scheduler of a field: its own, or for one put together by hand the one that says the same.
+
+    Raises:
+        ValueError: diffusers has none such.
+    """
+    import diffusers
+
+    if isinstance(field, DiffusionField):
+        return field.scheduler
+    match field.native, field.prediction:
+        case Tabulated(log_ratios=table), ("noise" | "data" | "v") as kind:
+            signal = torch.sigmoid(2 * torch.tensor(table, dtype=torch.float64))
+            before = torch.cat([torch.ones(1, dtype=torch.float64), signal[:-1]])
+            betas = (1 - signal / before).tolist()
+            prediction: Any = {"noise": "epsilon", "data": "sample", "v": "v_prediction"}[kind]
+            return diffusers.DDPMScheduler(len(betas), trained_betas=betas, prediction_type=prediction)
+        case Preconditioned() as edm, ("edm" | "v") as kind:
+            return _edm_euler(edm, "epsilon" if kind == "edm" else "v_prediction")
+        case Reversed(scale=scale), "flow":
+            return diffusers.FlowMatchEulerDiscreteScheduler(round(scale))
+        case Forward(scale=scale), "velocity":
+            return diffusers.FlowMatchEulerDiscreteScheduler(round(scale), invert_sigmas=True)
+    raise ValueError(
+        f"a network that predicts {field.prediction} on {field.native} has no counterpart among diffusers' schedulers"
+    )
+
+
+def sampler_of(field: NetworkField) -> Any:
+    """diffusers' own deterministic sampler for a field's network, of the config of its scheduler: DDIM without
+    clipping and with steps that begin at the schedule's last one, EDM's Euler, or a flow-match one."""
+    from diffusers import DDIMScheduler, EDMEulerScheduler
+
+    from fewstep.networks.flow_model import FlowScheduler
+
+    scheduler = scheduler_of(field)
+    config = dict(scheduler.config)
+    if isinstance(field.native, Linear):
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        return FlowScheduler(
+            config.get("num_train_timesteps", 1000), shift=shift, invert_sigmas=isinstance(field.native, Forward)
+        )
+    if isinstance(field.native, Preconditioned):
+        if type(scheduler).__name__.startswith("EDM"):
+            return EDMEulerScheduler.from_config(scheduler.config, final_sigmas_type="zero")
+        return _edm_euler(field.native, "v_prediction")
+    changes: dict[str, Any] = {
+        "clip_sample": False,
+        "thresholding": False,
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+        "num_train_timesteps": len(scheduler.betas),
+    }
+    if config.get("beta_schedule") not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        # DDIM does not know it: the betas themselves, which are as they came out.
+        changes |= {"trained_betas": scheduler.betas.tolist(), "rescale_betas_zero_snr": False}
+    return DDIMScheduler.from_config(scheduler.config, **changes)
+
+
+def _edm_euler(edm: Preconditioned, prediction_type: Any) -> Any:
+    from diffusers import EDMEulerScheduler
+
+    return EDMEulerScheduler(edm.sigma_min, edm.sigma_max, edm.sigma_data, prediction_type=prediction_type)
+
+
+def steps_for(field: NetworkField, steps: Sequence[int] | None) -> tuple[int, ...]:
+    """The numbers of steps to compare at, rising; by default some 10, 50 and 200.
+
+    Raises:
+        ValueError: none, some below 1, or some that do not divide the steps of a diffusion schedule: there diffusers'
+            DDIM jumps elsewhere than it goes on from.
+    """
+    asked = STEPS if steps is None else tuple(sorted(set(steps)))
+    if not asked or asked[0] < 1:
+        raise ValueError(f"steps {list(steps or ())}: one number of steps or more is needed, each at least 1")
+    if isinstance(field.native, Linear | Preconditioned):
+        if asked[0] < 2 and isinstance(field.native, Preconditioned):
+            raise ValueError("steps 1: EDM's sampler needs 2 at least, from its most noise to its least")
+        return asked
+    total = len(scheduler_of(field).betas)
+    divisors = [n for n in range(1, total + 1) if total % n == 0]
+    nearest = tuple(min(divisors, key=lambda d, n=n: abs(math.log(d / n))) for n in asked)
+    if steps is not None and nearest != asked:
+        raise ValueError(
+            f"steps {' '.join(map(str, asked))}: diffusers' DDIM is right where the steps divide the schedule's "
+            f"{total}, which {' '.join(map(str, nearest))} do"
+        )
+    return tuple(sorted(set(nearest)))
+
+
+def _times(sampler: Any, native: Path, steps: int) -> tuple[Tensor, Tensor]:
+    """The times of the linear path (float64, rising to 1) at which a sampler of diffusers stands in so many steps, and
+    what its standard normal noise is to be multiplied by there."""
+    sampler.set_timesteps(steps)
+    if isinstance(native, Linear):
+        sigmas = sampler.sigmas.double()
+        return (sigmas if isinstance(native, Forward) else 1 - sigmas), torch.tensor(1.0)
+    if isinstance(native, Preconditioned):
+        sigmas = sampler.sigmas.double()  # of data + sigma noise
+        return 1 / (1 + sigmas), sampler.init_noise_sigma / (1 + sigmas[0])
+    signal = sampler.alphas_cumprod.double()[sampler.timesteps]
+    alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
+    times = torch.cat([alpha / (alpha + sigma), torch.ones(1, dtype=torch.float64)])
+    return times, 1 / (alpha[0] + sigma[0])

@@ -81,7 +81,7 @@ class UnitRange(nn.Module):
     def __init__(self, vit: ViT) -> None:
         super().__init__()
         self.vit = vit
-        self.classes = 10
+        self.classes, self.shape = 10, (1, 28, 28)
 
     def forward(self, x: Tensor, *times: Tensor, class_labels: Tensor) -> Tensor:
         return 2 * self.vit(x + times[0].view(-1, 1, 1, 1) / 2, *times, class_labels) - 1

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fewstep.citing import cite
     from fewstep.comparing import compare_methods
+    from fewstep.converting import convert
     from fewstep.data import load_data
     from fewstep.evaluation.diagnostics import diagnose
     from fewstep.evaluation.evaluate import compare, evaluate
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fewstep.exporting import export
     from fewstep.fields import DiffusionField, Guided, NetworkField, VelocityField
     from fewstep.loading import load
+    from fewstep.lora import add_lora, load_adapter, merge_lora, save_adapter
     from fewstep.maps import FlowMap
     from fewstep.objectives import (
         AYF,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
         ConsistencyDistillation,
         ConsistencyTraining,
         ContrastiveFlowMatching,
+        Denoising,
         FlowMatching,
         ImprovedMeanFlow,
         MeanFlow,
@@ -62,6 +65,7 @@ _HOMES = {
     "ConsistencyDistillation": "objectives",
     "ConsistencyTraining": "objectives",
     "ContrastiveFlowMatching": "objectives",
+    "Denoising": "objectives",
     "DiffusionField": "fields",
     "EMD": "objectives",
     "ESD": "objectives",
@@ -90,16 +94,21 @@ _HOMES = {
     "TwoTime": "objectives",
     "VariancePreserving": "paths",
     "VelocityField": "fields",
+    "add_lora": "lora",
     "cite": "citing",
     "compare": "evaluation.evaluate",
     "compare_methods": "comparing",
+    "convert": "converting",
     "diagnose": "evaluation.diagnostics",
     "evaluate": "evaluation.evaluate",
     "export": "exporting",
     "fit": "training.fit",
     "load": "loading",
+    "load_adapter": "lora",
     "load_data": "data",
+    "merge_lora": "lora",
     "sample": "sampling",
+    "save_adapter": "lora",
 }
 
 __all__ = [
@@ -120,6 +129,7 @@ __all__ = [
     "ConsistencyDistillation",
     "ConsistencyTraining",
     "ContrastiveFlowMatching",
+    "Denoising",
     "DiffusionField",
     "FlowMap",
     "FlowMatching",
@@ -138,16 +148,21 @@ __all__ = [
     "TwoTime",
     "VariancePreserving",
     "VelocityField",
+    "add_lora",
     "cite",
     "compare",
     "compare_methods",
+    "convert",
     "diagnose",
     "evaluate",
     "export",
     "fit",
     "load",
+    "load_adapter",
     "load_data",
+    "merge_lora",
     "sample",
+    "save_adapter",
 ]
 
 

@@ -92,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (("train", "train a model from data"), ("distill", "distill a teacher into a few-step model")):
         p = command(name, commands.run_fit, text, epilog=_KEYS)
         p.add_argument("recipe", nargs="?", help="a recipe by path or name, or a run folder to go on with")
-        if name == "distill":
-            p.add_argument("--teacher", metavar="FOLDER", help="a diffusers folder, a run, an exact field")
+        what = "a diffusers folder, a run, an exact field"
+        p.add_argument("--teacher", metavar="FOLDER", help=what if name == "distill" else f"what to start from: {what}")
         p.add_argument("--data", metavar="FOLDER", help="a data set by name or path")
         p.add_argument("--steps", metavar="N", help="updates")
         p.add_argument("--seed", metavar="N", help="decides every random number")
@@ -101,8 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--fresh", action="store_true", help="throw away the run in that folder and start again")
         p.add_argument("--dry-run", action="store_true", help="check everything, print the whole recipe and stop")
 
+    model = "a run, an export, a diffusers folder or hub name, an exact field, or FILE.py:FUNCTION"
     p = command("sample", commands.run_sample, "draw samples")
-    p.add_argument("model", help="a run, an export or a diffusers folder")
+    p.add_argument("model", help=model)
     p.add_argument("--steps", type=int, metavar="N", help="2 for a flow map, 50 for a velocity field")
     p.add_argument("--count", type=int, default=64, metavar="N", help="how many (default: 64)")
     p.add_argument(
@@ -110,7 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", type=Path, metavar="PATH", help="a .png grid, .npy, .npz, or a folder of PNGs")
     p.add_argument("--labels", metavar="3,5", help="classes, given to the samples in turn (default: all)")
-    p.add_argument("--guidance", type=float, metavar="W", help="its strength, for a model that takes it")
+    p.add_argument(
+        "--prompt", nargs="+", metavar="TEXT", help="texts, given to the samples in turn, for a model of text"
+    )
+    p.add_argument("--guidance", type=float, metavar="W", help="its strength, for a model of text or one that takes it")
+    p.add_argument("--latents", action="store_true", help="write the latents of a latent model, not their images")
     p.add_argument(
         "--gamma", type=float, metavar="G", help="re-noising between steps, 0 to 1 (default: the map's, mostly 0)"
     )
@@ -151,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     p = command(
         "reflow", commands.run_reflow, "draw pairs of noise and data from a model, to train a straighter one on"
     )
-    p.add_argument("model", help="a run, an export or a diffusers folder")
+    p.add_argument("model", help=model)
     p.add_argument("--count", type=int, required=True, metavar="N", help="how many pairs")
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to; goes on with what is there")
     p.add_argument("--steps", type=int, metavar="N", help="2 for a flow map, 50 for a velocity field")
@@ -167,6 +172,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("model", type=Path, help="a run folder")
     p.add_argument("folder", type=Path, nargs="?", help="where to (default: model, in the run folder)")
     p.add_argument("--overwrite", action="store_true", help="replace an export that is there")
+    p.add_argument("--adapter", action="store_true", help="of a run with student.lora: the adapter alone")
+
+    p = command("convert", commands.run_convert, "write a diffusion model as a flow, and check that both draw the same")
+    p.add_argument("model", help="a diffusers folder or hub name, or a run that trained a diffusion model")
+    p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to")
+    p.add_argument("--steps", type=int, nargs="+", metavar="N", help="steps to compare at (default: 10 50 200)")
+    p.add_argument("--count", type=int, default=8, metavar="N", help="samples compared (default: 8)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="decides the noise (default: 0)")
+    p.add_argument("--labels", metavar="3,5", help="classes, given to the samples in turn (default: all)")
+    p.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts, given to the samples in turn, for a text model")
+    p.add_argument("--no-check", action="store_true", help="write the flow without drawing samples")
+    p.add_argument("--overwrite", action="store_true", help="replace a model that is there")
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
 
     p = command("cite", commands.run_cite, "print BibTeX for what a run, recipe or method uses")
     p.add_argument("what", nargs="+", metavar="WHAT", help="run folders, recipes, methods by name or FILE.py:CLASS")

@@ -12,8 +12,9 @@ from typing import Any
 
 from fewstep.console import markdown, print_evaluation, print_table, progress_bar, say, say_next
 
-# The recipes of `fewstep train --data DIR` and `fewstep distill --teacher DIR`.
+# The recipes of `fewstep train --data DIR` and `fewstep distill --teacher DIR`, and of `train` with both.
 DEFAULTS = {"train": ("data", "photos-teacher"), "distill": ("teacher", "distill")}
+_FROM_A_MODEL = "finetune"
 
 
 def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -27,7 +28,8 @@ def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     if source is None:
         if needed not in overrides:
             raise ValueError(f"fewstep {args.name} needs a recipe or --{needed}: `fewstep recipes` lists recipes")
-        source = DEFAULTS[args.name][1]
+        is_finetuning = args.name == "train" and "teacher" in overrides
+        source = _FROM_A_MODEL if is_finetuning else DEFAULTS[args.name][1]
         overrides.setdefault("name", f"{Path(overrides[needed].split(':')[-1]).name}-{args.name}")
     recipe = load_recipe(source, overrides)
     if args.name == "distill" and recipe.teacher is None:
@@ -38,7 +40,9 @@ def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         student = build(recipe).student
         print(recipe.as_yaml(), end="")
         size = sum(p.numel() for p in student.parameters())
-        say(f"# everything fits: a {type(student).__name__} of {size:,} parameters, into {out}")
+        moving = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        some = f", {moving:,} of which train" if moving < size else ""
+        say(f"# everything fits: a {type(student).__name__} of {size:,} parameters{some}, into {out}")
         say_next([shlex.join(word for word in shlex.split(again) if word != "--dry-run")])
         return 0
 
@@ -62,8 +66,11 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     model, run, shape = _open(args)
     is_map = isinstance(model, FlowMap)
     steps = args.steps if args.steps is not None else 2 if is_map else 50
-    out = args.out or Path("samples.png" if len(shape) == 3 or shape == (2,) else "samples.npy")
-    check_out(out, shape)
+    latents = None if args.latents else model.latents
+    written = shape if latents is None else latents.image_shape_of(shape)
+    is_drawn = (len(written) == 3 and written[0] in (1, 3)) or written == (2,)
+    out = args.out or Path("samples.png" if is_drawn else "samples.npy")
+    check_out(out, written)
     options = {"grid": args.grid, "gamma": args.gamma, "solver": args.solver, "guidance": args.guidance}
     samples, cond, calls = draw(
         model.to(choose_device(args.device, World())),
@@ -72,6 +79,8 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
         shape=shape,
         seed=args.seed,
         labels=_numbers("--labels", args.labels) if args.labels else None,
+        prompts=args.prompt,
+        decode=latents is not None,
         batch=args.batch,
         **{name: value for name, value in options.items() if value is not None},
     )
@@ -80,7 +89,9 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     write(samples, cond, out)
     print(f"{out}: {args.count} samples, {calls:g} network calls each")
     if run is None or args.teacher:
-        say_next([f"fewstep sample {args.model} --steps {2 * steps} --out samples-{2 * steps}{out.suffix}"])
+        prompt = ["--prompt", *args.prompt] if args.prompt else []
+        more = ["--steps", str(2 * steps), "--out", f"samples-{2 * steps}{out.suffix}"]
+        say_next([shlex.join(["fewstep", "sample", args.model, *more, *prompt])])
     else:
         say_next([f"fewstep evaluate {args.model}", f"fewstep export {args.model} {Path(args.model).name}-export"])
     return 0
@@ -89,14 +100,13 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
 def _open(args: argparse.Namespace) -> tuple[Any, Any, tuple[int, ...]]:
     """The model that is asked for (with --teacher, the teacher of the run), its run if it is one, a sample's shape."""
     from fewstep.drawing import shape_of
-    from fewstep.loading import load
-    from fewstep.parts import make_teacher
+    from fewstep.parts import find_model, make_teacher
     from fewstep.runs import open_run
 
     run = open_run(args.model) if (Path(args.model) / "recipe.yaml").is_file() else None
     if args.teacher and (run is None or run.recipe.teacher is None):
         raise ValueError(f"--teacher: {args.model} is no run that has a teacher")
-    model = load(args.model) if run is None else run.model
+    model = find_model(args.model) if run is None else run.model
     if args.teacher and run is not None and run.recipe.teacher is not None:
         model = make_teacher(run.recipe.teacher)
     return model, run, shape_of(model) if run is None else run.shape
@@ -111,7 +121,7 @@ def _denormalized(recipe: Any, samples: Any) -> Any:
 
 
 def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.fields import NetworkField
+    from fewstep.fields import NetworkField, unguided
     from fewstep.maps import FlowMap
     from fewstep.reflow import make_pairs
     from fewstep.training.distributed import environment
@@ -143,7 +153,7 @@ def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
         return 0
     print(f"{args.out}: {args.count} pairs of noise and data")
     train = ["--objective", "FlowMatching", "--out", f"{args.out}-trained"]
-    if isinstance(model, NetworkField) and not args.teacher:
+    if isinstance(unguided(model), NetworkField) and not args.teacher:
         # Starts from the model's own weights, and is judged by its trajectories.
         say_next([shlex.join(["fewstep", "distill", "--teacher", args.model, "--data", str(args.out), *train])])
     else:
@@ -224,9 +234,47 @@ def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
 
     file = args.model / "quality.json"
     table = markdown(*Evaluation.from_json(file.read_text()).table()) if file.is_file() else None
-    folder = export(args.model, args.folder or args.model / "model", overwrite=args.overwrite, quality=table)
+    folder = args.folder or args.model / ("adapter" if args.adapter else "model")
+    folder = export(args.model, folder, overwrite=args.overwrite, quality=table, adapter=args.adapter)
+    if args.adapter:
+        print(f"{folder} is an adapter: fewstep.lora.load_adapter, diffusers' load_lora_weights or peft read it")
+        say_next([f"fewstep export {args.model} {args.model.name}-export"])
+        return 0
     print(f"{folder} is a model of its own; its README.md says how to use it")
     say_next([f"fewstep sample {folder} --steps 2 --out {folder.name}.png"])
+    return 0
+
+
+def run_convert(args: argparse.Namespace, _: dict[str, str]) -> int:
+    from fewstep.converting import convert
+
+    done = convert(
+        args.model,
+        args.out,
+        check=not args.no_check,
+        count=args.count,
+        steps=args.steps,
+        seed=args.seed,
+        labels=_numbers("--labels", args.labels) if args.labels else None,
+        prompts=args.prompt,
+        device=args.device,
+        overwrite=args.overwrite,
+    )
+    for what, line in done.rows():
+        print(f"{what + ':':<15} {line}")
+    if done.agreement is not None:
+        print_table(*done.agreement.table())
+    print(done.verdict)
+    if done.picture is not None:
+        print(f"{args.out / done.picture} shows original, flow and difference; {args.out / 'README.md'} has it all")
+    out = shlex.quote(str(args.out))
+    say_next(
+        [
+            f"fewstep sample {out} --steps 50 --out {shlex.quote(args.out.name)}.png",
+            f"fewstep reflow {out} --count 10000 --out {shlex.quote(args.out.name)}-pairs",
+            f"fewstep distill --teacher {out}",
+        ]
+    )
     return 0
 
 

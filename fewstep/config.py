@@ -58,6 +58,11 @@ class Guidance(Section):
     interval: tuple[float, float] = Field(
         default=(0.0, 1.0), description="times (0 noise, 1 data) between which it acts"
     )
+    range: tuple[float, float] | None = Field(
+        default=None,
+        description="strengths drawn for each row between these, and told to the student as the condition `guidance`; "
+        "it is judged at scale",
+    )
     null: dict[str, int] = Field(
         default_factory=dict, description="the conditions that stand for none, such as {class_labels: 10}"
     )
@@ -82,6 +87,17 @@ class Teacher(Section):
     guidance: Guidance | None = Field(default=None, description="classifier-free guidance, folded into the student")
 
 
+class Lora(Section):
+    """A low-rank adapter that trains in the place of the network's own weights; see ``fewstep.add_lora``."""
+
+    rank: Count = Field(default=8, description="of the adapter")
+    alpha: Above | None = Field(default=None, description="it is scaled by alpha / rank; else the rank")
+    targets: list[str] | str | None = Field(
+        default=None, description="layers by the ends of their names, or a regular expression; else by the model"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of the adapter's input")
+
+
 class Student(Section):
     """The network that is trained, and what it stands for."""
 
@@ -102,6 +118,25 @@ class Student(Section):
     weights: Literal["teacher", "random"] | None = Field(
         None, description="the first weights; else the teacher's where it has a network"
     )
+    lora: Lora | None = Field(default=None, description="train an adapter of these weights alone")
+    guidance: bool | None = Field(
+        default=None, description="an input for the strength of guidance; else where the teacher's has a range"
+    )
+    image: Count | None = Field(
+        default=None,
+        description="channels of the condition `image` (B, image, H, W), which a U-Net then takes beside its own",
+    )
+    conversion: Literal["none"] | None = Field(
+        default=None,
+        description="none: what the teacher's network predicts is taken for the flow as it stands (naive fine-tuning)",
+    )
+
+
+class Dropping(Section):
+    """Conditions left out of some rows, so that guidance works with what is trained."""
+
+    share: float = Field(default=0.1, ge=0, le=1, description="of the rows")
+    null: dict[str, int] = Field(description="the conditions that stand for none, such as {class_labels: 10}")
 
 
 class Training(Section):
@@ -170,6 +205,7 @@ class Recipe(Section):
     coupling: Literal["independent", "ot"] = Field(
         default="independent", description="how noise is paired with data: ot, by optimal transport within a chunk"
     )
+    drop: Dropping | None = Field(default=None, description="conditions left out of some rows")
     objective: Named = Field(description="a method by name, or FILE.py:CLASS or MODULE:CLASS of one's own")
     training: Training = Field(default=Training(), description="when and how")
     evaluation: Evaluation = Field(default=Evaluation(), description="how well")
@@ -194,7 +230,10 @@ class Recipe(Section):
         """What makes two runs one: all but the name and the evaluation."""
         # Runs from before there was a coupling say nothing of it, and may go on.
         without = {"name", "evaluation"} | ({"coupling"} if self.coupling == "independent" else set())
-        return {key: value for key, value in self.as_dict().items() if key not in without}
+        tree = {key: value for key, value in self.as_dict().items() if key not in without}
+        if self.student.lora is None:  # as before there were adapters
+            del tree["student"]["lora"]
+        return tree
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> Recipe:
@@ -306,6 +345,8 @@ def _resolve(recipe: Recipe, base: Path) -> Recipe:
         teacher.source = _beside(base, teacher.source)
         if teacher.guidance is not None and teacher.guidance.weak is not None:
             teacher.guidance.weak = _beside(base, teacher.guidance.weak)
+        if teacher.guidance is not None and teacher.guidance.range is not None and student.network == "auto":
+            student.guidance = True if student.guidance is None else student.guidance
     student.network = _beside(base, student.network)
     recipe.data.name = _beside(base, recipe.data.name)
     recipe.objective.name = _beside(base, recipe.objective.name)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.batch import Batch, Data
+from fewstep.data.conditions import Dropped, Strengths
 from fewstep.data.pairs import Pairs
 from fewstep.errors import unknown
 from fewstep.randomness import normal
@@ -42,8 +43,11 @@ COUPLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ot": couple}
 
 
 def uncoupled(data: Data) -> Data:
-    """The data alone, for what shows and judges: it asks for thousands of rows at once, and for no noise."""
-    return data.data if isinstance(data, Coupled) else data
+    """The data alone, for what shows and judges: it asks for thousands of rows at once, for no noise, and for every
+    condition."""
+    while isinstance(data, Coupled | Dropped | Strengths):
+        data = data.data
+    return data
 
 
 class Coupled:

@@ -17,6 +17,7 @@ from typing import Any
 import fewstep
 from fewstep.fields import DiffusionField, NetworkField, VelocityField
 from fewstep.loading import NETWORKS, PREDICTION_TYPES, load
+from fewstep.lora import DIFFUSERS_FILE, PEFT_CONFIG, has_lora, merge_lora, save_adapter
 from fewstep.maps import FlowMap
 from fewstep.networks import TwoTimeUNet, UNet
 from fewstep.objectives import OBJECTIVES
@@ -31,6 +32,7 @@ def export(
     overwrite: bool = False,
     method: str | None = None,
     quality: str | None = None,
+    adapter: bool = False,
 ) -> Path:
     """Write a model as a folder, and return the folder.
 
@@ -46,6 +48,7 @@ def export(
         overwrite: whether an export that is there already is replaced.
         method: the objective it was trained by, for the model card; a run knows its own.
         quality: a Markdown table for the model card.
+        adapter: write the adapter of a LoRA alone (``fewstep.lora.save_adapter``), not the model that it is added to.
 
     Raises:
         ValueError: a model that cannot be exported, or ``folder`` is something else than an export.
@@ -54,21 +57,32 @@ def export(
     >>> fewstep.export(student, "fast-pipeline", method="ITVM")
     """
     folder = Path(folder).expanduser().resolve()
-    _check_target(folder, overwrite)
+    check_target(folder, overwrite)
+    if adapter:
+        from fewstep.runs import open_run
+
+        model = open_run(model).model if isinstance(model, str | Path) else model
+        with aside(folder) as part:
+            save_adapter(model, part)  # pyright: ignore[reportArgumentType]
+        return folder
     if isinstance(model, str | Path):
         method = method or _method_of(Path(model).expanduser())
         model = load(model)
+    if has_lora(model):
+        model = merge_lora(model)
     write = _writer(model)
-    with _aside(folder) as part:
+    with aside(folder) as part:
         write(model, part)
         (part / "README.md").write_text(_card(model, folder, method, quality))
     return folder
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that is something else than a model, or one that is there and may not be overwritten."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not any((folder / name).is_file() for name in ("model_index.json", "config.json")):
+    marks = ("model_index.json", "config.json", PEFT_CONFIG, DIFFUSERS_FILE)
+    if not any((folder / name).is_file() for name in marks):
         raise ValueError(f"{folder} is there and is no model: nothing in it is overwritten, export to another folder")
     if not overwrite:
         raise FileExistsError(f"{folder} is there already: export to another folder, or overwrite it (overwrite=True)")
@@ -106,10 +120,10 @@ def _write_map(model: FlowMap, folder: Path) -> None:
     from fewstep.pipelines import flow_map
 
     unet, native = _unet(model), model.native
-    _save(unet, folder / "unet")
+    save_part(unet, folder / "unet")
     shutil.copyfile(flow_map.__file__, folder / "pipeline.py")
     library = "diffusers"
-    if isinstance(unet, class_time_unet.ClassTimeUNet2DModel):
+    if type(unet).__module__ == class_time_unet.__name__:
         library = "class_time_unet"
         shutil.copyfile(class_time_unet.__file__, folder / "unet" / f"{library}.py")
 
@@ -118,8 +132,8 @@ def _write_map(model: FlowMap, folder: Path) -> None:
         kind = PREDICTION_TYPES[model.prediction]
         diffusion = {"prediction_type": kind, "log_ratios": native.log_ratios}
     scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=_timesteps(native))
-    _save(scheduler, folder / "scheduler")
-    _write_json(
+    save_part(scheduler, folder / "scheduler")
+    write_json(
         folder / "model_index.json",
         {
             "_class_name": ["pipeline", "FlowMapPipeline"],
@@ -137,13 +151,13 @@ def _write_field(model: NetworkField, folder: Path) -> None:
     import diffusers
 
     unet = _unet(model)
-    _save(unet, folder / "unet")
+    save_part(unet, folder / "unet")
     if isinstance(model, DiffusionField):
         scheduler = model.scheduler
     else:
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=_timesteps(model.native))
-    _save(scheduler, folder / "scheduler")
-    _write_json(
+    save_part(scheduler, folder / "scheduler")
+    write_json(
         folder / "model_index.json",
         {
             "_class_name": "DDPMPipeline",
@@ -161,7 +175,7 @@ def _write_plain(model: FlowMap | NetworkField, folder: Path) -> None:
     network: Any = model.network
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(
+    write_json(
         folder / "config.json",
         {
             "_class_name": "FlowMap" if isinstance(model, FlowMap) else "NetworkField",
@@ -180,13 +194,13 @@ def _unet(model: FlowMap | NetworkField) -> Any:
     return network.model
 
 
-def _save(part: Any, folder: Path) -> None:
+def save_part(part: Any, folder: Path) -> None:
     """A model or scheduler, without the path that it was loaded from: that is the business of its maker."""
     part.save_pretrained(folder)
     config = folder / part.config_name
     values = json.loads(config.read_text())
     values.pop("_name_or_path", None)
-    _write_json(config, values)
+    write_json(config, values)
 
 
 def _timesteps(native: Trajectory) -> int:
@@ -198,12 +212,12 @@ def _describe(path: Trajectory) -> dict[str, Any]:
     return {"name": type(path).__name__, "options": dataclasses.asdict(path)}
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
+def aside(folder: Path) -> Iterator[Path]:
     """A new folder beside ``folder`` that takes its place at the end, and leaves nothing behind where it fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part, old = (folder.with_name(f".{folder.name}.{what}-{os.getpid()}") for what in ("part", "old"))

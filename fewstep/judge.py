@@ -16,10 +16,12 @@ from fewstep.evaluation.evaluate import Evaluation, compare, evaluate
 from fewstep.evaluation.extractor import trained_classifier
 from fewstep.evaluation.files import replace_file
 from fewstep.evaluation.inception import inception
+from fewstep.evaluation.measure import possible_metrics
 from fewstep.evaluation.plots import image_grid, loss_figure, png, points_figure, quality_figure
 from fewstep.evaluation.report import write_report
 from fewstep.fields import Guided, VelocityField
 from fewstep.maps import FlowMap
+from fewstep.parts import follows_teacher
 from fewstep.training.trackers import read_metrics
 
 if TYPE_CHECKING:
@@ -73,8 +75,10 @@ def judge(
     """
     section, held_out = recipe.evaluation, prepare(recipe, data)
     extractor = _extractor(section.extractor, held_out if recipe.data.name == "teacher" else data, model)
-    found = None
-    if teacher is not None or extractor is not None or len(data.shape) != 3:
+    found, metrics = None, section.metrics
+    if metrics is None and not follows_teacher(recipe):  # the teacher's end points are not where it should end
+        metrics = possible_metrics(data.shape, False, extractor, "class_labels" in getattr(held_out, "cond", {}))
+    if metrics != () and (teacher is not None or extractor is not None or len(data.shape) != 3):
         with progress_bar("evaluating", quiet) as progress:
             found = evaluate(
                 model,
@@ -87,7 +91,7 @@ def judge(
                 seed=recipe.seed,
                 batch=section.batch,
                 guidance=_strength(recipe, teacher),
-                metrics=section.metrics,
+                metrics=metrics,
                 progress=progress,
             )
         replace_file(out / "quality.json", found.to_json().encode())
@@ -97,8 +101,9 @@ def judge(
 
 def _strength(recipe: Recipe, teacher: VelocityField | None) -> float | None:
     """The guidance at which a student that takes its strength is held against its teacher: the teacher's own."""
-    takes_it = recipe.objective.options.get("strength") is not None
-    return float(teacher.scale) if takes_it and isinstance(teacher, Guided) else None
+    guidance = recipe.teacher.guidance if recipe.teacher else None
+    is_told = guidance is not None and guidance.range is not None
+    return float(teacher.scale) if is_told and isinstance(teacher, Guided) else None
 
 
 def compare_runs(evaluations: dict[str, Evaluation], out: Path) -> tuple[list[str], list[list[Any]]]:

@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 from fewstep.config import PATHS, Recipe, Student, Teacher, find_objective
 from fewstep.couplings import Coupled
-from fewstep.data import ArrayData, load_data
+from fewstep.data import FACTS, ArrayData, load_data
 from fewstep.data.batch import Batch, Data
+from fewstep.data.conditions import Dropped, Strengths
 from fewstep.drawing import classes_of, draw, shape_of, write
 from fewstep.errors import unknown
 from fewstep.exact import CheckerboardField, eight_gaussians, spiral
 from fewstep.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP, UNet
+from fewstep.networks.families import ConditionalUNet
+from fewstep.networks.unet import set_size, with_image
 from fewstep.objectives.base import Objective
 from fewstep.options import arguments, find_object
 from fewstep.paths import KINDS, Linear, Reversed, Trigonometric, VariancePreserving
@@ -43,7 +46,10 @@ def make_teacher(section: Teacher) -> VelocityField:
         ValueError: nothing of that name, or something that is no velocity field.
         FileNotFoundError: a path that is not there.
     """
-    field = _find_teacher(section.source, section.options)
+    source = section.source
+    if not any(mark in source for mark in "/:~") and source not in EXACT and not Path(source).exists():
+        raise unknown("teacher", source, EXACT)
+    field = find_model(source, section.options)
     if isinstance(field, FlowMap):
         raise ValueError(
             f"the teacher {section.source!r} is a flow map, and what is distilled is a velocity field: "
@@ -52,19 +58,18 @@ def make_teacher(section: Teacher) -> VelocityField:
     if not isinstance(field, VelocityField):
         raise ValueError(f"the teacher {section.source!r} gave a {type(field).__name__}, not a VelocityField")
     if (guidance := section.guidance) is not None:
-        weak = None if guidance.weak is None else _find_teacher(guidance.weak)
+        weak = None if guidance.weak is None else find_model(guidance.weak)
         field = Guided(field, guidance.scale, guidance.interval, null=dict(guidance.null), weak=weak)
     return field
 
 
-def _find_teacher(source: str, options: dict[str, Any] | None = None) -> Any:
+def find_model(source: str, options: dict[str, Any] | None = None) -> Any:
+    """What a name stands for: an exact field, a function of a file or module, or whatever ``fewstep.load`` takes."""
     if source in EXACT:
         return EXACT[source]()
     if ":" in source and not source.startswith("fewstep:"):
         function = find_object(source)
         return function(**arguments("teacher.options", function, options or {}))
-    if not any(mark in source for mark in "/:~") and not Path(source).exists():
-        raise unknown("teacher", source, EXACT)
     from fewstep.loading import load
 
     return load(source)
@@ -78,6 +83,19 @@ def make_student(
     Raises:
         ValueError: a network that does not fit the shape, options that are not known, weights that do not fit.
     """
+    model = _bare_student(section, shape, teacher, is_map, seed)
+    if section.lora is not None:
+        from fewstep.lora import add_lora
+
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            add_lora(model, **section.lora.model_dump())  # pyright: ignore[reportArgumentType]
+    return model
+
+
+def _bare_student(
+    section: Student, shape: tuple[int, ...], teacher: VelocityField | None, is_map: bool, seed: int
+) -> FlowMap | VelocityField:
     inner = unguided(teacher)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
@@ -87,7 +105,16 @@ def make_student(
                     f"student.network: auto takes the teacher's network, and {type(inner).__name__} has none: "
                     "say mlp, unet, or FILE.py:FUNCTION"
                 )
-            return FlowMap.from_field(inner) if is_map else deepcopy(inner).requires_grad_(True)
+            field = _started(inner, section, shape)
+            if not is_map:
+                return field.requires_grad_(True)
+            return FlowMap.from_field(field, guidance=bool(section.guidance))
+        is_random = not isinstance(inner, NetworkField) or section.weights == "random"
+        if section.lora is not None and is_random and ":" not in section.network:
+            raise ValueError(
+                "student.lora trains an adapter of weights that stay as they are, and the student starts from random "
+                "ones: start it from a teacher with a network, or leave lora out"
+            )
         network = make_network(section, shape)
         if isinstance(network, FlowMap | VelocityField):
             return network
@@ -95,6 +122,22 @@ def make_student(
         if section.weights == "teacher" and start is None:
             raise ValueError("student.weights: teacher, but the teacher has no network to take them from")
         return _wrap(network, section, start, teacher, is_map)
+
+
+def _started(field: NetworkField, section: Student, shape: tuple[int, ...]) -> NetworkField:
+    """The teacher's field as a student starts: a copy, with what the recipe changes about its network."""
+    # With an adapter the weights stay as they are, and the teacher and the student can have one copy of them.
+    shared = {id(weight): weight for weight in field.parameters()} if section.lora is not None else {}
+    field = deepcopy(field, shared)
+    if section.image is not None:
+        field.network = with_image(field.network, section.image)
+    if isinstance(field.network, UNet | ConditionalUNet):
+        set_size(field.network.model, shape)
+    if section.conversion == "none":
+        raw = NetworkField(field.network, Reversed(1000.0), "flow", path=Linear())
+        raw.latents, raw.text = field.latents, field.text
+        return raw
+    return field
 
 
 def make_network(section: Student, shape: tuple[int, ...]) -> Any:
@@ -131,7 +174,9 @@ def _wrap(
         native, prediction = start.native, start.prediction
     if prediction not in KINDS:
         raise unknown("prediction kind", prediction, KINDS)
-    field = NetworkField(network, native, prediction, path=path)
+    field, inner = NetworkField(network, native, prediction, path=path), unguided(teacher)
+    if inner is not None:
+        field.latents, field.text = inner.latents, inner.text
     try:
         if is_map and getattr(network, "with_second_time", None) is None:
             # A network of one's own comes with its second time.
@@ -147,7 +192,7 @@ def _wrap(
             f"the teacher's weights do not fit the student's {type(network).__name__} "
             f"({' '.join(str(error).split())[:200]}): say student.weights: random, or student.network: auto"
         ) from None
-    return FlowMap.from_field(field) if is_map else field
+    return FlowMap.from_field(field, guidance=bool(section.guidance)) if is_map else field
 
 
 def make_objective(recipe: Recipe, teacher: VelocityField | None) -> Objective:
@@ -164,6 +209,13 @@ def trains_map(recipe: Recipe) -> bool:
     """Whether the student is a flow map: asked for, or what the objective trains."""
     kind, method = recipe.student.kind, find_objective(recipe.objective.name)
     return kind == "map" if kind else not getattr(method, "trains_field", False)
+
+
+def follows_teacher(recipe: Recipe) -> bool:
+    """Whether the student is to end where the teacher's trajectories do: it is distilled, or trained on what the
+    teacher made. Otherwise the teacher is what it starts from, and fine-tuning leads elsewhere."""
+    made_by_teacher = recipe.data.name == "teacher" or (Path(recipe.data.name).expanduser() / FACTS).is_file()
+    return made_by_teacher or "teacher" in inspect.signature(find_objective(recipe.objective.name)).parameters
 
 
 def path_of(section: Student) -> Trajectory | None:
@@ -219,6 +271,11 @@ class TeacherSamples:
 def make_data(recipe: Recipe, teacher: VelocityField | None, out: Path | None) -> Data:
     """The data of a recipe, coupled as it says; ``out`` is where samples of the teacher are kept."""
     data = _uncoupled(recipe, teacher, out)
+    if recipe.drop is not None:
+        data = Dropped(data, recipe.drop.share, recipe.drop.null)
+    guidance = None if recipe.teacher is None else recipe.teacher.guidance
+    if guidance is not None and guidance.range is not None:
+        data = Strengths(data, *guidance.range)
     return data if recipe.coupling == "independent" else Coupled(data, recipe.coupling)
 
 

@@ -14,11 +14,12 @@ from fewstep.data.batch import Data
 from fewstep.drawing import Model, classes_of, shape_of
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.files import replace_file
-from fewstep.fields import VelocityField
+from fewstep.fields import NetworkField, VelocityField, unguided
 from fewstep.judge import judge, prepare
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Objective
 from fewstep.parts import (
+    follows_teacher,
     make_data,
     make_objective,
     make_student,
@@ -30,7 +31,7 @@ from fewstep.randomness import generator
 from fewstep.training import checkpoints, distributed, folder
 from fewstep.training.distributed import World
 from fewstep.training.fit import fit
-from fewstep.training.run import Result
+from fewstep.training.run import Result, frozen, put_back
 from fewstep.watch import Watch
 
 
@@ -78,10 +79,8 @@ def build(recipe: Recipe, out: Path | None = None) -> Built:
     student = make_student(recipe.student, data.shape, teacher, trains_map(recipe), recipe.seed)
     objective = make_objective(recipe, teacher)
     objective.check_student(student)
-    if teacher is not None:
-        _check_fit("teacher", teacher, recipe.data.name, data)
     _check_fit("student", student, recipe.data.name, data)
-    return Built(student, objective, data, teacher)
+    return Built(student, objective, data, _held_against(recipe, teacher, data))
 
 
 def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
@@ -133,13 +132,10 @@ def evaluate_run(path: Path, device: str | None = None, **changes: Any) -> Evalu
     recipe = load_recipe({**tree, "evaluation": {**tree["evaluation"], **changes}})
     teacher = _teacher(recipe)
     place = distributed.choose_device(device, World())
-    return judge(
-        run.model.to(place),
-        recipe,
-        uncoupled(make_data(recipe, teacher, path)),
-        None if teacher is None else teacher.to(place),
-        path,
-    )
+    data = make_data(recipe, teacher, path)
+    teacher = _held_against(recipe, teacher, data)
+    teacher = None if teacher is None else teacher.to(place)
+    return judge(run.model.to(place), recipe, uncoupled(data), teacher, path)
 
 
 def open_run(path: str | Path) -> Trained:
@@ -161,15 +157,19 @@ def open_run(path: str | Path) -> Trained:
         # That some weights are new in the student was said when it was made, and they are loaded here.
         warnings.simplefilter("ignore")
         model = make_student(recipe.student, shape, _teacher(recipe), trains_map(recipe), recipe.seed)
-    model.load_state_dict(saved.tensors["ema" if "ema" in saved.tensors else "model"])
+    put_back(model, frozen(model), saved, "ema" if "ema" in saved.tensors else "model")
     if isinstance(model, FlowMap):
         model.gamma = find_objective(recipe.objective.name).gamma
     return Trained(model.eval().requires_grad_(False), recipe, shape, saved.step)
 
 
 def load_run(path: str | Path) -> Model:
-    """What a run trained, with its averaged weights: a ``FlowMap`` or a ``NetworkField``. Raises as ``open_run``."""
-    return open_run(path).model
+    """What a run trained, with its averaged weights, an adapter added in: a ``FlowMap`` or a ``NetworkField``. Raises
+    as ``open_run``."""
+    from fewstep.lora import has_lora, merge_lora
+
+    model = open_run(path).model
+    return merge_lora(model).requires_grad_(False) if has_lora(model) else model
 
 
 def _teacher(recipe: Recipe) -> VelocityField | None:
@@ -177,6 +177,24 @@ def _teacher(recipe: Recipe) -> VelocityField | None:
         return None
     teacher, path = make_teacher(recipe.teacher), path_of(recipe.student)
     return teacher if path is None or teacher.path.same_as(path) else teacher.on(path)
+
+
+def _held_against(recipe: Recipe, teacher: VelocityField | None, data: Data) -> VelocityField | None:
+    """The teacher as what the student is held against: none where the student only starts from it, and it does not
+    take these data (another size, a condition more).
+
+    Raises:
+        ValueError: the student follows the teacher, and that does not take the data.
+    """
+    if teacher is None:
+        return None
+    try:
+        _check_fit("teacher", teacher, recipe.data.name, data)
+    except ValueError:
+        if follows_teacher(recipe) or not isinstance(unguided(teacher), NetworkField):
+            raise
+        return None
+    return teacher
 
 
 def _begin(out: Path, recipe: Recipe, fresh: bool) -> None:

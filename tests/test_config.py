@@ -21,7 +21,10 @@ SMALL = {
 
 @pytest.mark.parametrize("name", known_recipes())
 def test_every_recipe_that_comes_along_is_valid_and_reads_back_the_same(name: str) -> None:
-    overrides = {"teacher": "checkerboard", "student": "mlp"} if name == "distill" else {}
+    overrides = {
+        "distill": {"teacher": "checkerboard", "student": "mlp"},
+        "finetune": {"teacher": "checkerboard", "data": "checkerboard"},
+    }.get(name, {})
     recipe = load_recipe(name, overrides)
     assert recipe.name == name
     assert load_recipe(yaml.safe_load(recipe.as_yaml())) == recipe
@@ -94,7 +97,7 @@ def test_teacher_none_is_no_teacher() -> None:
             "unknown recipe key 'training.stpes': did you mean 'training.steps'? Known: accumulate",
         ),
         ({"lr": "1"}, "unknown recipe key 'lr': did you mean 'training.lr'?"),
-        ({"foo": "1"}, "unknown recipe key 'foo': Known: coupling, data, evaluation, name, objective"),
+        ({"foo": "1"}, "unknown recipe key 'foo': Known: coupling, data, drop, evaluation, name, objective"),
         ({"objective": "ITMV"}, "unknown objective 'ITMV': did you mean 'ITVM'?"),
         ({"objective.emma": "0.9"}, "unknown recipe key 'objective.emma': did you mean 'objective.ema'?"),
         ({"objective.ema": "high"}, "objective.ema is 'high': input should be a valid number"),

@@ -219,7 +219,7 @@ def test_damaged_or_pickled_numpy_files(tmp_path):
         with pytest.raises(ValueError, match=f"cannot read .*{name}"):
             npy(tmp_path / name)
     np.save(tmp_path / "a.npy", np.zeros((3, 2)))
-    with pytest.raises(ValueError, match="key and label are for"):
+    with pytest.raises(ValueError, match="key, label and conditions are for"):
         npy(tmp_path / "a.npy", key="x")
 
 

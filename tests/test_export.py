@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from unet_toys import conditions, tiny_field, tiny_student, tiny_unet
 
@@ -360,3 +360,45 @@ def test_what_cannot_be_exported(model: Any, message: str, tmp_path: Path) -> No
 def test_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no folder"):
         export(tmp_path / "nowhere", tmp_path / "export")
+
+
+@pytest.mark.parametrize("classes", [None, 5])
+def test_a_student_that_is_told_the_strength_of_guidance(
+    classes: int | None, elsewhere: Callable[..., str], tmp_path: Path
+) -> None:
+    """In fewstep, in its pipeline, and in diffusers where fewstep is not."""
+    student = FlowMap.from_field(tiny_field("v_prediction", classes), guidance=True)
+    with torch.no_grad():
+        student.network.model.class_embedding.strength.linear_2.weight.normal_(
+            generator=torch.Generator().manual_seed(0)
+        )
+    folder = export(student, tmp_path / "guided")
+    noise = sample_noise((3, 1, 8, 8), sample_generators(7, range(3)))
+    x = sample(student, noise, 2, guidance=torch.full((3,), 3.0), **conditions(classes))
+    expected = (x / 2 + 0.5).clamp(0, 1)
+    back = load(folder)
+    assert torch.equal(sample(back, noise, 2, guidance=torch.full((3,), 3.0), **conditions(classes)), x)  # pyright: ignore
+    asked = {"latents": noise, "num_inference_steps": 2, "output_type": "pt", **conditions(classes)}
+    found = pipeline(folder)(guidance_scale=3.0, **asked).images
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert (found - pipeline(folder)(**asked).images).abs().max() > 1e-3
+    save_file({"noise": noise}, tmp_path / "noise.safetensors")
+    labels = ", class_labels=[0, 1, 4]" if classes else ""
+    said = elsewhere(
+        f"""
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+pipe = DiffusionPipeline.from_pretrained({str(folder)!r}, trust_remote_code=True)
+noise = load_file({str(tmp_path / "noise.safetensors")!r})["noise"]
+images = pipe(latents=noise, num_inference_steps=2, guidance_scale=3.0, output_type="pt"{labels}).images
+print(float(images.double().sum()))
+"""
+    )
+    assert float(said.split()[-1]) == pytest.approx(float(expected.double().sum()), rel=1e-6)
+
+
+def test_a_strength_that_nobody_takes_is_refused(tmp_path: Path) -> None:
+    folder = export(tiny_student(), tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"guidance_scale is 2\.0, and this model is not told any: leave it out"):
+        pipeline(folder)(guidance_scale=2.0)

@@ -24,10 +24,13 @@ def recipe(tmp_path):
     (tmp_path / "fields.py").write_text(FIELDS)
     return {
         "name": "guided",
-        "teacher": {"source": "eight-gaussians", "guidance": {"scale": 2.0, "weak": f"{tmp_path}/fields.py:weak"}},
+        "teacher": {
+            "source": "eight-gaussians",
+            "guidance": {"scale": 2.0, "weak": f"{tmp_path}/fields.py:weak", "range": [1, 3]},
+        },
         "student": {"network": "mlp", "options": {"width": 64, "depth": 2, "guidance": True}},
         "data": "eight-gaussians",
-        "objective": {"name": "AYF", "strength": [1.0, 3.0], "diagonal": 0.75},
+        "objective": {"name": "AYF", "diagonal": 0.75},
         "training": {"steps": 500, "batch": 128, "lr": 3e-3, "quiet": True},
         "evaluation": {"count": 0},
     }
@@ -53,11 +56,11 @@ def test_a_student_learns_the_strength_it_is_given(recipe, tmp_path):
 def test_what_cannot_be(recipe):
     with pytest.raises(ValueError, match="guidance needs null conditions, such as"):
         load_recipe({**recipe, "teacher": {"source": "eight-gaussians", "guidance": {"scale": 2.0}}})
-    plain = load_recipe({**recipe, "teacher": "eight-gaussians"})
     from fewstep.runs import build
 
-    with pytest.raises(ValueError, match=r"AYF's strength is \(1.0, 3.0\), and the teacher, a MixtureField, is not"):
-        build(plain)
+    recipe["student"]["options"]["guidance"] = False
+    with pytest.raises(ValueError, match=r"the student does not take the data .* conditions guidance: .*make it with"):
+        build(load_recipe(recipe))
 
 
 def test_it_is_judged_and_sampled_at_a_strength(recipe, tmp_path, monkeypatch):

@@ -245,8 +245,8 @@ def test_networks_teachers_and_methods_of_ones_own(tmp_path: Path) -> None:
         (POINTS, {"student.kind": "field"}, "ITVM trains a FlowMap, not a NetworkField"),
         (IMAGES, {"teacher": "checkerboard"}, "the teacher does not take the data 'digits' of shape (1, 8, 8) and "
             "conditions class_labels: it is for samples of shape (2,)"),
-        (IMAGES, {"student.options.in_channels": "3"}, "it is for samples of shape (3, 8, 8)"),
-        (IMAGES, {"student.options.out_channels": "3"}, "it gives (3, 8, 8)"),
+        (IMAGES, {"student.options.in_channels": "3"}, "this UNet2DModel takes 3 channels, the state has 1"),
+        (IMAGES, {"student.options.out_channels": "3"}, "the network UNet returned (2, 3, 8, 8) for x (2, 1, 8, 8)"),
         (IMAGES, {"student.options.num_class_embeds": "5"}, "has class_labels up to 9, the student only 0 to 4"),
         (IMAGES, {"student.options.num_class_embeds": "null"}, "the student does not take the data 'digits'"),
         (IMAGES, {"data.labels": "false"}, "has 10 classes, and the data 'digits' has no class_labels"),
@@ -363,7 +363,11 @@ def test_every_recipe_runs_shortened(
 ) -> None:
     """Each recipe as it is, with a network that is small and few steps."""
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    recipe = load_recipe(name, {"teacher": "checkerboard", "student": "mlp"} if name == "distill" else {})
+    needed = {
+        "distill": {"teacher": str(teacher_run), "student": "mlp"},
+        "finetune": {"teacher": str(teacher_run), "data": "digits"},
+    }.get(name, {})
+    recipe = load_recipe(name, needed)
     overrides = {
         "steps": "2", "training.batch": "8", "training.chunk": "8", "training.quiet": "true", "evaluation.count": "8",
         "evaluation.steps": "[1, 2]", "evaluation.extractor": "none",
@@ -378,6 +382,7 @@ def test_every_recipe_runs_shortened(
         overrides |= {"evaluation.teacher_steps": "[2]"}
         if recipe.teacher.source.startswith("runs/") or name == "distill":
             overrides |= {"teacher": str(teacher_run)}
+    overrides |= needed if name == "finetune" else {}
     if recipe.data.name == "teacher":
         overrides |= {"data.count": "8", "data.steps": "1"}
     try:

@@ -151,3 +151,36 @@ def test_what_cannot_be_is_refused() -> None:
         FlowMap.from_field(tiny_field("v_prediction", 5))(x, s, t)
     with pytest.raises(ValueError, match="class_embed_type='timestep' has no room for a second time"):
         TwoTimeUNet.from_model(tiny_unet(class_embed_type="timestep"))
+
+
+# Told the strength of guidance
+
+
+def guided(classes: int | None) -> FlowMap:
+    return FlowMap.from_field(tiny_field("v_prediction", classes), guidance=True)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_the_strength_of_guidance_is_silent_at_first_and_heard_once_trained(classes: int | None) -> None:
+    field, student = tiny_field("v_prediction", classes), guided(classes)
+    x, s, t = batch()
+    strength = torch.tensor([1.0, 2.0, 7.5])
+    with torch.no_grad():
+        assert torch.equal(student.velocity(x, s, **conditions(classes)), field(x, s, **conditions(classes)))
+        told = student.average_velocity(x, s, t, guidance=strength, **conditions(classes))
+        assert torch.equal(told, field(x, s, **conditions(classes)))
+    student.average_velocity(x, s, t, guidance=strength, **conditions(classes)).square().sum().backward()
+    embedding = student.network.model.class_embedding.strength
+    assert embedding.linear_2.weight.grad.abs().max() > 0
+    with torch.no_grad():
+        embedding.linear_2.weight.normal_()
+        changed = student.average_velocity(x, s, t, guidance=strength, **conditions(classes))
+        none = student.average_velocity(x, s, t, **conditions(classes))
+    assert (changed - none).abs().flatten(1).amax(1)[1:].min() > 1e-4
+    torch.testing.assert_close(changed[0], none[0])  # 1 is what it is where nothing is said
+
+
+def test_a_student_that_is_told_none_says_so() -> None:
+    x, s, t = batch()
+    with pytest.raises(ValueError, match=r"told no strength of guidance: FlowMap.from_field\(..., guidance=True\)"):
+        FlowMap.from_field(tiny_field())(x, s, t, guidance=torch.ones(3))

@@ -13,11 +13,12 @@ from fewstep import errors
 from fewstep.data import files, pictures, toy
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch, Data
+from fewstep.data.conditions import Dropped, Strengths
 from fewstep.data.order import epoch_indices
 from fewstep.data.pairs import FACTS, Pairs
 from fewstep.data.toy import Toy
 
-__all__ = ["ArrayData", "Batch", "Data", "Pairs", "Toy", "epoch_indices", "load_data"]
+__all__ = ["FACTS", "ArrayData", "Batch", "Data", "Dropped", "Pairs", "Strengths", "Toy", "epoch_indices", "load_data"]
 
 _NAMED: dict[str, Callable[..., Any]] = {
     "checkerboard": toy.checkerboard,

@@ -18,8 +18,10 @@ class ArrayData:
 
     Args:
         array: (N, ...), at least two axes; a numpy array, a memory map (which stays one) or a CPU tensor.
-        cond: conditions by name, each of N rows. ``class_labels`` are whole numbers from 0, (N,).
-        flip: turn each gathered row left to right (its last axis) with probability 1/2.
+        cond: conditions by name, each of N rows. ``class_labels`` are whole numbers from 0, (N,); pictures (uint8 of
+            three axes or more) come as floats in [-1, 1].
+        flip: turn each gathered row left to right (its last axis) with probability 1/2, and conditions of as many axes
+            with it.
         normalize: bring the values to mean 0 and standard deviation 1; ``denormalize`` maps samples back.
         classes: what the class labels mean, where that is known.
 
@@ -65,6 +67,8 @@ class ArrayData:
                 raise ValueError(f"class_labels are whole numbers, one a row, got {value.dtype} of shape {value.shape}")
             if value.min() < 0:
                 raise ValueError(f"class_labels count from 0, got {value.min()}: drop those rows, or the labels")
+        if value.dtype == np.uint8 and value.ndim > 2:
+            return torch.from_numpy(value.astype(np.float32)).sub_(127.5).div_(127.5)
         return torch.from_numpy(value.astype(np.float32 if is_real else np.int64))
 
     def __len__(self) -> int:
@@ -77,12 +81,15 @@ class ArrayData:
             # In float64: a small spread around a large mean would not survive in less.
             picked = (picked.astype(np.float64) - self.mean) / self.std
         data = torch.from_numpy(np.ascontiguousarray(picked, dtype=None if self._is_picture else np.float32))
+        cond = {name: value[index] for name, value in self.cond.items()}
         if self.flip:
-            turned = uniform(len(index), generator) < 0.5
-            data = torch.where(turned.view(-1, *[1] * len(self.shape)), data.flip(-1), data)
+            turned = (uniform(len(index), generator) < 0.5).view(-1, *[1] * len(self.shape))
+            data = torch.where(turned, data.flip(-1), data)
+            alike = {name: value for name, value in cond.items() if value.ndim == data.ndim}
+            cond |= {name: torch.where(turned, value.flip(-1), value) for name, value in alike.items()}
         if self._is_picture:
             data = data.float().sub_(self.mean).div_(self.std)
-        return Batch(data, {name: value[index] for name, value in self.cond.items()})
+        return Batch(data, cond)
 
     def denormalize(self, data: Tensor) -> Tensor:
         """Samples (B, ...) back in the units of the array: 0 to 255 for pictures, not rounded or clipped."""

@@ -9,6 +9,7 @@ import math
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,7 @@ def npy(
     flip: bool = False,
     normalize: bool = False,
     labels: bool = True,
+    conditions: Sequence[str] = (),
 ) -> ArrayData:
     """An array (N, ...) of any shape in a ``.npy`` file (memory-mapped) or a ``.npz`` file (read whole).
 
@@ -96,6 +98,7 @@ def npy(
     Args:
         key: the array of a ``.npz``; by default the first that holds no labels.
         label: the array of the class labels in a ``.npz``; by default ``class_labels``, ``labels`` or ``y``.
+        conditions: more arrays of a ``.npz``, each a condition of its own name, such as ``image`` (N, C, H, W).
 
     Raises:
         ValueError: a damaged file, pickled objects (never loaded), a key that is not there.
@@ -108,22 +111,23 @@ def npy(
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"cannot read {path} as a NumPy array: {error}") from error
     if isinstance(loaded, np.ndarray):
-        if key is not None or label is not None:
-            raise ValueError(f"{path} holds one array without a name: key and label are for .npz files")
+        if key is not None or label is not None or conditions:
+            raise ValueError(f"{path} holds one array without a name: key, label and conditions are for .npz files")
         return ArrayData(channels_first(loaded, channels_last, str(path)), None, flip, normalize)
 
     with loaded:
         names = loaded.files
-        for wanted in (key, label):
+        for wanted in (key, label, *conditions):
             if wanted is not None and wanted not in names:
                 raise errors.unknown(f"array in {path}", wanted, names)
         label = label or next((k for k in _LABEL_KEYS if k in names and k != key), None)
-        key = key or next((k for k in names if k != label), None)
+        key = key or next((k for k in names if k not in (label, *conditions)), None)
         if key is None:
             raise ValueError(f"{path} holds no array of data, only {', '.join(names) or 'nothing'}")
         try:
             array = loaded[key]
-            cond = {"class_labels": loaded[label]} if label and labels else None
+            cond = {name: loaded[name] for name in conditions}
+            cond |= {"class_labels": loaded[label]} if label and labels else {}
         except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"cannot read {path}: {error}") from error
     return ArrayData(channels_first(array, channels_last, f"{key} in {path}"), cond, flip, normalize)

@@ -54,8 +54,9 @@ class MLP(nn.Module):
             h = layer(nn.functional.gelu(h))
         return self.output(nn.functional.gelu(h))
 
-    def with_second_time(self) -> "MLP":
+    def with_second_time(self, guidance: bool = False) -> "MLP":
         """The same network with a second time that is silent, as a student starts."""
-        student = MLP(**{**self.config, "times": 2}).to(self.input.weight)
+        student = MLP(**{**self.config, "times": 2, "guidance": guidance or self.config["guidance"]})
+        student = student.to(self.input.weight)
         student.load_state_dict(self.state_dict(), strict=False)
         return student

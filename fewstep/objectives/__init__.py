@@ -3,6 +3,7 @@
 from fewstep.objectives.ayf import AYF, SCM
 from fewstep.objectives.base import Loss, Objective
 from fewstep.objectives.consistency import CTM, ConsistencyDistillation, ConsistencyTraining
+from fewstep.objectives.denoising import Denoising
 from fewstep.objectives.direct import FMM
 from fewstep.objectives.eulerian import EMD, ESD
 from fewstep.objectives.flow_matching import ContrastiveFlowMatching, FlowMatching, Recentred
@@ -13,13 +14,13 @@ from fewstep.objectives.progressive import PFMM, PSD, Shortcut, SplitMeanFlow
 from fewstep.objectives.two_time import TwoTime
 
 _METHODS: tuple[type[Objective], ...] = (
-    FlowMatching, ContrastiveFlowMatching, ITVM, LMD, EMD, AYF, PFMM, ConsistencyDistillation, CTM, SCM, MeanFlow,
-    ImprovedMeanFlow, AlphaFlow, FMM, LSD, ESD, PSD, TVM, Shortcut, SplitMeanFlow, ConsistencyTraining,
+    FlowMatching, ContrastiveFlowMatching, Denoising, ITVM, LMD, EMD, AYF, PFMM, ConsistencyDistillation, CTM, SCM,
+    MeanFlow, ImprovedMeanFlow, AlphaFlow, FMM, LSD, ESD, PSD, TVM, Shortcut, SplitMeanFlow, ConsistencyTraining,
 )  # fmt: skip
 OBJECTIVES: dict[str, type[Objective]] = {method.__name__: method for method in _METHODS}
 
 __all__ = [
     "AYF", "CTM", "EMD", "ESD", "FMM", "ITVM", "LMD", "LSD", "OBJECTIVES", "PFMM", "PSD", "SCM", "TVM", "AlphaFlow",
-    "ConsistencyDistillation", "ConsistencyTraining", "ContrastiveFlowMatching", "FlowMatching", "ImprovedMeanFlow",
-    "Loss", "MeanFlow", "Objective", "Recentred", "Shortcut", "SplitMeanFlow", "TwoTime",
+    "ConsistencyDistillation", "ConsistencyTraining", "ContrastiveFlowMatching", "Denoising", "FlowMatching",
+    "ImprovedMeanFlow", "Loss", "MeanFlow", "Objective", "Recentred", "Shortcut", "SplitMeanFlow", "TwoTime",
 ]  # fmt: skip

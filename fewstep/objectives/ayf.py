@@ -4,12 +4,11 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import unknown
-from fewstep.fields import Guided, VelocityField
+from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
-from fewstep.objectives.base import Batch, check_decay, check_options
+from fewstep.objectives.base import check_decay, check_options
 from fewstep.objectives.two_time import Now, Rows, ToTheEnd, TwoTime, near_the_end, normalized, warmed
 from fewstep.paths import expand
-from fewstep.randomness import Generators, uniform
 
 VARIANTS = ("EMD", "LMD")
 
@@ -32,16 +31,14 @@ class AYF(_Tangent):
     * ``LMD``: ``X_{s,t}(x_s)`` against one Heun step of the teacher, of length ``step_size`` at most, from the EMA
       copy's ``X^-_{s,t-e}(x_s)``.
 
-    With ``strength`` and a :class:`fewstep.Guided` teacher, autoguidance ``v + (l - 1)(v - v_weak)`` has an l drawn for
-    each row between the two numbers (the paper: 1 to 3), given to the student as the condition ``guidance`` (n,), which
-    its network must take: ``MLP(..., guidance=True)``.
+    The paper autoguides the teacher with strengths drawn from 1 to 3, and tells the student: ``Guided(..., weak=)`` and
+    :class:`fewstep.data.Strengths`.
 
     Args:
         teacher: the frozen field.
         variant: ``EMD`` or ``LMD``.
         warmup, ramp: of the tangent, in ``EMD``.
         step_size, ema: in ``LMD``.
-        strength: the range of l, or None for the teacher as it is.
         diagonal, times, ends, options: see :class:`TwoTime`.
     """
 
@@ -56,7 +53,6 @@ class AYF(_Tangent):
         ramp: float = 0.99,
         step_size: float = 0.05,
         ema: float = 0.99,
-        strength: tuple[float, float] | None = None,
         diagonal: float = 0.25,
         times: str = "uniform",
         ends: float = 0.0,
@@ -67,23 +63,11 @@ class AYF(_Tangent):
         if variant not in VARIANTS:
             raise unknown("variant of AYF", variant, VARIANTS)
         check_options("AYF", times, warmup=warmup, ramp=ramp, step_size=step_size)
-        if strength is not None and not isinstance(teacher, Guided):
-            raise ValueError(
-                f"AYF's strength is {strength}, and the teacher, a {type(teacher).__name__}, is not guided: "
-                "give it Guided(field, scale, weak=weaker)"
-            )
-        self.variant, self.warmup, self.ramp, self.step_size, self.strength = variant, warmup, ramp, step_size, strength
+        self.variant, self.warmup, self.ramp, self.step_size = variant, warmup, ramp, step_size
         if variant == "LMD":
             if step_size == 0:
                 raise ValueError("AYF's step_size is 0: a step of no length teaches nothing, take 0.05")
             self.ema, self.velocity_at = check_decay("AYF", ema), None
-
-    def conditions(self, batch: Batch, generator: Generators) -> dict[str, Tensor]:
-        if self.strength is None:
-            return batch.cond
-        low, high = self.strength
-        strength = low + (high - low) * uniform(len(batch), generator)
-        return {**batch.cond, "guidance": strength.to(batch.data)}
 
     def goal(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
         if self.variant == "EMD":

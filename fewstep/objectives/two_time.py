@@ -136,10 +136,6 @@ class TwoTime(Objective):
         """Single times (rows,), those of the diagonal."""
         return draw_times(rows, generator, self.times)
 
-    def conditions(self, batch: Batch, generator: Generators) -> dict[str, Tensor]:
-        """The conditions of the rows."""
-        return batch.cond
-
     # What all share
 
     def velocity(self, rows: Rows) -> Tensor:
@@ -239,7 +235,7 @@ class TwoTime(Objective):
         shared = split_rows(count, self.shares, generator, noise.device)
         s, t = self.pairs(count, generator, now)
         start, fraction = self.starts(count, generator), uniform(count, generator)
-        cond = self.conditions(batch, generator)
+        cond = batch.cond
         s, t, start, fraction = (as_times(value, noise) for value in (s, t, start, fraction))
         diagonal = shared[self.diagonal_term]
         s[diagonal] = t[diagonal] = start[diagonal]

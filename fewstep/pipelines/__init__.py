@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import FlowMapEulerDiscreteScheduler, UNet2DModel
 
-from fewstep.networks.class_time_unet import ClassTimeUNet2DModel
+from fewstep.networks import class_time_unet
 from fewstep.pipelines import flow_map
 
 
@@ -24,7 +24,7 @@ class FlowMapPipeline(flow_map.FlowMapPipeline):
         """
         folder = Path(pretrained_model_name_or_path)
         index = json.loads((folder / "model_index.json").read_text())
-        model = ClassTimeUNet2DModel if index["unet"][1] == ClassTimeUNet2DModel.__name__ else UNet2DModel
+        model: Any = getattr(class_time_unet, index["unet"][1], UNet2DModel)
         unet: Any = model.from_pretrained(folder / "unet", use_safetensors=True, low_cpu_mem_usage=False, **kwargs)
         scheduler: Any = FlowMapEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         return cls(unet, scheduler, index["diffusion"], index.get("gamma", 0.0))

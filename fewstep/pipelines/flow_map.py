@@ -30,7 +30,8 @@ class FlowMapPipeline(DiffusionPipeline):
 
     Args:
         unet: the network. Its first timestep is s; its second, t, goes in as ``class_labels``, behind the label where
-            the model has classes. It predicts diffusers' flow (noise - image), averaged from s to t, unless:
+            the model has classes, and before the strength of guidance where it is told that. It predicts diffusers'
+            flow (noise - image), averaged from s to t, unless:
         diffusion: for a map distilled from a diffusion model, what the network still speaks:
             ``{"prediction_type": "epsilon", "sample" or "v_prediction", "log_ratios": [...]}``, the latter
             log(alpha / sigma) of every step of the schedule, falling.
@@ -63,6 +64,7 @@ class FlowMapPipeline(DiffusionPipeline):
         generator: Generators = None,
         latents: Tensor | None = None,
         gamma: float | None = None,
+        guidance_scale: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -75,6 +77,7 @@ class FlowMapPipeline(DiffusionPipeline):
             latents: the noise to start from, (B, C, H, W).
             gamma: fresh noise between the steps, from 0 (none: deterministic) to 1 (all: consistency sampling); by
                 default what the model was trained for.
+            guidance_scale: the strength of guidance, for a model that is told it; it costs no further call. 1 is none.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the latter two in [0, 1].
         """
         if num_inference_steps < 1:
@@ -92,6 +95,9 @@ class FlowMapPipeline(DiffusionPipeline):
         if any(length != count for length in lengths):
             raise ValueError(f"{count} images, but {lengths} latents, generators or class_labels: one each is needed")
         labels = self._check_labels(labels, count)
+        if guidance_scale is not None and not self._is_told_guidance:
+            raise ValueError(f"guidance_scale is {guidance_scale}, and this model is not told any: leave it out")
+        strength = 1.0 if guidance_scale is None else guidance_scale
 
         device = self._execution_device
         # The state stays in float32, whatever the type of the network.
@@ -101,11 +107,11 @@ class FlowMapPipeline(DiffusionPipeline):
         times = (1 - self.scheduler.sigmas).to("cpu", torch.float32)
         for s, t in self.progress_bar(list(pairwise(times))):  # pyright: ignore
             if gamma == 0 or float(t) == 1:
-                x = self._map(x, s, t, labels)
+                x = self._map(x, s, t, labels, strength)
                 continue
             # Go on to r, where the noise is sqrt(1 - gamma^2) of that at t beside the image, and bring new noise in.
             r = t / (t + math.sqrt(1 - gamma**2) * (1 - t))
-            x = t / r * self._map(x, s, r, labels) + gamma * (1 - t) * self._noise(count, generator, device)
+            x = t / r * self._map(x, s, r, labels, strength) + gamma * (1 - t) * self._noise(count, generator, device)
 
         images: Any = (x / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
@@ -115,13 +121,19 @@ class FlowMapPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _map(self, x: Tensor, s: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    @property
+    def _is_told_guidance(self) -> bool:
+        return getattr(self.unet.class_embedding, "strength", None) is not None
+
+    def _map(self, x: Tensor, s: Tensor, t: Tensor, labels: Tensor | None, strength: float) -> Tensor:
         """``X_{s,t}(x)``: one network call."""
         scale, timestep, x_part, network_part = self._coefficients(s)
         first = torch.full((len(x),), timestep, device=x.device)
         second = torch.full((len(x),), float((1 - t) * self._last), device=x.device)
-        if labels is not None:
-            second = torch.stack([labels.to(second), second], dim=-1)
+        if labels is not None or self._is_told_guidance:
+            label = torch.zeros_like(second) if labels is None else labels.to(second)
+            told = [torch.full_like(second, strength)] if self._is_told_guidance else []
+            second = torch.stack([label, second, *told], dim=-1)
         dtype = self.unet.dtype
         with torch.autocast(x.device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
             prediction = self.unet((scale * x).to(dtype), first, class_labels=second).sample[:, : x.shape[1]]

@@ -1,0 +1,95 @@
+"""Conditions drawn anew for each row: left out now and then, which guidance needs (arXiv 2207.12598), and the strength
+of guidance, for students that are told it (arXiv 2210.03142)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.data.batch import Batch, Data
+from fewstep.randomness import uniform
+
+
+class Dropped:
+    """Data whose conditions give way to those that stand for none, in a share of the rows: a ``Data`` around another.
+
+    All the conditions named in ``null`` go together, row by row; the others stay. Which rows is drawn from their
+    generator, after what the data draws.
+
+    Args:
+        data: what conditions are dropped from. share: of the rows, in [0, 1].
+        null: what stands for none, a number or one sample's tensor each, such as ``{"class_labels": 10}``.
+
+    Raises:
+        ValueError: a share outside [0, 1], nothing to drop, or a condition that the data does not have.
+    """
+
+    def __init__(self, data: Data, share: float, null: Mapping[str, Tensor | float]) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f"conditions are dropped in a share of {share} of the rows: it lies in [0, 1]")
+        if not null:
+            raise ValueError("conditions are dropped in favour of those for none: say null, as in {class_labels: 10}")
+        self.data, self.share, self.null = data, share, dict(null)
+        self.shape, self.size = data.shape, data.size
+        has = self.data.rows(torch.zeros(1, dtype=torch.long), torch.Generator()).cond
+        if missing := sorted(set(null) - set(has)):
+            raise ValueError(f"there is no condition {missing[0]!r} to drop, the data has {', '.join(has) or 'none'}")
+
+    def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
+        """The rows of ``index`` (n,) as the data gives them, some without their conditions."""
+        batch = self.data.rows(index, generator)
+        out = uniform(len(batch), generator) < self.share
+        cond = dict(batch.cond)
+        for name, value in self.null.items():
+            kept = cond[name]
+            none = torch.as_tensor(value).to(kept).expand_as(kept)
+            cond[name] = torch.where(out.view(-1, *[1] * (kept.ndim - 1)), none, kept)
+        return Batch(batch.data, cond, batch.noise)
+
+    def __getattr__(self, name: str) -> Any:
+        """What else is asked of the data (``cond``, ``classes``, ``denormalize``)."""
+        if name.startswith("_"):  # copying looks for such names before ``data`` is there
+            raise AttributeError(name)
+        return getattr(self.data, name)
+
+
+class Strengths:
+    """Data whose rows have the condition ``guidance`` (n,), drawn uniformly from a range: a ``Data`` around another.
+
+    A :class:`fewstep.Guided` teacher guides each row by its own strength, and the student is told it, whatever the
+    objective: one student for all strengths.
+
+    Args:
+        data: what the rows come from. low, high: the range of strengths.
+
+    Raises:
+        ValueError: a range that is none, or data that has a condition of that name.
+
+    >>> fit(FlowMap.from_field(teacher, guidance=True), ITVM(Guided(teacher, 2.0, null=null)), Strengths(data, 1, 3))
+    """
+
+    def __init__(self, data: Data, low: float, high: float) -> None:
+        if not low <= high:
+            raise ValueError(f"the strengths of guidance run from {low} to {high}: the first is the smaller one")
+        if "guidance" in getattr(data, "cond", {}):
+            raise ValueError("the data has a condition guidance, which would be drawn anew: leave one of them out")
+        self.data, self.low, self.high = data, low, high
+        self.shape, self.size = data.shape, data.size
+
+    def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
+        """The rows of ``index`` (n,) as the data gives them, and the strength of each."""
+        batch = self.data.rows(index, generator)
+        strength = self.low + (self.high - self.low) * uniform(len(batch), generator)
+        return Batch(batch.data, {**batch.cond, "guidance": strength.to(batch.data)}, batch.noise)
+
+    @property
+    def cond(self) -> dict[str, Tensor]:
+        """The conditions of all rows, where the data has them so; the ends of the range for the strengths."""
+        return {**self.data.cond, "guidance": torch.tensor([self.low, self.high])}  # pyright: ignore
+
+    def __getattr__(self, name: str) -> Any:
+        """What else is asked of the data (``classes``, ``denormalize``)."""
+        if name.startswith("_"):  # copying looks for such names before ``data`` is there
+            raise AttributeError(name)
+        return getattr(self.data, name)

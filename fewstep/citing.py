@@ -84,6 +84,10 @@ def _recipe(recipe: Recipe) -> Iterator[Use]:
     for option, (value, number, reason) in _OPTIONS.items():
         if recipe.objective.options.get(option) == value:
             yield number, reason
+    if recipe.student.lora is not None:
+        yield "2106.09685", "the adapter that trains in the place of the weights (LoRA)"
+    if recipe.student.image is not None:
+        yield "2211.09800", "the image beside the state"
     if recipe.coupling == "ot":
         yield "2302.00482", "the optimal-transport coupling"
     if (Path(recipe.data.name).expanduser() / FACTS).is_file():

@@ -230,10 +230,7 @@ class Recipe(Section):
         """What makes two runs one: all but the name and the evaluation."""
         # Runs from before there was a coupling say nothing of it, and may go on.
         without = {"name", "evaluation"} | ({"coupling"} if self.coupling == "independent" else set())
-        tree = {key: value for key, value in self.as_dict().items() if key not in without}
-        if self.student.lora is None:  # as before there were adapters
-            del tree["student"]["lora"]
-        return tree
+        return {key: value for key, value in self.as_dict().items() if key not in without}
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> Recipe:

@@ -63,6 +63,8 @@ class FlowMap(nn.Module):
             ValueError: if a network is needed and not given, or has no place for one of the teacher's weights.
         """
         field = unguided(field)
+        if any(hasattr(module, "lora_A") for module in field.modules()):  # whose layers have names of their own
+            raise ValueError("the field has an adapter: start from merge_lora(field), which has it in its weights")
         if not isinstance(field, NetworkField):
             if network is None:
                 raise ValueError(

@@ -90,6 +90,12 @@ def make_student(
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             add_lora(model, **section.lora.model_dump())  # pyright: ignore[reportArgumentType]
+        first = getattr(getattr(model.network, "model", None), "conv_in", None)
+        if section.image is not None and not hasattr(first, "lora_A"):
+            raise ValueError(
+                "student.image adds channels to the layer conv_in, and the adapter leaves that as it is, so that the "
+                "image would never be seen: name conv_in among student.lora.targets"
+            )
     return model
 
 

@@ -98,6 +98,11 @@ def test_a_plain_run_cites_its_method_alone(tmp_path: Path) -> None:
     assert numbers(cite(write(tmp_path))) == ["2505.01169"]
 
 
+def test_what_fine_tuning_uses_is_cited(tmp_path: Path) -> None:
+    student = {"network": "mlp", "lora": {"rank": 2}, "image": 1}
+    assert numbers(cite(write(tmp_path, student=student))) == ["2505.01169", "2106.09685", "2211.09800"]
+
+
 def test_guidance_and_coupling_and_times_are_cited(tmp_path: Path) -> None:
     teacher = {
         "source": "eight-gaussians",

@@ -25,6 +25,7 @@ from fewstep.runs import build, open_run, run
 from fewstep.training import checkpoints
 from fewstep.training.ema import Ema
 from fewstep.training.fit import fit
+from fewstep.training.folder import differences, flat
 
 MLP_SIZE = 2 * 16 + 16 + 64 * 16 + 16 + 16 * 16 + 16 + 16 * 2 + 2
 
@@ -513,7 +514,9 @@ def test_a_recipe_without_lora_is_the_run_it_was():
         "name": "x", "data": "checkerboard", "student": "mlp", "objective": "FlowMatching", "training": {"steps": 1}
     })  # fmt: skip
     assert recipe.student.lora is None
-    assert "lora" not in recipe.fingerprint()["student"]
+    now = flat(recipe.fingerprint())
+    before = {key: value for key, value in now.items() if key != "student.lora"}
+    assert differences(before, now) == []
 
 
 def test_an_export_is_merged_and_an_adapter_is_the_adapter(finished, teacher_folder, tmp_path):
@@ -598,3 +601,19 @@ def test_training_errors_are_still_ours(tmp_path):
     (tmp_path / "checkpoints" / "step-00000002" / "ema.safetensors").unlink()
     with pytest.raises(TrainingError, match=r"ema\.safetensors is missing"):
         quick(adapted(points()), out=tmp_path, steps=4)
+
+
+def test_an_adapter_that_would_never_see_the_image_is_refused(recipe):
+    student = {"network": "auto", "kind": "field", "image": 1, "lora": {"rank": 2, "targets": ["to_q"]}}
+    with pytest.raises(ValueError, match=r"student.image adds channels to the layer conv_in.*name conv_in among"):
+        build(load_recipe({**recipe, "student": student}))
+
+
+def test_a_map_starts_from_weights_and_not_from_an_adapter():
+    field = adapted(images())
+    with pytest.raises(ValueError, match=r"the field has an adapter: start from merge_lora\(field\)"):
+        FlowMap.from_field(field)
+    student = FlowMap.from_field(merge_lora(trained(field)))
+    x, t = torch.randn(2, 1, 8, 8), torch.rand(2)
+    with torch.no_grad():
+        torch.testing.assert_close(student.velocity(x, t), field(x, t), rtol=1e-4, atol=1e-4)

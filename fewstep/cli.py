@@ -119,7 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--gamma", type=float, metavar="G", help="re-noising between steps, 0 to 1 (default: the map's, mostly 0)"
     )
-    p.add_argument("--grid", default="uniform", metavar="NAME", help="times of the steps: uniform, shifted, quadratic")
+    p.add_argument(
+        "--grid",
+        metavar="NAME",
+        help="times of the steps: uniform (default), shifted, quadratic, or native (default of a diffusion model)",
+    )
     p.add_argument("--solver", metavar="NAME", help="for a velocity field: euler (default), midpoint, heun, adaptive")
     p.add_argument("--teacher", action="store_true", help="sample the teacher of the run instead")
     p.add_argument("--batch", type=int, default=256, metavar="N", help="samples drawn at once (default: 256)")

@@ -63,8 +63,9 @@ class Guidance(Section):
         description="strengths drawn for each row between these, and told to the student as the condition `guidance`; "
         "it is judged at scale",
     )
-    null: dict[str, int] = Field(
-        default_factory=dict, description="the conditions that stand for none, such as {class_labels: 10}"
+    null: dict[str, int] | Literal["text"] = Field(
+        default_factory=dict,
+        description="the conditions that stand for none, such as {class_labels: 10}, or text: an empty prompt",
     )
     weak: str | None = Field(default=None, description="a weaker model, named as a teacher is: autoguidance")
 
@@ -72,6 +73,11 @@ class Guidance(Section):
     def _something_weaker(self) -> "Guidance":
         if not self.null and self.weak is None:
             raise ValueError("guidance needs null conditions, such as {class_labels: 10}, or a weak model")
+        if self.range is not None and not self.range[0] <= self.scale <= self.range[1]:
+            raise ValueError(
+                f"the scale {self.scale:g}, at which the student is judged, is outside the range {list(self.range)} "
+                "that it learns"
+            )
         return self
 
 
@@ -136,7 +142,9 @@ class Dropping(Section):
     """Conditions left out of some rows, so that guidance works with what is trained."""
 
     share: float = Field(default=0.1, ge=0, le=1, description="of the rows")
-    null: dict[str, int] = Field(description="the conditions that stand for none, such as {class_labels: 10}")
+    null: dict[str, int] | Literal["text"] = Field(
+        description="the conditions that stand for none, such as {class_labels: 10}, or text: an empty prompt"
+    )
 
 
 class Training(Section):
@@ -344,6 +352,7 @@ def _resolve(recipe: Recipe, base: Path) -> Recipe:
             teacher.guidance.weak = _beside(base, teacher.guidance.weak)
         if teacher.guidance is not None and teacher.guidance.range is not None and student.network == "auto":
             student.guidance = True if student.guidance is None else student.guidance
+    _check_student(recipe)
     student.network = _beside(base, student.network)
     recipe.data.name = _beside(base, recipe.data.name)
     recipe.objective.name = _beside(base, recipe.objective.name)
@@ -353,6 +362,9 @@ def _resolve(recipe: Recipe, base: Path) -> Recipe:
     alone = {"teacher": "none"} if "teacher" in options else {}
     if alone:
         _train_alone(recipe, method, options.pop("teacher"))
+    # A run of long ago may have options that are no more: null ones decided nothing.
+    known = inspect.signature(method).parameters
+    options = {name: value for name, value in options.items() if value is not None or name in known}
     options = arguments("objective", method, options, given=("teacher",))
     recipe.objective = Named.model_validate({"name": recipe.objective.name, **alone, **options})
     wanted = inspect.signature(method).parameters.get("teacher")
@@ -365,6 +377,23 @@ def _resolve(recipe: Recipe, base: Path) -> Recipe:
             "student.network is auto, the network of the teacher, and there is no teacher: say mlp or unet"
         )
     return recipe
+
+
+def _check_student(recipe: Recipe) -> None:
+    """Refuse what is asked of a student that would come to nothing."""
+    student, guidance = recipe.student, recipe.teacher.guidance if recipe.teacher else None
+    for key in ("image", "conversion"):
+        if getattr(student, key) is not None and student.network != "auto":
+            raise ValueError(
+                f"student.{key} changes the network of the teacher, and student.network is {student.network}: say auto"
+            )
+    if student.guidance and (guidance is None or guidance.range is None):
+        raise ValueError(
+            "student.guidance is an input for the strength of guidance, and there are no strengths to learn: say "
+            "teacher.guidance.range, such as [1, 3]"
+        )
+    if student.guidance and student.kind == "field":
+        raise ValueError("student.guidance is for flow maps, and student.kind is field: leave one of them out")
 
 
 def _train_alone(recipe: Recipe, method: type, value: Any) -> None:

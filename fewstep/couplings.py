@@ -4,13 +4,11 @@ Pairs that a model has made (reflow) come from ``fewstep.reflow`` and are read b
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.data.batch import Batch, Data
-from fewstep.data.conditions import Dropped, Strengths
+from fewstep.data.batch import Around, Batch, Data
 from fewstep.data.pairs import Pairs
 from fewstep.errors import unknown
 from fewstep.randomness import normal
@@ -45,12 +43,12 @@ COUPLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ot": couple}
 def uncoupled(data: Data) -> Data:
     """The data alone, for what shows and judges: it asks for thousands of rows at once, for no noise, and for every
     condition."""
-    while isinstance(data, Coupled | Dropped | Strengths):
+    while isinstance(data, Around):
         data = data.data
     return data
 
 
-class Coupled:
+class Coupled(Around):
     """Data whose rows bring their noise along, paired with them: a ``Data`` around another.
 
     The noise of the rows that are asked for together is drawn from their generator, after what the data draws from
@@ -77,10 +75,10 @@ class Coupled:
             raise unknown("coupling", coupling, COUPLINGS)
         if group < 1:
             raise ValueError(f"group is {group}: at least one row is assigned")
-        self.data, self.coupling, self.group = data, coupling, group
+        super().__init__(data)
+        self.coupling, self.group = coupling, group
         if isinstance(data, Pairs | Coupled):
             raise self._paired()
-        self.shape, self.size = data.shape, data.size
 
     def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
         """The rows of ``index`` (n,) as the data gives them, with their noise."""
@@ -90,12 +88,6 @@ class Coupled:
         noise, assign = normal(batch.data, generator), COUPLINGS[self.coupling]
         groups = zip(noise.split(self.group), batch.data.split(self.group), strict=True)
         return Batch(batch.data, batch.cond, torch.cat([assign(*group) for group in groups]))
-
-    def __getattr__(self, name: str) -> Any:
-        """What else is asked of the data (``cond``, ``classes``, ``denormalize``)."""
-        if name.startswith("_"):  # copying looks for such names before ``data`` is there
-            raise AttributeError(name)
-        return getattr(self.data, name)
 
     def _paired(self) -> ValueError:
         kind = type(self.data).__name__

@@ -97,6 +97,11 @@ def draw(
     if guidance is not None and text and isinstance(model, VelocityField) and not _takes_guidance(inner):
         assert model.text is not None
         model, guidance = Guided(model, guidance, null=model.text.null(device)), None
+    if guidance is not None and not isinstance(model, Guided) and not _takes_guidance(inner):
+        raise ValueError(
+            f"guidance {guidance:g}: the model is told no strength of it. Recipes guide a teacher (teacher.guidance), "
+            "and Python any field: Guided(field, scale, null=...)"
+        )
     parts = []
     with count_calls(model) as calls:
         for rows in torch.arange(count).split(batch):
@@ -126,7 +131,8 @@ def _conditions(model: Model, prompts: Sequence[str] | None, device: torch.devic
 
 
 def _takes_guidance(network: Any) -> bool:
-    return "guidance" in inspect.signature(network.forward).parameters
+    taken = inspect.signature(network.forward).parameters
+    return "guidance" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
 def check_out(out: Path, shape: tuple[int, ...]) -> None:

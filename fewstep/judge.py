@@ -19,9 +19,9 @@ from fewstep.evaluation.inception import inception
 from fewstep.evaluation.measure import possible_metrics
 from fewstep.evaluation.plots import image_grid, loss_figure, png, points_figure, quality_figure
 from fewstep.evaluation.report import write_report
-from fewstep.fields import Guided, VelocityField
+from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
-from fewstep.parts import follows_teacher
+from fewstep.parts import follows_teacher, strength_of
 from fewstep.training.trackers import read_metrics
 
 if TYPE_CHECKING:
@@ -90,20 +90,13 @@ def judge(
                 extractor=extractor,
                 seed=recipe.seed,
                 batch=section.batch,
-                guidance=_strength(recipe, teacher),
+                guidance=strength_of(recipe),
                 metrics=metrics,
                 progress=progress,
             )
         replace_file(out / "quality.json", found.to_json().encode())
     _report(model, teacher, recipe, found, out)
     return found
-
-
-def _strength(recipe: Recipe, teacher: VelocityField | None) -> float | None:
-    """The guidance at which a student that takes its strength is held against its teacher: the teacher's own."""
-    guidance = recipe.teacher.guidance if recipe.teacher else None
-    is_told = guidance is not None and guidance.range is not None
-    return float(teacher.scale) if is_told and isinstance(teacher, Guided) else None
 
 
 def compare_runs(evaluations: dict[str, Evaluation], out: Path) -> tuple[list[str], list[list[Any]]]:

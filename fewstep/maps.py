@@ -30,10 +30,13 @@ class FlowMap(nn.Module):
     Attributes:
         gamma: how ``fewstep.sample`` re-noises between steps if nothing is said: 0, not at all, or 1 for a map that
             only knows the way to t = 1 (a consistency model).
+        guidance: the strength of guidance that ``fewstep.sample`` tells it if nothing is said, None for none: of a map
+            that takes one.
         latents, text: as those of a :class:`VelocityField`; a map made by ``from_field`` has its field's.
     """
 
     gamma: float = 0.0
+    guidance: float | None = None
     latents: "Latents | None" = None
     text: "Prompts | None" = None
 
@@ -46,9 +49,7 @@ class FlowMap(nn.Module):
         self.native, self.prediction, self.path, self.bare = field.native, prediction, field.path, field.bare
 
     @classmethod
-    def from_field(
-        cls, field: VelocityField, network: nn.Module | None = None, *, guidance: bool = False
-    ) -> "FlowMap":
+    def from_field(cls, field: VelocityField, network: nn.Module | None = None, *, guidance: bool = False) -> "FlowMap":
         """A student that starts as its teacher: same weights, and a second time that is silent.
 
         Args:

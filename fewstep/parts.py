@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -59,8 +59,22 @@ def make_teacher(section: Teacher) -> VelocityField:
         raise ValueError(f"the teacher {section.source!r} gave a {type(field).__name__}, not a VelocityField")
     if (guidance := section.guidance) is not None:
         weak = None if guidance.weak is None else find_model(guidance.weak)
-        field = Guided(field, guidance.scale, guidance.interval, null=dict(guidance.null), weak=weak)
+        null = null_of(guidance.null, field)
+        field = Guided(field, guidance.scale, guidance.interval, null=null, weak=weak)
     return field
+
+
+def null_of(null: Mapping[str, int] | str, field: VelocityField | None) -> dict[str, Any]:
+    """The conditions that stand for none: as they are said, or those of an empty prompt.
+
+    Raises:
+        ValueError: a prompt for a model without text encoders.
+    """
+    if not isinstance(null, str):
+        return dict(null)
+    if field is None or field.text is None:
+        raise ValueError("null: text is an empty prompt, and the teacher has no text encoders: name its conditions")
+    return field.text.null()
 
 
 def find_model(source: str, options: dict[str, Any] | None = None) -> Any:
@@ -84,6 +98,8 @@ def make_student(
         ValueError: a network that does not fit the shape, options that are not known, weights that do not fit.
     """
     model = _bare_student(section, shape, teacher, is_map, seed)
+    if (start := unguided(teacher)) is not None and model.latents is None:
+        model.latents, model.text = start.latents, start.text
     if section.lora is not None:
         from fewstep.lora import add_lora
 
@@ -140,9 +156,7 @@ def _started(field: NetworkField, section: Student, shape: tuple[int, ...]) -> N
     if isinstance(field.network, UNet | ConditionalUNet):
         set_size(field.network.model, shape)
     if section.conversion == "none":
-        raw = NetworkField(field.network, Reversed(1000.0), "flow", path=Linear())
-        raw.latents, raw.text = field.latents, field.text
-        return raw
+        return NetworkField(field.network, Reversed(1000.0), "flow", path=Linear())
     return field
 
 
@@ -180,9 +194,7 @@ def _wrap(
         native, prediction = start.native, start.prediction
     if prediction not in KINDS:
         raise unknown("prediction kind", prediction, KINDS)
-    field, inner = NetworkField(network, native, prediction, path=path), unguided(teacher)
-    if inner is not None:
-        field.latents, field.text = inner.latents, inner.text
+    field = NetworkField(network, native, prediction, path=path)
     try:
         if is_map and getattr(network, "with_second_time", None) is None:
             # A network of one's own comes with its second time.
@@ -215,6 +227,12 @@ def trains_map(recipe: Recipe) -> bool:
     """Whether the student is a flow map: asked for, or what the objective trains."""
     kind, method = recipe.student.kind, find_objective(recipe.objective.name)
     return kind == "map" if kind else not getattr(method, "trains_field", False)
+
+
+def strength_of(recipe: Recipe) -> float | None:
+    """The strength of guidance at which a student that is told one is held against its teacher: the teacher's own."""
+    guidance = recipe.teacher.guidance if recipe.teacher else None
+    return None if guidance is None or guidance.range is None else guidance.scale
 
 
 def follows_teacher(recipe: Recipe) -> bool:
@@ -278,7 +296,7 @@ def make_data(recipe: Recipe, teacher: VelocityField | None, out: Path | None) -
     """The data of a recipe, coupled as it says; ``out`` is where samples of the teacher are kept."""
     data = _uncoupled(recipe, teacher, out)
     if recipe.drop is not None:
-        data = Dropped(data, recipe.drop.share, recipe.drop.null)
+        data = Dropped(data, recipe.drop.share, null_of(recipe.drop.null, teacher))
     guidance = None if recipe.teacher is None else recipe.teacher.guidance
     if guidance is not None and guidance.range is not None:
         data = Strengths(data, *guidance.range)

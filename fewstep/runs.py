@@ -11,10 +11,11 @@ import torch
 from fewstep.config import Recipe, find_objective, load_recipe
 from fewstep.couplings import uncoupled
 from fewstep.data.batch import Data
+from fewstep.data.conditions import Dropped
 from fewstep.drawing import Model, classes_of, shape_of
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.files import replace_file
-from fewstep.fields import NetworkField, VelocityField, unguided
+from fewstep.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.judge import judge, prepare
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Objective
@@ -24,7 +25,9 @@ from fewstep.parts import (
     make_objective,
     make_student,
     make_teacher,
+    null_of,
     path_of,
+    strength_of,
     trains_map,
 )
 from fewstep.randomness import generator
@@ -80,6 +83,10 @@ def build(recipe: Recipe, out: Path | None = None) -> Built:
     objective = make_objective(recipe, teacher)
     objective.check_student(student)
     _check_fit("student", student, recipe.data.name, data)
+    if recipe.drop is not None:
+        _check_fit(
+            "student", student, recipe.data.name, Dropped(uncoupled(data), 1.0, null_of(recipe.drop.null, teacher))
+        )
     return Built(student, objective, data, _held_against(recipe, teacher, data))
 
 
@@ -100,6 +107,8 @@ def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
     is_main = distributed.environment().is_main
     if is_main:
         _begin(out, recipe, fresh)
+    if built.teacher is not None:  # an objective without a teacher would leave it where it is
+        built.teacher.to(distributed.choose_device(recipe.training.device, distributed.environment()))
     watch = Watch(recipe, uncoupled(built.data), built.teacher, out)
     result = fit(
         built.student,
@@ -160,6 +169,7 @@ def open_run(path: str | Path) -> Trained:
     put_back(model, frozen(model), saved, "ema" if "ema" in saved.tensors else "model")
     if isinstance(model, FlowMap):
         model.gamma = find_objective(recipe.objective.name).gamma
+        model.guidance = strength_of(recipe)
     return Trained(model.eval().requires_grad_(False), recipe, shape, saved.step)
 
 
@@ -217,23 +227,42 @@ def _check_fit(who: str, model: Model, name: str, data: Data) -> None:
     classes, labels = classes_of(model), cond.get("class_labels")
     if classes and labels is None:
         raise ValueError(f"the {who} has {classes} classes, and the data {name!r} has no class_labels")
-    if classes and labels is not None and int(labels.max()) >= classes:
+    if classes and labels is not None and int(labels.max()) >= classes and not isinstance(data, Dropped):
         last = int(labels.max())
         raise ValueError(f"the data {name!r} has class_labels up to {last}, the {who} only 0 to {classes - 1}")
     rows: dict[str, Any] = {key: value[:2] for key, value in cond.items()}
+    if isinstance(data, Dropped):
+        rows |= {key: torch.as_tensor(value).to(rows[key]).expand_as(rows[key]) for key, value in data.null.items()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    x, t = torch.randn(2, *data.shape, generator=generator(0)), torch.tensor([0.25, 0.75])
+    # Where it is guided, the weaker call is made too.
+    low, high = model.interval if isinstance(model, Guided) else (0.0, 1.0)
+    x, t = torch.randn(2, *data.shape, generator=generator(0)), low + (high - low) * torch.tensor([0.25, 0.75])
     try:
         velocity = model.velocity(x.to(device), t.to(device), **{key: value.to(device) for key, value in rows.items()})
         given = tuple(velocity.shape[1:])
         why = "" if given == tuple(data.shape) else f"it gives {given}"
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        why = " ".join(str(error).split())[:240]
+        why = " ".join(str(error).split())[:240] + _hint(model, data, labels is not None and not classes)
     if why:
         conditions = f" and conditions {', '.join(rows)}" if rows else ""
         raise ValueError(
             f"the {who} does not take the data {name!r} of shape {tuple(data.shape)}{conditions}: {_wants(model)}{why}"
         )
+
+
+def _hint(model: Model, data: Data, has_needless_labels: bool) -> str:
+    """What is likely meant, where a model does not take its data."""
+    if has_needless_labels:
+        return ". It may know no classes: say data.labels: false"
+    if isinstance(data, Dropped):
+        return f". Are the conditions for none, {data.null}, among those that it knows?"
+    try:
+        in_pixels = None if model.latents is None else tuple(model.latents.image_shape_of(shape_of(model)))
+    except ValueError:
+        return ""
+    if in_pixels is not None and len(data.shape) == 3 and data.shape[0] == in_pixels[0]:
+        return ". It works on latents: train on field.latents.encode(images), kept in a .npz file"
+    return ""
 
 
 def _wants(model: Model) -> str:

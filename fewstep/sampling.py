@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import unknown
-from fewstep.fields import Guided, VelocityField
+from fewstep.fields import Guided, VelocityField, unguided
 from fewstep.maps import FlowMap
-from fewstep.paths import Path
+from fewstep.paths import Path, Tabulated
 from fewstep.randomness import Generators, normal
 from fewstep.solvers import SOLVERS, integrate
 from fewstep.times import GRIDS, step_grid
@@ -26,7 +26,7 @@ def sample(
     noise: Tensor,
     steps: int = 1,
     *,
-    grid: str | Tensor = "uniform",
+    grid: str | Tensor | None = None,
     solver: str = "euler",
     gamma: float | None = None,
     generator: Generators | None = None,
@@ -41,7 +41,9 @@ def sample(
     Args:
         noise: the start (B, ...), standard normal, on the model's device; ``sample_noise`` draws it sample by sample.
         steps: how many steps from t = 0 to t = 1.
-        grid: uniform, shifted, quadratic, or the times themselves, rising from 0 to 1.
+        grid: uniform, shifted, quadratic, the times themselves, rising from 0 to 1, or native: equal steps of the
+            schedule that a diffusion model was trained on, which is where DDIM takes its own. By default native for the
+            field of such a model, whose first steps should be short, and else uniform.
         solver: for fields: euler, midpoint, heun, adaptive.
         gamma: for maps: 0 is deterministic, 1 is consistency sampling; see :func:`sample_map`. By default the map's
             own ``gamma``: 0, but 1 for a consistency model.
@@ -56,11 +58,13 @@ def sample(
 
     >>> images = fewstep.sample(student, torch.randn(64, 3, 32, 32), steps=2)
     """
-    times = _times(grid, steps)
+    times = _times(grid, steps, model)
     if isinstance(model, FlowMap):
         if solver != "euler":
             raise ValueError(f"a flow map takes its steps itself: solver={solver!r} is for velocity fields")
         gamma = model.gamma if gamma is None else gamma
+        if model.guidance is not None and "guidance" not in cond:
+            cond["guidance"] = noise.new_full((len(noise),), model.guidance)
         return sample_map(model, noise, times, gamma=gamma, generator=generator, **cond)
     if not isinstance(model, VelocityField):
         raise ValueError(f"sample() takes a FlowMap or a VelocityField, not a {type(model).__name__}")
@@ -119,10 +123,19 @@ def sample_noise(shape: tuple[int, ...], generators: Generators, dtype: torch.dt
     return normal(torch.empty(shape, dtype=dtype), generators)
 
 
-def _times(grid: str | Tensor, steps: int) -> Tensor:
+def _times(grid: str | Tensor | None, steps: int, model: Any) -> Tensor:
+    native = getattr(unguided(model), "native", None)
+    if grid is None:
+        is_diffusion = isinstance(native, Tabulated) and isinstance(model, VelocityField)
+        grid = "native" if is_diffusion else "uniform"
     if isinstance(grid, str):
+        if grid == "native" and native is not None:
+            times = step_grid(steps)
+            inner = native.coefficients(times[1:-1])
+            times[1:-1] = model.path.time_of(*inner[:2])
+            return times
         if grid not in GRIDS:
-            raise unknown("step grid", grid, GRIDS)
+            raise unknown("step grid", grid, (*GRIDS, "native"))
         return step_grid(steps, grid)
     if grid.ndim != 1 or len(grid) < 2 or not (grid.diff() > 0).all() or grid[0] != 0 or grid[-1] != 1:
         raise ValueError(f"a grid of times rises from 0 to 1, this one is {grid.tolist()}")

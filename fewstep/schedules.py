@@ -50,7 +50,11 @@ def schedule_of(scheduler: Any) -> tuple[Path, str]:
             raise ValueError(f"{name} with continuous timesteps is known with v_prediction alone, not {prediction}")
         noise = ((1 - table) / table).sqrt()
         return Preconditioned(1.0, config.sigma_min or float(noise[0]), config.sigma_max or float(noise[-1])), kind
-    return Tabulated.from_alphas_cumprod(_with_signal(table, kind, name)), kind
+    table = _with_signal(table, kind, name)
+    try:
+        return Tabulated.from_alphas_cumprod(table), kind
+    except ValueError as error:
+        raise ValueError(f"the schedule of this {name} cannot be: {error}") from None
 
 
 def _kind(prediction: str, known: dict[str, str]) -> str:

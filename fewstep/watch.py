@@ -13,6 +13,7 @@ from fewstep.evaluation.plots import image_grid, png, points_figure
 from fewstep.evaluation.points import rmse
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
+from fewstep.parts import strength_of
 from fewstep.randomness import generator, sample_generators
 from fewstep.sampling import sample, sample_noise
 from fewstep.training.run import Run
@@ -33,6 +34,7 @@ class Watch:
     def __init__(self, recipe: Recipe, data: Data, teacher: VelocityField | None, out: Path) -> None:
         self.steps, self.every, self.out = recipe.evaluation.steps, recipe.evaluation.every, out
         self.data, self.teacher, self.seed = data, teacher, recipe.seed
+        self.strength = strength_of(recipe)
         self._eighth: int | None = None
         self._ends: Tensor | None = None
 
@@ -83,4 +85,6 @@ class Watch:
         for name, value in cond.items():
             classes = value.unique() if name == "class_labels" else value
             picked[name] = classes[torch.arange(count) % len(classes)].to(device)
+        if self.strength is not None:
+            picked["guidance"] = torch.full((count,), self.strength, device=device)
         return picked

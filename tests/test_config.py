@@ -164,3 +164,38 @@ def test_every_key_says_what_it_is() -> None:
     for section in sections:
         for name, field in getattr(section, "model_fields", {}).items():
             assert field.description or section.__name__ == "Named", f"{section.__name__}.{name}"
+
+
+def test_runs_of_long_ago_have_null_options_that_are_no_more() -> None:
+    recipe = load_recipe({**SMALL, "objective": {"name": "AYF", "strength": None, "ramp": 0.9}})
+    assert "strength" not in recipe.objective.options
+    assert recipe.objective.options["ramp"] == 0.9
+    with pytest.raises(ValueError, match=r"unknown recipe key 'objective.strength'"):
+        load_recipe({**SMALL, "objective": {"name": "AYF", "strength": [1, 3]}})
+
+
+GUIDED = {"scale": 2.0, "null": {"class_labels": 10}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"student": {"network": "unet", "image": 1}}, r"student.image changes the network of the teacher.* say auto"),
+        ({"student": {"network": "mlp", "conversion": "none"}}, r"student.conversion changes .* is mlp: say auto"),
+        ({"student": {"network": "mlp", "guidance": True}}, r"no strengths to learn: say teacher.guidance.range"),
+        (
+            {
+                "teacher": {"source": "checkerboard", "guidance": {**GUIDED, "range": [1, 3]}},
+                "student": {"network": "mlp", "guidance": True, "kind": "field"},
+            },
+            r"student.guidance is for flow maps, and student.kind is field",
+        ),
+        (
+            {"teacher": {"source": "checkerboard", "guidance": {**GUIDED, "range": [3, 5]}}},
+            r"the scale 2, at which the student is judged, is outside the range \[3.0, 5.0\]",
+        ),
+    ],
+)
+def test_what_would_come_to_nothing_is_refused(tree: dict[str, dict[str, object]], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        load_recipe({**SMALL, **tree})

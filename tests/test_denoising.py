@@ -9,7 +9,7 @@ from fewstep import Denoising, DiffusionField, FlowMap, Linear, NetworkField, fi
 from fewstep.data.batch import Batch
 from fewstep.exact import GaussianField
 from fewstep.networks import MLP
-from fewstep.paths import Tabulated, Trigonometric
+from fewstep.paths import Preconditioned, Tabulated, Trigonometric
 from fewstep.randomness import generator, normal, uniform
 
 F64 = torch.float64
@@ -57,6 +57,16 @@ def test_every_step_is_as_likely() -> None:
     torch.testing.assert_close(network.k, uniform(40_000, [generator(0)]), atol=1, rtol=0)
     assert 0.49 < float(network.k.mean()) < 0.51
     assert len(network.k.unique()) > 30_000
+
+
+def test_a_continuous_schedule_is_asked_where_it_was_trained() -> None:
+    network = Seen()
+    field = NetworkField(network, Preconditioned(0.5, 0.01, 20.0), "edm", path=Linear())
+    field.prediction = "v"
+    Denoising()(field, Batch(torch.zeros(20_000, 1)), generator=generator(0))
+    noise = (4 * network.k).exp()
+    assert 0.0099 < float(noise.min()) < 0.02
+    assert 10 < float(noise.max()) < 20.01
 
 
 def test_what_it_trains_is_the_flow_of_the_data() -> None:

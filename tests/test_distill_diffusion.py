@@ -9,10 +9,12 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from unet_toys import tiny_unet
 
-from fewstep import FlowMap, Guided, load
+from fewstep import FlowMap, Guided, load, sample
 from fewstep.cli import main
 from fewstep.config import load_recipe
+from fewstep.couplings import uncoupled
 from fewstep.runs import build, load_run, run
+from fewstep.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +88,28 @@ def test_guidance_of_any_strength_is_told_to_the_student(ddpm: Path, tmp_path: P
     assert (one - three).abs().max() > 1e-6
     words = ["sample", str(tmp_path / "run"), "--guidance", "3", "--count", "2", "--steps", "1"]
     assert main([*words, "--out", str(tmp_path / "x.npz")]) == 0
+    # Where nothing is said, it is sampled at the strength it was judged at, and so it is watched.
+    with torch.no_grad():
+        noise = torch.randn(2, 1, 8, 8)
+        said = sample(student, noise, 1, class_labels=labels, guidance=torch.full((2,), 2.0))
+        assert torch.equal(sample(student, noise, 1, class_labels=labels), said)
+    asked = []
+    student.network.register_forward_pre_hook(
+        lambda _module, _given, named: asked.append(named["guidance"]), with_kwargs=True
+    )
+    built = build(load_recipe(tree))
+    Watch(load_recipe(tree), uncoupled(built.data), built.teacher, tmp_path / "run").draw(student, 9)
+    assert asked
+    assert all((strength == 2).all() for strength in asked)
     # Left to itself, a student is told nothing, and says so.
     tree["student"] = {"network": "auto", "guidance": False}
     with pytest.raises(ValueError, match=r"conditions class_labels, guidance: .*told no strength of guidance"):
         build(load_recipe(tree))
 
 
-def test_no_guidance(ddpm: Path) -> None:
+def test_no_guidance(ddpm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", str(ddpm), "--guidance", "3", "--count", "1", "--out", "x.npy"]) == 2
+    assert "guidance 3: the model is told no strength of it" in capsys.readouterr().err
     built = build(load_recipe(recipe_of(ddpm)))
     assert not isinstance(built.teacher, Guided)
     assert not built.student.network.takes_guidance  # pyright: ignore

@@ -147,6 +147,31 @@ def test_conditions_are_dropped_in_training_and_not_in_judging(tmp_path: Path) -
         build(load_recipe(recipe_of(teacher, "digits", drop={"share": 0.5, "null": {"text": 10}})))
 
 
+def test_conditions_for_none_that_the_model_does_not_know_are_found_before_the_training(tmp_path: Path) -> None:
+    teacher = ddpm(tmp_path / "ddpm", classes=11)
+    with pytest.raises(ValueError, match=r"Are the conditions for none, \{'class_labels': 11\}, among those that it"):
+        build(load_recipe(recipe_of(teacher, "digits", drop={"share": 0.5, "null": {"class_labels": 11}})))
+    with pytest.raises(ValueError, match="null: text is an empty prompt, and the teacher has no text encoders"):
+        build(load_recipe(recipe_of(teacher, "digits", drop={"share": 0.5, "null": "text"})))
+    # Guidance is asked where it acts.
+    guidance = {"scale": 2.0, "null": {"class_labels": 11}, "interval": [0.8, 1.0]}
+    tree = recipe_of(teacher, "digits", objective="ITVM", student="auto")
+    tree["teacher"] = {"source": str(teacher), "guidance": guidance}
+    with pytest.raises(ValueError, match="the teacher does not take the data 'digits'"):
+        build(load_recipe(tree))
+
+
+def test_labels_that_the_model_does_not_know(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"It may know no classes: say data.labels: false"):
+        build(load_recipe(recipe_of(ddpm(tmp_path / "ddpm"), "digits")))
+
+
+def test_a_model_without_a_size_gets_that_of_the_data(tmp_path: Path) -> None:
+    teacher = ddpm(tmp_path / "ddpm", classes=10, sample_size=None)
+    built = build(load_recipe(recipe_of(teacher, "digits")))
+    assert built.student.network.shape == (1, 8, 8)  # pyright: ignore
+
+
 def test_another_resolution(tmp_path: Path) -> None:
     """A U-Net made for 8 pixels, fine-tuned at 16, is a model for 16 from then on."""
     teacher = ddpm(tmp_path / "ddpm")
@@ -182,6 +207,12 @@ def test_conditions_of_an_archive(edges: Path) -> None:
     batch = turned.rows(torch.arange(4).repeat(8), torch.Generator().manual_seed(0))
     assert torch.equal(batch.cond["image"], batch.data.flip(-1))
     assert len(batch.data.unique(dim=0)) == 8
+    # What is no picture of that size stays as it is.
+    text = torch.randn(4, 5, 3, 2)
+    kept = ArrayData(pictures, {"text": text.numpy()}, flip=True).rows(
+        torch.arange(4), torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(kept.cond["text"], text)
 
 
 def test_a_network_that_takes_an_image_starts_as_it_was(tmp_path: Path) -> None:

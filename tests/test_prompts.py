@@ -144,7 +144,7 @@ def test_prompts_are_given_to_the_samples_in_turn(folders: dict[str, Path]) -> N
     guided = sample(Guided(field, 3.0, null=field.text.null()), noise, 2, **field.text.encode([*TEXTS, TEXTS[0]]))
     samples, _, calls = draw(field, 3, 2, prompts=TEXTS, guidance=3.0)
     assert torch.allclose(samples, guided, atol=1e-5)
-    assert calls == 2
+    assert calls == 4  # two a step
     with pytest.raises(ValueError, match=r'conditioned on text.*--prompt "a cat"'):
         draw(field, 3, 2)
     field.text = None

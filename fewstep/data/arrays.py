@@ -20,8 +20,8 @@ class ArrayData:
         array: (N, ...), at least two axes; a numpy array, a memory map (which stays one) or a CPU tensor.
         cond: conditions by name, each of N rows. ``class_labels`` are whole numbers from 0, (N,); pictures (uint8 of
             three axes or more) come as floats in [-1, 1].
-        flip: turn each gathered row left to right (its last axis) with probability 1/2, and conditions of as many axes
-            with it.
+        flip: turn each gathered row left to right (its last axis) with probability 1/2, and conditions that are
+            pictures of the same size with it.
         normalize: bring the values to mean 0 and standard deviation 1; ``denormalize`` maps samples back.
         classes: what the class labels mean, where that is known.
 
@@ -85,7 +85,7 @@ class ArrayData:
         if self.flip:
             turned = (uniform(len(index), generator) < 0.5).view(-1, *[1] * len(self.shape))
             data = torch.where(turned, data.flip(-1), data)
-            alike = {name: value for name, value in cond.items() if value.ndim == data.ndim}
+            alike = {n: v for n, v in cond.items() if v.ndim == data.ndim and v.shape[-2:] == data.shape[-2:]}
             cond |= {name: torch.where(turned, value.flip(-1), value) for name, value in alike.items()}
         if self._is_picture:
             data = data.float().sub_(self.mean).div_(self.std)

@@ -1,7 +1,7 @@
 """What a data set is to the rest of fewstep."""
 
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,6 +26,18 @@ class Batch:
             {name: move(value) for name, value in self.cond.items()},
             None if self.noise is None else move(self.noise),
         )
+
+
+class Around:
+    """Data around other data: what it does not have itself (``cond``, ``classes``, ``denormalize``) is the other's."""
+
+    def __init__(self, data: "Data") -> None:
+        self.data, self.shape, self.size = data, data.shape, data.size
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "data":  # copying looks for such names before ``data`` is there
+            raise AttributeError(name)
+        return getattr(self.data, name)
 
 
 @runtime_checkable

@@ -2,16 +2,15 @@
 of guidance, for students that are told it (arXiv 2210.03142)."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.data.batch import Batch, Data
+from fewstep.data.batch import Around, Batch, Data
 from fewstep.randomness import uniform
 
 
-class Dropped:
+class Dropped(Around):
     """Data whose conditions give way to those that stand for none, in a share of the rows: a ``Data`` around another.
 
     All the conditions named in ``null`` go together, row by row; the others stay. Which rows is drawn from their
@@ -30,9 +29,11 @@ class Dropped:
             raise ValueError(f"conditions are dropped in a share of {share} of the rows: it lies in [0, 1]")
         if not null:
             raise ValueError("conditions are dropped in favour of those for none: say null, as in {class_labels: 10}")
-        self.data, self.share, self.null = data, share, dict(null)
-        self.shape, self.size = data.shape, data.size
-        has = self.data.rows(torch.zeros(1, dtype=torch.long), torch.Generator()).cond
+        super().__init__(data)
+        self.share, self.null = share, dict(null)
+        has = getattr(data, "cond", None)
+        if has is None:
+            has = data.rows(torch.zeros(1, dtype=torch.long), torch.Generator()).cond
         if missing := sorted(set(null) - set(has)):
             raise ValueError(f"there is no condition {missing[0]!r} to drop, the data has {', '.join(has) or 'none'}")
 
@@ -47,14 +48,8 @@ class Dropped:
             cond[name] = torch.where(out.view(-1, *[1] * (kept.ndim - 1)), none, kept)
         return Batch(batch.data, cond, batch.noise)
 
-    def __getattr__(self, name: str) -> Any:
-        """What else is asked of the data (``cond``, ``classes``, ``denormalize``)."""
-        if name.startswith("_"):  # copying looks for such names before ``data`` is there
-            raise AttributeError(name)
-        return getattr(self.data, name)
 
-
-class Strengths:
+class Strengths(Around):
     """Data whose rows have the condition ``guidance`` (n,), drawn uniformly from a range: a ``Data`` around another.
 
     A :class:`fewstep.Guided` teacher guides each row by its own strength, and the student is told it, whatever the
@@ -74,8 +69,8 @@ class Strengths:
             raise ValueError(f"the strengths of guidance run from {low} to {high}: the first is the smaller one")
         if "guidance" in getattr(data, "cond", {}):
             raise ValueError("the data has a condition guidance, which would be drawn anew: leave one of them out")
-        self.data, self.low, self.high = data, low, high
-        self.shape, self.size = data.shape, data.size
+        super().__init__(data)
+        self.low, self.high = low, high
 
     def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
         """The rows of ``index`` (n,) as the data gives them, and the strength of each."""
@@ -87,9 +82,3 @@ class Strengths:
     def cond(self) -> dict[str, Tensor]:
         """The conditions of all rows, where the data has them so; the ends of the range for the strengths."""
         return {**self.data.cond, "guidance": torch.tensor([self.low, self.high])}  # pyright: ignore
-
-    def __getattr__(self, name: str) -> Any:
-        """What else is asked of the data (``classes``, ``denormalize``)."""
-        if name.startswith("_"):  # copying looks for such names before ``data`` is there
-            raise AttributeError(name)
-        return getattr(self.data, name)

@@ -126,7 +126,10 @@ def npy(
             raise ValueError(f"{path} holds no array of data, only {', '.join(names) or 'nothing'}")
         try:
             array = loaded[key]
-            cond = {name: loaded[name] for name in conditions}
+            pictures = {name: loaded[name] for name in conditions}
+            cond = {
+                n: channels_first(v, channels_last, f"{n} in {path}") if v.ndim > 2 else v for n, v in pictures.items()
+            }
             cond |= {"class_labels": loaded[label]} if label and labels else {}
         except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"cannot read {path}: {error}") from error

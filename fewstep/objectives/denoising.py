@@ -36,10 +36,13 @@ class Denoising(Objective):
         generator: Generators,
     ) -> Loss:
         native = student.native
-        noise, t = noise_of(batch, generator), uniform(len(batch), generator).to(batch.data)
+        noise, u = noise_of(batch, generator), uniform(len(batch), generator).to(batch.data)
         if isinstance(native, Tabulated):
             last = len(native.log_ratios) - 1
-            t = torch.floor(t * (last + 1)).clamp(max=last) / last
+            t = torch.floor(u * (last + 1)).clamp(max=last) / last
+        else:
+            low, high = native.hold_range(student.prediction)
+            t = low + (high - low) * u
         x, _ = native.sample(noise, batch.data, t)
         prediction = student.network(x, native.network_time(t), **batch.cond)
         loss = squared_error(prediction, _target(student, noise, batch.data, t)).mean()

@@ -144,7 +144,7 @@ def put_back(model: nn.Module, still: Mapping[str, Tensor], checkpoint: Checkpoi
     """
     if (expected := checkpoint.state.get("frozen")) is not None:
         norm = max(expected[0], 1e-12)
-        if any(abs(now - then) > 1e-4 * norm for now, then in zip(mark(still.values()), expected, strict=True)):
+        if any(abs(now - then) > 1e-5 * norm for now, then in zip(mark(still.values()), expected, strict=True)):
             raise ValueError(
                 f"the frozen weights are not those that {checkpoint.path} was trained on, and it holds the others "
                 "alone: start from the same model (the same teacher; the same torch.manual_seed where it is made anew)"
@@ -155,11 +155,11 @@ def put_back(model: nn.Module, still: Mapping[str, Tensor], checkpoint: Checkpoi
 
 
 def mark(weights: Iterable[Tensor]) -> list[float]:
-    """Two numbers that tell other weights apart, whatever the machine: the norm, and a projection, of the first 4096
-    numbers of each tensor. Not bits, as weights may be computed anew (a merged adapter)."""
+    """Two numbers that tell other weights apart, whatever the machine: the norm, and a projection, of some 4096 numbers
+    of each tensor, from all over it. Not bits, as weights may be computed anew (a merged adapter)."""
     square = along = torch.zeros((), dtype=torch.float64)
     for index, weight in enumerate(weights):
-        first = weight.detach().flatten()[:4096].cpu().double()
+        first = weight.detach().flatten()[:: max(1, weight.numel() // 4096)].cpu().double()
         square = square + first.square().sum()
         along = along + (first * torch.cos(index + torch.arange(len(first), dtype=torch.float64))).sum()
     return [square.sqrt().item(), along.item()]

@@ -2,9 +2,10 @@
 
     python benchmarks/diff2flow.py FOLDER teacher     --prediction epsilon v_prediction
     python benchmarks/diff2flow.py FOLDER adapt       --prediction v_prediction --target clothes handwriting [--lora]
+    python benchmarks/diff2flow.py FOLDER grids       --prediction epsilon v_prediction
     python benchmarks/diff2flow.py FOLDER straighten  --prediction v_prediction
     python benchmarks/diff2flow.py FOLDER distill     --prediction v_prediction
-    python benchmarks/diff2flow.py FOLDER pictures
+    python benchmarks/diff2flow_pictures.py FOLDER docs/images
 
 Every stage keeps what it made in FOLDER. MNIST is looked for in $FEWSTEP_DATA/mnist.
 
@@ -42,7 +43,9 @@ from fewstep import (
     load_data,
 )
 from fewstep.data import ArrayData, Dropped, Pairs
-from fewstep.evaluation.extractor import trained_classifier
+from fewstep.drawing import draw
+from fewstep.evaluation.extractor import extract, trained_classifier
+from fewstep.evaluation.features import FeatureStatistics, frechet_distance
 from fewstep.networks import UNet
 from fewstep.paths import Reversed
 from fewstep.reflow import make_pairs
@@ -126,8 +129,6 @@ def adapt(folder: Path, prediction: str, target: str, way: str, lora: bool, seed
 
 def samples_of(model: Any, steps: int = 10) -> torch.Tensor:
     """A few samples, two of a class."""
-    from fewstep.drawing import draw
-
     return draw(model, 20, steps, labels=list(range(NULL)), seed=1)[0]
 
 
@@ -139,12 +140,13 @@ def straighten(folder: Path, prediction: str) -> None:
     labels = list(range(NULL))
     make_pairs(teacher, pairs, 10_000, steps=16, labels=labels, shard=2500)
     field = deepcopy(teacher).requires_grad_(True)
-    found: dict[str, Any] = {"teacher": quality(teacher, digits, judge, (1, 2, 4, 8, 50))}
+    steps = (1, 2, 4, 8, 50)
+    found: dict[str, Any] = {"teacher": quality(teacher, digits, judge, steps)}
     fit(field, FlowMatching(), Pairs(pairs), steps=2000, batch=64, lr=3e-4, warmup=50, ema=0.995, quiet=True,
         callbacks=[every(500, lambda run: print(run.step, quality(run.ema, digits, judge, (1, 2, 4)), flush=True)),
                    every(2000, lambda run: export(run.ema, folder / f"straight-{prediction}", overwrite=True))],
         )  # fmt: skip
-    found["straight"] = quality(load(folder / f"straight-{prediction}"), digits, judge, (1, 2, 4, 8, 50))
+    found["straight"] = quality(load(folder / f"straight-{prediction}"), digits, judge, steps)
     (folder / f"straight-{prediction}.json").write_text(json.dumps(found))
     print(found)
 
@@ -155,7 +157,7 @@ def distill(folder: Path, prediction: str) -> None:
     digits, judge = pictures("mnist", "test"), trained_classifier(pictures("mnist"))
     student = FlowMap.from_field(teacher)
     result = fit(
-        student, ITVM(teacher), pictures("mnist"), steps=2000, batch=64, lr=5e-4, warmup=50, ema=0.995, quiet=True,
+        student, ITVM(teacher), pictures("mnist"), steps=1500, batch=64, lr=5e-4, warmup=50, ema=0.995, quiet=True,
         callbacks=[every(500, lambda run: print(run.step, quality(run.ema, digits, judge, (1, 2, 4)), flush=True))],
     )  # fmt: skip
     export(result.ema, folder / f"fast-{prediction}", overwrite=True, method="ITVM")  # pyright: ignore
@@ -164,10 +166,21 @@ def distill(folder: Path, prediction: str) -> None:
     print(found)
 
 
+def grids(folder: Path, prediction: str) -> None:
+    """The teacher in equal steps of t, and in equal steps of its own schedule, where DDIM takes them."""
+    judge, teacher = trained_classifier(pictures("mnist")), load(folder / f"teacher-{prediction}")
+    digits = pictures("mnist", "test").rows(torch.arange(2000), torch.Generator()).data
+    real = FeatureStatistics.of(extract(judge, digits))
+    for grid in ("uniform", "native"):
+        drawn = {n: draw(teacher, 1000, n, labels=range(NULL), grid=grid)[0] for n in (2, 4, 8)}
+        found = {n: frechet_distance(real, FeatureStatistics.of(extract(judge, x))) for n, x in drawn.items()}
+        print(prediction, grid, {n: round(fd, 2) for n, fd in found.items()}, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("stage", choices=["teacher", "adapt", "straighten", "distill"])
+    parser.add_argument("stage", choices=["teacher", "adapt", "grids", "straighten", "distill"])
     parser.add_argument("--prediction", nargs="+", default=["v_prediction"], choices=["epsilon", "v_prediction"])
     parser.add_argument("--target", nargs="+", default=list(MARKS), choices=list(MARKS))
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
@@ -182,9 +195,8 @@ def main() -> None:
                     for way in args.ways:
                         adapt(args.folder, prediction, target, way, args.lora, seed)
         else:
-            {"teacher": train_teacher, "straighten": straighten, "distill": distill}[args.stage](
-                args.folder, prediction
-            )
+            stages = {"teacher": train_teacher, "grids": grids, "straighten": straighten, "distill": distill}
+            stages[args.stage](args.folder, prediction)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def table(found: dict[tuple[str, str, bool], dict[str, dict[int, float]]], targe
 
 def curves(found: dict[tuple[str, str, bool], dict[str, dict[int, float]]], out: Path) -> None:
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     panels = sorted(found, key=lambda key: (key[1] != "v_prediction", key[0], key[2]))
     columns = min(4, len(panels))
@@ -56,7 +57,12 @@ def curves(found: dict[tuple[str, str, bool], dict[str, dict[int, float]]], out:
         for colour, (way, label) in zip(COLOURS, NAMES.items(), strict=False):
             if row := found[key].get(way):
                 axis.plot([max(step, 5) for step in row], list(row.values()), "o-", ms=3.5, color=colour, label=label)
-        axis.set(xscale="log", yscale="log", xlabel="steps of fine-tuning (leftmost: none)")
+        axis.set(xscale="log", yscale="log", xlabel="steps (leftmost: none)")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            scale.set_minor_formatter(NullFormatter())
+        axis.set_xticks([10, 25, 50, 100, 200, *([400] if target == "clothes" else [])])
+        axis.set_yticks([2, 5, 10, 20, 50])
         axis.set_title(f"{target}, {PREDICTIONS[prediction]}, {'LoRA' if lora else 'full'}", fontsize=10)
         axis.grid(alpha=0.3, which="both")
     axes[0, 0].set_ylabel("Frechet distance, 10 calls")

@@ -121,8 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--grid",
+        default="uniform",
         metavar="NAME",
-        help="times of the steps: uniform (default), shifted, quadratic, or native (default of a diffusion model)",
+        help="times of the steps: uniform (default), shifted, quadratic, or native (those of DDIM)",
     )
     p.add_argument("--solver", metavar="NAME", help="for a velocity field: euler (default), midpoint, heun, adaptive")
     p.add_argument("--teacher", action="store_true", help="sample the teacher of the run instead")

@@ -80,6 +80,7 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
         seed=args.seed,
         labels=_numbers("--labels", args.labels) if args.labels else None,
         prompts=args.prompt,
+        given={} if run is None else _given(run.recipe, model, args.count),
         decode=latents is not None,
         batch=args.batch,
         **{name: value for name, value in options.items() if value is not None},
@@ -112,6 +113,22 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, tuple[int, ...]]:
     return model, run, shape_of(model) if run is None else run.shape
 
 
+def _given(recipe: Any, model: Any, count: int) -> dict[str, Any]:
+    """The conditions of ``count`` samples besides their classes: those of the first rows of a run's data, which are
+    read where the model needs them."""
+    import torch
+
+    from fewstep.data import load_data
+    from fewstep.drawing import needed_conditions, takes
+    from fewstep.randomness import generator
+
+    if recipe.data.name == "teacher" or not (needed_conditions(model) or recipe.data.options.get("conditions")):
+        return {}
+    data = load_data(recipe.data.name, **recipe.data.options)
+    cond = data.rows(torch.arange(min(count, data.size or count)), generator(recipe.seed)).cond
+    return {name: value for name, value in cond.items() if name != "class_labels" and takes(model, name)}
+
+
 def _denormalized(recipe: Any, samples: Any) -> Any:
     """Samples in the units of the data, where the run brought those to mean 0 and deviation 1."""
     from fewstep.data import load_data
@@ -121,12 +138,18 @@ def _denormalized(recipe: Any, samples: Any) -> Any:
 
 
 def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
+    from fewstep.drawing import image_channels
     from fewstep.fields import NetworkField, unguided
     from fewstep.maps import FlowMap
     from fewstep.reflow import make_pairs
     from fewstep.training.distributed import environment
 
     model, run, shape = _open(args)
+    if image_channels(model):
+        raise ValueError(
+            f"{args.model} takes an image beside the state, and pairs are drawn of classes alone: draw its noise and "
+            "samples in Python, fewstep.sample(model, noise, image=...), and train on arrays"
+        )
     again, is_main = shlex.join(["fewstep", *args.argv]), environment().is_main
     is_map = isinstance(model, FlowMap)
     with progress_bar("pairs", quiet=not (is_main and sys.stderr.isatty())) as progress:
@@ -275,7 +298,7 @@ def run_convert(args: argparse.Namespace, _: dict[str, str]) -> int:
             f"fewstep distill --teacher {out}",
         ]
     )
-    return 0
+    return 0 if done.agreement is None or done.agreement.is_good else 1
 
 
 def run_cite(args: argparse.Namespace, _: dict[str, str]) -> int:

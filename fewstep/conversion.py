@@ -24,7 +24,10 @@ class Conversion:
     Attributes:
         folder: where it is.
         model, written: the class of the network in diffusers, and that of the flow in the folder.
-        pipeline: the class of the pipeline in the folder. missing: those of its parts that the folder does not have.
+        pipeline: the class of the pipeline in the folder.
+        missing: those of its parts that the folder does not have, and that are to be passed when loading.
+        left_out: parts that the original's folder does not have whole, and that the pipeline does without.
+        by_hand: why the pipeline can be loaded but not called, empty where it can be.
         scheduler, flow_scheduler: the class of the original's, and of the folder's.
         schedule: the name of the betas, or EDM, or flow.
         train_steps: steps of a discrete schedule, None for a continuous one.
@@ -44,6 +47,8 @@ class Conversion:
     written: str
     pipeline: str
     missing: tuple[str, ...]
+    left_out: tuple[str, ...]
+    by_hand: str
     scheduler: str
     flow_scheduler: str
     schedule: str
@@ -77,6 +82,8 @@ class Conversion:
         )
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
         parts = f" (without its {', '.join(self.missing)}: pass them when loading)" if self.missing else ""
+        parts += f" (without its {', '.join(self.left_out)}, which it does not need)" if self.left_out else ""
+        parts += f", which loads it but cannot be called: {self.by_hand}; see README.md" if self.by_hand else ""
         return [
             ("schedule", f"{self.scheduler}: {self.schedule}{steps}{snr}{zero}"),
             ("prediction", self.prediction + (", and a variance, which a flow does not use" * self.learned_variance)),

@@ -10,9 +10,9 @@ from torch import Tensor
 from fewstep.agreement import compare_samplers, scheduler_of, steps_for
 from fewstep.conversion import Conversion, describe
 from fewstep.converted import FLOWS
+from fewstep.drawing import image_channels
 from fewstep.evaluation.files import replace_file
 from fewstep.evaluation.plots import image_grid
-from fewstep.exporting import aside, check_target
 from fewstep.fields import NetworkField, VelocityField
 from fewstep.flow_folder import place, write_folder
 from fewstep.loading import load
@@ -23,6 +23,7 @@ from fewstep.paths import Linear
 from fewstep.randomness import sample_generators
 from fewstep.sampling import sample_noise
 from fewstep.training.distributed import World, choose_device
+from fewstep.writing import aside, check_target
 
 _SHOWN = 8  # pictures a row
 
@@ -57,12 +58,13 @@ def convert(
         labels: classes, given to the samples in turn; all by default.
         prompts: texts, given to the samples in turn, for a model with text encoders; none by default, "".
         cond: other conditions, (count, ...) each, by name.
-        device: where the samples are drawn, a GPU by default if there is one.
+        device: where the samples are drawn, a GPU by default if there is one; a field that is given goes back after.
         overwrite: whether a model that is in ``folder`` already is replaced.
 
     Raises:
         ValueError: a model that cannot be converted, ``folder`` is something else than a model, labels or prompts that
             the model does not take, steps that its sampler does not.
+        FileNotFoundError: the weights of the VAE are gone, or a text encoder that the comparison needs.
         FileExistsError: there is a model already, and overwrite is not set.
 
     >>> report = fewstep.convert("./my-ddpm", "./my-flow")
@@ -75,10 +77,16 @@ def convert(
     agreement = grid = None
     if check:
         numbers = steps_for(field, steps)
-        field = field.to(choose_device(device, World()))
-        noise, given = _start(field, count, seed, labels, prompts, cond)
-        agreement, *pictures = compare_samplers(field, noise, numbers, given, seed)
-        grid = _grid(field, *pictures)
+        if field.text is not None and "encoder_hidden_states" not in (cond or {}):
+            _check_text(field.text.folder, facts["missing"])
+        home = next(field.parameters()).device
+        try:
+            field = field.to(choose_device(device, World()))
+            noise, given = _start(field, count, seed, labels, prompts, cond)
+            agreement, *pictures = compare_samplers(field, noise, numbers, given, seed)
+            grid = _grid(field, *pictures)
+        finally:
+            field.to(home)
     picture = None if grid is None else "conversion.png"
     conversion = Conversion(folder, **facts, agreement=agreement, picture=picture)
     with aside(folder) as part:
@@ -111,6 +119,15 @@ def _convertible(model: Any) -> NetworkField:
     return field
 
 
+def _check_text(folder: Path, missing: Sequence[str]) -> None:
+    """That a text model's encoders are there."""
+    if absent := [part for part in missing if part.startswith(("text_encoder", "tokenizer"))]:
+        raise FileNotFoundError(
+            f"no {absent[0]} in {folder}, or not its weights, so prompts cannot be encoded: fetch it, pass the "
+            "conditions from Python (cond={...}), or do without the comparison (check=False, --no-check)"
+        )
+
+
 def _start(
     field: Any,
     count: int,
@@ -124,6 +141,11 @@ def _start(
         raise ValueError(f"count is {count}: two samples at least are compared")
     device, classes = next(field.parameters()).device, field.network.classes
     given = {name: value.to(device) for name, value in (cond or {}).items()}
+    if (beside := image_channels(field)) and "image" not in given:
+        raise ValueError(
+            f"the model takes an image of {beside} channels beside the state: give one from Python, "
+            "convert(model, folder, cond={'image': tensor}), or do without the comparison (check=False, --no-check)"
+        )
     if labels is not None and (not classes or not all(0 <= label < classes for label in labels)):
         has = f"the classes 0 to {classes - 1}" if classes else "no classes"
         raise ValueError(f"labels {list(labels)}: the model has {has}")

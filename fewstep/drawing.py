@@ -2,7 +2,7 @@
 
 import inspect
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from fewstep.evaluation.plots import image_grid, png, points_figure
 from fewstep.exact import ExactField
 from fewstep.fields import Guided, VelocityField, unguided
 from fewstep.maps import FlowMap
-from fewstep.networks import MLP
+from fewstep.networks import MLP, ConditionalUNet, TwoTimeUNet, UNet
 from fewstep.randomness import generator, sample_generators
 from fewstep.sampling import count_calls, sample, sample_noise
 
@@ -46,6 +46,38 @@ def classes_of(model: Model) -> int:
     return inner.config["classes"] if isinstance(inner, MLP) else getattr(inner, "classes", 0)
 
 
+def image_channels(model: Model) -> int:
+    """How many channels of an image a U-Net takes beside the state, as the condition ``image``; 0 for none."""
+    inner = _inside(model)
+    if not isinstance(inner, UNet | TwoTimeUNet | ConditionalUNet):
+        return 0
+    channels = inner.model.config["in_channels"]
+    return channels - min(channels, inner.model.config["out_channels"] or channels)
+
+
+def check_image(model: Model, cond: Mapping[str, Any]) -> None:
+    """That a model which takes an image beside the state is given one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if (channels := image_channels(model)) and "image" not in cond:
+        raise ValueError(
+            f"the model takes an image of {channels} channels beside the state, the condition image, which is not "
+            "given: the samples of a run take it from the run's data, and Python any, "
+            f"fewstep.sample(model, noise, image=tensor of shape (B, {channels}, H, W))"
+        )
+
+
+def needed_conditions(model: Model) -> list[str]:
+    """The names of the conditions without which a model cannot be called; not all networks say so."""
+    times = 2 if isinstance(model, FlowMap) else 1
+    inner = _inside(model)
+    taken = list(inspect.signature(inner.forward).parameters.values())[1 + times :]
+    required = [p.name for p in taken if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [*required, *(["image"] if image_channels(model) else [])]
+
+
 def _inside(model: Model) -> Any:
     """The network of a model, or the model itself where it has none."""
     model = unguided(model)
@@ -61,6 +93,7 @@ def draw(
     seed: int = 0,
     labels: Sequence[int] | None = None,
     prompts: Sequence[str] | None = None,
+    given: Mapping[str, Tensor] | None = None,
     decode: bool = False,
     batch: int = 256,
     guidance: float | None = None,
@@ -74,6 +107,7 @@ def draw(
         shape: of one sample; by default what the model says.
         labels: classes, given to the samples in turn; by default all of them, where the model has classes.
         prompts: texts, given to the samples in turn; their conditions are not among those returned.
+        given: other conditions, (n, ...) each, their rows given to the samples in turn.
         decode: images instead of latents, of a latent model.
         guidance: the strength of guidance, for a model that takes it; a text model that does not is guided away from
             what it does without a prompt.
@@ -81,7 +115,7 @@ def draw(
 
     Raises:
         ValueError: no samples asked for, labels that the model does not have, a text model without prompts or another
-            with them, or as ``fewstep.sample``.
+            with them, a model of an image without one, or as ``fewstep.sample``.
     """
     if count < 1 or batch < 1:
         raise ValueError(f"count is {count} and batch is {batch}: at least one sample is needed")
@@ -92,12 +126,14 @@ def draw(
     if labels and not classes and (isinstance(inner, MLP | ExactField) or hasattr(inner, "classes")):
         raise ValueError(f"labels {list(labels)}: the model has no classes")
     cond = {"class_labels": torch.tensor([labels[i % len(labels)] for i in range(count)])} if labels else {}
+    cond |= {name: value[torch.arange(count) % len(value)] for name, value in (given or {}).items()}
+    check_image(model, cond)
     device = next((value.device for value in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    text = _conditions(model, prompts, device)
-    if guidance is not None and text and isinstance(model, VelocityField) and not _takes_guidance(inner):
+    text = {} if given and "encoder_hidden_states" in given and not prompts else _conditions(model, prompts, device)
+    if guidance is not None and text and isinstance(model, VelocityField) and not takes(model, "guidance"):
         assert model.text is not None
         model, guidance = Guided(model, guidance, null=model.text.null(device)), None
-    if guidance is not None and not isinstance(model, Guided) and not _takes_guidance(inner):
+    if guidance is not None and not isinstance(model, Guided) and not takes(model, "guidance"):
         raise ValueError(
             f"guidance {guidance:g}: the model is told no strength of it. Recipes guide a teacher (teacher.guidance), "
             "and Python any field: Guided(field, scale, null=...)"
@@ -108,13 +144,13 @@ def draw(
             # One generator a sample, for its first noise and for all that is added later.
             generators = sample_generators(seed, rows.tolist())
             noise = sample_noise((len(rows), *shape), generators).to(device)
-            given: dict[str, Any] = {name: value[rows].to(device) for name, value in cond.items()}
-            given |= {name: value[rows % len(value)] for name, value in text.items()}
+            told: dict[str, Any] = {name: value[rows].to(device) for name, value in cond.items()}
+            told |= {name: value[rows % len(value)] for name, value in text.items()}
             if guidance is not None:
-                given["guidance"] = torch.full((len(rows),), guidance, device=device)
+                told["guidance"] = torch.full((len(rows),), guidance, device=device)
             if isinstance(model, FlowMap):
-                given["generator"] = generators
-            samples = sample(model, noise, steps, **options, **given)
+                told["generator"] = generators
+            samples = sample(model, noise, steps, **options, **told)
             parts.append((model.latents.decode(samples) if decode and model.latents else samples).cpu())
     return torch.cat(parts), cond, calls.rows / count
 
@@ -130,9 +166,13 @@ def _conditions(model: Model, prompts: Sequence[str] | None, device: torch.devic
     return model.text.encode(list(prompts), device=device)
 
 
-def _takes_guidance(network: Any) -> bool:
-    taken = inspect.signature(network.forward).parameters
-    return "guidance" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
+def takes(model: Model, name: str) -> bool:
+    """Whether a condition of this name may be given to a model."""
+    inner = _inside(model)
+    if name == "image" and isinstance(inner, UNet | TwoTimeUNet | ConditionalUNet):
+        return image_channels(model) > 0
+    taken = inspect.signature(inner.forward).parameters
+    return name in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
 def check_out(out: Path, shape: tuple[int, ...]) -> None:

@@ -5,24 +5,21 @@ The module is not called ``export``, as importing it would then hide the functio
 
 import dataclasses
 import inspect
-import json
-import os
-import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import fewstep
+from fewstep.drawing import image_channels
 from fewstep.fields import DiffusionField, NetworkField, VelocityField
 from fewstep.loading import NETWORKS, PREDICTION_TYPES, load
-from fewstep.lora import DIFFUSERS_FILE, PEFT_CONFIG, has_lora, merge_lora, save_adapter
+from fewstep.lora import has_lora, merge_lora, save_adapter
 from fewstep.maps import FlowMap
+from fewstep.model_card import card
 from fewstep.networks import TwoTimeUNet, UNet
-from fewstep.objectives import OBJECTIVES
-from fewstep.paths import Linear, Reversed, Tabulated
+from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
 from fewstep.paths import Path as Trajectory
+from fewstep.writing import aside, check_target, save_part, vae_config, write_json, write_vae
 
 
 def export(
@@ -38,10 +35,12 @@ def export(
 
     * A flow map of a ``UNet2DModel``: a diffusers pipeline that carries its own code,
       ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)``.
-    * A velocity field of a ``UNet2DModel``: the stock model and scheduler.
+    * A velocity field of a ``UNet2DModel``: the stock model and scheduler, as a stock pipeline where one of diffusers
+      can run it; the model card says where none can.
     * One of an ``MLP``: weights and a configuration for :func:`fewstep.load`.
 
-    :func:`fewstep.load` reads each of them. The folder appears whole or not at all.
+    Those of a latent model have its VAE. :func:`fewstep.load` reads each of them. The folder appears whole or not at
+    all.
 
     Args:
         model: the model, or the folder of a run or of anything else that ``fewstep.load`` takes.
@@ -52,6 +51,7 @@ def export(
 
     Raises:
         ValueError: a model that cannot be exported, or ``folder`` is something else than an export.
+        FileNotFoundError: the VAE of a latent model is gone.
         FileExistsError: there is an export already, and overwrite is not set.
 
     >>> fewstep.export(student, "fast-pipeline", method="ITVM")
@@ -73,19 +73,9 @@ def export(
     write = _writer(model)
     with aside(folder) as part:
         write(model, part)
-        (part / "README.md").write_text(_card(model, folder, method, quality))
+        reason = no_pipeline(model) if write is _write_field else ""  # pyright: ignore[reportArgumentType]
+        (part / "README.md").write_text(card(model, folder.name, method, quality, reason))
     return folder
-
-
-def check_target(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that is something else than a model, or one that is there and may not be overwritten."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    marks = ("model_index.json", "config.json", PEFT_CONFIG, DIFFUSERS_FILE)
-    if not any((folder / name).is_file() for name in marks):
-        raise ValueError(f"{folder} is there and is no model: nothing in it is overwritten, export to another folder")
-    if not overwrite:
-        raise FileExistsError(f"{folder} is there already: export to another folder, or overwrite it (overwrite=True)")
 
 
 def _writer(model: FlowMap | VelocityField) -> Any:
@@ -102,14 +92,41 @@ def _writer(model: FlowMap | VelocityField) -> Any:
         )
     if not model.path.same_as(Linear()):
         raise ValueError(f"a U-Net is exported on the linear path, this one is on {model.path}")
-    if isinstance(model, DiffusionField) or (isinstance(model.native, Reversed) and model.prediction == "flow"):
-        return _write_map if isinstance(model, FlowMap) else _write_field
-    if isinstance(model, FlowMap) and isinstance(model.native, Tabulated) and model.prediction in PREDICTION_TYPES:
+    if model.latents is not None:
+        model.latents.check()
+    if isinstance(model, FlowMap):
+        diffusion_of(model)
         return _write_map
-    raise ValueError(
+    if isinstance(model, DiffusionField) or (isinstance(model.native, Reversed) and model.prediction == "flow"):
+        return _write_field
+    raise _no_counterpart(model)
+
+
+def _no_counterpart(model: FlowMap | NetworkField) -> ValueError:
+    return ValueError(
         f"a U-Net that predicts {model.prediction} on {model.native} has no counterpart in diffusers: to be exported "
         "it is trained as NetworkField(network, Reversed(), 'flow'), or started from a diffusion model"
     )
+
+
+def diffusion_of(model: FlowMap | NetworkField) -> dict[str, Any] | None:
+    """What the network of a model speaks, for the code that carries it (``fewstep.pipelines.flow_map``,
+    ``fewstep.networks.flow_model``); None where that is diffusers' flow.
+
+    Raises:
+        ValueError: neither knows it.
+    """
+    match model.native, model.prediction:
+        case Reversed(), "flow":
+            return None
+        case Forward(), "velocity":
+            return {"prediction_type": "velocity"}
+        case Tabulated(log_ratios=table), ("noise" | "data" | "v") as kind:
+            return {"prediction_type": PREDICTION_TYPES[kind], "log_ratios": table}
+        case Preconditioned(sigma_data=data, sigma_min=least, sigma_max=most), ("edm" | "v") as kind:
+            kind = "epsilon" if kind == "edm" else "v_prediction"
+            return {"prediction_type": kind, "sigma_data": data, "sigma_min": least, "sigma_max": most}
+    raise _no_counterpart(model)
 
 
 def _write_map(model: FlowMap, folder: Path) -> None:
@@ -119,7 +136,7 @@ def _write_map(model: FlowMap, folder: Path) -> None:
     from fewstep.networks import class_time_unet
     from fewstep.pipelines import flow_map
 
-    unet, native = _unet(model), model.native
+    unet = _unet(model)
     save_part(unet, folder / "unet")
     shutil.copyfile(flow_map.__file__, folder / "pipeline.py")
     library = "diffusers"
@@ -127,45 +144,78 @@ def _write_map(model: FlowMap, folder: Path) -> None:
         library = "class_time_unet"
         shutil.copyfile(class_time_unet.__file__, folder / "unet" / f"{library}.py")
 
-    diffusion = None
-    if isinstance(native, Tabulated):
-        kind = PREDICTION_TYPES[model.prediction]
-        diffusion = {"prediction_type": kind, "log_ratios": native.log_ratios}
-    scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=_timesteps(native))
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=_timesteps(model.native))
     save_part(scheduler, folder / "scheduler")
-    write_json(
-        folder / "model_index.json",
-        {
-            "_class_name": ["pipeline", "FlowMapPipeline"],
-            "_diffusers_version": diffusers.__version__,
-            "unet": [library, type(unet).__name__],
-            "scheduler": ["diffusers", type(scheduler).__name__],
-            "diffusion": diffusion,
-            "gamma": model.gamma,
-        },
-    )
+    index: dict[str, Any] = {
+        "_class_name": ["pipeline", "FlowMapPipeline"],
+        "_diffusers_version": diffusers.__version__,
+        "unet": [library, type(unet).__name__],
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "diffusion": diffusion_of(model),
+        "gamma": model.gamma,
+        "guidance": model.guidance,
+    }
+    if model.latents is not None:
+        index["vae"] = write_vae(model.latents, folder / "vae")
+    write_json(folder / "model_index.json", index)
 
 
 def _write_field(model: NetworkField, folder: Path) -> None:
-    """A stock model and scheduler; as a stock pipeline too, where the model has no classes to be told."""
+    """A stock model and scheduler; as a stock pipeline too, where diffusers has one that can run them."""
     import diffusers
 
-    unet = _unet(model)
+    unet, scheduler = _unet(model), _scheduler(model)
     save_part(unet, folder / "unet")
-    if isinstance(model, DiffusionField):
-        scheduler = model.scheduler
-    else:
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=_timesteps(model.native))
     save_part(scheduler, folder / "scheduler")
-    write_json(
-        folder / "model_index.json",
-        {
-            "_class_name": "DDPMPipeline",
-            "_diffusers_version": diffusers.__version__,
-            "unet": ["diffusers", type(unet).__name__],
-            "scheduler": ["diffusers", type(scheduler).__name__],
-        },
-    )
+    is_pipeline, vae = not no_pipeline(model), {}
+    if model.latents is not None:
+        name = "vqvae" if is_pipeline else "vae"
+        vae = {name: write_vae(model.latents, folder / name)}
+    if is_pipeline:
+        write_json(
+            folder / "model_index.json",
+            {
+                "_class_name": "LDMPipeline" if vae else "DDPMPipeline",
+                "_diffusers_version": diffusers.__version__,
+                **vae,
+                "unet": ["diffusers", type(unet).__name__],
+                "scheduler": ["diffusers", type(scheduler).__name__],
+            },
+        )
+
+
+def _scheduler(model: NetworkField) -> Any:
+    import diffusers
+
+    if isinstance(model, DiffusionField):
+        return model.scheduler
+    return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=_timesteps(model.native))
+
+
+def no_pipeline(model: NetworkField, scheduler: Any = None) -> str:
+    """Why diffusers has no pipeline that samples this field of a ``UNet2DModel``; empty where it has one:
+    ``DDPMPipeline``, or ``LDMPipeline`` for a latent model.
+
+    Args:
+        scheduler: the one that it is to run with; by default the one that is exported.
+    """
+    scheduler = _scheduler(model) if scheduler is None else scheduler
+    if image_channels(model):
+        return "none gives it the image that it takes beside the state"
+    if model.network.classes:  # pyright: ignore[reportAttributeAccessIssue]
+        return "none tells it its class"
+    if not isinstance(_unet(model).config["sample_size"], int):
+        return "none knows the size of its samples"
+    # Both pipelines begin at standard noise, but for what the scheduler tells the second.
+    level = getattr(scheduler, "init_noise_sigma", None)
+    if model.latents is None:
+        takes = inspect.signature(scheduler.step).parameters
+        runs = "generator" in takes and (level is None or float(level) == 1)
+        return "" if runs else f"DDPMPipeline does not go with its {type(scheduler).__name__}"
+    config = vae_config(model.latents)
+    if config.get("shift_factor") or config.get("latents_mean"):
+        return "LDMPipeline does not bring latents into the units of its VAE"
+    return "" if level is not None else f"LDMPipeline does not go with its {type(scheduler).__name__}"
 
 
 def _write_plain(model: FlowMap | NetworkField, folder: Path) -> None:
@@ -184,7 +234,7 @@ def _write_plain(model: FlowMap | NetworkField, folder: Path) -> None:
             "native": _describe(model.native),
             "prediction": model.prediction,
             "path": _describe(model.path),
-            **({"gamma": model.gamma} if isinstance(model, FlowMap) else {}),
+            **({"gamma": model.gamma, "guidance": model.guidance} if isinstance(model, FlowMap) else {}),
         },
     )
 
@@ -194,42 +244,13 @@ def _unet(model: FlowMap | NetworkField) -> Any:
     return network.model
 
 
-def save_part(part: Any, folder: Path) -> None:
-    """A model or scheduler, without the path that it was loaded from: that is the business of its maker."""
-    part.save_pretrained(folder)
-    config = folder / part.config_name
-    values = json.loads(config.read_text())
-    values.pop("_name_or_path", None)
-    write_json(config, values)
-
-
 def _timesteps(native: Trajectory) -> int:
     """How many timesteps of diffusers there are from data to noise."""
-    return round(native.scale) if isinstance(native, Reversed) else 1000
+    return round(native.scale) if isinstance(native, Reversed | Forward) else 1000
 
 
 def _describe(path: Trajectory) -> dict[str, Any]:
     return {"name": type(path).__name__, "options": dataclasses.asdict(path)}
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-@contextmanager
-def aside(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder`` that takes its place at the end, and leaves nothing behind where it fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part, old = (folder.with_name(f".{folder.name}.{what}-{os.getpid()}") for what in ("part", "old"))
-    part.mkdir()
-    try:
-        yield part
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _method_of(run: Path) -> str | None:
@@ -238,73 +259,3 @@ def _method_of(run: Path) -> str | None:
 
     recipe = run / "recipe.yaml"
     return yaml.safe_load(recipe.read_text())["objective"]["name"] if recipe.is_file() else None
-
-
-_CARD = """\
----
-library_name: {library}
-tags: [fewstep, {tag}]
----
-# {name}
-
-{what}
-
-```python
-{code}
-```
-{method}{quality}
-Made with fewstep {version}.
-"""
-
-_PIPELINE_CODE = """\
-import torch
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
-generator = torch.Generator().manual_seed(0)
-images = pipe(batch_size=4, num_inference_steps=2, generator=generator{labels}).images"""
-
-_FEWSTEP_CODE = """\
-import torch
-import fewstep
-
-model = fewstep.load("{name}")
-samples = fewstep.sample(model, torch.randn({shape}), steps={steps}{labels})"""
-
-
-def _card(model: Any, folder: Path, method: str | None, quality: str | None) -> str:
-    is_map = isinstance(model, FlowMap)
-    if is_map:
-        what = "A two-time flow map: it makes samples in 1 to 8 network calls, as many as you ask for."
-    else:
-        what = "A velocity field: an ordinary differential equation from noise (t = 0) to data (t = 1)."
-    if is_image := isinstance(model.network, UNet | TwoTimeUNet):
-        config = model.network.model.config
-        size, classes = config["sample_size"], config["num_class_embeds"]
-        shape = f"4, {config['in_channels']}, {size}, {size}"
-    else:
-        shape, classes = f"4, {model.network.config['dim']}", model.network.config["classes"]
-    if is_map and is_image:
-        code = _PIPELINE_CODE.format(name=folder.name, labels=", class_labels=0" if classes else "")
-    else:
-        labels = ", class_labels=torch.tensor([0, 0, 0, 0])" if classes else ""
-        code = _FEWSTEP_CODE.format(name=folder.name, shape=shape, steps=2 if is_map else 50, labels=labels)
-    return _CARD.format(
-        library="diffusers" if is_image else "fewstep",
-        tag="flow-map" if is_map else "flow-matching",
-        name=folder.name,
-        what=what,
-        code=code,
-        method=f"\n## Method\n\n{_credit(method)}\n" if method else "",
-        quality=f"\n## Quality against network calls\n\n{quality.strip()}\n" if quality else "",
-        version=fewstep.__version__,
-    )
-
-
-def _credit(method: str) -> str:
-    """The method and the papers that the docstring of its class names."""
-    papers = []
-    if method in OBJECTIVES:
-        papers = re.findall(r"\b\d{4}\.\d{4,5}\b", inspect.getdoc(OBJECTIVES[method]) or "")
-    links = ", ".join(f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in dict.fromkeys(papers))
-    return f"Trained with {method}{f' ({links})' if links else ''}."

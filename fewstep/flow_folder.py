@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import fewstep
 from fewstep.agreement import scheduler_of
 from fewstep.conversion import Conversion
 from fewstep.converted import FLOWS, ORIGINAL
-from fewstep.exporting import save_part, write_json
+from fewstep.drawing import image_channels
+from fewstep.exporting import diffusion_of, no_pipeline
 from fewstep.fields import NetworkField
-from fewstep.loading import PREDICTION_TYPES
+from fewstep.model_card import fewstep_code
 from fewstep.model_files import read_json
-from fewstep.paths import Linear, Preconditioned, Tabulated
+from fewstep.networks import UNet
+from fewstep.paths import Linear
+from fewstep.writing import copy_part, save_part, write_json, write_vae
 
 # The pipeline of a model that comes without one.
 _PIPELINES = {
@@ -29,22 +33,42 @@ _CODE = "flow_model"
 
 
 def place(field: NetworkField) -> dict[str, Any]:
-    """What the folder of a field is in diffusers: the fields of a report that name its classes and what it lacks."""
+    """What the folder of a field is in diffusers: the fields of a report that name its classes, what it lacks, and why
+    its pipeline cannot be called."""
     import diffusers
 
-    name, index = _class_of(field), _source(field)[1]
-    pipeline = str(index.get("_class_name") or _PIPELINES[name])
-    wanted = inspect.signature(getattr(diffusers, pipeline).__init__).parameters.values()
-    own = {"self", "unet", "transformer", "scheduler", *index, *(["vae"] if field.latents else [])}
+    from fewstep.networks import flow_model
+
+    name, (source, index) = _class_of(field), _source(field)
+    usual = "LDMPipeline" if name == "UNet2DModel" and field.latents is not None else _PIPELINES[name]
+    pipeline = str(index.get("_class_name") or usual)
+    kind = getattr(diffusers, pipeline)
+    wanted = inspect.signature(kind.__init__).parameters.values()
+    absent = [part for part in _parts(index) if source is not None and not _is_whole(source / part)]
+    left_out = [part for part in absent if part in kind._optional_components and not _is_of_text(part)]
+    own = {"self", "unet", "transformer", "scheduler", *index, *([_vae_name(pipeline)] if field.latents else [])}
     missing = [part.name for part in wanted if part.default is part.empty and part.name not in own]
+    missing += [part for part in absent if part not in left_out]
     is_flow = isinstance(field.native, Linear)
     # Only the pipeline of plain images does with a flow-match scheduler of diffusers as it is; see FlowScheduler.
-    scheduler = "FlowMatchEulerDiscreteScheduler" if pipeline == "DDPMPipeline" else "FlowScheduler"
+    scheduler = scheduler_of(field)
+    if not is_flow:
+        scheduler = getattr(
+            flow_model, "FlowMatchEulerDiscreteScheduler" if pipeline == "DDPMPipeline" else "FlowScheduler"
+        )()
+    by_hand = ""
+    if pipeline in (usual, "StableDiffusionXLPipeline"):  # others may be made for an image beside the state
+        if isinstance(field.network, UNet):
+            by_hand = no_pipeline(field, scheduler)
+        elif image_channels(field):
+            by_hand = "none gives it the image that it takes beside the state"
     return {
         "written": name if is_flow else FLOWS[name],
         "pipeline": pipeline,
         "missing": tuple(missing),
-        "flow_scheduler": type(scheduler_of(field)).__name__ if is_flow else scheduler,
+        "left_out": tuple(left_out),
+        "flow_scheduler": type(scheduler).__name__,
+        "by_hand": by_hand,
     }
 
 
@@ -56,13 +80,15 @@ def write_folder(field: Any, conversion: Conversion, folder: Path) -> None:
 
     source, index = _source(field)
     part = "unet" if "UNet" in conversion.model else "transformer"
-    own = {part, "scheduler"}
-    for name, value in index.items():
-        if source is not None and isinstance(value, list) and value[0] and name not in own:
-            shutil.copytree(source / name, folder / name)
-    if field.latents is not None and "vae" not in index and "vqvae" not in index:
-        save_part(field.latents.vae, folder / "vae")
-        index["vae"] = ["diffusers", type(field.latents.vae).__name__]
+    for name in _parts(index):
+        if source is not None and name not in (*conversion.missing, *conversion.left_out):
+            copy_part(source / name, folder / name)
+    index |= {name: [None, None] for name in conversion.left_out}
+    if "safety_checker" in conversion.left_out:
+        index["requires_safety_checker"] = False
+    vae = _vae_name(conversion.pipeline)
+    if field.latents is not None and not (folder / vae).exists():
+        index[vae] = write_vae(field.latents, folder / vae)
 
     save_part(field.network.model, folder / part)
     scheduler, libraries = scheduler_of(field), {part: "diffusers", "scheduler": "diffusers"}
@@ -70,7 +96,7 @@ def write_folder(field: Any, conversion: Conversion, folder: Path) -> None:
         save_part(scheduler, folder / ORIGINAL)
         scheduler = getattr(flow_model, conversion.flow_scheduler)()
         file = folder / part / "config.json"
-        config = {"_class_name": conversion.written, "diffusion": _diffusion(field), "flow_timesteps": 1000}
+        config = {"_class_name": conversion.written, "diffusion": diffusion_of(field), "flow_timesteps": 1000}
         write_json(file, {**json.loads(file.read_text()), **config})
         libraries[part] = _CODE
         if conversion.flow_scheduler == "FlowScheduler":
@@ -108,15 +134,29 @@ def _source(field: Any) -> tuple[Path | None, dict[str, Any]]:
     return folder, {name: value for name, value in index.items() if name not in ("_diffusers_version", "_name_or_path")}
 
 
-def _diffusion(field: NetworkField) -> dict[str, Any]:
-    """What the network was trained as, for the config of its flow; see ``flow_model.FromDiffusion``."""
-    match field.native:
-        case Tabulated(log_ratios=table):
-            return {"prediction_type": PREDICTION_TYPES[field.prediction], "log_ratios": table}
-        case Preconditioned(sigma_data=data, sigma_min=least, sigma_max=most):
-            kind = "epsilon" if field.prediction == "edm" else "v_prediction"
-            return {"prediction_type": kind, "sigma_data": data, "sigma_min": least, "sigma_max": most}
-    raise ValueError(f"{field.native} is not known to the code that a converted model carries")
+def _parts(index: dict[str, Any]) -> list[str]:
+    """The names of a pipeline's parts that are copied: all that it has but the network and the scheduler."""
+    return [
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and value[0] and name not in ("unet", "transformer", "scheduler")
+    ]
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether a part of a pipeline is there: its weights too where it is a model, which a ``config.json`` says."""
+    files = [file.name for file in part.iterdir()] if part.is_dir() else []
+    # A second dot marks a variant, such as fp16, that is not loaded unless it is asked for.
+    has_weights = any(re.fullmatch(r"[^.]+\.(safetensors|bin)", name) for name in files)
+    return bool(files) and (has_weights or "config.json" not in files)
+
+
+def _is_of_text(part: str) -> bool:
+    return part.startswith(("text_encoder", "tokenizer"))
+
+
+def _vae_name(pipeline: str) -> str:
+    return "vqvae" if pipeline.startswith("LDM") else "vae"
 
 
 _CARD = """\
@@ -150,27 +190,42 @@ _CALLS = {
     "LDMPipeline": "images = pipe(batch_size=4, num_inference_steps=50).images",
 }
 
-# No pipeline of diffusers tells a UNet2DModel its class.
+# What no pipeline of diffusers does with a UNet2DModel.
 _LOOP = """\
 pipe.scheduler.set_timesteps(50)
-x, labels = torch.randn({shape}), torch.tensor([0, 0, 0, 0])
+x = torch.randn({shape}){given}
 with torch.no_grad():
     for t in pipe.scheduler.timesteps:
-        x = pipe.scheduler.step(pipe.unet(x, t, class_labels=labels).sample, t, x).prev_sample"""
+        x = pipe.scheduler.step(pipe.unet({x}, t{told}).sample, t, x).prev_sample"""
+
+
+def _code(conversion: Conversion, field: Any) -> str:
+    """How to draw from the folder."""
+    name = conversion.folder.name
+    trust = "" if isinstance(field.native, Linear) else ", trust_remote_code=True"
+    trust += "".join(f", {part}=..." for part in conversion.missing)
+    load = _LOAD.format(name=name, trust=trust)
+    if not conversion.by_hand:
+        usual = 'images = pipe("a photo of a cat", num_inference_steps=50).images'
+        return load + _CALLS.get(conversion.pipeline, usual)
+    if conversion.model != "UNet2DModel" or field.latents is not None:
+        return fewstep_code(field, name)
+    channels, *sizes = field.network.shape
+    shape, image = (", ".join(map(str, (4, c, *sizes))) for c in (channels, image_channels(field)))
+    given, told, x = "", "", "x"
+    if field.network.classes:
+        given, told = "\nlabels = torch.tensor([0, 0, 0, 0])", ", class_labels=labels"
+    if image_channels(field):
+        given += f"\nimage = torch.zeros({image})  # what each sample is made for"
+        x = "torch.cat([x, image], dim=1)"
+    return load + _LOOP.format(shape=shape, given=given, told=told, x=x)
 
 
 def _card(conversion: Conversion, field: Any) -> str:
-    if conversion.model == "UNet2DModel" and field.network.classes:
-        call = _LOOP.format(shape=", ".join(map(str, (4, *field.network.shape))))
-    else:
-        call = _CALLS.get(conversion.pipeline, 'images = pipe("a photo of a cat", num_inference_steps=50).images')
-    trust = "" if isinstance(field.native, Linear) else ", trust_remote_code=True"
-    trust += "".join(f", {part}=..." for part in conversion.missing)
-    name = conversion.folder.name
     return _CARD.format(
-        name=name,
+        name=conversion.folder.name,
         model=conversion.model,
-        code=_LOAD.format(name=name, trust=trust) + call,
+        code=_code(conversion, field),
         report=conversion.text(),
         version=fewstep.__version__,
     )

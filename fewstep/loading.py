@@ -10,18 +10,20 @@ from fewstep.converted import is_converted, load_converted
 from fewstep.diffusers_folder import HUB_FILES, load_field, look_into
 from fewstep.errors import unknown
 from fewstep.fields import NetworkField, VelocityField
+from fewstep.latents import Latents
 from fewstep.maps import FlowMap
 from fewstep.model_files import check_file, check_weights, read_json
 from fewstep.networks import MLP, TwoTimeUNet
-from fewstep.paths import Linear, Reversed, Tabulated, Trigonometric, VariancePreserving
+from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving
 from fewstep.paths import Path as Trajectory
 
 # The names of prediction kinds in diffusers, for networks on a diffusion schedule.
 PREDICTION_TYPES = {"noise": "epsilon", "data": "sample", "v": "v_prediction"}
 # What an export that is no diffusers folder may be made of.
 NETWORKS: dict[str, type[nn.Module]] = {"MLP": MLP}
+_PLAIN_WEIGHTS = "model.safetensors"
 _TRAJECTORIES: dict[str, type[Any]] = {
-    c.__name__: c for c in (Linear, Reversed, Tabulated, Trigonometric, VariancePreserving)
+    c.__name__: c for c in (Forward, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving)
 }
 
 
@@ -53,9 +55,9 @@ def load(source: str | Path, *, device: str = "cpu") -> VelocityField | FlowMap:
         from fewstep.runs import load_run
 
         model = load_run(folder)
-    elif (index := read_json(folder / "model_index.json")) and _pipeline_name(index) == "FlowMapPipeline":
+    elif index := _map_index(folder):
         model = _load_map(folder, index)
-    elif (config := read_json(folder / "config.json")) and "_fewstep_version" in config:
+    elif config := _plain_config(folder):
         model = _load_plain(folder, config)
     elif is_converted(folder):
         model = load_converted(folder)
@@ -81,7 +83,9 @@ def _find(source: str | Path) -> Path:
         raise FileNotFoundError(f"no folder {name}")
     # The configurations first: what fewstep cannot use is refused before its weights are fetched.
     configurations = _from_hub(name, "*.json")
-    if not is_converted(configurations):
+    if _plain_config(configurations):
+        return _from_hub(name, "*.json", _PLAIN_WEIGHTS)
+    if not is_converted(configurations) and not _map_index(configurations):
         look_into(configurations)
     return _from_hub(name, "*.json", *HUB_FILES)
 
@@ -100,22 +104,47 @@ def _from_hub(name: str, *patterns: str) -> Path:
         ) from None
 
 
+def _map_index(folder: Path) -> dict[str, Any]:
+    """The index of an export of a U-Net's flow map; empty for any other folder."""
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name", "")
+    return index if (name[1] if isinstance(name, list) else name) == "FlowMapPipeline" else {}
+
+
+def _plain_config(folder: Path) -> dict[str, Any]:
+    """The configuration of an export of a network that diffusers does not have; empty for any other folder."""
+    config = read_json(folder / "config.json")
+    return config if "_fewstep_version" in config else {}
+
+
 def _load_map(folder: Path, index: dict[str, Any]) -> FlowMap:
     """An export of a U-Net's flow map; no code of the folder is run."""
-    from fewstep.pipelines import FlowMapPipeline
+    from fewstep.pipelines import has_vae, load_unet
 
     check_weights(folder / "unet")
-    pipeline = FlowMapPipeline.from_pretrained(folder)
-    network = TwoTimeUNet(pipeline.unet)
-    diffusion = index["diffusion"]
-    if diffusion is None:
-        native, prediction = Reversed(float(pipeline.scheduler.config["num_train_timesteps"])), "flow"
-    else:
-        kinds = {name: kind for kind, name in PREDICTION_TYPES.items()}
-        native, prediction = Tabulated(tuple(diffusion["log_ratios"])), kinds[diffusion["prediction_type"]]
-    model = FlowMap(network, native, prediction, path=Linear())
-    model.gamma = index.get("gamma", 0.0)
+    timesteps = float(read_json(folder / "scheduler" / "scheduler_config.json")["num_train_timesteps"])
+    native, prediction = _spoken(index["diffusion"], timesteps)
+    model = FlowMap(TwoTimeUNet(load_unet(folder, index)), native, prediction, path=Linear())
+    model.gamma, model.guidance = index.get("gamma", 0.0), index.get("guidance")
+    if has_vae(index):
+        model.latents = Latents(folder / "vae")
+        model.latents.check()
     return model
+
+
+def _spoken(diffusion: dict[str, Any] | None, timesteps: float) -> tuple[Trajectory, str]:
+    """The native path of an export's network, and what it predicts there; ``fewstep.exporting.diffusion_of`` writes
+    it."""
+    if diffusion is None:
+        return Reversed(timesteps), "flow"
+    kind = diffusion["prediction_type"]
+    if kind == "velocity":
+        return Forward(timesteps), "velocity"
+    if "sigma_data" in diffusion:
+        ends = (diffusion[name] for name in ("sigma_data", "sigma_min", "sigma_max"))
+        return Preconditioned(*ends), "v" if kind == "v_prediction" else "edm"
+    kinds = {name: kind for kind, name in PREDICTION_TYPES.items()}
+    return Tabulated(tuple(diffusion["log_ratios"])), kinds[kind]
 
 
 def _load_plain(folder: Path, config: dict[str, Any]) -> FlowMap | NetworkField:
@@ -126,21 +155,16 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> FlowMap | NetworkField:
     if name not in NETWORKS:
         raise unknown("network", name, NETWORKS)
     network = NETWORKS[name](**options)
-    check_file(folder / "model.safetensors")
-    network.load_state_dict(load_file(folder / "model.safetensors"))
+    check_file(folder / _PLAIN_WEIGHTS)
+    network.load_state_dict(load_file(folder / _PLAIN_WEIGHTS))
     native, path = (_trajectory(config[key]) for key in ("native", "path"))
     if config["_class_name"] != "FlowMap":
         return NetworkField(network, native, config["prediction"], path=path)
     model = FlowMap(network, native, config["prediction"], path=path)
-    model.gamma = config.get("gamma", 0.0)
+    model.gamma, model.guidance = config.get("gamma", 0.0), config.get("guidance")
     return model
 
 
 def _trajectory(config: dict[str, Any]) -> Trajectory:
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in config["options"].items()}
     return _TRAJECTORIES[config["name"]](**options)
-
-
-def _pipeline_name(index: dict[str, Any]) -> str:
-    name = index.get("_class_name", "")
-    return name[1] if isinstance(name, list) else name

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fewstep.errors import unknown
 from fewstep.fields import Guided, VelocityField, unguided
 from fewstep.maps import FlowMap
-from fewstep.paths import Path, Tabulated
+from fewstep.paths import Path
 from fewstep.randomness import Generators, normal
 from fewstep.solvers import SOLVERS, integrate
 from fewstep.times import GRIDS, step_grid
@@ -26,7 +26,7 @@ def sample(
     noise: Tensor,
     steps: int = 1,
     *,
-    grid: str | Tensor | None = None,
+    grid: str | Tensor = "uniform",
     solver: str = "euler",
     gamma: float | None = None,
     generator: Generators | None = None,
@@ -42,8 +42,7 @@ def sample(
         noise: the start (B, ...), standard normal, on the model's device; ``sample_noise`` draws it sample by sample.
         steps: how many steps from t = 0 to t = 1.
         grid: uniform, shifted, quadratic, the times themselves, rising from 0 to 1, or native: equal steps of the
-            schedule that a diffusion model was trained on, which is where DDIM takes its own. By default native for the
-            field of such a model, whose first steps should be short, and else uniform.
+            schedule that a diffusion model was trained on, which is where DDIM takes its own.
         solver: for fields: euler, midpoint, heun, adaptive.
         gamma: for maps: 0 is deterministic, 1 is consistency sampling; see :func:`sample_map`. By default the map's
             own ``gamma``: 0, but 1 for a consistency model.
@@ -123,13 +122,9 @@ def sample_noise(shape: tuple[int, ...], generators: Generators, dtype: torch.dt
     return normal(torch.empty(shape, dtype=dtype), generators)
 
 
-def _times(grid: str | Tensor | None, steps: int, model: Any) -> Tensor:
-    native = getattr(unguided(model), "native", None)
-    if grid is None:
-        is_diffusion = isinstance(native, Tabulated) and isinstance(model, VelocityField)
-        grid = "native" if is_diffusion else "uniform"
+def _times(grid: str | Tensor, steps: int, model: Any) -> Tensor:
     if isinstance(grid, str):
-        if grid == "native" and native is not None:
+        if grid == "native" and (native := getattr(unguided(model), "native", None)) is not None:
             times = step_grid(steps)
             inner = native.coefficients(times[1:-1])
             times[1:-1] = model.path.time_of(*inner[:2])

@@ -99,7 +99,7 @@ def test_a_plain_run_cites_its_method_alone(tmp_path: Path) -> None:
 
 
 def test_what_fine_tuning_uses_is_cited(tmp_path: Path) -> None:
-    student = {"network": "mlp", "lora": {"rank": 2}, "image": 1}
+    student = {"network": "auto", "lora": {"rank": 2}, "image": 1}
     assert numbers(cite(write(tmp_path, student=student))) == ["2505.01169", "2106.09685", "2211.09800"]
 
 

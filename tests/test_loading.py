@@ -24,6 +24,7 @@ from unet_toys import tiny_unet
 
 from fewstep.diffusers_folder import HUB_FILES
 from fewstep.fields import DiffusionField
+from fewstep.latents import Latents
 from fewstep.loading import load
 from fewstep.networks import FAMILIES, UNet
 from fewstep.paths import Linear
@@ -183,6 +184,42 @@ def test_a_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="UVit2DModel"):
         load("someone/other")
     assert len(asked) == 1
+
+
+def test_exports_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whose configurations are not those of a diffusers model that fewstep knows."""
+    from unet_toys import tiny_student
+
+    from fewstep.exporting import export
+    from fewstep.maps import FlowMap
+    from fewstep.networks import MLP
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        """What of the repository is asked for, and nothing else."""
+        home, found = tmp_path / "hub" / name, tmp_path / name
+        for file in filter_repo_objects(
+            [str(f.relative_to(found)) for f in found.rglob("*")], allow_patterns=allow_patterns
+        ):
+            (home / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(found / file, home / file)
+        return str(home)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    latent = tiny_student()
+    latent.latents = Latents(tiny_vae(latent_channels=1))
+    models = {
+        "plain": tiny_student("flow"),
+        "classes": tiny_student("v_prediction", 5),
+        "guided": FlowMap.from_field(DiffusionField(UNet(tiny_unet()), DDPMScheduler()), guidance=True),
+        "latent": latent,
+        "points": FlowMap(MLP(2, width=8, depth=2, times=2)),
+    }
+    for name, model in models.items():
+        export(model, tmp_path / "someone" / name)
+        back: Any = load(f"someone/{name}")
+        assert back.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in back.state_dict().items())
+        assert (back.latents is None) == (model.latents is None)
 
 
 def test_what_is_fetched_of_a_whole_pipeline() -> None:

@@ -21,8 +21,8 @@ def with_second_time(network: nn.Module, guidance: bool = False) -> nn.Module:
         raise ValueError(
             f"{type(network).__name__} has no second time and fewstep cannot add one: write a copy of its class that "
             "takes (x, s, t), adds SecondTime(dim)(t) to its time embedding, and pass an instance as "
-            "FlowMap.from_field(field, network=...); the teacher's weights are loaded by name. For a diffusers "
-            "UNet2DModel, wrap it in fewstep.networks.UNet first"
+            "FlowMap.from_field(field, network=...); the teacher's weights are loaded by name. Of diffusers' models, "
+            "UNet2DModel is the one that fewstep gives a second time so far"
         )
     return make(guidance=True) if guidance else make()
 

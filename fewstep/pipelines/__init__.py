@@ -5,10 +5,23 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diffusers import FlowMapEulerDiscreteScheduler, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, FlowMapEulerDiscreteScheduler, UNet2DModel, VQModel
 
 from fewstep.networks import class_time_unet
 from fewstep.pipelines import flow_map
+
+_VAES: dict[str, Any] = {vae.__name__: vae for vae in (AutoencoderKL, AutoencoderTiny, VQModel)}
+
+
+def has_vae(index: dict[str, Any]) -> bool:
+    """Whether a ``model_index.json`` names a VAE; diffusers writes a pair of nulls for none."""
+    return (index.get("vae") or (None, None))[1] is not None
+
+
+def load_unet(folder: Path, index: dict[str, Any], **kwargs: Any) -> Any:
+    """The network of an export, whose ``model_index.json`` has been read."""
+    model: Any = getattr(class_time_unet, index["unet"][1], UNet2DModel)
+    return model.from_pretrained(folder / "unet", use_safetensors=True, low_cpu_mem_usage=False, **kwargs)
 
 
 class FlowMapPipeline(flow_map.FlowMapPipeline):
@@ -24,10 +37,13 @@ class FlowMapPipeline(flow_map.FlowMapPipeline):
         """
         folder = Path(pretrained_model_name_or_path)
         index = json.loads((folder / "model_index.json").read_text())
-        model: Any = getattr(class_time_unet, index["unet"][1], UNet2DModel)
-        unet: Any = model.from_pretrained(folder / "unet", use_safetensors=True, low_cpu_mem_usage=False, **kwargs)
         scheduler: Any = FlowMapEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-        return cls(unet, scheduler, index["diffusion"], index.get("gamma", 0.0))
+        vae = None
+        if has_vae(index):
+            options = {"use_safetensors": True, "low_cpu_mem_usage": False, **kwargs}
+            vae = _VAES[index["vae"][1]].from_pretrained(folder / "vae", **options)
+        options = {key: index[key] for key in ("gamma", "guidance") if key in index}
+        return cls(load_unet(folder, index, **kwargs), scheduler, index["diffusion"], vae=vae, **options)
 
 
 __all__ = ["FlowMapPipeline"]

@@ -93,6 +93,19 @@ def test_it_finds_the_new_data_from_the_old_model() -> None:
     assert (field(x, t) - exact(x, t)).abs().max() < 0.15
 
 
+def test_a_network_that_predicts_data_is_not_drowned_by_its_last_times() -> None:
+    """The error is that of the data: finite, and the network's own, up to t = 1."""
+    network = Steps(DDPMScheduler(), torch.zeros(2))
+    field = NetworkField(network, Linear(), "data")
+    field.network.forward = lambda x, t: x * 0 + network.mean.to(x)  # pyright: ignore
+    data = torch.randn(512, 2, dtype=F64)
+    loss = FlowMatching()(field, Batch(data), generator=generator(0)).total
+    torch.testing.assert_close(loss, data.square().mean(), rtol=1e-9, atol=0)
+    assert FlowMatching(error_in="velocity")(field, Batch(data), generator=generator(0)).total > 20 * loss
+    with pytest.raises(ValueError, match="unknown error_in of FlowMatching 'dta': did you mean 'data'"):
+        FlowMatching(error_in="dta")
+
+
 # By recipe
 
 

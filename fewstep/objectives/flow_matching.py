@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.errors import unknown
 from fewstep.fields import VelocityField
 from fewstep.objectives.base import Batch, Loss, Objective, check_options, noise_of, squared_error
+from fewstep.objectives.two_time import ERRORS
 from fewstep.paths import Path, as_times, expand
 from fewstep.randomness import Generators, chunk_rows
 from fewstep.times import draw_times
@@ -19,15 +21,19 @@ class FlowMatching(Objective):
 
     Args:
         times: uniform, or logit-normal, which images prefer (arXiv 2403.03206).
+        error_in: velocity, data or auto, as in :class:`TwoTime`: the velocity of a network that predicts data is its
+            output over 1 - t, and the rows near t = 1 would drown all others.
     """
 
     sources = ("2210.02747", "2303.08797")
     trains_field = True
 
-    def __init__(self, times: str = "uniform") -> None:
+    def __init__(self, times: str = "uniform", error_in: str = "auto") -> None:
         super().__init__()
         check_options(type(self).__name__, times)
-        self.times = times
+        if error_in not in ERRORS:
+            raise unknown(f"error_in of {type(self).__name__}", error_in, ERRORS)
+        self.times, self.error_in = times, error_in
 
     def forward(
         self,
@@ -43,7 +49,10 @@ class FlowMatching(Objective):
         t = as_times(draw_times(len(batch), generator, self.times), noise)
         x, dx = student.path.sample(noise, batch.data, t)
         velocity = student.velocity(x, t, **batch.cond)
-        terms = {"velocity": squared_error(velocity, dx).mean()}
+        error = squared_error(velocity, dx)
+        if self.error_in == "data" or (self.error_in == "auto" and getattr(student, "prediction", None) == "data"):
+            error = (1 - t).square() * error  # that of x + (1 - t) v
+        terms = {"velocity": error.mean()}
         terms |= self.more_terms(velocity, student.path, noise, batch.data, t, chunk_rows(len(batch), generator))
         total = torch.stack(list(terms.values())).sum()
         times = dict.fromkeys(terms, t[:, None].expand(-1, 2))
@@ -76,7 +85,7 @@ class ContrastiveFlowMatching(FlowMatching):
     sources = ("2506.05350", "2210.02747")
 
     def __init__(self, weight: float = 0.05, times: str = "uniform") -> None:
-        super().__init__(times)
+        super().__init__(times, error_in="velocity")
         if not 0 <= weight < 1:
             raise ValueError(f"ContrastiveFlowMatching's weight is {weight}: it lies in [0, 1)")
         self.weight = weight

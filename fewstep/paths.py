@@ -408,6 +408,7 @@ class Preconditioned(Trigonometric):
         return super().time_of(self.sigma_data * alpha, sigma)
 
     def network_time(self, t: Tensor) -> Tensor:
+        t = t.clamp(*self.hold_range("edm"))  # no noise, or nothing else, has no finite logarithm
         return (self.sigma(t) / self.alpha(t)).log() / 4
 
     def hold_range(self, kind: str) -> tuple[float, float]:

@@ -664,15 +664,7 @@ def test_the_calls_of_a_map_that_began_elsewhere(name: str, tmp_path: Path) -> N
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=pytest.mark.xfail(strict=True, reason="t = 1 is an infinite time on Preconditioned")
-        ) if name.startswith("edm") else name
-        for name in OTHERS
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name", OTHERS)
 def test_the_same_pixels_of_a_map_that_began_elsewhere(name: str, tmp_path: Path) -> None:
     student = other_student(name)
     pipe = pipeline(export(student, tmp_path / "map"))

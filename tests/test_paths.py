@@ -131,6 +131,8 @@ def test_the_scaling_of_edm():
     close(path.sigma(t), n * c_in)
     close(path.network_time(t), n.log() / 4)
     assert path.hold_range("edm") == (float(t[-1]), float(t[0]))
+    ends = path.network_time(torch.tensor([0.0, 1.0], dtype=F64))
+    close(ends, torch.stack([n[-1], n[0]]).log() / 4)
     # What EDM calls the denoiser, from the state x = x1 + n x0 that is not scaled.
     x, f = pair(5, 3)
     denoised = (0.25 / (n**2 + 0.25))[:, None] * x + (n * 0.5 * c_in)[:, None] * f

@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.fields import DiffusionField, NetworkField
 from fewstep.paths import Forward, Linear, Path, Preconditioned, Reversed, Tabulated
 from fewstep.sampling import count_calls
+from fewstep.schedules import PREDICTION_TYPES
 from fewstep.solvers import integrate
 
 STEPS = (10, 50, 200)
@@ -145,7 +146,7 @@ def scheduler_of(field: NetworkField) -> Any:
             signal = torch.sigmoid(2 * torch.tensor(table, dtype=torch.float64))
             before = torch.cat([torch.ones(1, dtype=torch.float64), signal[:-1]])
             betas = (1 - signal / before).tolist()
-            prediction: Any = {"noise": "epsilon", "data": "sample", "v": "v_prediction"}[kind]
+            prediction: Any = PREDICTION_TYPES[kind]
             return diffusers.DDPMScheduler(len(betas), trained_betas=betas, prediction_type=prediction)
         case Preconditioned() as edm, ("edm" | "v") as kind:
             return _edm_euler(edm, "epsilon" if kind == "edm" else "v_prediction")

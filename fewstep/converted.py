@@ -6,6 +6,7 @@ from fewstep.fields import DiffusionField
 from fewstep.latents import Latents
 from fewstep.model_files import load_weights, read_json
 from fewstep.networks import FAMILIES
+from fewstep.networks.unet import public_config
 from fewstep.paths import Tabulated
 from fewstep.prompts import Prompts, knows_prompts
 
@@ -36,7 +37,7 @@ def load_converted(folder: Path) -> DiffusionField:
     part = next(folder / part for part in ("unet", "transformer") if _class_in(folder / part) in FLOWS.values())
     flow = load_weights(getattr(flow_model, _class_in(part)), part)
     name = _class_in(part).removeprefix("Flow")
-    config = {key: value for key, value in flow.config.items() if not key.startswith("_")}
+    config = public_config(flow)
     diffusion = config.pop("diffusion")
     del config["flow_timesteps"]
     stock = getattr(diffusers, name).from_config(config)

@@ -12,13 +12,14 @@ from typing import Any
 import fewstep
 from fewstep.drawing import image_channels
 from fewstep.fields import DiffusionField, NetworkField, VelocityField
-from fewstep.loading import NETWORKS, PREDICTION_TYPES, load
+from fewstep.loading import NETWORKS, load
 from fewstep.lora import has_lora, merge_lora, save_adapter
 from fewstep.maps import FlowMap
 from fewstep.model_card import card
 from fewstep.networks import TwoTimeUNet, UNet
 from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
 from fewstep.paths import Path as Trajectory
+from fewstep.schedules import PREDICTION_TYPES
 from fewstep.writing import aside, check_target, save_part, vae_config, write_json, write_vae
 
 

@@ -16,9 +16,8 @@ from fewstep.model_files import check_file, check_weights, read_json
 from fewstep.networks import MLP, TwoTimeUNet
 from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving
 from fewstep.paths import Path as Trajectory
+from fewstep.schedules import PREDICTION_TYPES
 
-# The names of prediction kinds in diffusers, for networks on a diffusion schedule.
-PREDICTION_TYPES = {"noise": "epsilon", "data": "sample", "v": "v_prediction"}
 # What an export that is no diffusers folder may be made of.
 NETWORKS: dict[str, type[nn.Module]] = {"MLP": MLP}
 _PLAIN_WEIGHTS = "model.safetensors"

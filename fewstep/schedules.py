@@ -12,7 +12,8 @@ from fewstep.errors import unknown
 from fewstep.paths import Forward, Path, Preconditioned, Reversed, Tabulated
 
 # How diffusers' schedulers name what a network predicts: on a diffusion schedule, and under the scaling of EDM.
-_ON_A_TABLE = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
+PREDICTION_TYPES = {"noise": "epsilon", "data": "sample", "v": "v_prediction"}
+_ON_A_TABLE = {name: kind for kind, name in PREDICTION_TYPES.items()}
 _ON_EDM = {"epsilon": "edm", "v_prediction": "v"}
 # Zero terminal SNR. Some schedulers write just 2^-24 there for their own divisions; others reach less in earnest.
 _NO_SIGNAL = (0.0, 2**-24)

@@ -8,9 +8,9 @@ model's scheduler, 0 to 1000 mostly. Conditions keep the names of the model's ow
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewstep.networks.unet import UNet, beside, mean_part, sample_shape
+from fewstep.networks.unet import OfDiffusers, UNet, beside, mean_part
 
 if TYPE_CHECKING:
     from diffusers import (
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
 
 
-class ConditionalUNet(nn.Module):
+class ConditionalUNet(OfDiffusers):
     """A ``UNet2DConditionModel``: Stable Diffusion 1 and 2, SDXL.
 
     Conditions: ``encoder_hidden_states`` (B, tokens, D) and ``encoder_attention_mask`` (B, tokens); ``class_labels``
@@ -31,8 +31,7 @@ class ConditionalUNet(nn.Module):
     """
 
     def __init__(self, model: "UNet2DConditionModel") -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         config = model.config
         blocks = (*config["down_block_types"], config["mid_block_type"] or "", *config["up_block_types"])
         self.needed = [
@@ -69,26 +68,15 @@ class ConditionalUNet(nn.Module):
         )
         return mean_part(output.sample, x)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """That of one sample, (C, H, W)."""
-        return sample_shape(self.model)
 
-    @property
-    def classes(self) -> int:
-        """How many ``class_labels`` it knows, 0 for none."""
-        return self.model.config["num_class_embeds"] or 0
-
-
-class DiT(nn.Module):
+class DiT(OfDiffusers):
     """A ``DiTTransformer2DModel``: images by class. Condition: ``class_labels`` (B,), of which the one past the last
     class stands for none."""
 
     def __init__(self, model: "DiTTransformer2DModel") -> None:
-        super().__init__()
+        super().__init__(model)
         from diffusers.models.embeddings import LabelEmbedding
 
-        self.model = model
         # In training mode each block would drop labels by itself, drawn from torch's global generator: what is
         # dropped is for the data to say, once for all blocks.
         for module in model.modules():
@@ -100,28 +88,19 @@ class DiT(nn.Module):
         return mean_part(self.model(x, timestep, class_labels).sample, x)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """That of one sample, (C, H, W)."""
-        return sample_shape(self.model)
-
-    @property
     def classes(self) -> int:
         """How many ``class_labels`` it knows, without the one for none."""
         return self.model.config["num_embeds_ada_norm"]
 
 
-class PixArt(nn.Module):
+class PixArt(OfDiffusers):
     """A ``PixArtTransformer2DModel``: PixArt-alpha and sigma.
 
     Conditions: ``encoder_hidden_states`` (B, tokens, D) and ``encoder_attention_mask`` (B, tokens); ``resolution``
     (B, 2) and ``aspect_ratio`` (B, 1) where the model was trained with them.
     """
 
-    classes = 0
-
-    def __init__(self, model: "PixArtTransformer2DModel") -> None:
-        super().__init__()
-        self.model = model
+    model: "PixArtTransformer2DModel"
 
     def forward(
         self,
@@ -146,21 +125,12 @@ class PixArt(nn.Module):
         )
         return mean_part(output.sample, x)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """That of one sample, (C, H, W)."""
-        return sample_shape(self.model)
 
-
-class SD3(nn.Module):
+class SD3(OfDiffusers):
     """An ``SD3Transformer2DModel``: Stable Diffusion 3. Conditions: ``encoder_hidden_states`` (B, tokens, D) and
     ``pooled_projections`` (B, D')."""
 
-    classes = 0
-
-    def __init__(self, model: "SD3Transformer2DModel") -> None:
-        super().__init__()
-        self.model = model
+    model: "SD3Transformer2DModel"
 
     def forward(
         self,
@@ -172,13 +142,8 @@ class SD3(nn.Module):
         _need(self.model, encoder_hidden_states=encoder_hidden_states, pooled_projections=pooled_projections)
         return self.model(x, encoder_hidden_states, pooled_projections, timestep).sample
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """That of one sample, (C, H, W)."""
-        return sample_shape(self.model)
 
-
-class Flux(nn.Module):
+class Flux(OfDiffusers):
     """A ``FluxTransformer2DModel`` on latents (B, C, H, W), which it sees as 2 x 2 patches.
 
     Conditions: ``encoder_hidden_states`` (B, tokens, D), ``pooled_projections`` (B, D'), and ``guidance`` (B,) where
@@ -188,11 +153,9 @@ class Flux(nn.Module):
         size: height and width of the latents, which the model's config does not say; for ``shape`` alone.
     """
 
-    classes = 0
-
     def __init__(self, model: "FluxTransformer2DModel", size: int = 128) -> None:
-        super().__init__()
-        self.model, self.size = model, size
+        super().__init__(model)
+        self.size = size
 
     def forward(
         self,

@@ -12,17 +12,12 @@ if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
 
-class UNet(nn.Module):
-    """``net(x, timestep, class_labels=None)`` over a diffusers ``UNet2DModel``; images (B, C, H, W)."""
+class OfDiffusers(nn.Module):
+    """A network that calls a ``model`` of diffusers, and knows from its config what its samples are."""
 
-    def __init__(self, model: "UNet2DModel") -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-
-    def forward(
-        self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None, image: Tensor | None = None
-    ) -> Tensor:
-        return mean_part(self.model(beside(self.model, x, image), timestep, class_labels=class_labels).sample, x)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -32,14 +27,25 @@ class UNet(nn.Module):
     @property
     def classes(self) -> int:
         """How many ``class_labels`` it knows, 0 for none."""
-        return self.model.config["num_class_embeds"] or 0
+        return self.model.config.get("num_class_embeds") or 0
+
+
+class UNet(OfDiffusers):
+    """``net(x, timestep, class_labels=None)`` over a diffusers ``UNet2DModel``; images (B, C, H, W)."""
+
+    model: "UNet2DModel"
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None, image: Tensor | None = None
+    ) -> Tensor:
+        return mean_part(self.model(beside(self.model, x, image), timestep, class_labels=class_labels).sample, x)
 
     def with_second_time(self, guidance: bool = False) -> "TwoTimeUNet":
         """The same network with a second time that is silent, as a student starts."""
         return TwoTimeUNet.from_model(self.model, guidance)
 
 
-class TwoTimeUNet(nn.Module):
+class TwoTimeUNet(OfDiffusers):
     """``net(x, s, t, class_labels=None, image=None, guidance=None)``, both times in timesteps of the model.
 
     The second time enters where diffusers has a slot for it: the model's class embedding. A model without classes
@@ -49,9 +55,7 @@ class TwoTimeUNet(nn.Module):
     zeros.
     """
 
-    def __init__(self, model: "UNet2DModel") -> None:
-        super().__init__()
-        self.model = model
+    model: "UNet2DModel"
 
     @classmethod
     def from_model(cls, teacher: "UNet2DModel", guidance: bool = False) -> "TwoTimeUNet":
@@ -108,16 +112,6 @@ class TwoTimeUNet(nn.Module):
             strength = torch.ones_like(t) if guidance is None else guidance.to(t.dtype)
             second = torch.stack([label, t, *([strength] if self.takes_guidance else [])], dim=-1)
         return mean_part(self.model(beside(self.model, x, image), s, class_labels=second).sample, x)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """That of one sample, (C, H, W)."""
-        return sample_shape(self.model)
-
-    @property
-    def classes(self) -> int:
-        """How many ``class_labels`` it knows, 0 for none."""
-        return self.model.config["num_class_embeds"] or 0
 
     @property
     def takes_guidance(self) -> bool:

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fewstep.config import Recipe, Teacher, find_objective, find_recipe, known_recipes, load_recipe
+from fewstep.config import find_objective, find_recipe, known_recipes, load_recipe
 from fewstep.data.pairs import FACTS
 from fewstep.errors import unknown
 from fewstep.fields import Guided, NetworkField
 from fewstep.objectives import OBJECTIVES, Objective
 from fewstep.parts import EXACT, make_teacher
+from fewstep.recipe import Recipe, Teacher
 
 # A paper by its arXiv number, or "" for a remark, and what it is cited for.
 Use = tuple[str, str]

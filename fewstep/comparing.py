@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fewstep.config import Recipe, load_recipe
+from fewstep.config import load_recipe
 from fewstep.cost import Cost, Counts, Entry, compare_costs, step_cost
 from fewstep.data.batch import Batch, Data
 from fewstep.errors import TrainingError
@@ -20,6 +20,7 @@ from fewstep.evaluation.files import replace_file
 from fewstep.objectives import FlowMatching
 from fewstep.options import parse_value
 from fewstep.randomness import generator
+from fewstep.recipe import Recipe
 from fewstep.runs import Built, build, run
 from fewstep.side_by_side import Comparison, MethodCost, Training
 from fewstep.training import checkpoints

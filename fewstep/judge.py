@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fewstep.config import Recipe
 from fewstep.console import progress_bar
 from fewstep.data import load_data
 from fewstep.data.batch import Data
@@ -22,6 +21,7 @@ from fewstep.evaluation.report import write_report
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.parts import follows_teacher, strength_of
+from fewstep.recipe import Recipe
 from fewstep.training.trackers import read_metrics
 
 if TYPE_CHECKING:

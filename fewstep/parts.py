@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.config import PATHS, Recipe, Student, Teacher, find_objective
+from fewstep.config import find_objective
 from fewstep.couplings import Coupled
 from fewstep.data import FACTS, ArrayData, load_data
 from fewstep.data.batch import Batch, Data
@@ -30,6 +30,7 @@ from fewstep.options import arguments, find_object
 from fewstep.paths import KINDS, Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.paths import Path as Trajectory
 from fewstep.randomness import generator
+from fewstep.recipe import PATHS, Recipe, Student, Teacher
 
 EXACT: dict[str, Callable[[], VelocityField]] = {
     "checkerboard": CheckerboardField,

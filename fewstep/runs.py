@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from fewstep.config import Recipe, find_objective, load_recipe
+from fewstep.config import find_objective, load_recipe
 from fewstep.couplings import uncoupled
 from fewstep.data.batch import Data
 from fewstep.data.conditions import Dropped
@@ -31,6 +31,7 @@ from fewstep.parts import (
     trains_map,
 )
 from fewstep.randomness import generator
+from fewstep.recipe import Recipe
 from fewstep.training import checkpoints, distributed, folder
 from fewstep.training.distributed import World
 from fewstep.training.fit import fit

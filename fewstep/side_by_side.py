@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.config import Recipe
 from fewstep.console import markdown
 from fewstep.cost import Counts
 from fewstep.evaluation.evaluate import Evaluation
@@ -19,6 +18,7 @@ from fewstep.evaluation.measure import METRICS
 from fewstep.evaluation.plots import png, quality_figure
 from fewstep.evaluation.report import write_report
 from fewstep.judge import LABELS
+from fewstep.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.config import Recipe
 from fewstep.data.batch import Data
 from fewstep.evaluation.diagnostics import teacher_states
 from fewstep.evaluation.plots import image_grid, png, points_figure
@@ -15,6 +14,7 @@ from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.parts import strength_of
 from fewstep.randomness import generator, sample_generators
+from fewstep.recipe import Recipe
 from fewstep.sampling import sample, sample_noise
 from fewstep.training.run import Run
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fewstep.config import Recipe, Training, describe, find_recipe, known_recipes, load_recipe
+from fewstep.config import describe, find_recipe, known_recipes, load_recipe
+from fewstep.recipe import Recipe, Training
 from fewstep.training.fit import fit
 
 SMALL = {

@@ -1,0 +1,116 @@
+"""`train`, `distill`, `evaluate` and `compare`: runs, from their recipe to their place among others."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from fewstep.console import print_evaluation, print_table, say, say_next
+
+# The recipes of `fewstep train --data DIR` and `fewstep distill --teacher DIR`, and of `train` with both.
+DEFAULTS = {"train": ("data", "photos-teacher"), "distill": ("teacher", "distill")}
+_FROM_A_MODEL = "finetune"
+
+
+def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from fewstep.config import load_recipe
+    from fewstep.judge import next_commands
+    from fewstep.maps import FlowMap
+    from fewstep.runs import build, run
+    from fewstep.training.distributed import environment
+
+    source, needed = args.recipe, DEFAULTS[args.name][0]
+    if source is None:
+        if needed not in overrides:
+            raise ValueError(f"fewstep {args.name} needs a recipe or --{needed}: `fewstep recipes` lists recipes")
+        is_finetuning = args.name == "train" and "teacher" in overrides
+        source = _FROM_A_MODEL if is_finetuning else DEFAULTS[args.name][1]
+        overrides.setdefault("name", f"{Path(overrides[needed].split(':')[-1]).name}-{args.name}")
+    recipe = load_recipe(source, overrides)
+    if args.name == "distill" and recipe.teacher is None:
+        raise ValueError(f"{recipe.name} has no teacher to distill: fewstep train {source}, or --teacher FOLDER")
+    out = args.out or (Path(source) if Path(source).is_dir() else Path("runs") / recipe.name)
+    again = shlex.join(["fewstep", *args.argv])
+    if args.dry_run:
+        student = build(recipe).student
+        print(recipe.as_yaml(), end="")
+        size = sum(p.numel() for p in student.parameters())
+        moving = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        some = f", {moving:,} of which train" if moving < size else ""
+        say(f"# everything fits: a {type(student).__name__} of {size:,} parameters{some}, into {out}")
+        say_next([shlex.join(word for word in shlex.split(again) if word != "--dry-run")])
+        return 0
+
+    done = run(recipe, out, fresh=args.fresh)
+    if done.result.stopped == "interrupted":
+        say_next([again.replace(" --fresh", "")])
+        return 130
+    if not environment().is_main:
+        return 0
+    print_evaluation(done.evaluation)
+    print(f"{out / 'report.html'} shows it all")
+    say_next(next_commands(out, recipe, isinstance(done.result.student, FlowMap)))
+    return 0
+
+
+def run_evaluate(args: argparse.Namespace, _: dict[str, str]) -> int:
+    from fewstep.runs import evaluate_run
+
+    asked = {"steps": args.steps, "teacher_steps": args.teacher_steps, "count": args.count, "seed": args.seed}
+    found = evaluate_run(args.run, args.device, **{name: value for name, value in asked.items() if value is not None})
+    if found is None:
+        raise ValueError(f"{args.run} has nothing to be measured by: images without labels, and no teacher")
+    print_evaluation(found)
+    print(f"{args.run / 'quality.png'}, {args.run / 'quality.json'} and {args.run / 'report.html'} have it too")
+    say_next(
+        [f"fewstep sample {args.run} --out {args.run.name}.png", f"fewstep export {args.run} {args.run.name}-export"]
+    )
+    return 0
+
+
+def run_compare(args: argparse.Namespace, _: dict[str, str]) -> int:
+    from fewstep.evaluation.evaluate import Evaluation
+    from fewstep.judge import compare_runs
+
+    if args.methods:
+        return _compare_methods(args)
+    found = {}
+    for run in args.runs:
+        file = run / "quality.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{run} has not been evaluated: fewstep evaluate {run}")
+        found[run.name if run.name not in found else str(run)] = Evaluation.from_json(file.read_text())
+    print_table(*compare_runs(found, args.out))
+    print(f"{args.out / 'compare.html'} shows it with plots")
+    say_next([f"fewstep export {args.runs[0]} {args.runs[0].name}-export"])
+    return 0
+
+
+def _compare_methods(args: argparse.Namespace) -> int:
+    from fewstep.comparing import compare_methods
+
+    if len(args.runs) != 1:
+        raise ValueError(f"--methods are trained on one recipe, not on {len(args.runs)}")
+    overrides = {}
+    for word in args.set:
+        key, has_value, value = word.partition("=")
+        if not has_value:
+            raise ValueError(f"--set {word}: KEY=VALUE is needed, as in --set training.lr=1e-3")
+        overrides[key] = value
+    found = compare_methods(
+        args.runs[0],
+        args.methods,
+        seeds=args.seeds,
+        steps=args.train_steps,
+        seconds=args.seconds,
+        out=args.out,
+        overrides=overrides,
+        say=say,
+    )
+    for metric in found.metrics[:1]:
+        print(found.caption(metric))
+        print_table(*found.table(metric))
+    print(f"{args.out / 'compare.html'} shows it with plots, {args.out / 'compare.md'} is the same as text")
+    done = next((run for run in found.runs if run.evaluation), None)
+    if done is not None:
+        say_next([f"fewstep sample {done.folder} --steps 1 --out {done.folder.name}.png"])
+    return 0

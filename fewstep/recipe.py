@@ -1,0 +1,227 @@
+"""The sections of a recipe: everything a run is made of, typed, in one place."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Count = Annotated[int, Field(gt=0)]
+Above = Annotated[float, Field(gt=0)]
+
+PATHS = ("linear", "trigonometric", "vp")
+NETWORKS = ("auto", "mlp", "unet")
+
+
+class Section(BaseModel):
+    """A mapping of a recipe that takes its own keys and no others; a text alone is the value of its ``short`` key."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    short: ClassVar[str | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, value: Any) -> Any:
+        return {cls.short: value} if cls.short and isinstance(value, str) else value
+
+
+class Named(Section):
+    """A ``name``, and the options of what it names: ``{name: ITVM, ema: 0.99}``."""
+
+    model_config = ConfigDict(extra="allow")
+    short = "name"
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Guidance(Section):
+    """Classifier-free guidance of the teacher, or autoguidance by a weaker model; see ``fewstep.Guided``."""
+
+    scale: float = Field(description="weight of the guided direction; 1 is no guidance")
+    interval: tuple[float, float] = Field(
+        default=(0.0, 1.0), description="times (0 noise, 1 data) between which it acts"
+    )
+    range: tuple[float, float] | None = Field(
+        default=None,
+        description="strengths drawn for each row between these, and told to the student as the condition `guidance`; "
+        "it is judged at scale",
+    )
+    null: dict[str, int] | Literal["text"] = Field(
+        default_factory=dict,
+        description="the conditions that stand for none, such as {class_labels: 10}, or text: an empty prompt",
+    )
+    weak: str | None = Field(default=None, description="a weaker model, named as a teacher is: autoguidance")
+
+    @model_validator(mode="after")
+    def _something_weaker(self) -> "Guidance":
+        if not self.null and self.weak is None:
+            raise ValueError("guidance needs null conditions, such as {class_labels: 10}, or a weak model")
+        if self.range is not None and not self.range[0] <= self.scale <= self.range[1]:
+            raise ValueError(
+                f"the scale {self.scale:g}, at which the student is judged, is outside the range {list(self.range)} "
+                "that it learns"
+            )
+        return self
+
+
+class Teacher(Section):
+    """The velocity field that is distilled."""
+
+    short = "source"
+    source: str = Field(
+        description="an exact field (checkerboard, eight-gaussians, spiral), a diffusers folder or hub name, a run, "
+        "fewstep:NAME for a model that comes along, or FILE.py:FUNCTION or MODULE:FUNCTION that returns a VelocityField"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="arguments of that function")
+    guidance: Guidance | None = Field(default=None, description="classifier-free guidance, folded into the student")
+
+
+class Lora(Section):
+    """A low-rank adapter that trains in the place of the network's own weights; see ``fewstep.add_lora``."""
+
+    rank: Count = Field(default=8, description="of the adapter")
+    alpha: Above | None = Field(default=None, description="it is scaled by alpha / rank; else the rank")
+    targets: list[str] | str | None = Field(
+        default=None, description="layers by the ends of their names, or a regular expression; else by the model"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of the adapter's input")
+
+
+class Student(Section):
+    """The network that is trained, and what it stands for."""
+
+    short = "network"
+    network: str = Field(
+        "auto",
+        description="auto (the teacher's), mlp, unet (diffusers' UNet2DModel), or FILE.py:FUNCTION or MODULE:FUNCTION "
+        "that returns a network: net(x, s, t) for a flow map, net(x, t) for a field",
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="arguments of the network")
+    kind: Literal["map", "field"] | None = Field(
+        default=None, description="flow map or field; else what the objective trains"
+    )
+    path: str | None = Field(default=None, description="linear, trigonometric or vp; else the teacher's, or linear")
+    prediction: str | None = Field(
+        default=None, description="what the network predicts; else the teacher's, or velocity"
+    )
+    weights: Literal["teacher", "random"] | None = Field(
+        None, description="the first weights; else the teacher's where it has a network"
+    )
+    lora: Lora | None = Field(default=None, description="train an adapter of these weights alone")
+    guidance: bool | None = Field(
+        default=None, description="an input for the strength of guidance; else where the teacher's has a range"
+    )
+    image: Count | None = Field(
+        default=None,
+        description="channels of the condition `image` (B, image, H, W), which a U-Net then takes beside its own",
+    )
+    conversion: Literal["none"] | None = Field(
+        default=None,
+        description="none: what the teacher's network predicts is taken for the flow as it stands (naive fine-tuning)",
+    )
+
+
+class Dropping(Section):
+    """Conditions left out of some rows, so that guidance works with what is trained."""
+
+    share: float = Field(default=0.1, ge=0, le=1, description="of the rows")
+    null: dict[str, int] | Literal["text"] = Field(
+        description="the conditions that stand for none, such as {class_labels: 10}, or text: an empty prompt"
+    )
+
+
+class Training(Section):
+    """When and how the student is trained: the options of ``fewstep.fit``, which documents them."""
+
+    steps: Count | None = Field(default=None, description="updates")
+    max_seconds: Above | None = Field(default=None, description="wall time in seconds, everything counted")
+    batch: Count = Field(default=256, description="rows of an update, over all processes")
+    chunk: Count | None = Field(default=None, description="rows that share a random generator")
+    accumulate: Count = Field(default=1, description="micro-batches of an update")
+    lr: Above = Field(default=1e-3, description="highest learning rate of AdamW")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="of AdamW")
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
+    schedule: str = Field(default="cosine", description="cosine or constant")
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    clip: Above | None = Field(default=1.0, description="largest gradient norm; null for no limit")
+    ema: float | None = Field(default=0.999, ge=0, lt=1, description="decay of the averaged weights; null for none")
+    ema_warmup: bool = Field(default=True, description="whether that decay rises from 0.1 at the start")
+    precision: str = Field(default="float32", description="float32, bf16 or fp16")
+    compile: bool = Field(default=False, description="torch.compile the network")
+    device: str | None = Field(default=None, description="cpu, cuda, cuda:1; else a GPU if there is one")
+    checkpoint_every: Count = Field(default=1000, description="steps between checkpoints")
+    keep: Count = Field(default=2, description="checkpoints kept")
+    log_every: Count = Field(default=50, description="steps between lines of metrics.jsonl")
+    track: tuple[str, ...] = Field(default=(), description="any of tensorboard, trackio, wandb")
+    quiet: bool = Field(default=False, description="no progress bar")
+
+
+class Evaluation(Section):
+    """How the result is judged, and how often samples are drawn on the way."""
+
+    steps: tuple[Count, ...] = Field(default=(1, 2, 4, 8), description="step counts of the student")
+    teacher_steps: tuple[Count, ...] | None = Field(
+        default=None, description="those of the teacher; else the same and 100"
+    )
+    count: int = Field(default=10_000, ge=0, description="samples judged at each step count; 0 for no evaluation")
+    batch: Count = Field(default=500, description="samples drawn at once")
+    data: Named | None = Field(default=None, description="what samples are held against; else the data trained on")
+    metrics: tuple[str, ...] | None = Field(
+        default=None, description="which of rmse, fd, kid, ... are measured; else all (rmse is dear on images)"
+    )
+    extractor: str = Field(
+        default="auto",
+        description="features of images: auto (a small classifier trained on the labels), none, or the file of FID's "
+        "Inception weights",
+    )
+    every: Count | None = Field(
+        default=None, description="training steps between sample grids; else eight grids in a run"
+    )
+
+    @field_validator("count")
+    @classmethod
+    def _enough(cls, value: int) -> int:
+        if 0 < value < 4:
+            raise ValueError("4 samples at least are needed to judge by, or 0 for no evaluation")
+        return value
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = Field(description="of the run; its folder is runs/NAME")
+    teacher: Teacher | None = Field(default=None, description="what is distilled; none to train from data")
+    student: Student = Field(default=Student.model_validate({}), description="what is trained")
+    data: Named = Field(description="a data set by name or path, or `teacher`: its own samples stand in for data")
+    coupling: Literal["independent", "ot"] = Field(
+        default="independent", description="how noise is paired with data: ot, by optimal transport within a chunk"
+    )
+    drop: Dropping | None = Field(default=None, description="conditions left out of some rows")
+    objective: Named = Field(description="a method by name, or FILE.py:CLASS or MODULE:CLASS of one's own")
+    training: Training = Field(default=Training(), description="when and how")
+    evaluation: Evaluation = Field(default=Evaluation(), description="how well")
+    seed: int = Field(default=0, ge=0, description="decides the first weights and every random number")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_no_teacher(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("teacher") in ("none", {"source": "none"}, {"source": None}):
+            return {**value, "teacher": None}
+        return value
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole recipe in plain values."""
+        return self.model_dump(mode="json")
+
+    def as_yaml(self) -> str:
+        """The text of ``recipe.yaml``, which ``load_recipe`` reads back as the same recipe."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes two runs one: all but the name and the evaluation."""
+        # Runs from before there was a coupling say nothing of it, and may go on.
+        without = {"name", "evaluation"} | ({"coupling"} if self.coupling == "independent" else set())
+        return {key: value for key, value in self.as_dict().items() if key not in without}

@@ -42,7 +42,7 @@ def made(method: Method, student: FlowMap, teacher: NetworkField) -> Entry:
 
 def measured(family: Family, methods: list[Method], rounds: int) -> tuple[dict[str, Cost], dict[str, str]]:
     """The costs of probes and methods on a family, and why those that cannot run cannot."""
-    teacher = NetworkField(family.network())
+    teacher = family.field()
     student = FlowMap.from_field(teacher).requires_grad_(True)
     batch, entries, failed = family.batch(), probes(student), {}
     for method in methods:

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from fewstep.comparing import compare_methods
     from fewstep.converting import convert
     from fewstep.data import load_data
+    from fewstep.encoding import encode
     from fewstep.evaluation.diagnostics import diagnose
     from fewstep.evaluation.evaluate import compare, evaluate
     from fewstep.exact import CheckerboardField, GaussianField, MixtureField
     from fewstep.exporting import export
     from fewstep.fields import DiffusionField, Guided, NetworkField, VelocityField
+    from fewstep.hub import push
     from fewstep.loading import load
     from fewstep.lora import add_lora, load_adapter, merge_lora, save_adapter
     from fewstep.maps import FlowMap
@@ -100,6 +102,7 @@ _HOMES = {
     "compare_methods": "comparing",
     "convert": "converting",
     "diagnose": "evaluation.diagnostics",
+    "encode": "encoding",
     "evaluate": "evaluation.evaluate",
     "export": "exporting",
     "fit": "training.fit",
@@ -107,6 +110,7 @@ _HOMES = {
     "load_adapter": "lora",
     "load_data": "data",
     "merge_lora": "lora",
+    "push": "hub",
     "sample": "sampling",
     "save_adapter": "lora",
 }
@@ -154,6 +158,7 @@ __all__ = [
     "compare_methods",
     "convert",
     "diagnose",
+    "encode",
     "evaluate",
     "export",
     "fit",
@@ -161,6 +166,7 @@ __all__ = [
     "load_adapter",
     "load_data",
     "merge_lora",
+    "push",
     "sample",
     "save_adapter",
 ]

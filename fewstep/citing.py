@@ -12,6 +12,7 @@ from fewstep.fields import Guided, NetworkField
 from fewstep.objectives import OBJECTIVES, Objective
 from fewstep.parts import EXACT, make_teacher
 from fewstep.recipe import Recipe, Teacher
+from fewstep.starts import recipe_of
 
 # A paper by its arXiv number, or "" for a remark, and what it is cited for.
 Use = tuple[str, str]
@@ -85,6 +86,9 @@ def _recipe(recipe: Recipe) -> Iterator[Use]:
     for option, (value, number, reason) in _OPTIONS.items():
         if recipe.objective.options.get(option) == value:
             yield number, reason
+    if recipe.student.start is not None and (start := recipe_of(recipe.student.start)) is not None:
+        for number, reason in _recipe(load_recipe(start)):
+            yield number, f"of the model that the student goes on from: {reason}" if number else reason
     if recipe.student.lora is not None:
         yield "2106.09685", "the adapter that trains in the place of the weights (LoRA)"
     if recipe.student.image is not None:

@@ -46,10 +46,11 @@ def _note(message: Warning | str, category: type[Warning], *where: Any, **more: 
 
 
 def _split(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """For `train` and `distill`: what the parser knows, and the flags that are keys of the recipe."""
-    if not argv or argv[0] not in commands.DEFAULTS:
+    """For `train`, `distill` and `plan`: what the parser knows, and the flags that are keys of the recipe."""
+    if not argv or argv[0] not in (*commands.DEFAULTS, "plan"):
         return argv, {}
-    own, switches = {"--out"}, {"--dry-run", "--fresh", "--help", "-h"}
+    own = {"--gpu", "--utilization"} if argv[0] == "plan" else {"--out"}
+    switches = {"--dry-run", "--fresh", "--help", "-h"}
     rest, overrides = [argv[0]], {}
     words = iter(argv[1:])
     for word in words:
@@ -101,19 +102,36 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--fresh", action="store_true", help="throw away the run in that folder and start again")
         p.add_argument("--dry-run", action="store_true", help="check everything, print the whole recipe and stop")
 
+    p = command("plan", commands.run_plan, "say what a training will need: memory, time and what fits", epilog=_KEYS)
+    p.add_argument("recipe", nargs="?", help="a recipe by path or name, with any of its keys as flags")
+    p.add_argument("--teacher", metavar="FOLDER", help="its configurations are enough: no weights are read or fetched")
+    p.add_argument("--data", metavar="FOLDER", help="need not be there where the teacher says what its samples are")
+    p.add_argument("--gpu", metavar="NAME", help="the one to say times for, such as H100 (default: four of them)")
+    share = "share of its peak that a GPU reaches (default: 0.4)"
+    p.add_argument("--utilization", type=float, default=0.4, metavar="U", help=share)
+
     model = "a run, an export, a diffusers folder or hub name, an exact field, or FILE.py:FUNCTION"
     p = command("sample", commands.run_sample, "draw samples")
     p.add_argument("model", help=model)
     p.add_argument("--steps", type=int, metavar="N", help="2 for a flow map, 50 for a velocity field")
-    p.add_argument("--count", type=int, default=64, metavar="N", help="how many (default: 64)")
+    p.add_argument("--count", type=int, metavar="N", help="how many (default: 64, or as many as prompts or seeds)")
+    p.add_argument("--seed", type=int, metavar="N", help="sample i of a seed is always the same (default: 0)")
+    p.add_argument("--first", type=int, default=0, metavar="I", help="go on with sample I of the seed (default: 0)")
+    p.add_argument("--seeds", metavar="5,9,17", help="in the place of --seed and --count: sample 0 of each of these")
+    p.add_argument("--out", type=Path, metavar="PATH", help="a .png grid, .npy, .npz, or a folder (goes on there)")
     p.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="sample i of a seed is always the same (default: 0)"
+        "--labels", metavar="3,cat", help="classes by number or name, given to the samples in turn (default: all)"
     )
-    p.add_argument("--out", type=Path, metavar="PATH", help="a .png grid, .npy, .npz, or a folder of PNGs")
-    p.add_argument("--labels", metavar="3,5", help="classes, given to the samples in turn (default: all)")
-    p.add_argument(
+    text = p.add_mutually_exclusive_group()
+    text.add_argument(
         "--prompt", nargs="+", metavar="TEXT", help="texts, given to the samples in turn, for a model of text"
     )
+    text.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="sample i takes line i: of a text file, or of a .jsonl with text, seed and label (samples.jsonl is one)",
+    )
+    p.add_argument("--size", metavar="768x1024", help="height and width in pixels, for a model that takes others")
     p.add_argument("--guidance", type=float, metavar="W", help="its strength, for a model of text or one that takes it")
     p.add_argument("--latents", action="store_true", help="write the latents of a latent model, not their images")
     p.add_argument(
@@ -127,7 +145,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--solver", metavar="NAME", help="for a velocity field: euler (default), midpoint, heun, adaptive")
     p.add_argument("--teacher", action="store_true", help="sample the teacher of the run instead")
-    p.add_argument("--batch", type=int, default=256, metavar="N", help="samples drawn at once (default: 256)")
+    p.add_argument("--batch", type=int, default=256, metavar="N", help="samples drawn at once, at most (default: 256)")
+    p.add_argument(
+        "--dtype", default="float32", metavar="NAME", help="of the network: float32 (default), bf16, or fp16 on a GPU"
+    )
+    p.add_argument("--compile", action="store_true", help="compile the network (torch.compile), which takes a while")
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
+
+    p = command("ui", commands.run_ui, "try a model out on a page: few steps and the teacher side by side")
+    p.add_argument("model", help=model)
+    p.add_argument("--host", default="127.0.0.1", metavar="NAME", help="where it listens (default: this machine alone)")
+    p.add_argument("--port", type=int, metavar="N", help="(default: the first that is free from 7860)")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
 
     p = command("evaluate", commands.run_evaluate, "measure quality against network calls")
@@ -168,9 +196,33 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--solver", metavar="NAME", help="for a velocity field: euler, midpoint, heun (default), adaptive")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="decides the noise (default: 0)")
     p.add_argument("--labels", metavar="3,5", help="classes, given to the pairs in turn (default: all)")
+    p.add_argument("--prompts", metavar="FILE", help="texts, given to the pairs in turn, for a model of text")
+    p.add_argument("--guidance", type=float, metavar="W", help="its strength, for a model of text or one that takes it")
     p.add_argument("--teacher", action="store_true", help="take the teacher of the run instead")
     p.add_argument("--batch", type=int, default=256, metavar="N", help="pairs drawn at once (default: 256)")
     p.add_argument("--shard", type=int, default=10_000, metavar="N", help="pairs in a file (default: 10000)")
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
+
+    p = command("encode", commands.run_encode, "encode pictures and captions for a latent model, once")
+    p.add_argument("--teacher", required=True, metavar="MODEL", help="what they are for: a diffusers folder or a run")
+    p.add_argument(
+        "--data",
+        required=True,
+        metavar="DATA",
+        help="a folder of pictures (captions in its metadata.jsonl), hf:NAME, a folder of save_to_disk, or webdataset "
+        "shards: a folder, a .tar or train-{0000..0099}.tar",
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to; goes on with what is there")
+    p.add_argument("--size", type=int, metavar="N", help="side of the pictures in pixels (default: the model's)")
+    p.add_argument("--dtype", default="float16", metavar="NAME", help="float16 (default), bfloat16 or float32")
+    p.add_argument("--batch", type=int, default=16, metavar="N", help="pictures encoded at once (default: 16)")
+    p.add_argument("--shard", type=int, metavar="N", help="pictures in a file (default: about 256 MB)")
+    p.add_argument("--caption", metavar="COLUMN", help="that of the captions (default: text, caption or prompt)")
+    p.add_argument("--image", metavar="COLUMN", help="of a Hugging Face data set, that of the pictures")
+    p.add_argument("--label", metavar="COLUMN", help="of a Hugging Face data set, that of the classes")
+    p.add_argument("--split", metavar="NAME", help="of a Hugging Face data set (default: train)")
+    p.add_argument("--config", metavar="NAME", help="of a Hugging Face data set")
+    p.add_argument("--on-error", default="raise", metavar="DO", help="with a bad picture: raise (default) or skip")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
 
     p = command("export", commands.run_export, "write a model that diffusers loads")
@@ -178,6 +230,18 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("folder", type=Path, nargs="?", help="where to (default: model, in the run folder)")
     p.add_argument("--overwrite", action="store_true", help="replace an export that is there")
     p.add_argument("--adapter", action="store_true", help="of a run with student.lora: the adapter alone")
+    p.add_argument(
+        "--format",
+        choices=("diffusers", "onnx", "torch"),
+        default="diffusers",
+        help="diffusers (default), or the bare map as a program for other runtimes",
+    )
+
+    p = command("push", commands.run_push, "upload an export to the Hugging Face hub")
+    p.add_argument("folder", type=Path, help="what `fewstep export` wrote")
+    p.add_argument("name", metavar="OWNER/NAME", help="the repository; made where there is none")
+    p.add_argument("--private", action="store_true", help="only for you (default: as your account has it)")
+    p.add_argument("--message", metavar="TEXT", help="of the commit")
 
     p = command("convert", commands.run_convert, "write a diffusion model as a flow, and check that both draw the same")
     p.add_argument("model", help="a diffusers folder or hub name, or a run that trained a diffusion model")

@@ -129,11 +129,19 @@ def _resolve(recipe: Recipe, base: Path) -> Recipe:
         teacher.source = _beside(base, teacher.source)
         if teacher.guidance is not None and teacher.guidance.weak is not None:
             teacher.guidance.weak = _beside(base, teacher.guidance.weak)
-        if teacher.guidance is not None and teacher.guidance.range is not None and student.network == "auto":
-            student.guidance = True if student.guidance is None else student.guidance
+        guidance = teacher.guidance
+        # One that is told the strength as it is makes a student that is.
+        is_new = guidance is not None and guidance.range is not None and not guidance.told
+        if is_new and student.network == "auto" and student.guidance is None:
+            student.guidance = True
     _check_student(recipe)
     student.network = _beside(base, student.network)
+    student.start = None if student.start is None else _beside(base, student.start)
     recipe.data.name = _beside(base, recipe.data.name)
+    if isinstance(prompts := recipe.data.options.get("prompts"), str):
+        recipe.data = Named.model_validate(
+            {"name": recipe.data.name, **recipe.data.options, "prompts": _beside(base, prompts)}
+        )
     recipe.objective.name = _beside(base, recipe.objective.name)
 
     method = find_objective(recipe.objective.name)
@@ -151,7 +159,7 @@ def _resolve(recipe: Recipe, base: Path) -> Recipe:
         raise ValueError(
             f"{recipe.objective.name} distills a teacher and there is none: say --teacher, or teacher: in the recipe"
         )
-    if teacher is None and student.network == "auto":
+    if teacher is None and student.network == "auto" and student.start is None:
         raise ValueError(
             "student.network is auto, the network of the teacher, and there is no teacher: say mlp or unet"
         )
@@ -161,6 +169,12 @@ def _resolve(recipe: Recipe, base: Path) -> Recipe:
 def _check_student(recipe: Recipe) -> None:
     """Refuse what is asked of a student that would come to nothing."""
     student, guidance = recipe.student, recipe.teacher.guidance if recipe.teacher else None
+    if student.start is not None:
+        for key in ("options", "prediction", "weights", "image", "conversion"):
+            if getattr(student, key):
+                raise ValueError(f"student.start is a whole model, and student.{key} would change it: leave one out")
+        if student.network != "auto":
+            raise ValueError(f"student.start is a whole model, and student.network is {student.network}: leave one out")
     for key in ("image", "conversion"):
         if getattr(student, key) is not None and student.network != "auto":
             raise ValueError(
@@ -171,6 +185,8 @@ def _check_student(recipe: Recipe) -> None:
             "student.guidance is an input for the strength of guidance, and there are no strengths to learn: say "
             "teacher.guidance.range, such as [1, 3]"
         )
+    if student.second_time is not None and student.kind == "field":
+        raise ValueError("student.second_time is for flow maps, and student.kind is field: leave one of them out")
     if student.guidance and student.kind == "field":
         raise ValueError("student.guidance is for flow maps, and student.kind is field: leave one of them out")
 
@@ -183,6 +199,8 @@ def _train_alone(recipe: Recipe, method: type, value: Any) -> None:
         raise ValueError(f"objective.teacher is {value!r}: none is all it can be; the teacher is named by `teacher`")
     if wanted is not None and wanted.default is wanted.empty:
         raise ValueError(f"objective.teacher is none, but {name} needs its teacher: leave it out")
+    if recipe.student.start is not None:
+        return
     if recipe.student.network == "auto" and recipe.student.weights != "teacher":
         raise ValueError(
             "objective.teacher is none, and student.network is auto, which starts from the teacher's weights: say mlp "

@@ -16,6 +16,10 @@ def say_next(commands: Sequence[str]) -> None:
     say("next:\n" + "\n".join(f"  {command}" for command in commands))
 
 
+# The columns of words, not numbers.
+_WORDS = ("model", "metric", "method", "part", "GPU", "with")
+
+
 def _cell(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -34,7 +38,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
     table = Table(box=SIMPLE_HEAD)
     for name in columns:
-        table.add_column(name, justify="left" if name in ("model", "metric", "method") else "right", overflow="fold")
+        table.add_column(name, justify="left" if name in _WORDS else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(_cell, row))
     # Where there is no terminal, no line may break.
@@ -49,9 +53,18 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 @contextmanager
 def progress_bar(text: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal, one line elsewhere; both on stderr. None stands for a bar that is not there."""
+    """A progress bar on a terminal, with its speed and the time that is left, one line elsewhere; both on stderr. None
+    stands for a bar that is not there."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn, Task
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        """How many are done in a second."""
+
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:.3g}/s")
 
     console = Console(stderr=True)
     if quiet or not sys.stderr.isatty():
@@ -59,6 +72,6 @@ def progress_bar(text: str, quiet: bool) -> Iterator[Callable[[int, int], None] 
             console.print(text, highlight=False)
         yield None
         return
-    with Progress(console=console, transient=True) as bar:
+    with Progress(*Progress.get_default_columns(), Speed(), console=console, transient=True) as bar:
         task = bar.add_task(text, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

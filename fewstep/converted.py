@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fewstep.fields import DiffusionField
 from fewstep.latents import Latents
-from fewstep.model_files import load_weights, read_json
+from fewstep.model_files import class_names_in, load_weights, read_json
 from fewstep.networks import FAMILIES
 from fewstep.networks.unet import public_config
 from fewstep.paths import Tabulated
@@ -51,6 +51,7 @@ def load_converted(folder: Path) -> DiffusionField:
     vaes = [folder / name for name in ("vae", "vqvae") if (folder / name / "config.json").is_file()]
     field.latents = Latents(vaes[0]) if vaes else None
     field.text = Prompts(folder) if knows_prompts(folder) else None
+    field.class_names = class_names_in(folder)
     return field
 
 

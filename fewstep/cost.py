@@ -270,7 +270,21 @@ def _wants_grad(value: Any) -> bool:
 
 @contextmanager
 def _peak(device: torch.device, *parts: nn.Module | None) -> Iterator[Callable[[], int]]:
-    """The most bytes held at once inside; gradients of weights are dropped as they come: all methods have them."""
+    """The most bytes held at once inside; gradients of weights are left out: all methods have them."""
+    with dropping_gradients(*parts):
+        if device.type == "cuda":
+            _wait(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            yield lambda: torch.cuda.max_memory_allocated(device) - before
+        else:
+            with Allocations() as made:
+                yield lambda: made.peak
+
+
+@contextmanager
+def dropping_gradients(*parts: nn.Module | None) -> Iterator[None]:
+    """Gradients of weights are dropped as they come."""
 
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
@@ -278,20 +292,13 @@ def _peak(device: torch.device, *parts: nn.Module | None) -> Iterator[Callable[[
     weights = {p for part in parts if part is not None for p in part.parameters() if p.requires_grad}
     handles = [p.register_post_accumulate_grad_hook(drop) for p in weights]
     try:
-        if device.type == "cuda":
-            _wait(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            yield lambda: torch.cuda.max_memory_allocated(device) - before
-        else:
-            with _Allocations() as made:
-                yield lambda: made.peak
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):
     """Bytes of the tensors that operations made and that still live: torch counts none on the CPU. It sits below
     autograd and forward mode, so that it sees what they keep; the work space inside a kernel it does not see."""
 

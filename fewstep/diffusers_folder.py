@@ -7,7 +7,7 @@ from typing import Any
 
 from fewstep.fields import DiffusionField, schedule_of
 from fewstep.latents import Latents
-from fewstep.model_files import WEIGHT_FILES, WEIGHTS, load_weights, read_json
+from fewstep.model_files import WEIGHT_FILES, WEIGHTS, class_names_in, load_weights, read_json
 from fewstep.networks import FAMILIES, Flux
 from fewstep.prompts import Prompts, knows_prompts
 
@@ -46,7 +46,7 @@ def load_field(folder: Path) -> DiffusionField:
         found.latents.check()
     model = load_weights(getattr(diffusers, found.class_name), found.model)
     field = DiffusionField(FAMILIES[found.class_name](model), found.scheduler)
-    field.latents, field.text = found.latents, found.text
+    field.latents, field.text, field.class_names = found.latents, found.text, class_names_in(folder)
     return field
 
 

@@ -1,23 +1,22 @@
-"""Samples of a trained model: drawn in batches, written as pictures or arrays."""
+"""Samples of a trained model: what it takes, and what it draws, a batch at a time."""
 
 import inspect
-import io
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.evaluation.files import replace_file
-from fewstep.evaluation.plots import image_grid, png, points_figure
+from fewstep.asked import Asked, Encoded, Wanted
 from fewstep.exact import ExactField
 from fewstep.fields import Guided, VelocityField, unguided
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP, ConditionalUNet, TwoTimeUNet, UNet
 from fewstep.randomness import generator, sample_generators
-from fewstep.sampling import count_calls, sample, sample_noise
+from fewstep.sampling import check_options, count_calls, sample, sample_noise
 
 Model = FlowMap | VelocityField
 
@@ -38,6 +37,33 @@ def shape_of(model: Model) -> tuple[int, ...]:
     raise ValueError(
         f"{type(inner).__name__} does not say what its samples look like: data: {{name: teacher, shape: [1, 28, 28]}}"
     )
+
+
+def sized(model: Model, shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of a model's samples, of images of ``size`` (height, width) in pixels and not of its own.
+
+    Raises:
+        ValueError: samples that are no pictures, or a size that the VAE or the network does not take.
+    """
+    said, config = f"size {size[0]}x{size[1]}", getattr(getattr(_inside(model), "model", None), "config", {})
+    kind = str(config.get("_class_name", "") or type(getattr(_inside(model), "model", None)).__name__)
+    if len(shape) < 3:
+        raise ValueError(f"{said}: samples of shape {shape} are no pictures")
+    height, width = size
+    factor = 1 if model.latents is None else model.latents.factor
+    if "UNet2DModel" in kind:
+        step = 2 ** (len(config["block_out_channels"]) - 1)
+    else:
+        patch = 2 if "Flux" in kind else config.get("patch_size") or 1
+        step = patch if isinstance(patch, int) else patch[-1]
+    if min(size) < 1 or height % (factor * step) or width % (factor * step):
+        raise ValueError(f"{said}: both sides must be multiples of {factor * step} pixels for this model")
+    if "DiT" in kind and height != width:
+        raise ValueError(f"{said}: a {kind} draws squares alone")
+    most = (config.get("pos_embed_max_size") or 0) * factor * step
+    if most and max(size) > most:
+        raise ValueError(f"{said}: this {kind} draws up to {most}x{most}")
+    return (*shape[:-2], height // factor, width // factor)
 
 
 def classes_of(model: Model) -> int:
@@ -119,51 +145,118 @@ def draw(
     """
     if count < 1 or batch < 1:
         raise ValueError(f"count is {count} and batch is {batch}: at least one sample is needed")
-    shape, classes, inner = shape or shape_of(model), classes_of(model), _inside(model)
-    labels = range(classes) if labels is None else labels
+    asked = settled(model, Asked(count, seed, prompts=prompts or (), labels=() if labels is None else labels), given)
+    given = {name: value[torch.arange(count) % len(value)] for name, value in (given or {}).items()}
+    batches = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+    with count_calls(model) as calls:
+        drawn = draw_batches(
+            model, asked, batches, steps, shape=shape, given=given, decode=decode, guidance=guidance, **options
+        )
+        samples = torch.cat([part for _, part in drawn])
+    return samples, {**labels_of(asked), **given}, calls.rows / count
+
+
+def settled(model: Model, asked: Asked, given: Mapping[str, Tensor] | None = None) -> Asked:
+    """What is asked of a model, with the classes in it where none were named: all of them, in turn.
+
+    Raises:
+        ValueError: labels that the model does not have, a text model without prompts or another with them, a model of
+            an image without one.
+    """
+    classes, inner = classes_of(model), _inside(model)
+    labels = asked.labels if len(asked.labels) else range(classes)
     if classes and not all(0 <= label < classes for label in labels):
-        raise ValueError(f"labels {list(labels)}: the model has the classes 0 to {classes - 1}")
+        raise ValueError(f"labels {_few(labels)}: the model has the classes 0 to {classes - 1}")
     if labels and not classes and (isinstance(inner, MLP | ExactField) or hasattr(inner, "classes")):
-        raise ValueError(f"labels {list(labels)}: the model has no classes")
-    cond = {"class_labels": torch.tensor([labels[i % len(labels)] for i in range(count)])} if labels else {}
-    cond |= {name: value[torch.arange(count) % len(value)] for name, value in (given or {}).items()}
-    check_image(model, cond)
+        raise ValueError(f"labels {_few(labels)}: the model has no classes")
+    check_image(model, given or {})
+    if model.text is None and asked.prompts:
+        raise ValueError(f"prompts {_few(asked.prompts)}: this model has no text encoders that fewstep knows")
+    if model.text is not None and not asked.prompts and "encoder_hidden_states" not in (given or {}):
+        raise ValueError('the model is conditioned on text: give it prompts, --prompt "a cat" or prompts=["a cat"]')
+    return replace(asked, labels=labels)
+
+
+def labels_of(asked: Asked) -> dict[str, Tensor]:
+    """The condition ``class_labels`` (count,) of all that is asked for; nothing where there are no classes."""
+    if not len(asked.labels):
+        return {}
+    return {"class_labels": torch.tensor([asked[i].label for i in range(asked.count)])}
+
+
+def _few(values: Sequence[Any]) -> str:
+    return f"{list(values)}" if len(values) <= 8 else f"[{', '.join(map(repr, values[:8]))}, ...]"
+
+
+def draw_batches(
+    model: Model,
+    asked: Asked,
+    batches: Sequence[Sequence[int]],
+    steps: int,
+    *,
+    shape: tuple[int, ...] | None = None,
+    size: tuple[int, int] | None = None,
+    given: Mapping[str, Tensor] | None = None,
+    decode: bool = False,
+    guidance: float | None = None,
+    **options: Any,
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """The samples of each batch of rows (their places in ``asked``), on the CPU, as they are done.
+
+    Args:
+        asked: as :func:`settled` gives it.
+        batches: the rows of each call of the network; drawn one after the other, so that memory holds one.
+        size: height and width of the images in pixels, for models that are told.
+        shape, given, decode, guidance, options: as for :func:`draw`.
+
+    Raises:
+        ValueError: at once, a strength of guidance that the model is not told, and as ``fewstep.sample``.
+    """
     device = next((value.device for value in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    text = {} if given and "encoder_hidden_states" in given and not prompts else _conditions(model, prompts, device)
-    if guidance is not None and text and isinstance(model, VelocityField) and not takes(model, "guidance"):
-        assert model.text is not None
-        model, guidance = Guided(model, guidance, null=model.text.null(device)), None
+    encoded = None
+    if model.text is not None and asked.prompts:
+        uses = Counter(str(asked[row].prompt) for rows in batches for row in rows)
+        encoded = Encoded(model.text, uses, device, size)
+        is_bare = not isinstance(model, Guided) and not takes(model, "guidance")
+        if guidance is not None and is_bare and isinstance(model, VelocityField):
+            model, guidance = Guided(model, guidance, null=model.text.null(device)), None
     if guidance is not None and not isinstance(model, Guided) and not takes(model, "guidance"):
         raise ValueError(
             f"guidance {guidance:g}: the model is told no strength of it. Recipes guide a teacher (teacher.guidance), "
             "and Python any field: Guided(field, scale, null=...)"
         )
-    parts = []
-    with count_calls(model) as calls:
-        for rows in torch.arange(count).split(batch):
-            # One generator a sample, for its first noise and for all that is added later.
-            generators = sample_generators(seed, rows.tolist())
-            noise = sample_noise((len(rows), *shape), generators).to(device)
-            told: dict[str, Any] = {name: value[rows].to(device) for name, value in cond.items()}
-            told |= {name: value[rows % len(value)] for name, value in text.items()}
-            if guidance is not None:
-                told["guidance"] = torch.full((len(rows),), guidance, device=device)
-            if isinstance(model, FlowMap):
-                told["generator"] = generators
-            samples = sample(model, noise, steps, **options, **told)
-            parts.append((model.latents.decode(samples) if decode and model.latents else samples).cpu())
-    return torch.cat(parts), cond, calls.rows / count
+    check_options(model, steps, **options)
 
+    def begin(rows: Sequence[int]) -> tuple[list[Wanted], list[torch.Generator], Tensor]:
+        """One generator a sample, for its first noise and for all that is added later."""
+        wanted = [asked[row] for row in rows]
+        generators = [one for w in wanted for one in sample_generators(w.seed, [w.index])]
+        return wanted, generators, sample_noise((len(rows), *(shape or shape_of(model))), generators)
 
-def _conditions(model: Model, prompts: Sequence[str] | None, device: torch.device) -> dict[str, Tensor]:
-    """The conditions of prompts, a row each; none for a model without text."""
-    if model.text is None and prompts:
-        raise ValueError(f"prompts {list(prompts)}: this model has no text encoders that fewstep knows")
-    if model.text is None:
-        return {}
-    if not prompts:
-        raise ValueError('the model is conditioned on text: give it prompts, --prompt "a cat" or prompts=["a cat"]')
-    return model.text.encode(list(prompts), device=device)
+    def told(rows: Sequence[int], wanted: list[Wanted], generators: list[torch.Generator]) -> dict[str, Any]:
+        cond: dict[str, Any] = {}
+        if len(asked.labels):
+            cond["class_labels"] = torch.tensor([w.label for w in wanted], device=device)
+        cond |= {name: value[torch.tensor(rows) % len(value)].to(device) for name, value in (given or {}).items()}
+        if encoded is not None:
+            cond |= encoded([str(w.prompt) for w in wanted])
+        if guidance is not None:
+            cond["guidance"] = torch.full((len(rows),), guidance, device=device)
+        return cond | ({"generator": generators} if isinstance(model, FlowMap) else {})
+
+    def made() -> Iterator[tuple[Sequence[int], Tensor]]:
+        begun = begin(batches[0]) if batches else None
+        for rows, following in pairwise([*batches, None]):
+            assert rows is not None
+            assert begun is not None
+            wanted, generators, noise = begun
+            samples = sample(model, noise.to(device), steps, **options, **told(rows, wanted, generators))
+            samples = model.latents.decode(samples) if decode and model.latents else samples
+            # While a GPU is at work, the noise of the next batch is drawn on the CPU.
+            begun = None if following is None else begin(following)
+            yield rows, samples.cpu()
+
+    return made()
 
 
 def takes(model: Model, name: str) -> bool:
@@ -171,40 +264,7 @@ def takes(model: Model, name: str) -> bool:
     inner = _inside(model)
     if name == "image" and isinstance(inner, UNet | TwoTimeUNet | ConditionalUNet):
         return image_channels(model) > 0
+    if name == "guidance" and not getattr(inner, "takes_guidance", True):
+        return False
     taken = inspect.signature(inner.forward).parameters
     return name in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
-
-
-def check_out(out: Path, shape: tuple[int, ...]) -> None:
-    """Refuse, before anything is drawn, a file that samples of this shape cannot be written to.
-
-    Raises:
-        ValueError: no suffix that is known, or pictures of what is none.
-        FileExistsError: a folder with something in it.
-    """
-    if out.suffix not in ("", ".png", ".npy", ".npz"):
-        raise ValueError(f"--out {out}: samples are written as .png (a grid), .npy, .npz, or into a folder of PNGs")
-    is_image = len(shape) == 3 and shape[0] in (1, 3)
-    if not is_image and not (shape == (2,) and out.suffix == ".png") and out.suffix not in (".npy", ".npz"):
-        raise ValueError(f"--out {out}: samples of shape {shape} are no pictures, write them to a .npy or .npz file")
-    if out.suffix == "" and out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"--out {out}: the folder is not empty, and nothing in it is overwritten")
-
-
-def write(samples: Tensor, cond: dict[str, Tensor], out: Path) -> None:
-    """Samples (N, ...) to ``out``: a grid (.png), the numbers (.npy; .npz with conditions), or a folder of PNGs."""
-    if out.suffix in (".npy", ".npz"):
-        content = io.BytesIO()
-        named: dict[str, Any] = {name: value.numpy() for name, value in {"data": samples, **cond}.items()}
-        np.save(content, samples.numpy()) if out.suffix == ".npy" else np.savez(content, **named)
-        replace_file(out, content.getvalue())
-    elif out.suffix == ".png":
-        image_grid(samples, out) if samples.ndim == 4 else png(points_figure({f"{len(samples)} samples": samples}), out)
-    else:
-        from PIL import Image
-
-        out.mkdir(parents=True, exist_ok=True)
-        digits = max(5, len(str(len(samples) - 1)))
-        pixels = samples.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-        for i, picture in enumerate(pixels):
-            Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(out / f"{i:0{digits}d}.png")

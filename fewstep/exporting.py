@@ -1,4 +1,4 @@
-"""Models to disk, in a form that others load: diffusers reads an export of a U-Net without fewstep installed.
+"""Models to disk, in a form that others load: diffusers reads an export of its models without fewstep installed.
 
 The module is not called ``export``, as importing it would then hide the function of that name in ``fewstep``.
 """
@@ -6,6 +6,7 @@ The module is not called ``export``, as importing it would then hide the functio
 import dataclasses
 import inspect
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,22 @@ from fewstep.loading import NETWORKS, load
 from fewstep.lora import has_lora, merge_lora, save_adapter
 from fewstep.maps import FlowMap
 from fewstep.model_card import card
-from fewstep.networks import TwoTimeUNet, UNet
+from fewstep.networks import FAMILIES, UNet
+from fewstep.networks.students import TwoTimeNetwork
+from fewstep.origin import citation, is_run, origin_of
 from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
 from fewstep.paths import Path as Trajectory
 from fewstep.schedules import PREDICTION_TYPES
-from fewstep.writing import aside, check_target, save_part, vae_config, write_json, write_vae
+from fewstep.writing import (
+    aside,
+    check_target,
+    check_text,
+    save_part,
+    vae_config,
+    write_json,
+    write_text,
+    write_vae,
+)
 
 
 def export(
@@ -34,25 +46,26 @@ def export(
 ) -> Path:
     """Write a model as a folder, and return the folder.
 
-    * A flow map of a ``UNet2DModel``: a diffusers pipeline that carries its own code,
+    * A flow map of a model of diffusers: a diffusers pipeline that carries its own code,
       ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)``.
-    * A velocity field of a ``UNet2DModel``: the stock model and scheduler, as a stock pipeline where one of diffusers
-      can run it; the model card says where none can.
+    * A velocity field of one: the stock model and scheduler, as a stock pipeline where one of diffusers can run it; the
+      model card says where none can.
     * One of an ``MLP``: weights and a configuration for :func:`fewstep.load`.
 
-    Those of a latent model have its VAE. :func:`fewstep.load` reads each of them. The folder appears whole or not at
-    all.
+    Those of a latent model have its VAE, those of a model of text its tokenizers and text encoders. An export of a run
+    has its recipe and pictures in ``training/``. :func:`fewstep.load` reads each of them. The folder appears whole or
+    not at all.
 
     Args:
         model: the model, or the folder of a run or of anything else that ``fewstep.load`` takes.
         overwrite: whether an export that is there already is replaced.
         method: the objective it was trained by, for the model card; a run knows its own.
-        quality: a Markdown table for the model card.
+        quality: a Markdown table for the model card; a run that has been evaluated knows its own.
         adapter: write the adapter of a LoRA alone (``fewstep.lora.save_adapter``), not the model that it is added to.
 
     Raises:
         ValueError: a model that cannot be exported, or ``folder`` is something else than an export.
-        FileNotFoundError: the VAE of a latent model is gone.
+        FileNotFoundError: the VAE or a text encoder of the model is gone.
         FileExistsError: there is an export already, and overwrite is not set.
 
     >>> fewstep.export(student, "fast-pipeline", method="ITVM")
@@ -66,16 +79,23 @@ def export(
         with aside(folder) as part:
             save_adapter(model, part)  # pyright: ignore[reportArgumentType]
         return folder
+    run = None
     if isinstance(model, str | Path):
-        method = method or _method_of(Path(model).expanduser())
+        run = Path(model).expanduser() if is_run(Path(model).expanduser()) else None
         model = load(model)
     if has_lora(model):
         model = merge_lora(model)
     write = _writer(model)
     with aside(folder) as part:
-        write(model, part)
+        code = (write(model, part) or "").replace("{name}", folder.name)
+        origin = origin_of(model, run, part)  # pyright: ignore[reportArgumentType]
+        origin = replace(origin, method=method or origin.method, quality=quality or origin.quality)
+        if method and not origin.citation:
+            origin = replace(origin, citation=citation(method))
         reason = no_pipeline(model) if write is _write_field else ""  # pyright: ignore[reportArgumentType]
-        (part / "README.md").write_text(card(model, folder.name, method, quality, reason))
+        if not (part / "model_index.json").is_file() and not reason and write is not _write_plain:
+            reason = "the one that it came from is not known"
+        (part / "README.md").write_text(card(model, folder.name, origin, reason, code))
     return folder
 
 
@@ -86,18 +106,25 @@ def _writer(model: FlowMap | VelocityField) -> Any:
     name = type(model.network).__name__
     if name in NETWORKS:
         return _write_plain
-    if not isinstance(model.network, TwoTimeUNet if isinstance(model, FlowMap) else UNet):
+    if not isinstance(model.network, TwoTimeNetwork if isinstance(model, FlowMap) else tuple(FAMILIES.values())):
         raise ValueError(
-            f"a {type(model).__name__} of a {name} cannot be exported, one of {', '.join(NETWORKS)} or of a diffusers "
-            "UNet2DModel can: keep model.network.state_dict(), and the checkpoints of its run"
+            f"a {type(model).__name__} of a {name} cannot be exported, one of {', '.join(NETWORKS)} or of a model of "
+            f"diffusers can ({', '.join(FAMILIES)}): keep model.network.state_dict(), and the checkpoints of its run"
         )
     if not model.path.same_as(Linear()):
-        raise ValueError(f"a U-Net is exported on the linear path, this one is on {model.path}")
+        raise ValueError(f"a model of diffusers is exported on the linear path, this one is on {model.path}")
     if model.latents is not None:
         model.latents.check()
+    if model.text is not None:
+        check_text(model.text)
     if isinstance(model, FlowMap):
         diffusion_of(model)
         return _write_map
+    if not isinstance(model.network, UNet):
+        from fewstep.stock_folder import check_stock, write_stock
+
+        check_stock(model)
+        return write_stock
     if isinstance(model, DiffusionField) or (isinstance(model.native, Reversed) and model.prediction == "flow"):
         return _write_field
     raise _no_counterpart(model)
@@ -134,31 +161,47 @@ def _write_map(model: FlowMap, folder: Path) -> None:
     """A pipeline that carries its code, and the code of its model where diffusers has none."""
     import diffusers
 
-    from fewstep.networks import class_time_unet
-    from fewstep.pipelines import flow_map
+    from fewstep.networks import calls, rows, two_times
+    from fewstep.pipelines import CARRIED, flow_map, native_times, stock_prompts
 
-    unet = _unet(model)
-    save_part(unet, folder / "unet")
+    network: Any = model.network
+    part = "unet" if "UNet" in type(network.model).__name__ else "transformer"
+    save_part(network.model, folder / part)
     shutil.copyfile(flow_map.__file__, folder / "pipeline.py")
+    for module in (native_times, stock_prompts):  # what that imports, from beside it
+        shutil.copy(str(module.__file__), folder)
     library = "diffusers"
-    if type(unet).__module__ == class_time_unet.__name__:
-        library = "class_time_unet"
-        shutil.copyfile(class_time_unet.__file__, folder / "unet" / f"{library}.py")
+    if type(network.model).__module__ == two_times.__name__:
+        library = CARRIED
+        for module in (two_times, calls, rows):
+            shutil.copy(str(module.__file__), folder / part)
 
     scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=_timesteps(model.native))
     save_part(scheduler, folder / "scheduler")
     index: dict[str, Any] = {
         "_class_name": ["pipeline", "FlowMapPipeline"],
         "_diffusers_version": diffusers.__version__,
-        "unet": [library, type(unet).__name__],
+        part: [library, type(network.model).__name__],
         "scheduler": ["diffusers", type(scheduler).__name__],
         "diffusion": diffusion_of(model),
         "gamma": model.gamma,
         "guidance": model.guidance,
+        "shape": _shape(network),
+        "needs": list(network.needed),
+        "id2label": {str(number): name for number, name in enumerate(model.class_names)} or None,
     }
     if model.latents is not None:
         index["vae"] = write_vae(model.latents, folder / "vae")
+    if model.text is not None:
+        index |= write_text(model.text, folder)
     write_json(folder / "model_index.json", index)
+
+
+def _shape(network: Any) -> list[int] | None:
+    """That of one state; None where its config has no size."""
+    if network.model.config.get("sample_size", 0) is None:
+        return None
+    return list(network.shape)
 
 
 def _write_field(model: NetworkField, folder: Path) -> None:
@@ -252,11 +295,3 @@ def _timesteps(native: Trajectory) -> int:
 
 def _describe(path: Trajectory) -> dict[str, Any]:
     return {"name": type(path).__name__, "options": dataclasses.asdict(path)}
-
-
-def _method_of(run: Path) -> str | None:
-    """The objective in a run's recipe; None for a folder that is no run."""
-    import yaml
-
-    recipe = run / "recipe.yaml"
-    return yaml.safe_load(recipe.read_text())["objective"]["name"] if recipe.is_file() else None

@@ -26,11 +26,13 @@ class VelocityField(nn.Module):
     Attributes:
         latents: what turns images into the x of a latent model and back, None where x is the data itself.
         text: what turns prompts into conditions, None for a model without text or with text of one's own.
+        class_names: what its classes are called, in their order, where that is known.
     """
 
     path: Path
     latents: "Latents | None" = None
     text: "Prompts | None" = None
+    class_names: tuple[str, ...] = ()
 
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         raise NotImplementedError
@@ -99,7 +101,7 @@ class NetworkField(VelocityField):
 
     def on(self, path: Path) -> "NetworkField":
         moved = NetworkField(self.network, self.native, self.prediction, path=path)
-        moved.latents, moved.text = self.latents, self.text
+        moved.latents, moved.text, moved.class_names = self.latents, self.text, self.class_names
         return moved
 
     def extra_repr(self) -> str:
@@ -191,6 +193,7 @@ class Guided(VelocityField):
         self.field, self.weak = field, weak
         self.scale, self.interval, self.null = scale, interval, null or {}
         self.path, self.latents, self.text = field.path, field.latents, field.text
+        self.class_names = field.class_names
 
     def forward(self, x: Tensor, t: Tensor | float, *, guidance: Tensor | None = None, **cond: Any) -> Tensor:
         t = as_times(t, x)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fewstep.console import progress_bar
-from fewstep.data import load_data
 from fewstep.data.batch import Data
 from fewstep.drawing import Model, draw
 from fewstep.evaluation.evaluate import Evaluation, compare, evaluate
@@ -20,7 +19,7 @@ from fewstep.evaluation.plots import image_grid, loss_figure, png, points_figure
 from fewstep.evaluation.report import write_report
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
-from fewstep.parts import follows_teacher, strength_of
+from fewstep.parts import data_of, follows_teacher, strength_of
 from fewstep.recipe import Recipe
 from fewstep.training.trackers import read_metrics
 
@@ -36,17 +35,17 @@ LABELS = {
     "fd": "Frechet distance to the data",
     "fid": "FID",
 }
-_POINTS, _IMAGES = 8192, 24
+_POINTS, _IMAGES, _DECODED = 8192, 24, 6  # in a picture; a VAE takes its time
 
 
-def prepare(recipe: Recipe, data: Data) -> Data:
-    """What samples are held against; called before the training too, so that it does not fail after it.
+def prepare(recipe: Recipe, data: Data, model: Model) -> Data:
+    """What samples of a model are held against; called before the training too, so that it does not fail after it.
 
     Raises:
         ValueError: data of another shape, or too few. FileNotFoundError: data or Inception weights that are not there.
     """
     section = recipe.evaluation
-    held_out = load_data(section.data.name, **section.data.options) if section.data else data
+    held_out = data_of(section.data, model, recipe.training.quiet) if section.data else data
     if tuple(held_out.shape) != tuple(data.shape):
         raise ValueError(
             f"evaluation.data {held_out.shape} and data {data.shape} differ in the shape of a sample: they must agree"
@@ -73,7 +72,7 @@ def judge(
 
     Returns None, and writes the report alone, where there is nothing to measure: images without teacher and labels.
     """
-    section, held_out = recipe.evaluation, prepare(recipe, data)
+    section, held_out = recipe.evaluation, prepare(recipe, data, model)
     extractor = _extractor(section.extractor, held_out if recipe.data.name == "teacher" else data, model)
     found, metrics = None, section.metrics
     if metrics is None and not follows_teacher(recipe):  # the teacher's end points are not where it should end
@@ -93,6 +92,7 @@ def judge(
                 guidance=strength_of(recipe),
                 metrics=metrics,
                 progress=progress,
+                decode=model.latents.decode if model.latents is not None and section.extractor != "auto" else None,
             )
         replace_file(out / "quality.json", found.to_json().encode())
     _report(model, teacher, recipe, found, out)
@@ -196,14 +196,15 @@ def _pictures(
             (f"Samples of the {name}", points_figure({_steps(n): _points(who, n, recipe.seed) for n in steps}))
             for name, who in models.items()
         ]
-    if len(shape) != 3 or shape[0] not in (1, 3):
+    if len(shape) != 3 or (model.latents is None and shape[0] not in (1, 3)):
         return []
+    seen = model.latents.decode if model.latents is not None else lambda x: x
     # The student's and the teacher's of one step count side by side, as two fit in a line of the page.
     names = sorted(found.samples, key=lambda name: (name == "data", int(name.split()[-1]) if name != "data" else 0))
     return [
         (name if name == "data" else f"{name.split()[0]}, {_steps(int(name.split()[1]))}", image_grid(few, columns=6))
         for name in names
-        for few in [found.samples[name][:_IMAGES]]
+        for few in [seen(found.samples[name][: _IMAGES if model.latents is None else _DECODED])]
     ]
 
 

@@ -12,11 +12,14 @@ from fewstep.errors import unknown
 from fewstep.fields import NetworkField, VelocityField
 from fewstep.latents import Latents
 from fewstep.maps import FlowMap
-from fewstep.model_files import check_file, check_weights, read_json
-from fewstep.networks import MLP, TwoTimeUNet
+from fewstep.model_files import check_file, check_weights, class_names_in, read_json
+from fewstep.networks import FAMILIES, MLP
+from fewstep.networks.students import STUDENTS
 from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving
 from fewstep.paths import Path as Trajectory
+from fewstep.prompts import Prompts
 from fewstep.schedules import PREDICTION_TYPES
+from fewstep.writing import check_text
 
 # What an export that is no diffusers folder may be made of.
 NETWORKS: dict[str, type[nn.Module]] = {"MLP": MLP}
@@ -65,7 +68,19 @@ def load(source: str | Path, *, device: str = "cpu") -> VelocityField | FlowMap:
     return model.to(device).eval()
 
 
-def _find(source: str | Path) -> Path:
+def find_configurations(source: str | Path) -> Path | None:
+    """The folder of a diffusers model, of which the configurations alone are sure to be there: nothing else of a model
+    on the hub is fetched. None for what :func:`load` does not read as one (a run, an export, a converted model).
+
+    Raises:
+        FileNotFoundError: no such folder or hub model.
+    """
+    folder = _find(source, weights=False)
+    others = (folder / "recipe.yaml").is_file(), _map_index(folder), _plain_config(folder), is_converted(folder)
+    return None if any(others) else folder
+
+
+def _find(source: str | Path, weights: bool = True) -> Path:
     name = str(source)
     folder = Path(source).expanduser()
     if name.startswith("fewstep:"):
@@ -82,6 +97,8 @@ def _find(source: str | Path) -> Path:
         raise FileNotFoundError(f"no folder {name}")
     # The configurations first: what fewstep cannot use is refused before its weights are fetched.
     configurations = _from_hub(name, "*.json")
+    if not weights:
+        return configurations
     if _plain_config(configurations):
         return _from_hub(name, "*.json", _PLAIN_WEIGHTS)
     if not is_converted(configurations) and not _map_index(configurations):
@@ -104,7 +121,7 @@ def _from_hub(name: str, *patterns: str) -> Path:
 
 
 def _map_index(folder: Path) -> dict[str, Any]:
-    """The index of an export of a U-Net's flow map; empty for any other folder."""
+    """The index of an export of a flow map; empty for any other folder."""
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name", "")
     return index if (name[1] if isinstance(name, list) else name) == "FlowMapPipeline" else {}
@@ -117,18 +134,33 @@ def _plain_config(folder: Path) -> dict[str, Any]:
 
 
 def _load_map(folder: Path, index: dict[str, Any]) -> FlowMap:
-    """An export of a U-Net's flow map; no code of the folder is run."""
-    from fewstep.pipelines import has_vae, load_unet
+    """An export of a flow map of one of diffusers' families; no code of the folder is run."""
+    from fewstep.pipelines import has_part, load_network, network_folder
 
-    check_weights(folder / "unet")
+    check_weights(folder / network_folder(index))
+    if index.get("text"):
+        text = Prompts(folder)
+        check_text(text)
+    else:
+        text = None
     timesteps = float(read_json(folder / "scheduler" / "scheduler_config.json")["num_train_timesteps"])
     native, prediction = _spoken(index["diffusion"], timesteps)
-    model = FlowMap(TwoTimeUNet(load_unet(folder, index)), native, prediction, path=Linear())
-    model.gamma, model.guidance = index.get("gamma", 0.0), index.get("guidance")
-    if has_vae(index):
+    network = _student(load_network(folder, index))
+    if hasattr(network, "size") and (shape := index.get("shape")):
+        # What the config of the model does not say.
+        network.size = shape[1] if len(shape) == 3 else tuple(shape[1:])
+    model = FlowMap(network, native, prediction, path=Linear())
+    model.gamma, model.guidance, model.text = index.get("gamma", 0.0), index.get("guidance"), text
+    model.class_names = class_names_in(folder)
+    if has_part(index, "vae"):
         model.latents = Latents(folder / "vae")
         model.latents.check()
     return model
+
+
+def _student(model: Any) -> Any:
+    """The network of a flow map around its model."""
+    return STUDENTS[FAMILIES[type(model).__name__.removeprefix("TwoTime")]](model)
 
 
 def _spoken(diffusion: dict[str, Any] | None, timesteps: float) -> tuple[Trajectory, str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.fields import NetworkField
 from fewstep.maps import FlowMap
-from fewstep.networks import SecondTime, TwoTimeUNet
+from fewstep.networks import SecondTime, TwoTimeNetwork, new_parts
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -235,12 +235,9 @@ def _in_full(model: NetworkField | FlowMap) -> dict[str, nn.Module]:
     """The modules that fewstep added to the network, by name."""
     network = _inner(model)
     found: dict[str, nn.Module] = {name: m for name, m in network.named_modules() if isinstance(m, SecondTime)}
-    if isinstance(model.network, TwoTimeUNet):
-        embedding = network.class_embedding
-        names = [
-            f"class_embedding.{name}" for name in ("second", "strength") if getattr(embedding, name, None) is not None
-        ]
-        found |= {name: network.get_submodule(name) for name in names or ["class_embedding"]}
+    if isinstance(model.network, TwoTimeNetwork):
+        new = {id(part) for part, _ in new_parts(network)}
+        found |= {name: module for name, module in network.named_modules() if id(module) in new}
     return found
 
 

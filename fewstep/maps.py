@@ -32,13 +32,14 @@ class FlowMap(nn.Module):
             only knows the way to t = 1 (a consistency model).
         guidance: the strength of guidance that ``fewstep.sample`` tells it if nothing is said, None for none: of a map
             that takes one.
-        latents, text: as those of a :class:`VelocityField`; a map made by ``from_field`` has its field's.
+        latents, text, class_names: as those of a :class:`VelocityField`; a map made by ``from_field`` has its field's.
     """
 
     gamma: float = 0.0
     guidance: float | None = None
     latents: "Latents | None" = None
     text: "Prompts | None" = None
+    class_names: tuple[str, ...] = ()
 
     def __init__(
         self, network: nn.Module, native: Path | None = None, prediction: str = "velocity", *, path: Path | None = None
@@ -49,7 +50,15 @@ class FlowMap(nn.Module):
         self.native, self.prediction, self.path, self.bare = field.native, prediction, field.path, field.bare
 
     @classmethod
-    def from_field(cls, field: VelocityField, network: nn.Module | None = None, *, guidance: bool = False) -> "FlowMap":
+    def from_field(
+        cls,
+        field: VelocityField,
+        network: nn.Module | None = None,
+        *,
+        guidance: bool = False,
+        second_time: str = "t",
+        share: bool = False,
+    ) -> "FlowMap":
         """A student that starts as its teacher: same weights, and a second time that is silent.
 
         Args:
@@ -59,6 +68,11 @@ class FlowMap(nn.Module):
                 says which are new.
             guidance: give the student an input for the strength of guidance, the condition ``guidance`` (B,), silent at
                 first too; 1, which is none, where it is not given.
+            second_time: how the second time goes into a model of diffusers: ``t``, an embedding of t beside that of s;
+                ``span``, one of t - s; ``late``, the last blocks are told t in the place of s (arXiv 2510.24474), which
+                adds no weights.
+            share: have a model of diffusers use the very weights of the field, for a student of which an adapter alone
+                is trained (``add_lora``): one copy is teacher and student.
 
         Raises:
             ValueError: if a network is needed and not given, or has no place for one of the teacher's weights.
@@ -73,11 +87,11 @@ class FlowMap(nn.Module):
                 )
             return cls(network, field.path)
         if network is None:
-            network = with_second_time(field.network, guidance)
+            network = with_second_time(field.network, guidance, second_time, share=share)
         else:
             load_by_name(network, field.network)
         student = cls(network, field.native, field.prediction, path=field.path)
-        student.latents, student.text = field.latents, field.text
+        student.latents, student.text, student.class_names = field.latents, field.text, field.class_names
         return student
 
     def average_velocity(self, x: Tensor, s: Tensor | float, t: Tensor | float, **cond: Any) -> Tensor:

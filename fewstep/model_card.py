@@ -2,19 +2,20 @@
 
 import inspect
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 import fewstep
-from fewstep.drawing import classes_of, image_channels
+from fewstep.drawing import classes_of, image_channels, shape_of
 from fewstep.maps import FlowMap
-from fewstep.networks import MLP, TwoTimeUNet, UNet
+from fewstep.networks.unet import OfDiffusers
 from fewstep.objectives import OBJECTIVES
 
 _CARD = """\
 ---
-library_name: {library}
-tags: [fewstep, {tag}]
----
+{front}---
 # {name}
 
 {what}
@@ -22,7 +23,7 @@ tags: [fewstep, {tag}]
 ```python
 {code}
 ```
-{note}{method}{quality}
+{note}{method}{quality}{citation}
 Made with fewstep {version}.
 """
 
@@ -32,7 +33,7 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
 generator = torch.Generator().manual_seed(0)
-{given}images = pipe(batch_size=4, num_inference_steps=2, generator=generator{cond}).images"""
+{given}images = pipe({count}, num_inference_steps=2, generator=generator{cond}).images"""
 
 _FEWSTEP_CODE = """\
 import torch
@@ -48,40 +49,84 @@ _IMAGE = """\
 image = torch.zeros({shape})  # what each sample is made for, in the units of the training data
 """
 
+_CONDITIONS = """\
+conditions = {{}}  # {names}: tensors with one row an image
+"""
+
 _TEXT = """\
 text = model.text.encode(["a photo of a cat"] * 4)
 """
 
 
-def card(model: Any, name: str, method: str | None, quality: str | None, no_pipeline: str = "") -> str:
+@dataclass(frozen=True)
+class Origin:
+    """What an export is made from, as far as it is known.
+
+    Attributes:
+        method: the objective it was trained by.
+        quality: a Markdown table of quality against network calls.
+        pictures: the files of pictures in the export, each with what it shows.
+        recipe: the file of the recipe in the export.
+        citation: BibTeX.
+        base: what the front matter of the card takes from the model that it began as: ``license``, ``base_model``.
+    """
+
+    method: str | None = None
+    quality: str | None = None
+    pictures: dict[str, str] = field(default_factory=dict)
+    recipe: str | None = None
+    citation: str | None = None
+    base: dict[str, str] = field(default_factory=dict)
+
+
+def card(model: Any, name: str, origin: Origin = Origin(), no_pipeline: str = "", code: str = "") -> str:
     """The README.md of an export of this name.
 
     Args:
-        method: the objective it was trained by. quality: a Markdown table.
         no_pipeline: why no pipeline of diffusers runs it, for a field of which that is so.
+        code: how it is used; by default by the pipeline that a flow map carries, or by fewstep.
     """
-    is_map, is_unet = isinstance(model, FlowMap), isinstance(model.network, UNet | TwoTimeUNet)
+    is_map, is_of_diffusers = isinstance(model, FlowMap), isinstance(model.network, OfDiffusers)
     if is_map:
         what = "A two-time flow map: it makes samples in 1 to 8 network calls, as many as you ask for."
     else:
         what = "A velocity field: an ordinary differential equation from noise (t = 0) to data (t = 1)."
     if no_pipeline:
         vae = ", and `vae/` its VAE" if model.latents is not None else ""
+        part = "unet" if "UNet" in type(model.network.model).__name__ else "transformer"
         no_pipeline = (
-            f"\nNo pipeline of diffusers samples it: {no_pipeline}. `unet/` and `scheduler/` are of diffusers' own "
+            f"\nNo pipeline of diffusers samples it: {no_pipeline}. `{part}/` and `scheduler/` are of diffusers' own "
             f"classes all the same{vae}.\n"
         )
+    front = {
+        "library_name": "diffusers" if is_of_diffusers else "fewstep",
+        **({"pipeline_tag": "text-to-image"} if model.text is not None else {}),
+        "tags": ["fewstep", "flow-map" if is_map else "flow-matching"],
+        **origin.base,
+    }
     return _CARD.format(
-        library="diffusers" if is_unet else "fewstep",
-        tag="flow-map" if is_map else "flow-matching",
+        front=yaml.safe_dump(front, sort_keys=False, default_flow_style=None, allow_unicode=True, width=1000),
         name=name,
         what=what,
-        code=_pipeline_code(model, name) if is_map and is_unet else fewstep_code(model, name),
+        code=code or (_pipeline_code(model, name) if is_map and is_of_diffusers else fewstep_code(model, name)),
         note=no_pipeline,
-        method=f"\n## Method\n\n{_credit(method)}\n" if method else "",
-        quality=f"\n## Quality against network calls\n\n{quality.strip()}\n" if quality else "",
+        method=_method(origin),
+        quality=_quality(origin),
+        citation=f"\n## Citation\n\n```bibtex\n{origin.citation.strip()}\n```\n" if origin.citation else "",
         version=fewstep.__version__,
     )
+
+
+def _method(origin: Origin) -> str:
+    lines = [_credit(origin.method)] if origin.method else []
+    lines += [f"All that decided the training is in [{origin.recipe}]({origin.recipe})."] if origin.recipe else []
+    return f"\n## Method\n\n{' '.join(lines)}\n" if lines else ""
+
+
+def _quality(origin: Origin) -> str:
+    pictures = "".join(f"\n{caption}:\n\n![{caption}]({file})\n" for file, caption in origin.pictures.items())
+    table = f"\n{origin.quality.strip()}\n" if origin.quality else ""
+    return f"\n## Quality against network calls\n{table}{pictures}" if table or pictures else ""
 
 
 def fewstep_code(model: Any, name: str) -> str:
@@ -103,9 +148,16 @@ def fewstep_code(model: Any, name: str) -> str:
 
 def _pipeline_code(model: Any, name: str) -> str:
     given, cond = "", ", class_labels=0" if classes_of(model) else ""
+    count = "batch_size=4"
     if image_channels(model):
         given, cond = _image(model), f"{cond}, image=image"
-    return _PIPELINE_CODE.format(name=name, given=given, cond=cond)
+    if model.text is not None:
+        count = '["a photo of a cat"] * 4'
+    elif others := [need for need in model.network.needed if need not in ("class_labels", "guidance")]:
+        given, cond = given + _CONDITIONS.format(names=", ".join(others)), f"{cond}, **conditions"
+    if model.network.takes_guidance:
+        cond = f"{cond}, guidance_scale={model.guidance or 1.0:g}"
+    return _PIPELINE_CODE.format(name=name, given=given, count=count, cond=cond)
 
 
 def _image(model: Any) -> str:
@@ -114,12 +166,12 @@ def _image(model: Any) -> str:
 
 def _shape(model: Any, channels: int | None = None) -> str:
     """The shape of four samples, or of as many images with these channels."""
-    config = model.network.config if isinstance(model.network, MLP) else model.network.model.config
-    if isinstance(model.network, MLP):
-        return f"4, {config['dim']}"
-    size = config["sample_size"]
-    height, width = ("HEIGHT", "WIDTH") if size is None else (size, size) if isinstance(size, int) else size
-    return f"4, {config['in_channels'] - image_channels(model) if channels is None else channels}, {height}, {width}"
+    try:
+        own, *sizes = shape_of(model)
+    except ValueError:  # the model takes any size
+        config = model.network.model.config
+        own, sizes = config["in_channels"] - image_channels(model), ["HEIGHT", "WIDTH"]
+    return ", ".join(map(str, [4, own if channels is None else channels, *sizes]))
 
 
 def _credit(method: str) -> str:

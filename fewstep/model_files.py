@@ -1,6 +1,7 @@
 """The files that a model is kept in: read with care, and nothing in them is run."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,7 @@ def load_weights(model_class: Any, folder: Path) -> Any:
     check_weights(folder)
     wrong = f"the weights in {folder} are not those of its config.json"
     try:
-        # The plain way of loading: the other one needs accelerate, and words its errors otherwise.
-        model, report = model_class.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False
-        )
+        model, report = model_class.from_pretrained(folder, output_loading_info=True, **plainly(model_class))
     except RuntimeError as error:
         raise ValueError(f"{wrong}: {' '.join(str(error).split('. ')[0].split())}") from None
     # diffusers would leave what is missing as random numbers, with a warning.
@@ -47,16 +45,29 @@ def load_weights(model_class: Any, folder: Path) -> Any:
     return model
 
 
-def check_weights(model: Path) -> None:
-    """That a diffusers model's weights are there, as safetensors, and whole."""
-    files = sorted(file for pattern in WEIGHT_FILES for file in model.glob(pattern))
+def plainly(model_class: Any) -> dict[str, Any]:
+    """The options of ``from_pretrained`` for the plain way of loading safetensors: the other one needs accelerate, and
+    words its errors otherwise. A model that keeps parts of it in float32 has that one alone."""
+    has_choice = getattr(model_class, "_keep_in_fp32_modules", None) is None
+    return {"use_safetensors": True, **({"low_cpu_mem_usage": False} if has_choice else {})}
+
+
+def class_names_in(folder: Path) -> tuple[str, ...]:
+    """What the classes of a pipeline are called, in their order, as its index says (``id2label``)."""
+    said = read_json(folder / "model_index.json").get("id2label") or {}
+    return tuple(str(said[number]) for number in sorted(said, key=int))
+
+
+def check_weights(model: Path, names: Sequence[str] = WEIGHT_FILES) -> None:
+    """That a model's weights are there, as safetensors, and whole; ``names`` are those of diffusers' models."""
+    files = sorted(file for pattern in names for file in model.glob(pattern))
     if not files and list(model.glob("*.bin")):
         raise FileNotFoundError(
             f"{model} has its weights in .bin files only, and a .bin can run code when it is opened: if you trust it, "
             "open it with diffusers and write it anew, model.save_pretrained(folder, safe_serialization=True)"
         )
     if not files:
-        raise FileNotFoundError(f"no weights in {model}: {WEIGHTS}.safetensors is missing")
+        raise FileNotFoundError(f"no weights in {model}: {names[0]} is missing")
     for file in files:
         check_file(file)
 

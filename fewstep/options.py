@@ -18,7 +18,11 @@ from fewstep.errors import unknown
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with floats as everybody writes them: YAML 1.1 takes 1e-3 for text."""
+    """YAML with floats as everybody writes them, where YAML 1.1 takes 1e-3 for text, and with null as a key: what YAML
+    takes for nothing is a name there, as in ``guidance: {scale: 3, null: text}``."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        return {"null" if key is None else key: value for key, value in super().construct_mapping(node, deep).items()}
 
 
 _Loader.add_implicit_resolver(

@@ -1,36 +1,39 @@
 """The parts of a run, each made from its section of the recipe: teacher, student, data, objective."""
 
 import inspect
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fewstep.config import find_objective
+from fewstep.console import progress_bar
 from fewstep.couplings import Coupled
-from fewstep.data import FACTS, ArrayData, load_data
-from fewstep.data.batch import Batch, Data
+from fewstep.data import FACTS, Encoded, load_data
+from fewstep.data.batch import Data
 from fewstep.data.conditions import Dropped, Strengths
-from fewstep.drawing import classes_of, draw, shape_of, write
+from fewstep.data.encoded import NULL, read_null
+from fewstep.data.sources import is_pictures
+from fewstep.drawing import Model, takes
+from fewstep.encoders import kept_null
+from fewstep.encoding import check_model, encoded_once
 from fewstep.errors import unknown
 from fewstep.exact import CheckerboardField, eight_gaussians, spiral
 from fewstep.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.maps import FlowMap
-from fewstep.networks import MLP, UNet
+from fewstep.networks import MLP, UNet, gains_second_time
 from fewstep.networks.families import ConditionalUNet
 from fewstep.networks.unet import set_size, with_image
 from fewstep.objectives.base import Objective
 from fewstep.options import arguments, find_object
 from fewstep.paths import KINDS, Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.paths import Path as Trajectory
-from fewstep.randomness import generator
-from fewstep.recipe import PATHS, Recipe, Student, Teacher
+from fewstep.recipe import PATHS, Named, Recipe, Student, Teacher
+from fewstep.teacher_samples import PromptedSamples, TeacherSamples
+from fewstep.training.distributed import environment
 
 EXACT: dict[str, Callable[[], VelocityField]] = {
     "checkerboard": CheckerboardField,
@@ -40,8 +43,11 @@ EXACT: dict[str, Callable[[], VelocityField]] = {
 _PATHS: dict[str, Callable[[], Trajectory]] = dict(zip(PATHS, (Linear, Trigonometric, VariancePreserving), strict=True))
 
 
-def make_teacher(section: Teacher) -> VelocityField:
+def make_teacher(section: Teacher, encoded: Path | None = None) -> VelocityField:
     """The field that is distilled.
+
+    Args:
+        encoded: a folder of encoded data, which has the conditions of an empty prompt too.
 
     Raises:
         ValueError: nothing of that name, or something that is no velocity field.
@@ -54,28 +60,41 @@ def make_teacher(section: Teacher) -> VelocityField:
     if isinstance(field, FlowMap):
         raise ValueError(
             f"the teacher {section.source!r} is a flow map, and what is distilled is a velocity field: "
-            "name the teacher that it was made from"
+            "name the teacher that it was made from; to train the map on, name it as student.start"
         )
     if not isinstance(field, VelocityField):
         raise ValueError(f"the teacher {section.source!r} gave a {type(field).__name__}, not a VelocityField")
     if (guidance := section.guidance) is not None:
+        if guidance.told:
+            if not takes(field, "guidance"):
+                raise ValueError(f"teacher.guidance.told: {source!r} is told no strength of guidance: say null")
+            return field
         weak = None if guidance.weak is None else find_model(guidance.weak)
-        null = null_of(guidance.null, field)
+        null = null_of(guidance.null, field, encoded)
         field = Guided(field, guidance.scale, guidance.interval, null=null, weak=weak)
     return field
 
 
-def null_of(null: Mapping[str, int] | str, field: VelocityField | None) -> dict[str, Any]:
-    """The conditions that stand for none: as they are said, or those of an empty prompt.
+def null_of(null: Mapping[str, int] | str, field: VelocityField | None, encoded: Path | None = None) -> dict[str, Any]:
+    """The conditions that stand for none: as they are said, or those of an empty prompt, from the folder ``encoded`` if
+    there is one, else as the teacher's text encoders gave them once.
 
     Raises:
         ValueError: a prompt for a model without text encoders.
     """
     if not isinstance(null, str):
         return dict(null)
+    if encoded is not None and (kept := read_null(encoded)):
+        return kept
     if field is None or field.text is None:
         raise ValueError("null: text is an empty prompt, and the teacher has no text encoders: name its conditions")
-    return field.text.null()
+    return kept_null(copy(field.text))  # a copy, so that the encoders are let go again
+
+
+def encoded_folder(recipe: Recipe) -> Path | None:
+    """The folder of encoded data that a recipe names, if it has the conditions of an empty prompt."""
+    folder = Path(recipe.data.name).expanduser()
+    return folder if (folder / NULL).is_file() else None
 
 
 def find_model(source: str, options: dict[str, Any] | None = None) -> Any:
@@ -100,7 +119,7 @@ def make_student(
     """
     model = _bare_student(section, shape, teacher, is_map, seed)
     if (start := unguided(teacher)) is not None and model.latents is None:
-        model.latents, model.text = start.latents, start.text
+        model.latents, model.text, model.class_names = start.latents, start.text, start.class_names
     if section.lora is not None:
         from fewstep.lora import add_lora
 
@@ -120,6 +139,10 @@ def _bare_student(
     section: Student, shape: tuple[int, ...], teacher: VelocityField | None, is_map: bool, seed: int
 ) -> FlowMap | VelocityField:
     inner = unguided(teacher)
+    if section.start is not None:
+        from fewstep.starts import started
+
+        return started(section, shape, teacher, is_map)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         if section.network == "auto":
@@ -131,7 +154,12 @@ def _bare_student(
             field = _started(inner, section, shape)
             if not is_map:
                 return field.requires_grad_(True)
-            return FlowMap.from_field(field, guidance=bool(section.guidance))
+            return FlowMap.from_field(
+                field,
+                guidance=bool(section.guidance),
+                second_time=section.second_time or "t",
+                share=section.lora is not None,
+            )
         is_random = not isinstance(inner, NetworkField) or section.weights == "random"
         if section.lora is not None and is_random and ":" not in section.network:
             raise ValueError(
@@ -197,7 +225,7 @@ def _wrap(
         raise unknown("prediction kind", prediction, KINDS)
     field = NetworkField(network, native, prediction, path=path)
     try:
-        if is_map and getattr(network, "with_second_time", None) is None:
+        if is_map and not gains_second_time(network):
             # A network of one's own comes with its second time.
             return (
                 FlowMap(network, native, prediction, path=path) if start is None else FlowMap.from_field(start, network)
@@ -211,7 +239,9 @@ def _wrap(
             f"the teacher's weights do not fit the student's {type(network).__name__} "
             f"({' '.join(str(error).split())[:200]}): say student.weights: random, or student.network: auto"
         ) from None
-    return FlowMap.from_field(field, guidance=bool(section.guidance)) if is_map else field
+    if not is_map:
+        return field
+    return FlowMap.from_field(field, guidance=bool(section.guidance), second_time=section.second_time or "t")
 
 
 def make_objective(recipe: Recipe, teacher: VelocityField | None) -> Objective:
@@ -233,7 +263,7 @@ def trains_map(recipe: Recipe) -> bool:
 def strength_of(recipe: Recipe) -> float | None:
     """The strength of guidance at which a student that is told one is held against its teacher: the teacher's own."""
     guidance = recipe.teacher.guidance if recipe.teacher else None
-    return None if guidance is None or guidance.range is None else guidance.scale
+    return guidance.scale if guidance is not None and (guidance.told or guidance.range is not None) else None
 
 
 def follows_teacher(recipe: Recipe) -> bool:
@@ -248,67 +278,54 @@ def path_of(section: Student) -> Trajectory | None:
     return _PATHS[section.path]() if section.path else None
 
 
-class TeacherSamples:
-    """Samples of the teacher in the place of data, drawn when they are first needed and kept in a file.
-
-    Args:
-        field: the teacher. shape: one sample's; by default what the teacher's network or data has.
-        count: how many. steps, solver: see ``fewstep.sample``. classes: draw ``class_labels`` below this; by default
-            the classes of the teacher's network. seed: decides them. file: an ``.npz`` to keep them in.
-    """
-
-    def __init__(
-        self,
-        field: VelocityField,
-        count: int = 50_000,
-        steps: int = 50,
-        solver: str = "heun",
-        shape: Sequence[int] | None = None,
-        classes: int | None = None,
-        seed: int = 0,
-        file: Path | None = None,
-    ) -> None:
-        self.field, self.steps, self.solver, self.seed, self.file = field, steps, solver, seed, file
-        self.shape = shape_of(field) if shape is None else tuple(shape)
-        self.size: int | None = count
-        classes = classes_of(field) if classes is None else classes
-        draw = generator(seed, 1)
-        self.cond = {"class_labels": torch.randint(classes, (count,), generator=draw)} if classes else {}
-
-    def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
-        return self._array.rows(index, generator)
-
-    @cached_property
-    def _array(self) -> ArrayData:
-        if self.file is not None and self.file.exists():
-            with np.load(self.file, allow_pickle=False) as kept:
-                return ArrayData(kept["data"], {name: kept[name] for name in self.cond})
-        labels = self.cond["class_labels"].tolist() if self.cond else None
-        print(f"drawing {self.size} samples of the teacher, once", file=sys.stderr, flush=True)
-        samples, cond, _ = draw(
-            self.field, self.size or 0, self.steps, shape=self.shape, seed=self.seed, labels=labels, solver=self.solver
-        )
-        if self.file is not None:
-            write(samples, cond, self.file)
-        return ArrayData(samples, cond)
-
-
 def make_data(recipe: Recipe, teacher: VelocityField | None, out: Path | None) -> Data:
     """The data of a recipe, coupled as it says; ``out`` is where samples of the teacher are kept."""
     data = _uncoupled(recipe, teacher, out)
     if recipe.drop is not None:
-        data = Dropped(data, recipe.drop.share, null_of(recipe.drop.null, teacher))
+        data = Dropped(data, recipe.drop.share, null_of(recipe.drop.null, teacher, encoded_folder(recipe)))
     guidance = None if recipe.teacher is None else recipe.teacher.guidance
-    if guidance is not None and guidance.range is not None:
-        data = Strengths(data, *guidance.range)
+    if guidance is not None and (guidance.told or guidance.range is not None):
+        data = Strengths(data, *(guidance.range or (guidance.scale, guidance.scale)))
     return data if recipe.coupling == "independent" else Coupled(data, recipe.coupling)
 
 
 def _uncoupled(recipe: Recipe, teacher: VelocityField | None, out: Path | None) -> Data:
     if recipe.data.name != "teacher":
-        return load_data(recipe.data.name, **recipe.data.options)
+        return data_of(recipe.data, teacher, quiet=recipe.training.quiet)
     if teacher is None:
         raise ValueError("data: teacher takes samples of the teacher, and there is none: name a data set")
-    options = arguments("data", TeacherSamples, recipe.data.options, given=("field", "seed", "file"))
-    file = None if out is None else out / "teacher-samples.npz"
-    return TeacherSamples(teacher, seed=recipe.seed, file=file, **options)
+    options = recipe.data.options
+    if teacher.text is None:
+        options = arguments("data", TeacherSamples, options, given=("field", "seed", "file"))
+        file = None if out is None else out / "teacher-samples.npz"
+        return TeacherSamples(teacher, seed=recipe.seed, file=file, **options)
+    if "prompts" not in options:
+        raise ValueError(
+            "data: teacher draws samples of the teacher, which is conditioned on text: say which prompts, a line each, "
+            "data: {name: teacher, prompts: captions.txt}"
+        )
+    options = arguments("data", PromptedSamples, options, given=("field", "seed", "folder", "guidance"))
+    told = recipe.teacher is not None and recipe.teacher.guidance is not None and recipe.teacher.guidance.told
+    folder = None if out is None else out / "teacher-samples"
+    return PromptedSamples(
+        teacher, seed=recipe.seed, folder=folder, guidance=strength_of(recipe) if told else None, **options
+    )
+
+
+def data_of(section: Named, model: Model | None, quiet: bool = False) -> Data:
+    """The data set that a section names. For a latent model, pictures come as their latents, encoded once into the
+    cache, and data that was encoded has to be its own.
+
+    Raises:
+        ValueError, FileNotFoundError: as ``fewstep.load_data`` and ``fewstep.encode``.
+    """
+    name, options = section.name, section.options
+    if model is None or model.latents is None:
+        return load_data(name, **options)
+    if is_pictures(name, options):
+        with progress_bar(f"encoding {name}, once", quiet or not environment().is_main) as progress:
+            return encoded_once(model, name, progress=progress, **options)
+    data = load_data(name, **options)
+    if isinstance(data, Encoded):
+        check_model(data, model, name)
+    return data

@@ -28,7 +28,7 @@ _RETURNED: dict[str, tuple[str | None, ...]] = {
 def knows_prompts(folder: Path) -> bool:
     """Whether a folder is a pipeline whose prompts fewstep can encode, with text encoders."""
     index = read_json(folder / "model_index.json")
-    return index.get("_class_name") in _RETURNED and any(_text_parts(index))
+    return index.get("_class_name") in _RETURNED and any(text_parts(index))
 
 
 class Prompts:
@@ -49,9 +49,16 @@ class Prompts:
     def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         self.folder, self.dtype = Path(folder).expanduser(), dtype
         self.index = read_json(self.folder / "model_index.json")
-        self._class = str(self.index.get("_class_name", "of no class"))
+        # An export of a flow map has a pipeline of its own, and says whose prompts these are.
+        self.index |= self.index.get("text") or {}
+        self._class = str(self.index.get("pipeline") or self.index.get("_class_name", "of no class"))
         if self._class not in _RETURNED:
             raise unknown("pipeline with text encoders", self._class, _RETURNED)
+
+    @property
+    def pipeline(self) -> str:
+        """The class of diffusers whose ``encode_prompt`` it calls."""
+        return self._class
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Prompts":
         return self
@@ -102,7 +109,7 @@ class Prompts:
         if self._class == "StableDiffusionXLPipeline" and self.index.get("force_zeros_for_empty_prompt", True):
             cond |= {name: torch.zeros_like(cond[name]) for name in ("encoder_hidden_states", "text_embeds")}
         # The size of the image is no matter of guidance: it stays what each call says.
-        return {name: value for name, value in cond.items() if name not in _SIZES}
+        return {name: value for name, value in cond.items() if name not in SIZES}
 
     def _sizes(self, size: tuple[int, int] | None, rows: int, device: torch.device) -> dict[str, Tensor]:
         """What the model is told of the image: uncropped, of the size that is wanted."""
@@ -136,27 +143,30 @@ class Prompts:
             raise ImportError("prompts need the package transformers: pip install 'fewstep[text]'")
         import diffusers
 
-        wanted = _text_parts(self.index)
+        wanted = text_parts(self.index)
         for name in wanted:
             if not (self.folder / name).is_dir():
                 raise FileNotFoundError(
                     f"no {name} in {self.folder}, which its model_index.json names: fetch it, or pass the conditions "
                     "of the text yourself"
                 )
-        parts: dict[str, Any] = {
-            name: None for name, value in self.index.items() if isinstance(value, list) and name not in wanted
-        }
-        if "requires_safety_checker" in self.index:
-            parts["requires_safety_checker"] = False
-        pipeline = getattr(diffusers, self._class).from_pretrained(
-            self.folder, use_safetensors=True, low_cpu_mem_usage=False, **parts
-        )
+        kind = getattr(diffusers, self._class)
+        if "pipeline" in self.index:
+            taken = inspect.signature(kind.__init__).parameters.values()
+            parts: dict[str, Any] = {p.name: None for p in taken if p.default is p.empty and p.name != "self"}
+            parts |= {"requires_safety_checker": False} if "safety_checker" in parts else {}
+            pipeline = kind(**{**parts, **load_encoders(self.folder, self.index)})
+        else:
+            parts = {name: None for name, value in self.index.items() if isinstance(value, list) and name not in wanted}
+            if "requires_safety_checker" in self.index:
+                parts["requires_safety_checker"] = False
+            pipeline = kind.from_pretrained(self.folder, use_safetensors=True, low_cpu_mem_usage=False, **parts)
         # Without its third encoder, SD3 asks its transformer for the width of what that one would give.
         pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**self._model_config))
         return pipeline
 
 
-_SIZES = ("time_ids", "resolution", "aspect_ratio")
+SIZES = ("time_ids", "resolution", "aspect_ratio")
 
 
 def _is_told_sizes(config: dict[str, Any]) -> bool:
@@ -165,7 +175,22 @@ def _is_told_sizes(config: dict[str, Any]) -> bool:
     return config.get("sample_size") == 128 if told is None else told
 
 
-def _text_parts(index: dict[str, Any]) -> list[str]:
+def load_encoders(folder: Path, index: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    """The tokenizers and text encoders of a pipeline's folder, by name.
+
+    Args:
+        kwargs: of ``from_pretrained`` of the encoders.
+    """
+    import transformers
+
+    parts = {}
+    for name in text_parts(index):
+        options = {"use_safetensors": True, **kwargs} if name.startswith("text_encoder") else {}
+        parts[name] = getattr(transformers, index[name][1]).from_pretrained(folder / name, **options)
+    return parts
+
+
+def text_parts(index: dict[str, Any]) -> list[str]:
     """The names of the tokenizers and text encoders that a pipeline's index has."""
     return [
         name

@@ -54,11 +54,19 @@ class Guidance(Section):
         description="the conditions that stand for none, such as {class_labels: 10}, or text: an empty prompt",
     )
     weak: str | None = Field(default=None, description="a weaker model, named as a teacher is: autoguidance")
+    told: bool | None = Field(
+        default=None, description="the teacher is told the strength as it is, as Flux.1-dev: nothing else guides it"
+    )
 
     @model_validator(mode="after")
     def _something_weaker(self) -> "Guidance":
-        if not self.null and self.weak is None:
-            raise ValueError("guidance needs null conditions, such as {class_labels: 10}, or a weak model")
+        if self.told and (self.null or self.weak is not None):
+            raise ValueError("guidance told to the teacher needs no null conditions or weak model: leave them out")
+        if not self.told and not self.null and self.weak is None:
+            raise ValueError(
+                "guidance needs null conditions, such as {class_labels: 10}, a weak model, or told: true for a teacher "
+                "that is told its strength"
+            )
         if self.range is not None and not self.range[0] <= self.scale <= self.range[1]:
             raise ValueError(
                 f"the scale {self.scale:g}, at which the student is judged, is outside the range {list(self.range)} "
@@ -110,9 +118,18 @@ class Student(Section):
     weights: Literal["teacher", "random"] | None = Field(
         None, description="the first weights; else the teacher's where it has a network"
     )
+    start: str | None = Field(
+        default=None,
+        description="an export, a run or another model that fewstep.load reads, which the student is and goes on from",
+    )
     lora: Lora | None = Field(default=None, description="train an adapter of these weights alone")
     guidance: bool | None = Field(
         default=None, description="an input for the strength of guidance; else where the teacher's has a range"
+    )
+    second_time: Literal["t", "span", "late"] | None = Field(
+        default=None,
+        description="how a diffusers model is told its second time: t (else), span (t - s), or late: the last blocks "
+        "are told t in the place of s",
     )
     image: Count | None = Field(
         default=None,
@@ -151,6 +168,9 @@ class Training(Section):
     ema_warmup: bool = Field(default=True, description="whether that decay rises from 0.1 at the start")
     precision: str = Field(default="float32", description="float32, bf16 or fp16")
     compile: bool = Field(default=False, description="torch.compile the network")
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations of a diffusers model backward: less memory, more time"
+    )
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1; else a GPU if there is one")
     checkpoint_every: Count = Field(default=1000, description="steps between checkpoints")
     keep: Count = Field(default=2, description="checkpoints kept")

@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import nn
 
+from fewstep.data.encoded import Texts
 from fewstep.data.pairs import FACTS, FORMAT, read_facts, read_shard, shard_files, shard_rows
 from fewstep.drawing import Model, classes_of, shape_of
+from fewstep.encoders import text_identity
 from fewstep.errors import unknown
 from fewstep.evaluation.files import replace_file
+from fewstep.identity import identity
 from fewstep.maps import FlowMap
-from fewstep.paths import Path as Trajectory
 from fewstep.randomness import sample_generators
 from fewstep.sampling import sample, sample_noise
 from fewstep.solvers import SOLVERS
+from fewstep.texts import turns_of, write_texts
 from fewstep.training.distributed import choose_device, environment
 from fewstep.training.folder import differences
 
@@ -41,11 +43,14 @@ def make_pairs(
     shape: Sequence[int] | None = None,
     seed: int = 0,
     labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    guidance: float | None = None,
     batch: int = 256,
     shard: int = 10_000,
     device: torch.device | str | None = None,
     command: str = "make_pairs with the same arguments",
     progress: Callable[[int, int], None] | None = None,
+    rest: bool = False,
 ) -> int:
     """Draw ``count`` pairs of a velocity field or a flow map into the folder ``out``; returns the shards still missing.
 
@@ -61,13 +66,18 @@ def make_pairs(
         shape: one sample's; by default what the model says.
         seed: decides the noise. The noise of ``fewstep sample`` with the same seed is the same.
         labels: classes, given to the pairs in turn; by default all of them, where the model has classes.
+        prompts: texts, given to the pairs in turn, for a model of text. Each distinct one is encoded once, and kept in
+            float16 in shards of its own, from which the pairs are drawn.
+        guidance: the strength that the model is told, where it takes one.
         batch: pairs drawn at once. shard: pairs in a file, and in memory.
         device: the default is the process's GPU if there is one, else the CPU.
         command: what to type to go on, told where a shard is missing.
         progress: called with the pairs done and all those of this process, after each batch.
+        rest: afterwards, draw what the other processes have not drawn yet, so that nothing is missing at the end.
 
     Raises:
-        ValueError: arguments that cannot be, a folder of something else or of other pairs; before anything is drawn.
+        ValueError: arguments that cannot be, a text model without prompts, a folder of something else or of other
+            pairs; before anything is drawn.
 
     >>> make_pairs(teacher, "pairs", 50_000, steps=50)
     """
@@ -89,13 +99,14 @@ def make_pairs(
     facts = {
         "format": FORMAT, "count": count, "shape": list(shape_of(field) if shape is None else shape), "seed": seed,
         "steps": steps, "solver": solver, "labels": _labels(field, labels), "shard": shard,
-        "model": _identity(field), "command": command,
+        "model": identity(field), "command": command, "guidance": guidance, **_said(field, prompts),
     }  # fmt: skip
     _claim(out, facts)
 
     place = choose_device(device, world)
     field = field.to(place).eval()
-    mine = [i for i in range(len(shard_files(out, facts))) if i % world.size == world.rank]
+    texts, which = _texts(field, prompts, out, facts, place)
+    mine = turns_of(world, rest)(len(shard_files(out, facts)))
     total = sum(len(shard_rows(facts, i)) for i in mine)
     done = 0
     for i in mine:
@@ -104,7 +115,7 @@ def make_pairs(
             done += len(rows)
             continue
         for part in torch.tensor(rows).split(batch):
-            parts.append(_draw(field, part.tolist(), facts, place))
+            parts.append(_draw(field, part.tolist(), facts, place, texts, which))
             done += len(part)
             if progress:
                 progress(done, total)
@@ -125,12 +136,55 @@ def _labels(field: Model, labels: Sequence[int] | None) -> list[int] | None:
     return labels or None
 
 
-def _draw(field: Model, rows: list[int], facts: dict[str, Any], place: torch.device) -> dict[str, torch.Tensor]:
-    """The pairs of these indices, on the CPU."""
+def _said(field: Model, prompts: Sequence[str] | None) -> dict[str, Any]:
+    """What the facts say of the prompts; nothing for a model without text."""
+    if field.text is None:
+        if prompts:
+            raise ValueError(f"prompts {list(prompts[:3])}: this model has no text encoders that fewstep knows")
+        return {}
+    if not prompts:
+        raise ValueError("the model is conditioned on text: give it prompts, --prompts FILE or prompts=[...]")
+    return {"prompts": identity_of_prompts(prompts), "text": text_identity(field.text)}
+
+
+def identity_of_prompts(prompts: Sequence[str]) -> str:
+    """Prompts by their number and a hash."""
+    return f"{len(prompts)} prompts {hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]}"
+
+
+def _texts(
+    field: Model, prompts: Sequence[str] | None, out: Path, facts: dict[str, Any], place: torch.device
+) -> tuple[Texts | None, torch.Tensor]:
+    """The conditions of the distinct prompts, written to the folder if they are not there; which is each prompt's."""
+    if field.text is None or not prompts:
+        return None, torch.empty(0)
+    distinct: dict[str, int] = {}
+    which = torch.tensor([distinct.setdefault(prompt, len(distinct)) for prompt in prompts])
+    height, width = (facts["shape"] if field.latents is None else field.latents.image_shape_of(facts["shape"]))[-2:]
+    # Each process sees to it that all are there: it draws with them.
+    turns = turns_of(environment(), rest=True)
+    write_texts(field.text, list(distinct), out, size=(height, width), device=place, turns=turns)
+    return Texts(out), which
+
+
+def _draw(
+    field: Model,
+    rows: list[int],
+    facts: dict[str, Any],
+    place: torch.device,
+    texts: Texts | None,
+    which: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """The pairs of these indices, on the CPU; of its prompt, each has the number among the distinct ones."""
     noise = sample_noise((len(rows), *facts["shape"]), sample_generators(facts["seed"], rows))
     labels = facts["labels"]
     cond = {"class_labels": torch.tensor([labels[i % len(labels)] for i in rows])} if labels else {}
     given: dict[str, Any] = {name: value.to(place) for name, value in cond.items()}
+    if texts is not None:
+        cond["text"] = which[torch.tensor(rows) % len(which)]
+        given |= {name: value.to(place) for name, value in texts.rows(cond["text"]).items()}
+    if facts["guidance"] is not None:
+        given["guidance"] = torch.full((len(rows),), float(facts["guidance"]), device=place)
     if facts["solver"] is not None:
         given["solver"] = facts["solver"]
     return {"noise": noise, "data": sample(field, noise.to(place), facts["steps"], **given).cpu(), **cond}
@@ -156,22 +210,3 @@ def _is_whole(out: Path, facts: dict[str, Any], shard: int) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _identity(model: nn.Module) -> str:
-    """A model by its kind and a hash of its weights and of the numbers that its parts were made with (a path, the
-    scale of guidance)."""
-    digest = hashlib.sha256()
-    for name, module in model.named_modules():
-        plain = {key: value for key, value in sorted(vars(module).items()) if key != "training" and _is_plain(value)}
-        digest.update(f"{name} {type(module).__name__} {plain}".encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return f"{type(model).__name__} {digest.hexdigest()[:16]}"
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    return isinstance(value, bool | int | float | str | Trajectory)

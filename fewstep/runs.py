@@ -20,6 +20,7 @@ from fewstep.judge import judge, prepare
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Objective
 from fewstep.parts import (
+    encoded_folder,
     follows_teacher,
     make_data,
     make_objective,
@@ -86,7 +87,10 @@ def build(recipe: Recipe, out: Path | None = None) -> Built:
     _check_fit("student", student, recipe.data.name, data)
     if recipe.drop is not None:
         _check_fit(
-            "student", student, recipe.data.name, Dropped(uncoupled(data), 1.0, null_of(recipe.drop.null, teacher))
+            "student",
+            student,
+            recipe.data.name,
+            Dropped(uncoupled(data), 1.0, null_of(recipe.drop.null, teacher, encoded_folder(recipe))),
         )
     return Built(student, objective, data, _held_against(recipe, teacher, data))
 
@@ -104,7 +108,7 @@ def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
     folder.open_run(out, {}, resume=False)  # refuses a folder that is no run
     built = build(recipe, out)
     if recipe.evaluation.count:
-        prepare(recipe, uncoupled(built.data))
+        prepare(recipe, uncoupled(built.data), built.student)
     is_main = distributed.environment().is_main
     if is_main:
         _begin(out, recipe, fresh)
@@ -168,6 +172,7 @@ def open_run(path: str | Path) -> Trained:
         warnings.simplefilter("ignore")
         model = make_student(recipe.student, shape, _teacher(recipe), trains_map(recipe), recipe.seed)
     put_back(model, frozen(model), saved, "ema" if "ema" in saved.tensors else "model")
+    model.class_names = tuple(saved.state["fingerprint"].get("data_classes") or model.class_names)
     if isinstance(model, FlowMap):
         model.gamma = find_objective(recipe.objective.name).gamma
         model.guidance = strength_of(recipe)
@@ -186,7 +191,7 @@ def load_run(path: str | Path) -> Model:
 def _teacher(recipe: Recipe) -> VelocityField | None:
     if recipe.teacher is None:
         return None
-    teacher, path = make_teacher(recipe.teacher), path_of(recipe.student)
+    teacher, path = make_teacher(recipe.teacher, encoded_folder(recipe)), path_of(recipe.student)
     return teacher if path is None or teacher.path.same_as(path) else teacher.on(path)
 
 
@@ -211,7 +216,8 @@ def _held_against(recipe: Recipe, teacher: VelocityField | None, data: Data) -> 
 def _begin(out: Path, recipe: Recipe, fresh: bool) -> None:
     """Write the recipe of a run that starts. One that goes on keeps its own until ``fit`` has compared the two."""
     if fresh:
-        shutil.rmtree(out / "samples", ignore_errors=True)
+        for name in ("samples", "teacher-samples"):
+            shutil.rmtree(out / name, ignore_errors=True)
         for name in ("teacher-samples.npz", "quality.json", "quality.png", "report.html"):
             (out / name).unlink(missing_ok=True)
     if fresh or not checkpoints.steps_in(out / "checkpoints"):
@@ -262,7 +268,10 @@ def _hint(model: Model, data: Data, has_needless_labels: bool) -> str:
     except ValueError:
         return ""
     if in_pixels is not None and len(data.shape) == 3 and data.shape[0] == in_pixels[0]:
-        return ". It works on latents: train on field.latents.encode(images), kept in a .npz file"
+        return (
+            ". It works on latents: a folder of pictures, hf:NAME or webdataset shards are encoded for it once; other "
+            "images go through field.latents.encode(images), kept in a .npz file"
+        )
     return ""
 
 

@@ -57,23 +57,48 @@ def sample(
 
     >>> images = fewstep.sample(student, torch.randn(64, 3, 32, 32), steps=2)
     """
-    times = _times(grid, steps, model)
+    times = check_options(model, steps, grid=grid, solver=solver, gamma=gamma)
     if isinstance(model, FlowMap):
-        if solver != "euler":
-            raise ValueError(f"a flow map takes its steps itself: solver={solver!r} is for velocity fields")
         gamma = model.gamma if gamma is None else gamma
         if model.guidance is not None and "guidance" not in cond:
             cond["guidance"] = noise.new_full((len(noise),), model.guidance)
         return sample_map(model, noise, times, gamma=gamma, generator=generator, **cond)
-    if not isinstance(model, VelocityField):
-        raise ValueError(f"sample() takes a FlowMap or a VelocityField, not a {type(model).__name__}")
-    if gamma:
-        raise ValueError(f"gamma={gamma} re-noises between the steps of a flow map; a field is solved as an ODE")
-    if solver not in SOLVERS:
-        raise unknown("solver", solver, SOLVERS)
     times = times.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
     with torch.no_grad():
         return integrate(lambda x, t: model(x, t, **cond), noise, times, solver, tolerance=tolerance)
+
+
+def check_options(
+    model: FlowMap | VelocityField,
+    steps: int,
+    *,
+    grid: str | Tensor = "uniform",
+    solver: str = "euler",
+    gamma: float | None = None,
+    **_: Any,
+) -> Tensor:
+    """The times of the steps (N + 1,), once it is clear that ``sample`` takes these options for this model.
+
+    Raises:
+        ValueError: it does not.
+    """
+    times = _times(grid, steps, model)
+    if isinstance(model, FlowMap):
+        if solver != "euler":
+            raise ValueError(f"a flow map takes its steps itself: solver={solver!r} is for velocity fields")
+        _check_gamma(gamma or 0.0)
+    elif not isinstance(model, VelocityField):
+        raise ValueError(f"sample() takes a FlowMap or a VelocityField, not a {type(model).__name__}")
+    elif gamma:
+        raise ValueError(f"gamma={gamma} re-noises between the steps of a flow map; a field is solved as an ODE")
+    elif solver not in SOLVERS:
+        raise unknown("solver", solver, SOLVERS)
+    return times
+
+
+def _check_gamma(gamma: float) -> None:
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma is {gamma}: it runs from 0 (deterministic) to 1 (consistency sampling)")
 
 
 @torch.no_grad()
@@ -94,8 +119,7 @@ def sample_map(
     Raises:
         ValueError: if gamma is outside [0, 1].
     """
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma is {gamma}: it runs from 0 (deterministic) to 1 (consistency sampling)")
+    _check_gamma(gamma)
     generator = torch.default_generator if generator is None else generator
     x = noise
     times = times.to(x.device, torch.promote_types(x.dtype, torch.float32))
@@ -159,7 +183,7 @@ def count_calls(model: nn.Module) -> Iterator[Calls]:
         calls.count += 1
         calls.rows += len(arguments[0])
 
-    handles = [network.register_forward_pre_hook(hook) for network in _networks(model)]
+    handles = [network.register_forward_pre_hook(hook) for network in networks_of(model)]
     try:
         yield calls
     finally:
@@ -167,8 +191,8 @@ def count_calls(model: nn.Module) -> Iterator[Calls]:
             handle.remove()
 
 
-def _networks(model: nn.Module) -> set[nn.Module]:
+def networks_of(model: nn.Module) -> set[nn.Module]:
     """What a model calls: of a guided field, the networks of both."""
     if isinstance(model, Guided):
-        return _networks(model.field) | (set() if model.weak is None else _networks(model.weak))
+        return networks_of(model.field) | (set() if model.weak is None else networks_of(model.weak))
     return {getattr(model, "network", model)}

@@ -27,8 +27,8 @@ class Watch:
     """A callback of ``fit``: draws ``samples/step-XXXXXXXX.png`` and logs ``rmse@N``, the root mean squared distance of
     N-step samples to the end points of the teacher's ODE, from the same noise.
 
-    Pictures are drawn of images with 1 or 3 channels (a row for each step count, the last the teacher's) and of points
-    in the plane; other samples are only measured.
+    Pictures are drawn of images with 1 or 3 channels (a row for each step count, the last the teacher's), of latents as
+    their VAE decodes them, and of points in the plane; other samples are only measured.
     """
 
     def __init__(self, recipe: Recipe, data: Data, teacher: VelocityField | None, out: Path) -> None:
@@ -49,7 +49,8 @@ class Watch:
 
     def draw(self, model: Any, step: int) -> dict[str, float]:
         """Draw the picture of this step; returns the distances."""
-        is_plane, is_image = self.data.shape == (2,), len(self.data.shape) == 3 and self.data.shape[0] in (1, 3)
+        is_plane, shape, latents = self.data.shape == (2,), self.data.shape, getattr(model, "latents", None)
+        is_image = len(shape) == 3 and (latents is not None or shape[0] in (1, 3))
         count = _POINTS if is_plane else _COLUMNS
         device = next(model.parameters()).device
         generators = sample_generators(self.seed, range(count))
@@ -73,7 +74,8 @@ class Watch:
             png(points_figure({**panels, "data": truth}), file)
         elif is_image:
             rows = [*drawn.values()] if self._ends is None else [*drawn.values(), self._ends]
-            image_grid(torch.cat(rows), file, columns=count)
+            drawn_rows = torch.cat(rows)
+            image_grid(drawn_rows if latents is None else latents.decode(drawn_rows), file, columns=count)
         return found
 
     def _conditions(self, count: int, device: torch.device) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""What many tests share: the Gaussian, whose velocity and flow map are known in closed form."""
+"""What many tests share: the Gaussian, whose velocity and flow map are known in closed form, and a place
+where fewstep is not."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
+from elsewhere import elsewhere  # noqa: F401
 from torch import Tensor, nn
 
 from fewstep.exact import GaussianField

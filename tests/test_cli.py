@@ -120,7 +120,10 @@ def test_dry_run_prints_the_whole_recipe_and_writes_nothing(
     assert main(["distill", "checkerboard-itvm", "--dry-run", *TINY, "--objective.ema", "0.5"]) == 0
     out, following = commands(capsys)
     assert list(tmp_path.iterdir()) == []
-    assert following == [["fewstep", "distill", "checkerboard-itvm", *TINY, "--objective.ema", "0.5"]]
+    assert following[0] == ["fewstep", "distill", "checkerboard-itvm", *TINY, "--objective.ema", "0.5"]
+    assert following[1][:3] == ["fewstep", "plan", "checkerboard-itvm"]
+    assert main(following[1][1:]) == 0
+    capsys.readouterr()
     (tmp_path / "mine.yaml").write_text(out)  # what it prints is a recipe
     assert main(["distill", "mine.yaml", "--dry-run"]) == 0
     assert capsys.readouterr().out == out
@@ -171,7 +174,7 @@ def test_samples_as_grid_arrays_and_folder(here: Path, capsys: pytest.CaptureFix
 
 
 def test_pictures_go_into_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fewstep.drawing import check_out, write
+    from fewstep.pictures import check_out, write
 
     monkeypatch.chdir(tmp_path)
     import torch
@@ -257,7 +260,7 @@ def test_an_export_carries_its_table_and_is_sampled(here: Path, capsys: pytest.C
         ("sample runs/one --solver heun", "is for velocity fields"),
         ("sample runs/one --grid even", "unknown step grid 'even'"),
         ("sample runs/one --labels 3", "the model has no classes"),
-        ("sample runs/one --labels three", "--labels three: whole numbers"),
+        ("sample runs/one --labels three", "class 'three': the names of this model's classes are not known"),
         ("evaluate nowhere", "there is no run in nowhere"),
         ("evaluate runs/one --steps 0", "evaluation.steps.0 is 0"),
         ("evaluate runs/one --count 2", "evaluation.count is 2"),

@@ -21,7 +21,6 @@ from family_toys import conditions as some
 from family_toys import tiny_model, tiny_pipeline, tiny_vae
 from safetensors.torch import load_file
 from test_diff2flow import CASES, SCHEDULES, ddim, make, node_times
-from test_export import elsewhere  # noqa: F401
 from torch import Tensor, nn
 from unet_toys import conditions, tiny_field, tiny_student, tiny_unet
 
@@ -36,7 +35,7 @@ from fewstep.latents import Latents
 from fewstep.loading import load
 from fewstep.maps import FlowMap
 from fewstep.networks import FAMILIES, MLP, UNet, flow_model
-from fewstep.networks.families import pack
+from fewstep.networks.calls import pack
 from fewstep.networks.unet import public_config, with_image
 from fewstep.paths import Linear, Preconditioned, Reversed, Tabulated, Trigonometric, scaling
 from fewstep.paths import Path as Trajectory
@@ -244,7 +243,7 @@ def flow_grid(steps: int) -> Tensor:
     return 1 - scheduler.sigmas
 
 
-def test_the_same_images_without_fewstep(tmp_path: Path, elsewhere: Callable[..., str]) -> None:  # noqa: F811
+def test_the_same_images_without_fewstep(tmp_path: Path, elsewhere: Callable[..., str]) -> None:
     fields = {"plain": tiny_field("v_prediction"), "classes": tiny_field("sample", 5)}
     for name, field in fields.items():
         convert(field, tmp_path / name, check=False)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from fewstep.cost import (
     UNITS,
+    Allocations,
     Cost,
     Counts,
-    _Allocations,
     compare_costs,
     expected_cost,
     probes,
@@ -119,7 +119,7 @@ def test_methods_take_turns_on_the_same_random_numbers(student: FlowMap) -> None
 
 def test_memory_of_known_tensors() -> None:
     x = torch.ones(1000)
-    with _Allocations() as made:
+    with Allocations() as made:
         a = x * 2
         a.add_(1)
         view = a.view(10, 100)

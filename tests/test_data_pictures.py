@@ -66,8 +66,8 @@ def test_more_than_one_part_of_pictures_keeps_the_order(tmp_path):
 def test_decoded_once_and_again_when_a_file_changes(folder, monkeypatch):
     first = image_folder(folder).array.copy()
     calls = []
-    real = decode._decode
-    monkeypatch.setattr(decode, "_decode", lambda *args: calls.append(args) or real(*args))
+    real = decode.decode
+    monkeypatch.setattr(decode, "decode", lambda *args: calls.append(args) or real(*args))
     assert np.array_equal(image_folder(folder).array, first)
     assert not calls
     image_folder(folder, size=4)

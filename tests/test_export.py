@@ -1,11 +1,6 @@
 """Exports: the same pixels where fewstep is not installed, and what was exported where it is."""
 
 import json
-import os
-import subprocess
-import sysconfig
-import textwrap
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +14,6 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     EDMEulerScheduler,
-    FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
     PNDMScheduler,
@@ -43,6 +37,7 @@ from fewstep.networks import MLP, UNet, flow_model
 from fewstep.paths import Linear, Preconditioned, Reversed, Tabulated, Trigonometric
 from fewstep.paths import Path as Trajectory
 from fewstep.pipelines import FlowMapPipeline, flow_map
+from fewstep.pipelines.native_times import coefficients
 from fewstep.randomness import sample_generators
 from fewstep.runs import run
 from fewstep.sampling import sample, sample_noise
@@ -59,38 +54,10 @@ def pixels(student: FlowMap, steps: int, gamma: float = 0.0, classes: int | None
     return (x / 2 + 0.5).clamp(0, 1)
 
 
-def pipeline(folder: Path) -> FlowMapPipeline:
+def pipeline(folder: Path) -> Any:
     pipe = FlowMapPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Runs Python code in a venv that has every package of this one but fewstep; returns what it prints."""
-    home = tmp_path_factory.mktemp("elsewhere")
-    venv.create(home / "venv", with_pip=False, symlinks=True)
-    python = home / "venv" / "bin" / "python"
-    code = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-    packages = Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
-    for folder in {sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]}:
-        for entry in Path(folder).iterdir():
-            # A .pth file may lead to the sources of fewstep.
-            if "fewstep" not in entry.name and entry.suffix != ".pth":
-                (packages / entry.name).symlink_to(entry)
-
-    def run(code: str, *arguments: object) -> str:
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-            "HF_HOME": str(home / "huggingface"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        }
-        command = [python, "-c", textwrap.dedent(code), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
 
 
 ELSEWHERE = """
@@ -152,7 +119,8 @@ def test_the_code_in_an_export_is_the_pipeline_and_asks_for_no_fewstep(tmp_path:
     assert (folder / "pipeline.py").read_text() == Path(flow_map.__file__).read_text()
     for file in folder.rglob("*.py"):
         assert "fewstep" not in "".join(line for line in file.read_text().splitlines() if "import" in line)
-    assert {p.name for p in folder.iterdir()} == {"model_index.json", "pipeline.py", "README.md", "scheduler", "unet"}
+    code = {"pipeline.py", "native_times.py", "stock_prompts.py"}
+    assert {p.name for p in folder.iterdir()} == {"model_index.json", "README.md", "scheduler", "unet", *code}
     assert not list(folder.rglob("*.bin"))
     again = export(load(folder), tmp_path / "again")
     assert str(tmp_path) not in "".join(p.read_text() for p in again.rglob("*.json"))  # nobody's home folder
@@ -212,6 +180,39 @@ def test_a_run_is_exported_with_its_method(tmp_path: Path, monkeypatch: pytest.M
     folder = export(run, tmp_path / "export")
     assert torch.equal(pixels(load(folder), 2), pixels(student, 2))
     assert "Trained with LMD" in (folder / "README.md").read_text()
+
+
+def test_what_a_run_hands_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its averaged weights, its recipe, its last pictures and its figures; and it is no run to any command."""
+    monkeypatch.chdir(tmp_path)
+    recipe: dict[str, Any] = {
+        "name": "points", "teacher": "checkerboard", "data": "checkerboard", "objective": "LMD",
+        "student": {"network": "mlp", "options": {"width": 8, "depth": 2}},
+        "training": {"steps": 2, "batch": 8, "quiet": True}, "evaluation": {"count": 16, "teacher_steps": [1]},
+    }  # fmt: skip
+    done = run(load_recipe(recipe), tmp_path / "run")
+    assert main(["export", "run", "fast"]) == 0
+    assert "fewstep sample" in capsys.readouterr().err
+    folder = tmp_path / "fast"
+    for name, value in load(folder).state_dict().items():
+        assert torch.equal(value, done.result.ema.state_dict()[name])
+    assert {p.name for p in (folder / "training").iterdir()} == {"recipe.yaml", "quality.png", "samples.png"}
+    for name, source in (
+        ("recipe.yaml", "recipe.yaml"), ("quality.png", "quality.png"), ("samples.png", "samples/step-00000002.png"),
+    ):  # fmt: skip
+        assert (folder / "training" / name).read_bytes() == (tmp_path / "run" / source).read_bytes()
+    card = (folder / "README.md").read_text()
+    assert "Trained with LMD ([arXiv" in card
+    assert "(training/recipe.yaml)" in card
+    assert "![Quality against network calls](training/quality.png)" in card
+    assert "![Samples at the end of the training](training/samples.png)" in card
+    assert "| student |" in card
+    assert "@" in card.split("```bibtex\n")[1].split("```")[0]
+    assert main(["sample", "fast", "--count", "4", "--out", "x.npy"]) == 0
+    with pytest.raises(FileExistsError):
+        export(tmp_path / "run", folder)
 
 
 # The model card
@@ -297,9 +298,13 @@ def test_labels_for_a_model_without_classes_and_no_size(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no classes"):
         pipeline(export(tiny_student("flow"), tmp_path / "a"))(class_labels=1)
     free = pipeline(export(tiny_student("flow", sample_size=None), tmp_path / "b"))
-    with pytest.raises(ValueError, match="pass the noise to start from as latents"):
+    with pytest.raises(ValueError, match="no fixed size: pass height and width, or the noise to start from as latents"):
         free()
-    assert free(latents=torch.randn(1, 1, 16, 16), output_type="pt").images.shape == (1, 1, 16, 16)
+    noise = torch.randn(1, 1, 16, 12, generator=torch.Generator().manual_seed(3))
+    images = free(latents=noise, output_type="pt").images
+    assert images.shape == (1, 1, 16, 12)
+    sized = free(height=16, width=12, generator=torch.Generator().manual_seed(3), output_type="pt").images
+    assert torch.equal(sized, images)
 
 
 @pytest.mark.parametrize("classes", [None, 5])
@@ -659,7 +664,7 @@ def test_the_calls_of_a_map_that_began_elsewhere(name: str, tmp_path: Path) -> N
         with torch.no_grad():
             expected = student(x, s, t)
             assert torch.equal(back(x, s, t), expected)
-            found = pipe._map(x, s, t, None, 1.0, [])
+            found = pipe._map(x, s, t)
         assert expected.isfinite().all()
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -686,11 +691,10 @@ DIFFUSIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("diffusion", DIFFUSIONS, ids=lambda d: f"{d['prediction_type']} {d.get('sigma_data')}")
 def test_the_two_files_that_are_carried_agree(diffusion: dict[str, Any]) -> None:
-    scheduler = FlowMapEulerDiscreteScheduler()
-    pipe = flow_map.FlowMapPipeline(tiny_student("flow").network.model, scheduler, diffusion)  # pyright: ignore
+    last = len(diffusion.get("log_ratios", [0])) - 1
     times = torch.cat([torch.arange(0, 64) / 64, 2.0 ** -torch.arange(7, 20), 1 - 2.0 ** -torch.arange(7, 20)]).double()
     into, step, skip, out = flow_model.flow_scaling(1 - times, diffusion)
-    found = torch.tensor([pipe._coefficients(time) for time in times], dtype=torch.float64)
+    found = torch.tensor([coefficients(diffusion, time, last) for time in times], dtype=torch.float64)
     torch.testing.assert_close(found, torch.stack([into, step, -skip, -out], 1), atol=1e-11, rtol=1e-11)
 
 

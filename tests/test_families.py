@@ -13,7 +13,7 @@ from fewstep.drawing import classes_of, draw, shape_of
 from fewstep.fields import DiffusionField, Guided, NetworkField
 from fewstep.maps import FlowMap
 from fewstep.networks import FAMILIES, SD3, ConditionalUNet, DiT, Flux, PixArt, TwoTimeUNet, UNet
-from fewstep.networks.families import pack, unpack
+from fewstep.networks.calls import pack, unpack
 from fewstep.paths import Linear, VariancePreserving
 
 NAMES = list(MODELS)

@@ -18,6 +18,7 @@ from fewstep.data import Data, Pairs, load_data
 from fewstep.drawing import draw
 from fewstep.exact import GaussianField, eight_gaussians
 from fewstep.fields import Guided, NetworkField
+from fewstep.identity import identity
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives.flow_matching import FlowMatching
@@ -182,14 +183,14 @@ def test_other_settings_in_the_folder_are_refused(field: GaussianField, tmp_path
 
 def test_a_model_is_known_by_its_weights_and_settings() -> None:
     one = labelled()
-    assert reflow._identity(one) == reflow._identity(labelled())
-    assert reflow._identity(one) != reflow._identity(NetworkField(one.network, prediction="data"))
+    assert identity(one) == identity(labelled())
+    assert identity(one) != identity(NetworkField(one.network, prediction="data"))
     guided = [Guided(one, scale, null={"class_labels": 2}) for scale in (1.5, 2.0)]
-    assert reflow._identity(guided[0]) != reflow._identity(guided[1])
-    before = reflow._identity(one)
+    assert identity(guided[0]) != identity(guided[1])
+    before = identity(one)
     with torch.no_grad():
         next(one.parameters())[0] += 1e-3
-    assert reflow._identity(one) != before
+    assert identity(one) != before
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from unet_toys import LABELS, conditions, tiny_field, tiny_student, tiny_unet
 from fewstep.data.batch import Batch
 from fewstep.fields import DiffusionField
 from fewstep.maps import FlowMap
-from fewstep.networks import TwoTimeUNet, UNet
+from fewstep.networks import UNet, with_second_time
 from fewstep.objectives import ITVM, LMD, FlowMatching, Objective
 from fewstep.randomness import generator
 
@@ -150,7 +150,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="class_labels"):
         FlowMap.from_field(tiny_field("v_prediction", 5))(x, s, t)
     with pytest.raises(ValueError, match="class_embed_type='timestep' has no room for a second time"):
-        TwoTimeUNet.from_model(tiny_unet(class_embed_type="timestep"))
+        with_second_time(UNet(tiny_unet(class_embed_type="timestep")))
 
 
 # Told the strength of guidance

@@ -1,26 +1,40 @@
-"""`export` and `convert`: models as folders."""
+"""`export`, `convert` and `push`: models as folders, and those on the hub."""
 
 import argparse
 import shlex
 
 from fewstep.commands.words import numbers
-from fewstep.console import markdown, print_table, say_next
+from fewstep.console import print_table, say_next
+from fewstep.model_files import read_json
 
 
 def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.evaluation.evaluate import Evaluation
     from fewstep.exporting import export
 
-    file = args.model / "quality.json"
-    table = markdown(*Evaluation.from_json(file.read_text()).table()) if file.is_file() else None
+    if args.format != "diffusers":
+        return _export_program(args)
     folder = args.folder or args.model / ("adapter" if args.adapter else "model")
-    folder = export(args.model, folder, overwrite=args.overwrite, quality=table, adapter=args.adapter)
+    folder = export(args.model, folder, overwrite=args.overwrite, adapter=args.adapter)
     if args.adapter:
         print(f"{folder} is an adapter: fewstep.lora.load_adapter, diffusers' load_lora_weights or peft read it")
         say_next([f"fewstep export {args.model} {args.model.name}-export"])
         return 0
     print(f"{folder} is a model of its own; its README.md says how to use it")
-    say_next([f"fewstep sample {folder} --steps 2 --out {folder.name}.png"])
+    prompt = ' --prompt "a photo of a cat"' if read_json(folder / "model_index.json").get("text_encoder") else ""
+    say_next([f"fewstep sample {folder} --steps 2{prompt} --out {folder.name}.png"])
+    return 0
+
+
+def _export_program(args: argparse.Namespace) -> int:
+    from fewstep.runtimes import export_program
+
+    if args.adapter:
+        raise ValueError(f"--adapter writes weights that peft and diffusers read, --format {args.format} a program")
+    folder = args.folder or args.model / args.format
+    done = export_program(args.model, folder, args.format, overwrite=args.overwrite)
+    rows = "any number of rows" if done.largest_batch is None else f"up to {done.largest_batch} rows"
+    print(f"{folder / done.file} takes {rows}, and differs from the model by {done.difference:.1e} at most, as checked")
+    print(f"{folder / 'README.md'} has the code that samples it")
     return 0
 
 
@@ -55,3 +69,11 @@ def run_convert(args: argparse.Namespace, _: dict[str, str]) -> int:
         ]
     )
     return 0 if done.agreement is None or done.agreement.is_good else 1
+
+
+def run_push(args: argparse.Namespace, _: dict[str, str]) -> int:
+    from fewstep.hub import how_to_load, kind_of, push
+
+    print(push(args.folder, args.name, private=args.private or None, message=args.message))
+    say_next([how_to_load(args.name, kind_of(args.folder))])
+    return 0

@@ -12,48 +12,142 @@ from fewstep.console import progress_bar, say_next
 
 
 def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.drawing import check_out, draw, write
-    from fewstep.maps import FlowMap
-    from fewstep.training.distributed import World, choose_device
+    from contextlib import ExitStack
 
+    from fewstep.drawing import draw_batches, labels_of, settled, sized
+    from fewstep.maps import FlowMap
+    from fewstep.pictures import check_out, claim, missing, picture_name, save_pictures, says, write
+    from fewstep.placing import place
+    from fewstep.sampling import count_calls
+    from fewstep.sharing import gathered, shares
+    from fewstep.training.distributed import choose_device, environment, join
+
+    world = environment()
+    device = choose_device(args.device, world)
     model, run, shape = open_model(args)
-    is_map = isinstance(model, FlowMap)
-    steps = args.steps if args.steps is not None else 2 if is_map else 50
+    size = _size(args.size) if args.size else None
+    shape = shape if size is None else sized(model, shape, size)
+    steps = args.steps if args.steps is not None else 2 if isinstance(model, FlowMap) else 50
     latents = None if args.latents else model.latents
     written = shape if latents is None else latents.image_shape_of(shape)
     is_drawn = (len(written) == 3 and written[0] in (1, 3)) or written == (2,)
     out = args.out or Path("samples.png" if is_drawn else "samples.npy")
     check_out(out, written)
+    asked = _asked(args, model)
+    given = {} if run is None else _given(run.recipe, model, asked)
+    asked = settled(model, asked, given)
+
     options = {"grid": args.grid, "gamma": args.gamma, "solver": args.solver, "guidance": args.guidance}
-    samples, cond, calls = draw(
-        model.to(choose_device(args.device, World())),
-        args.count,
-        steps,
-        shape=shape,
-        seed=args.seed,
-        labels=numbers("--labels", args.labels) if args.labels else None,
-        prompts=args.prompt,
-        given={} if run is None else _given(run.recipe, model, args.count),
-        decode=latents is not None,
-        batch=args.batch,
-        **{name: value for name, value in options.items() if value is not None},
-    )
-    if run is not None and run.recipe.data.options.get("normalize"):
-        samples = _denormalized(run.recipe, samples)
-    write(samples, cond, out)
-    print(f"{out}: {args.count} samples, {calls:g} network calls each")
+    options = {name: value for name, value in options.items() if value is not None}
+    is_folder = out.suffix == ""
+    facts = _facts(args, model, asked, given, shape, {"steps": steps, **options}) if is_folder else {}
+    model = place(model, device, args.dtype, args.compile)
+    batches = shares(asked.count, args.batch, world)
+    mine = batches[world.rank :: world.size]
+    data = _data(run.recipe, model) if run is not None and run.recipe.data.options.get("normalize") else None
+
+    if is_folder:
+        mine = [rows for rows in (missing(out, rows, asked.count) for rows in mine) if rows]
+    told = {"size": size, "given": given, "decode": latents is not None, **options}
+    drawn = draw_batches(model, asked, mine, steps, shape=shape, **told)
+    if is_folder:
+        claim(out, facts, asked)
+    parts, done, total = [], 0, sum(map(len, mine))
+    with ExitStack() as stack:
+        stack.enter_context(join(world, device))
+        calls = stack.enter_context(count_calls(model))
+        progress = stack.enter_context(progress_bar("samples", not (world.is_main and sys.stderr.isatty())))
+        for rows, samples in drawn:
+            samples = samples if data is None else data.denormalize(samples)
+            if is_folder:
+                texts = [{"model": args.model, **says(asked, i), "steps": steps, **options} for i in rows]
+                save_pictures(samples, [out / picture_name(i, asked.count) for i in rows], texts)
+            else:
+                parts.append(samples)
+            done += len(rows)
+            if progress:
+                progress(done, total)
+        new, called = map(int, world.sum([total, calls.rows]))
+        whole = None if is_folder else gathered(parts, batches, world)
+    if not world.is_main:
+        return 0
+    if whole is not None:
+        write(whole, {**labels_of(asked), **given}, out)
+    there = f" ({asked.count - new} were there)" if new < asked.count else ""
+    print(f"{out}: {asked.count} samples{there}" + (f", {called / new:g} network calls each" if new else ""))
     if run is None or args.teacher:
-        prompt = ["--prompt", *args.prompt] if args.prompt else []
+        text = ["--prompts", args.prompts] if args.prompts else ["--prompt", *args.prompt] if args.prompt else []
         more = ["--steps", str(2 * steps), "--out", f"samples-{2 * steps}{out.suffix}"]
-        say_next([shlex.join(["fewstep", "sample", args.model, *more, *prompt])])
+        say_next([shlex.join(["fewstep", "sample", args.model, *more, *text])])
     else:
         say_next([f"fewstep evaluate {args.model}", f"fewstep export {args.model} {Path(args.model).name}-export"])
     return 0
 
 
+def _asked(args: argparse.Namespace, model: Any) -> Any:
+    """Which samples are asked for."""
+    from fewstep.asked import Asked, class_names, class_numbers, read_lines
+
+    seeds = numbers("--seeds", args.seeds) if args.seeds else []
+    if seeds and (args.seed is not None or args.first or args.count is not None):
+        raise ValueError("--seeds draws the first sample of each: leave out --seed, --first and --count")
+    first, prompts, labels, noise = args.first, args.prompt or [], [], [(seed, 0) for seed in seeds]
+    labels = [word.strip() for word in args.labels.split(",")] if args.labels else []
+    known = len(seeds) or None
+    if args.prompts:
+        lines = read_lines(args.prompts)
+        known = max(len(lines.prompts), len(lines.labels), len(lines.noise))
+        if lines.labels and labels:
+            raise ValueError(f"--labels {args.labels}: {args.prompts} has labels of its own")
+        if lines.noise and seeds:
+            raise ValueError(f"--seeds {args.seeds}: {args.prompts} has seeds of its own")
+        if seeds and len(seeds) != known:
+            raise ValueError(f"{len(seeds)} seeds and {known} prompts in {args.prompts}: sample i takes prompt i")
+        if first + (args.count or 1) > known:
+            raise ValueError(
+                f"--count {args.count or 1}{f' --first {first}' if first else ''}: {args.prompts} has {known} prompts, "
+                "and sample i takes prompt i. --prompt TEXT ... gives texts in turn"
+            )
+        prompts, labels, noise = lines.prompts, lines.labels or labels, lines.noise or noise
+    count = args.count if args.count is not None else known - first if known else 64
+    if count < 1 or args.batch < 1 or first < 0:
+        raise ValueError(f"count is {count}, batch {args.batch} and first {first}: at least one sample, from 0 on")
+    has_names = any(isinstance(word, str) and not word.lstrip("-").isdigit() for word in labels)
+    names = class_names(model) if has_names else {}
+    return Asked(count, args.seed or 0, first, prompts, class_numbers(labels, names), noise)
+
+
+def _facts(
+    args: argparse.Namespace, model: Any, asked: Any, given: dict[str, Any], shape: Any, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What all pictures of a folder are drawn with: what would make others of them."""
+    import hashlib
+
+    from fewstep.identity import identity
+
+    digest = hashlib.sha256()
+    for name, value in sorted(given.items()):
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    return {
+        "format": 1, "model": args.model, "weights": identity(model), "shape": list(shape), "dtype": args.dtype,
+        **options, "count": asked.count, "seed": asked.seed, "first": asked.first,
+        "seeds, prompts and labels": asked.digest(), "conditions": digest.hexdigest()[:16] if given else None,
+    }  # fmt: skip
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Height and width, of 768 or 768x1024."""
+    words = text.lower().split("x")
+    if len(words) > 2 or not all(word.isdigit() for word in words):
+        raise ValueError(f"--size {text}: pixels are needed, such as 768, or 768x1024 for height and width")
+    return int(words[0]), int(words[-1])
+
+
 def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.drawing import image_channels
-    from fewstep.fields import NetworkField, unguided
+    from fewstep.asked import read_lines
+    from fewstep.drawing import image_channels, takes
+    from fewstep.encoders import kept_null
+    from fewstep.fields import Guided, NetworkField, unguided
     from fewstep.maps import FlowMap
     from fewstep.reflow import make_pairs
     from fewstep.training.distributed import environment
@@ -65,7 +159,11 @@ def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
             "samples in Python, fewstep.sample(model, noise, image=...), and train on arrays"
         )
     again, is_main = shlex.join(["fewstep", *args.argv]), environment().is_main
-    is_map = isinstance(model, FlowMap)
+    is_map, guidance = isinstance(model, FlowMap), args.guidance
+    if guidance is not None and not is_map and not isinstance(model, Guided) and not takes(model, "guidance"):
+        if model.text is None:
+            raise ValueError(f"--guidance {guidance:g}: {args.model} is told no strength of guidance, and has no text")
+        model, guidance = Guided(model, guidance, null=kept_null(model.text)), None
     with progress_bar("pairs", quiet=not (is_main and sys.stderr.isatty())) as progress:
         missing = make_pairs(
             model,
@@ -76,6 +174,8 @@ def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
             shape=shape,
             seed=args.seed,
             labels=numbers("--labels", args.labels) if args.labels else None,
+            prompts=read_lines(args.prompts).prompts if args.prompts else None,
+            guidance=guidance,
             batch=args.batch,
             shard=args.shard,
             device=args.device,
@@ -116,25 +216,26 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any, tuple[int, ...]]:
     return model, run, shape_of(model) if run is None else run.shape
 
 
-def _given(recipe: Any, model: Any, count: int) -> dict[str, Any]:
-    """The conditions of ``count`` samples besides their classes: those of the first rows of a run's data, which are
-    read where the model needs them."""
+def _given(recipe: Any, model: Any, asked: Any) -> dict[str, Any]:
+    """The conditions of samples besides their classes: those of the rows of a run's data, which are read where the
+    model needs them, as one of text does that is given no prompts."""
     import torch
 
-    from fewstep.data import load_data
     from fewstep.drawing import needed_conditions, takes
     from fewstep.randomness import generator
 
-    if recipe.data.name == "teacher" or not (needed_conditions(model) or recipe.data.options.get("conditions")):
+    is_needed = needed_conditions(model) or recipe.data.options.get("conditions")
+    is_needed = is_needed or (model.text is not None and not asked.prompts)
+    if recipe.data.name == "teacher" or not is_needed:
         return {}
-    data = load_data(recipe.data.name, **recipe.data.options)
-    cond = data.rows(torch.arange(min(count, data.size or count)), generator(recipe.seed)).cond
+    data = _data(recipe, model)
+    rows = asked.first + torch.arange(min(asked.count, data.size or asked.count))
+    cond = data.rows(rows % data.size if data.size else rows, generator(recipe.seed)).cond
     return {name: value for name, value in cond.items() if name != "class_labels" and takes(model, name)}
 
 
-def _denormalized(recipe: Any, samples: Any) -> Any:
-    """Samples in the units of the data, where the run brought those to mean 0 and deviation 1."""
-    from fewstep.data import load_data
+def _data(recipe: Any, model: Any) -> Any:
+    """The data of a run."""
+    from fewstep.parts import data_of
 
-    data: Any = load_data(recipe.data.name, **recipe.data.options)
-    return data.denormalize(samples)
+    return data_of(recipe.data, model)

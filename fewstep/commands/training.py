@@ -37,7 +37,10 @@ def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         moving = sum(p.numel() for p in student.parameters() if p.requires_grad)
         some = f", {moving:,} of which train" if moving < size else ""
         say(f"# everything fits: a {type(student).__name__} of {size:,} parameters{some}, into {out}")
-        say_next([shlex.join(word for word in shlex.split(again) if word != "--dry-run")])
+        start = [word for word in args.argv if word != "--dry-run"]
+        keys = [word for key, value in overrides.items() if key != "name" for word in (f"--{key}", value)]
+        planned = ["fewstep", "plan", *([args.recipe] if args.recipe else []), *keys]  # memory and time
+        say_next([shlex.join(["fewstep", *start]), shlex.join(planned)])
         return 0
 
     done = run(recipe, out, fresh=args.fresh)

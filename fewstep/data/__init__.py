@@ -10,15 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import errors
-from fewstep.data import files, pictures, toy
+from fewstep.data import encoded, files, pictures, toy
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch, Data
 from fewstep.data.conditions import Dropped, Strengths
+from fewstep.data.encoded import Encoded
 from fewstep.data.order import epoch_indices
 from fewstep.data.pairs import FACTS, Pairs
 from fewstep.data.toy import Toy
 
-__all__ = ["FACTS", "ArrayData", "Batch", "Data", "Dropped", "Pairs", "Strengths", "Toy", "epoch_indices", "load_data"]
+__all__ = [
+    "FACTS",
+    "ArrayData",
+    "Batch",
+    "Data",
+    "Dropped",
+    "Encoded",
+    "Pairs",
+    "Strengths",
+    "Toy",
+    "epoch_indices",
+    "load_data",
+]
 
 _NAMED: dict[str, Callable[..., Any]] = {
     "checkerboard": toy.checkerboard,
@@ -39,8 +52,8 @@ def load_data(name: str | Path, **options: Any) -> Data:
 
     Args:
         name: one of the names above; ``hf:NAME`` on the Hugging Face hub; or a path: a folder of pictures, of IDX
-            files, of binary CIFAR-10 batches, of reflow pairs or from ``save_to_disk``, a ``.npy``, ``.npz`` or IDX
-            file.
+            files, of binary CIFAR-10 batches, of reflow pairs, of ``fewstep encode`` or from ``save_to_disk``, a
+            ``.npy``, ``.npz`` or IDX file.
 
     Raises:
         ValueError: an unknown name, or an option that the loader does not take; lists what is known.
@@ -77,9 +90,13 @@ def _loader_of(path: Path) -> Callable[..., Any]:
             return files.npy
         if "idx" in path.name:
             return files.idx
+        if path.suffix == ".tar":
+            raise ValueError(f"{path}: webdataset shards are for latent models, which they are encoded for")
         raise ValueError(f"{path} is no file of data that fewstep reads: .npy, .npz, IDX, or a folder")
     if (path / FACTS).is_file():
         return Pairs
+    if (path / encoded.FACTS).is_file():
+        return Encoded
     if pictures.is_saved_to_disk(path):
         return pictures.hugging_face
     if any(path.glob("*idx3-ubyte*")):

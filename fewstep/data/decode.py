@@ -46,7 +46,7 @@ def decode_once(
     skipped: dict[str, str] = json.loads((entry / "skipped.json").read_text())
     if skipped and on_error == "raise":
         row = next(iter(skipped))
-        raise _unreadable(names[int(row)], skipped[row])
+        raise unreadable(names[int(row)], skipped[row])
     if skipped:
         some = "; ".join(f"{names[int(i)]}: {why}" for i, why in list(skipped.items())[:3])
         warnings.warn(f"{len(skipped)} of {len(names)} pictures cannot be read and are left out ({some})", stacklevel=3)
@@ -87,10 +87,10 @@ def _decode_all(
     with target.open("wb") as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(names), 256):
             part = read(slice(start, start + 256))
-            for i, pixels in enumerate(pool.map(lambda source: _decode(source, size, channels), part), start):
+            for i, pixels in enumerate(pool.map(lambda source: decode(source, size, channels), part), start):
                 if isinstance(pixels, str):
                     if on_error == "raise":
-                        raise _unreadable(names[i], pixels)
+                        raise unreadable(names[i], pixels)
                     skipped[i] = pixels
                     continue
                 if shape is None:
@@ -115,8 +115,8 @@ def _write_header(file: Any, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def _decode(source: Source, size: int | None, channels: int) -> np.ndarray | str:
-    """One picture as (C, H, W) uint8, or why it cannot be read."""
+def decode(source: Source, size: int | None, channels: int) -> np.ndarray | str:
+    """One picture as (C, H, W) uint8, its middle square of this size, or why it cannot be read."""
     from PIL import Image, ImageOps
 
     try:
@@ -147,5 +147,6 @@ def _to_mode(picture: Any, channels: int) -> Any:
     return picture.convert(_MODES[channels])
 
 
-def _unreadable(name: str, why: str) -> ValueError:
+def unreadable(name: str, why: str) -> ValueError:
+    """The error for a picture that cannot be read."""
     return ValueError(f"{name} cannot be read ({why}): mend or remove it, or say on_error: skip to leave it out")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.data.batch import Batch
+from fewstep.data.encoded import Texts
 
 FACTS = "pairs.json"
 FORMAT = 1
@@ -20,6 +21,9 @@ class Pairs:
     """The pairs in a folder of ``fewstep reflow``: each row brings its own noise (arXiv 2209.03003).
 
     The shards are memory-mapped: a row is read when it is asked for. Nothing about a row is random.
+
+    Attributes:
+        cond: all class labels, where there are any; the conditions of prompts are too large for that.
 
     Raises:
         FileNotFoundError: no such folder, or a shard is missing; says which, and how to go on.
@@ -41,14 +45,17 @@ class Pairs:
             )
         try:
             self._shards = [read_shard(self.folder, self.facts, i) for i in range(len(files))]
+            self._texts = Texts(self.folder) if self.facts.get("prompts") else None
         except ValueError as error:
             raise ValueError(f"{error}: {go_on}") from None
+        if self._texts is None:
+            names = [name for name in self._shards[0] if name not in ("noise", "data")]
+            self.cond = {name: torch.cat([shard[name] for shard in self._shards]) for name in names}
 
     @cached_property
-    def cond(self) -> dict[str, Tensor]:
-        """The conditions of all rows by name, (N, ...) each."""
-        names = [name for name in self._shards[0] if name not in ("noise", "data")]
-        return {name: torch.cat([shard[name] for shard in self._shards]) for name in names}
+    def _text(self) -> Tensor:
+        """Which of the prompts is each row's."""
+        return torch.cat([shard["text"] for shard in self._shards])
 
     def __len__(self) -> int:
         return self.facts["count"]
@@ -56,7 +63,13 @@ class Pairs:
     def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
         """The rows of ``index`` (n,): data, conditions and the noise that each came from."""
         noise, data = self._gather("noise", index), self._gather("data", index)
+        if self._texts is not None:
+            return Batch(data, self._texts.rows(self._text[index]), noise)
         return Batch(data, {name: value[index] for name, value in self.cond.items()}, noise)
+
+    def bare(self, index: Tensor) -> Tensor:
+        """The data of ``index`` (n,) alone."""
+        return self._gather("data", index)
 
     def _gather(self, name: str, index: Tensor) -> Tensor:
         gathered = torch.empty(len(index), *self.shape)
@@ -110,6 +123,8 @@ def read_shard(folder: Path, facts: dict[str, Any], shard: int) -> dict[str, Ten
     wanted = {"noise": (rows, *facts["shape"]), "data": (rows, *facts["shape"])}
     if facts["labels"] is not None:
         wanted["class_labels"] = (rows,)
+    if facts.get("prompts"):
+        wanted["text"] = (rows,)
     if found != wanted:
         raise ValueError(f"{file} holds {found} and not {wanted}")
     return tensors

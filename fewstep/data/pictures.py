@@ -14,7 +14,7 @@ from fewstep import errors
 from fewstep.data.arrays import ArrayData, channels_first
 from fewstep.data.decode import Source, decode_once
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def image_folder(
@@ -41,13 +41,13 @@ def image_folder(
         ValueError: a picture that cannot be read, or pictures of several sizes; names them.
     """
     root = Path(path).expanduser()
-    names = _find_pictures(root)
+    names = find_pictures(root)
     stats = [(root / name).stat() for name in names]
     files = [root / name for name in names]
     fingerprint = [[name, s.st_size, s.st_mtime_ns] for name, s in zip(names, stats, strict=True)]
     pixels, kept = decode_once(files.__getitem__, list(map(str, files)), fingerprint, size, channels, on_error)
 
-    classes = _class_folders(names, root) if labels else []
+    classes = class_folders(names, root) if labels else []
     number = {name: k for k, name in enumerate(classes)}
     cond = {"class_labels": np.array([number[names[i].split("/")[0]] for i in kept])} if classes else None
     return ArrayData(pixels, cond, flip, classes=classes)
@@ -82,7 +82,7 @@ def hugging_face(
         FileNotFoundError: the data set cannot be had, for instance offline.
         ValueError: an unknown split or column.
     """
-    rows = _open_hugging_face(name, split, config)
+    rows = open_hugging_face(name, split, config)
     features: dict[str, Any] = dict(rows.features)
     for column in (image, label):
         if column is not None and column not in features:
@@ -113,7 +113,7 @@ def hugging_face(
     return ArrayData(pixels, cond, flip, normalize, classes)
 
 
-def _find_pictures(root: Path) -> list[str]:
+def find_pictures(root: Path) -> list[str]:
     """Pictures below a folder by relative name, sorted; hidden files (as macOS archives have them) are no pictures."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is {'a file, not a folder of pictures' if root.exists() else 'not there'}")
@@ -121,17 +121,18 @@ def _find_pictures(root: Path) -> list[str]:
     for folder, inner, files in os.walk(root, followlinks=True):
         inner[:] = [name for name in inner if not name.startswith(".")]
         found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if not name.startswith(".")]
-    names = sorted(name for name in found if name.lower().endswith(_SUFFIXES))
+    names = sorted(name for name in found if name.lower().endswith(SUFFIXES))
     if not names:
         kinds = Counter(Path(name).suffix.lower() or "no suffix" for name in found)
         held = (
             f"{len(found)} files: {', '.join(f'{k} ({n})' for k, n in kinds.most_common(8))}" if found else "no files"
         )
-        raise FileNotFoundError(f"no pictures ({', '.join(_SUFFIXES)}) in {root}, which holds {held}")
+        raise FileNotFoundError(f"no pictures ({', '.join(SUFFIXES)}) in {root}, which holds {held}")
     return names
 
 
-def _class_folders(names: Sequence[str], root: Path) -> list[str]:
+def class_folders(names: Sequence[str], root: Path) -> list[str]:
+    """The sub-folders that are classes, in their order; none where there are not two of them, or pictures beside."""
     folders = {name.split("/")[0] for name in names if "/" in name}
     if len(folders) < 2:
         return []
@@ -149,7 +150,8 @@ def _class_folders(names: Sequence[str], root: Path) -> list[str]:
     return sorted(folders)
 
 
-def _open_hugging_face(name: str | Path, split: str, config: str | None) -> Any:
+def open_hugging_face(name: str | Path, split: str, config: str | None) -> Any:
+    """A data set of the hub, or of a folder that ``save_to_disk`` wrote; raises as ``hugging_face``."""
     try:
         import datasets
     except ImportError as error:

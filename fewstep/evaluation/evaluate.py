@@ -24,6 +24,7 @@ from fewstep.sampling import count_calls, sample, sample_noise
 
 _SOLVE = 128  # midpoint steps to the end points of a teacher without a closed form; Heun would ask at t = 1
 _SOLVED = 1000  # images solved so: 256 calls for each are the dearest part of an evaluation
+_LARGE = 1 << 30  # bytes of conditions that are kept in memory
 _BLOCK = 1000  # rows of data gathered at once: fixed, so that fresh data does not depend on ``batch``
 # Keep the generators of rows, fresh data and conditions apart from each other and from those of training.
 _ROWS, _FRESH, _CONDITIONS = 0x726F7773, 0x66726573, 0x636F6E64
@@ -78,6 +79,7 @@ def evaluate(
     guidance: float | None = None,
     metrics: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
     """Measure ``model`` at each number of steps, and beside it the teacher in Euler steps.
 
@@ -105,6 +107,7 @@ def evaluate(
         guidance: the strength that student and teacher are given, for a student that takes it as a condition.
         metrics: which of the above; by default all that can be had.
         progress: called with the work done and the whole of it, in network calls, after each batch.
+        decode: what makes of samples and data the images that the extractor takes, as the VAE of a latent model.
 
     Raises:
         ValueError: an argument that cannot be, a metric that is unknown or cannot be had, nothing to measure: before
@@ -117,6 +120,8 @@ def evaluate(
     data = _as_data(data, teacher)
     _check(model, teacher, data, extractor, (*steps, *teacher_steps), count, batch)
     asked = data.rows(torch.zeros(1, dtype=torch.long), generator(0)).cond if cond is None else cond
+    # Conditions of text fill the memory: they are read as they are needed.
+    is_large = cond is None and data.size is not None and count * _bytes(asked) > _LARGE
     possible = possible_metrics(data.shape, teacher is not None, extractor, "class_labels" in asked)
     names = choose_metrics(metrics, possible)
 
@@ -132,12 +137,13 @@ def evaluate(
 
     first, second = _two_sets(data, count, seed)
     with _eval_mode(model, teacher, extractor):
-        judge = Judge(names, extractor)
-        known = judge.learn(_gather(data, first, seed, 0))
+        judge = Judge(names, extractor, decode)
+        known = judge.learn(_gather(data, first, seed, 0, is_large))
         given = _conditions(known if cond is None else cond, count, seed)
         if guidance is not None:
             given["guidance"] = torch.full((count,), guidance)
-        starts = _Starts(tuple(data.shape), seed, batch, given)
+        rows_of = _Reader(data, first, seed) if is_large else None
+        starts = _Starts(tuple(data.shape), seed, batch, given, rows_of)
         if teacher is not None and solved:
             judge.ends = torch.cat(
                 [_ends(teacher, noise, some, tick).cpu() for noise, _, some in starts.of(teacher, solved)]
@@ -150,7 +156,7 @@ def evaluate(
             samples[f"{role} {n}"] = shown
         floor, also = {}, [n for n in names if n != "rmse" and (n != "accuracy" or "class_labels" in known)]
         if len(second) == len(first):
-            floor, _ = judge.measure(_gather(data, second, seed, 1), also)
+            floor, _ = judge.measure(_gather(data, second, seed, 1, is_large), also)
     facts = {
         "shape": list(data.shape), "count": count, "seed": seed, "data": len(first), "ends": solved,
         "extractor": _identity(extractor),
@@ -202,6 +208,7 @@ class _Starts:
     seed: int
     batch: int
     cond: dict[str, Tensor]
+    more: "_Reader | None" = None
 
     def of(self, model: nn.Module, count: int) -> Iterator[tuple[Tensor, Generators, dict[str, Any]]]:
         """Noise, the generators it came from and conditions of the first ``count`` samples, batch by batch, where the
@@ -213,8 +220,22 @@ class _Starts:
             # The same bits for all: drawn in float32, whatever the model computes in.
             generators = sample_generators(self.seed, rows)
             noise = sample_noise((len(rows), *self.shape), generators).to(device, dtype)
-            cond = {name: value[rows.start : rows.stop].to(device) for name, value in self.cond.items()}
-            yield noise, generators, cond
+            cond = {name: value[rows.start : rows.stop] for name, value in self.cond.items()}
+            cond |= {} if self.more is None else self.more(rows)
+            yield noise, generators, {name: value.to(device) for name, value in cond.items()}
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What samples are asked for, as the data has it: read when it is needed."""
+
+    data: Data
+    index: Tensor
+    seed: int
+
+    def __call__(self, samples: range) -> dict[str, Tensor]:
+        rows = self.index[torch.arange(samples.start, samples.stop) % len(self.index)]
+        return self.data.rows(rows, generator(self.seed, _FRESH, 0, samples.start)).cond
 
 
 def _sampled(
@@ -281,9 +302,20 @@ def _two_sets(data: Data, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return index[:count], index[count : 2 * count]
 
 
-def _gather(data: Data, index: Tensor, seed: int, which: int) -> Iterator[Batch]:
+def _gather(data: Data, index: Tensor, seed: int, which: int, bare: bool) -> Iterator[Batch]:
+    """Rows of the data; ``bare`` without their conditions, which are not read where the data can do without."""
+    alone: Any = getattr(data, "bare", None)
     for block, rows in enumerate(index.split(_BLOCK)):
-        yield data.rows(rows, generator(seed, _FRESH, which, block))
+        draw = generator(seed, _FRESH, which, block)
+        if not bare:
+            yield data.rows(rows, draw)
+        else:
+            yield Batch(data.rows(rows, draw).data if alone is None else alone(rows))
+
+
+def _bytes(cond: Mapping[str, Any]) -> int:
+    """Those of a row."""
+    return sum(value[0].nbytes for value in cond.values())
 
 
 def _conditions(cond: Mapping[str, Tensor | int], count: int, seed: int) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Measures samples that come batch by batch: points are kept whole, of images no more than their features."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,14 +59,17 @@ class Judge:
 
     Args:
         names: the metrics that will be asked for.
-        extractor: for images; None for points.
+        extractor: for images; None for points. decode: what makes images of samples and data, where those are none.
 
     Attributes:
         ends: where each of the first samples should end, (n, ...) on the CPU, or None.
         shown: the first rows of the data.
     """
 
-    def __init__(self, names: Sequence[str], extractor: nn.Module | None) -> None:
+    def __init__(
+        self, names: Sequence[str], extractor: nn.Module | None, decode: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.decode = decode
         # As Any: whether it has ``classify`` was seen to when the metrics were chosen.
         self.extractor: Any = extractor
         self.compares = any(name not in ("rmse", "accuracy") for name in names)
@@ -95,7 +98,7 @@ class Judge:
                 ends = self.ends[done : done + len(x)]
                 squares += float((x[: len(ends)].cpu().double() - ends.double()).square().sum())
             if "accuracy" in names:
-                right += accuracy(self.extractor, x, part.cond["class_labels"]) * len(x)
+                right += accuracy(self.extractor, self._seen(x), part.cond["class_labels"]) * len(x)
             shown += [x.cpu()] if done < _SHOWN else []
             done += len(x)
         values = self._distances(torch.cat(views), names) if views else {}
@@ -109,7 +112,11 @@ class Judge:
         """What of a batch is compared with the data: a list of one, or of none."""
         if not self.compares:
             return []
-        return [x.cpu() if self.extractor is None else extract(self.extractor, x)]
+        return [x.cpu() if self.extractor is None else extract(self.extractor, self._seen(x))]
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """What the extractor sees of samples."""
+        return x if self.decode is None else self.decode(x.to(next(self.extractor.parameters()).device))
 
     def _distances(self, fake: Tensor, names: Sequence[str]) -> dict[str, float]:
         real, values = self.real, {}

@@ -7,10 +7,10 @@ model's scheduler, 0 to 1000 mostly. Conditions keep the names of the model's ow
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from fewstep.networks.unet import OfDiffusers, UNet, beside, mean_part
+from fewstep.networks.calls import call_conditional_unet, call_dit, call_flux, call_pixart, call_sd3, call_wan
+from fewstep.networks.unet import OfDiffusers, UNet
 
 if TYPE_CHECKING:
     from diffusers import (
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         PixArtTransformer2DModel,
         SD3Transformer2DModel,
         UNet2DConditionModel,
+        WanTransformer3DModel,
     )
 
 
@@ -30,15 +31,7 @@ class ConditionalUNet(OfDiffusers):
     where its first convolution takes more channels than the state has.
     """
 
-    def __init__(self, model: "UNet2DConditionModel") -> None:
-        super().__init__(model)
-        config = model.config
-        blocks = (*config["down_block_types"], config["mid_block_type"] or "", *config["up_block_types"])
-        self.needed = [
-            *(["encoder_hidden_states"] if any("CrossAttn" in block for block in blocks) else []),
-            *(["class_labels"] if model.class_embedding is not None else []),
-            *(["text_embeds", "time_ids"] if config["addition_embed_type"] == "text_time" else []),
-        ]
+    model: "UNet2DConditionModel"
 
     def forward(
         self,
@@ -54,24 +47,27 @@ class ConditionalUNet(OfDiffusers):
         image: Tensor | None = None,
     ) -> Tensor:
         text = {"encoder_hidden_states": encoder_hidden_states, "text_embeds": text_embeds, "time_ids": time_ids}
-        given = {**text, "class_labels": class_labels}
-        _need(self.model, **{name: given[name] for name in self.needed})
-        added = {name: given[name] for name in ("text_embeds", "time_ids") if given[name] is not None}
-        output = self.model(
-            beside(self.model, x, image),
-            timestep,
-            encoder_hidden_states,
-            class_labels=class_labels,
-            timestep_cond=timestep_cond,
-            added_cond_kwargs=added or None,
-            encoder_attention_mask=encoder_attention_mask,
-        )
-        return mean_part(output.sample, x)
+        self.need(**text, class_labels=class_labels)
+        mask = {"encoder_attention_mask": encoder_attention_mask, "timestep_cond": timestep_cond, "image": image}
+        return call_conditional_unet(self.model, x, timestep, **text, **mask, class_labels=class_labels)
+
+    @property
+    def needed(self) -> list[str]:
+        config = self.model.config
+        blocks = (*config["down_block_types"], config["mid_block_type"] or "", *config["up_block_types"])
+        is_labelled = config["num_class_embeds"] is not None or config["class_embed_type"] not in (None, "timestep")
+        return [
+            *(["encoder_hidden_states"] if any("CrossAttn" in block for block in blocks) else []),
+            *(["class_labels"] if is_labelled else []),
+            *(["text_embeds", "time_ids"] if config["addition_embed_type"] == "text_time" else []),
+        ]
 
 
 class DiT(OfDiffusers):
     """A ``DiTTransformer2DModel``: images by class. Condition: ``class_labels`` (B,), of which the one past the last
     class stands for none."""
+
+    model: "DiTTransformer2DModel"
 
     def __init__(self, model: "DiTTransformer2DModel") -> None:
         super().__init__(model)
@@ -84,8 +80,8 @@ class DiT(OfDiffusers):
                 module.dropout_prob = 0.0
 
     def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        _need(self.model, class_labels=class_labels)
-        return mean_part(self.model(x, timestep, class_labels).sample, x)
+        self.need(class_labels=class_labels)
+        return call_dit(self.model, x, timestep, class_labels)
 
     @property
     def classes(self) -> int:
@@ -112,18 +108,14 @@ class PixArt(OfDiffusers):
         resolution: Tensor | None = None,
         aspect_ratio: Tensor | None = None,
     ) -> Tensor:
-        _need(self.model, encoder_hidden_states=encoder_hidden_states)
-        if self.model.use_additional_conditions:
-            _need(self.model, resolution=resolution, aspect_ratio=aspect_ratio)
-        added: Any = {"resolution": resolution, "aspect_ratio": aspect_ratio}
-        output = self.model(
-            x,
-            encoder_hidden_states=encoder_hidden_states,
-            timestep=timestep,
-            added_cond_kwargs=added,
-            encoder_attention_mask=encoder_attention_mask,
-        )
-        return mean_part(output.sample, x)
+        self.need(encoder_hidden_states=encoder_hidden_states, resolution=resolution, aspect_ratio=aspect_ratio)
+        told = {"resolution": resolution, "aspect_ratio": aspect_ratio}
+        return call_pixart(self.model, x, timestep, encoder_hidden_states, encoder_attention_mask, **told)
+
+    @property
+    def needed(self) -> list[str]:
+        told = ["resolution", "aspect_ratio"] if self.model.use_additional_conditions else []
+        return ["encoder_hidden_states", *told]
 
 
 class SD3(OfDiffusers):
@@ -131,6 +123,7 @@ class SD3(OfDiffusers):
     ``pooled_projections`` (B, D')."""
 
     model: "SD3Transformer2DModel"
+    needed = ("encoder_hidden_states", "pooled_projections")  # pyright: ignore
 
     def forward(
         self,
@@ -139,8 +132,8 @@ class SD3(OfDiffusers):
         encoder_hidden_states: Tensor | None = None,
         pooled_projections: Tensor | None = None,
     ) -> Tensor:
-        _need(self.model, encoder_hidden_states=encoder_hidden_states, pooled_projections=pooled_projections)
-        return self.model(x, encoder_hidden_states, pooled_projections, timestep).sample
+        self.need(encoder_hidden_states=encoder_hidden_states, pooled_projections=pooled_projections)
+        return call_sd3(self.model, x, timestep, encoder_hidden_states, pooled_projections)
 
 
 class Flux(OfDiffusers):
@@ -152,6 +145,8 @@ class Flux(OfDiffusers):
     Args:
         size: height and width of the latents, which the model's config does not say; for ``shape`` alone.
     """
+
+    model: "FluxTransformer2DModel"
 
     def __init__(self, model: "FluxTransformer2DModel", size: int = 128) -> None:
         super().__init__(model)
@@ -165,63 +160,61 @@ class Flux(OfDiffusers):
         pooled_projections: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        _need(self.model, encoder_hidden_states=encoder_hidden_states, pooled_projections=pooled_projections)
-        takes_guidance = self.model.config["guidance_embeds"]
-        if takes_guidance:
-            _need(self.model, guidance=guidance)
-        elif guidance is not None:
+        text = {"encoder_hidden_states": encoder_hidden_states, "pooled_projections": pooled_projections}
+        self.need(**text, guidance=guidance)
+        if guidance is not None and not self.takes_guidance:
             raise ValueError("this FluxTransformer2DModel takes no guidance (B,), its config has no guidance_embeds")
-        height, width = x.shape[-2:]
-        if height % 2 or width % 2:
-            raise ValueError(f"latents of {height} x {width} are not of 2 x 2 patches: even sides are needed")
-        patches = pack(x)
-        places = _places(height // 2, width // 2, x.device)
-        output = self.model(
-            patches,
-            encoder_hidden_states=encoder_hidden_states,
-            pooled_projections=pooled_projections,
-            # The model multiplies it again, after the cast to its own type.
-            timestep=timestep / 1000,
-            img_ids=places,
-            txt_ids=places.new_zeros(encoder_hidden_states.shape[1], 3),  # pyright: ignore[reportOptionalMemberAccess]
-            guidance=guidance,
-        )
-        return unpack(output.sample, height, width)
+        return call_flux(self.model, x, timestep, **text, guidance=guidance)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def takes_guidance(self) -> bool:
+        return self.model.config["guidance_embeds"]
+
+    @property
+    def needed(self) -> list[str]:
+        guidance = ["guidance"] if self.model.config["guidance_embeds"] else []
+        return ["encoder_hidden_states", "pooled_projections", *guidance]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
         """That of one sample, (C, H, W)."""
         return self.model.config["in_channels"] // 4, self.size, self.size
 
 
-def pack(x: Tensor) -> Tensor:
-    """Latents (B, C, H, W) as a row of 2 x 2 patches, (B, H W / 4, 4 C)."""
-    rows, channels, height, width = x.shape
-    patches = x.reshape(rows, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(rows, height * width // 4, 4 * channels)
+class Wan(OfDiffusers):
+    """A ``WanTransformer3DModel``: videos (B, C, F, H, W). Conditions: ``encoder_hidden_states`` (B, tokens, D), and
+    ``encoder_hidden_states_image`` (B, tokens, D') where the model was trained with an image.
 
+    Args:
+        size: frames, height and width of the latents, which the model's config does not say; for ``shape`` alone.
+    """
 
-def unpack(patches: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of :func:`pack`."""
-    rows, _, channels = patches.shape
-    grid = patches.reshape(rows, height // 2, width // 2, channels // 4, 2, 2)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(rows, channels // 4, height, width)
+    model: "WanTransformer3DModel"
 
+    def __init__(self, model: "WanTransformer3DModel", size: tuple[int, int, int] = (21, 60, 104)) -> None:
+        super().__init__(model)
+        self.size = size
 
-def _places(height: int, width: int, device: torch.device) -> Tensor:
-    """Where each patch is: (height * width, 3), rows of (0, y, x)."""
-    y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
-    return torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).float()
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_image: Tensor | None = None,
+    ) -> Tensor:
+        text = {"encoder_hidden_states": encoder_hidden_states}
+        self.need(**text, encoder_hidden_states_image=encoder_hidden_states_image)
+        return call_wan(self.model, x, timestep, **text, encoder_hidden_states_image=encoder_hidden_states_image)
 
+    @property
+    def needed(self) -> list[str]:
+        image = ["encoder_hidden_states_image"] if self.model.config["image_dim"] is not None else []
+        return ["encoder_hidden_states", *image]
 
-def _need(model: Any, **cond: Tensor | None) -> None:
-    missing = [name for name, value in cond.items() if value is None]
-    if missing:
-        is_text = missing[0] not in ("class_labels", "guidance")
-        raise ValueError(
-            f"this {type(model).__name__} needs the condition {missing[0]}, one row a sample, and this call does not "
-            f"have it: pass it{'; field.text.encode(prompts) makes the conditions of prompts' if is_text else ''}"
-        )
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of one sample, (C, F, H, W)."""
+        return self.model.config["out_channels"], *self.size
 
 
 # By the name of the class in diffusers.
@@ -232,4 +225,5 @@ FAMILIES: dict[str, type[Any]] = {
     "SD3Transformer2DModel": SD3,
     "UNet2DConditionModel": ConditionalUNet,
     "UNet2DModel": UNet,
+    "WanTransformer3DModel": Wan,
 }

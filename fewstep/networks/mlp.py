@@ -54,6 +54,11 @@ class MLP(nn.Module):
             h = layer(nn.functional.gelu(h))
         return self.output(nn.functional.gelu(h))
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether it is told the strength of guidance."""
+        return self.config["guidance"]
+
     def with_second_time(self, guidance: bool = False) -> "MLP":
         """The same network with a second time that is silent, as a student starts."""
         student = MLP(**{**self.config, "times": 2, "guidance": guidance or self.config["guidance"]})

@@ -5,23 +5,55 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, AutoencoderTiny, FlowMapEulerDiscreteScheduler, UNet2DModel, VQModel
+import diffusers
+from diffusers import FlowMapEulerDiscreteScheduler, UNet2DModel
 
-from fewstep.networks import class_time_unet
+from fewstep.errors import unknown
+from fewstep.latents import KNOWN_VAES
+from fewstep.model_files import plainly
+from fewstep.networks import two_times
 from fewstep.pipelines import flow_map
 
-_VAES: dict[str, Any] = {vae.__name__: vae for vae in (AutoencoderKL, AutoencoderTiny, VQModel)}
+# The library of a class that the folder carries, in `model_index.json`: the name of its file.
+CARRIED = "two_times"
+# The same before there was one file for all families, and how its models are made now.
+_BEFORE = {
+    "ClassTimeUNet2DModel": {"second_time": "t", "told_guidance": False},
+    "GuidedTimeUNet2DModel": {"second_time": "t", "told_guidance": True},
+}
 
 
-def has_vae(index: dict[str, Any]) -> bool:
-    """Whether a ``model_index.json`` names a VAE; diffusers writes a pair of nulls for none."""
-    return (index.get("vae") or (None, None))[1] is not None
+def has_part(index: dict[str, Any], name: str) -> bool:
+    """Whether a ``model_index.json`` names a part; diffusers writes a pair of nulls for none."""
+    return (index.get(name) or (None, None))[1] is not None
 
 
-def load_unet(folder: Path, index: dict[str, Any], **kwargs: Any) -> Any:
-    """The network of an export, whose ``model_index.json`` has been read."""
-    model: Any = getattr(class_time_unet, index["unet"][1], UNet2DModel)
-    return model.from_pretrained(folder / "unet", use_safetensors=True, low_cpu_mem_usage=False, **kwargs)
+def network_folder(index: dict[str, Any]) -> str:
+    """The folder of an export's network: ``unet`` or ``transformer``."""
+    return "unet" if has_part(index, "unet") else "transformer"
+
+
+def load_network(folder: Path, index: dict[str, Any], **kwargs: Any) -> Any:
+    """The network of an export, whose ``model_index.json`` has been read.
+
+    Raises:
+        ValueError: a class that fewstep does not write.
+    """
+    part = network_folder(index)
+    name = index[part][1]
+    known = {kind: getattr(two_times, kind) for kind in vars(two_times) if kind.startswith("TwoTime")}
+    known |= {"UNet2DModel": UNet2DModel, **dict.fromkeys(_BEFORE, two_times.TwoTimeUNet2DModel)}
+    if name not in known:
+        raise unknown(f"network in {folder / part}", name, [kind for kind in known if kind.endswith("Model")])
+    return _loaded(known[name], folder / part, kwargs, **_BEFORE.get(name, {}))
+
+
+def _loaded(kind: Any, folder: Path, options: dict[str, Any], **config: Any) -> Any:
+    """A model of diffusers with the weights in its folder."""
+    model = kind.from_pretrained(folder, **{**plainly(kind), **options}, **config)
+    dtype = options.get("dtype") or options.get("torch_dtype")
+    # The plain way of loading leaves some as they are saved.
+    return model if dtype is None or model.dtype == dtype else model.to(dtype)
 
 
 class FlowMapPipeline(flow_map.FlowMapPipeline):
@@ -37,13 +69,19 @@ class FlowMapPipeline(flow_map.FlowMapPipeline):
         """
         folder = Path(pretrained_model_name_or_path)
         index = json.loads((folder / "model_index.json").read_text())
+        parts: dict[str, Any] = {network_folder(index): load_network(folder, index, **kwargs)}
+        if has_part(index, "vae"):
+            name = index["vae"][1]
+            if name not in KNOWN_VAES:
+                raise unknown("VAE", name, KNOWN_VAES)
+            parts["vae"] = _loaded(getattr(diffusers, name), folder / "vae", kwargs)
+        if index.get("text"):
+            from fewstep.prompts import load_encoders
+
+            parts |= load_encoders(folder, index, **kwargs)
         scheduler: Any = FlowMapEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-        vae = None
-        if has_vae(index):
-            options = {"use_safetensors": True, "low_cpu_mem_usage": False, **kwargs}
-            vae = _VAES[index["vae"][1]].from_pretrained(folder / "vae", **options)
-        options = {key: index[key] for key in ("gamma", "guidance") if key in index}
-        return cls(load_unet(folder, index, **kwargs), scheduler, index["diffusion"], vae=vae, **options)
+        told = ("diffusion", "gamma", "guidance", "shape", "needs", "id2label", "text")
+        return cls(scheduler, **parts, **{key: index[key] for key in told if key in index})
 
 
 __all__ = ["FlowMapPipeline"]

@@ -11,11 +11,11 @@ from fewstep.training import checkpoints
 from fewstep.training.trackers import read_metrics
 
 # What may change between a run and its continuation: how long it is, and what only shows, keeps or places it.
-MAY_DIFFER = frozenset(
+MAY_DIFFER = frozenset({"data_classes"}) | frozenset(
     f"training.{name}"
     for name in (
         "steps", "max_seconds", "checkpoint_every", "keep", "log_every", "track", "quiet", "out", "resume", "device",
-        "accumulate",
+        "accumulate", "gradient_checkpointing",
     )
 )  # fmt: skip
 

@@ -1,13 +1,15 @@
 """What one update is made of: the loss as a module (so that DDP sees one forward), gradients, optimizers."""
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.checkpoint import CheckpointError
 
 from fewstep.data.batch import Batch
 from fewstep.errors import TrainingError
@@ -103,6 +105,23 @@ def check_scale(scaler: torch.amp.GradScaler, step: int) -> None:
             f"step {step}: the fp16 gradients overflow at every scale (now {scaler.get_scale():.1g}), so no update is "
             "made any more. The last checkpoint is whole; use precision='bf16' or 'float32'"
         )
+
+
+@contextmanager
+def checkpoints_followed(objective: Objective) -> Iterator[None]:
+    """Says so, where gradient checkpoints cannot follow what an objective asks of the network.
+
+    Raises:
+        ValueError: it goes back through a forward derivative of the network.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise ValueError(
+            f"gradient_checkpointing: {type(objective).__name__} differentiates the network forward and back through "
+            "that, which checkpoints cannot follow: leave it out, or have differences in the place of the derivative "
+            "(jvp: difference) where the objective has the choice"
+        ) from None
 
 
 def seed_dropout(device: torch.device, seed: int, step: int, rank: int) -> None:

@@ -1,0 +1,173 @@
+"""Text to image end to end, on clothes: a small latent diffusion model of captions, and students of it.
+
+    python benchmarks/text_to_image.py FOLDER teacher
+    python benchmarks/text_to_image.py FOLDER distill --way full lora
+    python benchmarks/text_to_image.py FOLDER judge
+
+``teacher`` writes 20,000 pictures of Fashion-MNIST at 32 x 32 with captions ("a coat"), trains a VAE of them (latents
+4 x 8 x 8), encodes both once, trains a U-Net to denoise the latents by their captions, a tenth of which is dropped, and
+saves it all as a ``StableDiffusionPipeline``. Its CLIP has random weights: what matters is that it is frozen and that
+captions differ. ``distill`` runs `fewstep distill` on that folder and the pictures, with guidance 2 folded in.
+``judge`` decodes 1,000 samples a step count, and prints the Frechet distance in the features of a small classifier of
+the pictures, and how many are of the class that the prompt names.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import fewstep
+from fewstep.data import ArrayData, Dropped
+from fewstep.drawing import draw
+from fewstep.evaluation.extractor import accuracy, extract, trained_classifier
+from fewstep.evaluation.features import FeatureStatistics, frechet_distance
+
+NAMES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
+PROMPTS = [f"a {name}" for name in NAMES]
+GUIDANCE, COUNT = 2.0, 1000
+WAYS = {
+    "full": ["--training.steps", "1500", "--training.lr", "3e-4"],
+    "lora": ["--training.steps", "1500", "--training.lr", "1e-3", "--student.lora.rank", "16"],
+}
+
+
+def clothes(split: str, count: int | None = None) -> ArrayData:
+    """Fashion-MNIST as RGB at 32 x 32, with labels."""
+    data: Any = fewstep.load_data("fashion-mnist", split=split)
+    pixels = torch.from_numpy(data.array[:count].copy())
+    pixels = nn.functional.pad(pixels, (2, 2, 2, 2)).expand(-1, 3, -1, -1).contiguous()
+    return ArrayData(pixels, {"class_labels": data.cond["class_labels"][:count]}, classes=NAMES)
+
+
+def write_pictures(folder: Path) -> None:
+    if (folder / "metadata.jsonl").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    data, lines = clothes("train", 20_000), []
+    for i, (pixels, label) in enumerate(zip(data.array, data.cond["class_labels"], strict=True)):
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{i:05d}.png")
+        lines.append(json.dumps({"file_name": f"{i:05d}.png", "text": PROMPTS[int(label)]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def train_vae(data: ArrayData, steps: int = 1500) -> AutoencoderKL:
+    torch.manual_seed(0)
+    vae: Any = AutoencoderKL(
+        block_out_channels=(16, 32, 32), down_block_types=("DownEncoderBlock2D",) * 3, norm_num_groups=8,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=4, sample_size=32,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3)
+    draw_rows = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        index = torch.randint(len(data.array), (64,), generator=draw_rows)
+        x = data.rows(index, draw_rows).data
+        posterior = vae.encode(x).latent_dist
+        loss = (vae.decode(posterior.sample(draw_rows)).sample - x).square().mean() + 1e-4 * posterior.kl().mean() / 256
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 250 == 0:
+            print(f"VAE, step {step}: {float(loss):.4f}", flush=True)
+    with torch.no_grad():
+        z = vae.encode(data.rows(torch.arange(512), draw_rows).data).latent_dist.mode()
+    vae.register_to_config(scaling_factor=1 / float(z.std()))
+    return vae.eval()
+
+
+def text_encoder() -> dict[str, Any]:
+    """A CLIP of random weights that reads letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz-"
+    known = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(known)}, merges=[], model_max_length=16)
+    torch.manual_seed(1)
+    config = CLIPTextConfig(
+        vocab_size=len(known), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    return {"tokenizer": tokenizer, "text_encoder": CLIPTextModel(config).eval()}
+
+
+def train_teacher(folder: Path) -> None:
+    write_pictures(folder / "pictures")
+    torch.manual_seed(0)
+    unet: Any = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(64, 96), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64, attention_head_dim=4, norm_num_groups=16,
+    )  # fmt: skip
+    scheduler: Any = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    unused: Any = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline(
+        vae=train_vae(clothes("train", 20_000)), unet=unet, scheduler=scheduler, **text_encoder(), **unused
+    )
+    pipeline.save_pretrained(folder / "pipeline")
+
+    field: Any = fewstep.load(folder / "pipeline")
+    fewstep.encode(field, folder / "pictures", folder / "encoded", batch=64)
+    data: Any = fewstep.load_data(folder / "encoded")
+    null = {"encoder_hidden_states": field.text.null()["encoder_hidden_states"]}
+    field.requires_grad_(True)
+    result: Any = fewstep.fit(
+        field, fewstep.Denoising(), Dropped(data, 0.1, null), 4000, batch=64, lr=1e-3, warmup=200, out=folder / "run"
+    )
+    pipeline.unet = result.ema.network.model
+    pipeline.save_pretrained(folder / "pipeline")
+
+
+def distill(folder: Path, way: str) -> None:
+    command = [
+        "distill", "--teacher", str(folder / "pipeline"), "--data", str(folder / "pictures"), "--training.batch", "64",
+        "--teacher.guidance", json.dumps({"scale": GUIDANCE, "null": "text"}), "--evaluation.count", "0",
+        "--out", str(folder / f"itvm-{way}"), *WAYS[way],
+    ]  # fmt: skip
+    print("fewstep", *command, flush=True)
+    subprocess.run([sys.executable, "-m", "fewstep", *command], check=True)
+
+
+def judge(folder: Path) -> None:
+    classifier = trained_classifier(clothes("train"))
+    held_out = clothes("test").rows(torch.arange(5000), torch.Generator()).data
+    real = FeatureStatistics.of(extract(classifier, held_out))
+    wanted = torch.arange(COUNT) % len(PROMPTS)
+    print("| model | network calls | FD | of the class asked for |", "|---|---|---|---|", sep="\n")
+    runs = {f"ITVM, {way}": folder / f"itvm-{way}" for way in WAYS if (folder / f"itvm-{way}").is_dir()}
+    for name, source in {**runs, "teacher": folder / "pipeline"}.items():
+        model = fewstep.load(source)
+        is_map = isinstance(model, fewstep.FlowMap)
+        for steps in (1, 2, 4, 8) if is_map else (1, 2, 4, 8, 50):
+            guidance = {} if is_map else {"guidance": GUIDANCE}
+            pictures, _, calls = draw(model, COUNT, steps, prompts=PROMPTS, decode=True, batch=250, **guidance)
+            fd = frechet_distance(FeatureStatistics.of(extract(classifier, pictures)), real)
+            print(f"| {name} | {calls:g} | {fd:.2f} | {accuracy(classifier, pictures, wanted):.1%} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("stage", choices=["teacher", "distill", "judge"])
+    parser.add_argument("--way", nargs="+", default=list(WAYS), choices=list(WAYS))
+    args = parser.parse_args()
+    if args.stage == "teacher":
+        train_teacher(args.folder)
+    elif args.stage == "distill":
+        for way in args.way:
+            distill(args.folder, way)
+    else:
+        judge(args.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""`plan`: what a training will need, before it is started."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fewstep.console import print_table, say_next
+
+if TYPE_CHECKING:
+    from fewstep.planning import Plan
+
+Table = tuple[list[str], list[list[Any]]]
+
+# The recipes of what `distill` and `train` are given.
+_USUAL = {"teacher": "distill", "data": "photos-teacher"}
+CARDS = (24, 48, 80)  # GB
+CALLS = (1, 2, 4, 8)
+_UNITS = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"), (0.0, "us"))
+
+
+def run_plan(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from fewstep.config import load_recipe
+    from fewstep.errors import unknown
+    from fewstep.planning import GPUS, plan
+
+    if not 0 < args.utilization <= 1:
+        raise ValueError(f"--utilization {args.utilization:g}: the share of its peak that a GPU reaches lies in (0, 1]")
+    if args.gpu is not None and args.gpu not in GPUS:
+        raise unknown("GPU", args.gpu, GPUS)
+    source = args.recipe or next((name for key, name in _USUAL.items() if key in overrides), None)
+    if source is None:
+        raise ValueError("fewstep plan needs a recipe, --teacher or --data: `fewstep recipes` lists recipes")
+    recipe = load_recipe(source, overrides)
+    found = plan(recipe)
+    print(title(found))
+    print_table(*memory_table(found))
+    columns, fits = fit_table(found)
+    print_table(columns, fits)
+    print_table(*time_table(found, [args.gpu] if args.gpu else list(GPUS), args.utilization))
+    print(notes(found, args.utilization))
+    flags = next((row[3] for row in fits if row[1] is not None), "")
+    given = [word for key, value in overrides.items() for word in (f"--{key}", value)]
+    verb = "train" if recipe.teacher is None else "distill"
+    start = shlex.join(["fewstep", verb, *([args.recipe] if args.recipe else []), *given])
+    say_next([f"{start} {flags}".strip()])
+    return 0
+
+
+def title(plan: "Plan") -> str:
+    some = f", {plan.trained:,} of which train" if plan.trained < plan.parameters else ""
+    return (
+        f"{plan.recipe.name}: a {plan.student} of {plan.parameters:,} parameters{some}; "
+        f"samples of {' x '.join(map(str, plan.shape))}, {plan.recipe.training.batch} an update"
+    )
+
+
+def memory_table(plan: "Plan") -> Table:
+    """What lies in memory with the recipe's own micro-batch."""
+    rows = plan.step.rows
+    total = plan.total(rows)
+    held = f"{size(plan.step.held)} kept for the backward pass"
+    lines: list[list[Any]] = [[part.name, f"{part.numbers:,}", part.bytes] for part in plan.parts]
+    lines.append([f"a step of {rows} rows ({held})", None, plan.passing(rows)])
+    lines.append(["CUDA, and lost between blocks (estimated)", None, total - plan.fixed - plan.passing(rows)])
+    lines.append(["all", None, total])
+    lines.append(["a checkpoint on disk", None, plan.checkpoint])
+    lines.append(["10,000 rows of data in float16, on disk", None, 10_000 * plan.row])
+    return ["part", "numbers", "bytes"], [[*words, size(value)] for *words, value in lines]
+
+
+def fit_table(plan: "Plan") -> Table:
+    """The largest micro-batch for each card, and what the recipe has to say for it or to change."""
+    from fewstep.planning import GIB, changes, fit_on
+    from fewstep.planning import plan as again
+
+    rows: list[list[Any]] = []
+    others = [({}, plan)]
+    pending = changes(plan.recipe)
+    for card in CARDS:
+        fit, keys = None, {}
+        while fit is None:
+            fit, keys = next(((f, keys) for keys, p in others if (f := fit_on(p, card * GIB))), (None, {}))
+            if fit is None:
+                more = next(pending, None)
+                if more is None:
+                    break
+                others.append((more[0], again(more[1])))
+        if fit is None:
+            least = min((p.total(p.least.rows) for _, p in others)) / GIB
+            rows.append([f"{card} GB", None, None, f"does not fit: {least:.1f} GiB at the very least"])
+        else:
+            rows.append([f"{card} GB", fit.micro, f"{fit.bytes / GIB:.1f}", flags_of({**keys, **fit.keys})])
+    return ["GPU", "rows at once", "GiB", "with"], rows
+
+
+def size(value: float) -> str:
+    """Bytes in their unit: 3 * 2**29 are ``1.50 GiB``."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if value >= 0.1 * 2**power:
+            return f"{value / 2**power:.2f} {unit}"
+    return f"{value:.0f} B"
+
+
+def flags_of(keys: dict[str, Any]) -> str:
+    """Keys of a recipe as they are typed."""
+    return " ".join(f"--{key} {str(value).lower() if value is True else value}" for key, value in keys.items())
+
+
+def time_table(plan: "Plan", gpus: Sequence[str], utilization: float) -> Table:
+    """An update, the training, and a sample at some numbers of calls."""
+    steps = plan.recipe.training.steps
+    columns = ["GPU", "an update", f"{steps or 'all'} updates", *(f"{n} call{'s' * (n > 1)}" for n in CALLS)]
+    columns += ["teacher, 50 steps"] if plan.teacher_call else []
+    rows: list[list[Any]] = []
+    for gpu in gpus:
+        one = plan.seconds(plan.flops, gpu, utilization)
+        calls = [plan.seconds(n * plan.call, gpu, utilization) for n in CALLS]
+        calls += [plan.seconds(50 * plan.teacher_call, gpu, utilization)] if plan.teacher_call else []
+        whole = duration(steps * one) if steps else duration(plan.recipe.training.max_seconds or 0)
+        rows.append([gpu, duration(one), whole, *map(duration, calls)])
+    return columns, rows
+
+
+def notes(plan: "Plan", utilization: float) -> str:
+    """What of all this is counted, and what estimated."""
+    row = plan.flops / plan.recipe.training.batch
+    return (
+        f"Counted: parameters and their copies; the bytes of a step, in the types that "
+        f"{plan.recipe.training.precision} gives it on a GPU; {number(row)}FLOP a row of an update and "
+        f"{number(plan.call)}FLOP a call of the student.\n"
+        f"Estimated: times, at {utilization:.0%} of a GPU's peak (--utilization), nothing waited for; 5 % of memory "
+        "lost between blocks, 1 GiB for CUDA.\n"
+        "Not counted: VAE and text encoders, which are on the GPU while data are encoded and samples drawn."
+    )
+
+
+def number(value: float) -> str:
+    """With the prefix of a unit: 1.2e12 is ``1.2 T``."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.0f} "
+
+
+def duration(seconds: float) -> str:
+    size, unit = next((size, unit) for size, unit in _UNITS if seconds >= size)
+    return f"{seconds / (size or 1e-6):.3g} {unit}"

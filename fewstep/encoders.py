@@ -1,0 +1,108 @@
+"""The VAE and text encoders of a model without its network: found, known by what they are, and the empty prompt that
+they have encoded before."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from fewstep.data.decode import cache_folder
+from fewstep.data.encoded import read_shard
+from fewstep.drawing import Model
+from fewstep.evaluation.files import replace_file
+from fewstep.fields import NetworkField
+from fewstep.latents import Latents
+from fewstep.model_files import WEIGHT_FILES, WEIGHTS, read_json
+from fewstep.prompts import Prompts, text_parts
+
+_TEXT_FILES = (*(file.replace(WEIGHTS, "model") for file in WEIGHT_FILES), "*.json", "*.txt", "*.model")
+# Keys of a config.json that say where it is from and by what it was written, not what the model is.
+_NOT_THE_MODEL = ("transformers_version", "torch_dtype", "dtype", "architectures", "name_or_path")
+
+
+def encoders_of(source: str | Path) -> Model:
+    """A model for its VAE, its text encoders, its classes and the size of its samples alone: of a diffusers folder, the
+    weights of the network are not read.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``fewstep.load``.
+    """
+    import diffusers
+
+    from fewstep.diffusers_folder import look_into
+    from fewstep.networks import FAMILIES
+    from fewstep.parts import find_model
+
+    folder = Path(source).expanduser()
+    index = read_json(folder / "model_index.json").get("_class_name")
+    if not isinstance(index, str) or not hasattr(diffusers, index):
+        return find_model(str(source))
+    found = look_into(folder)
+    with torch.device("meta"):
+        model = getattr(diffusers, found.class_name).from_config(read_json(found.model / "config.json"))
+    field = NetworkField(FAMILIES[found.class_name](model))
+    field.latents, field.text = found.latents, found.text
+    return field
+
+
+def vae_identity(latents: Latents) -> str:
+    """A VAE by its class and a hash of its weights and its config."""
+    digest = hashlib.sha256()
+    if latents.folder is None:
+        config, weights = dict(latents.vae.config), latents.vae.state_dict()
+        for name, value in weights.items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        name = type(latents.vae).__name__
+    else:
+        config = read_json(latents.folder / "config.json")
+        name = config.get("_class_name", "")
+        for file in sorted(file for pattern in WEIGHT_FILES for file in latents.folder.glob(pattern)):
+            digest.update(f"{file.name} {_digest(file)}".encode())
+    digest.update(_plain(config).encode())
+    return f"{name} {digest.hexdigest()[:16]}"
+
+
+def text_identity(text: Prompts) -> str | None:
+    """The tokenizers and text encoders of a pipeline by its class and a hash of them; None where not all are here."""
+    digest = hashlib.sha256(str(text.index.get("force_zeros_for_empty_prompt", True)).encode())
+    for part in text_parts(text.index):
+        files = sorted({file for pattern in _TEXT_FILES for file in (text.folder / part).glob(pattern)})
+        if not files:
+            return None
+        for file in files:
+            is_config = file.suffix == ".json" and "config" in file.name
+            digest.update(f"{part} {file.name} {_plain(read_json(file)) if is_config else _digest(file)}".encode())
+    return f"{text.pipeline} {digest.hexdigest()[:16]}"
+
+
+def kept_null(text: Prompts, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """``text.null()``, from the cache where these encoders have been asked before: they need not be loaded for it."""
+    known = text_identity(text)
+    file = cache_folder() / "null" / f"{str(known).replace(' ', '-')}.safetensors"
+    if known is None or not file.is_file():
+        null = {name: value.cpu().contiguous() for name, value in text.null(device).items()}
+        if known is None:
+            return null
+        replace_file(file, save(null))
+    return {name: value.to(device) for name, value in read_shard(file).items()}
+
+
+def _plain(config: dict[str, Any]) -> str:
+    kept = {key: value for key, value in config.items() if not key.startswith("_") and key not in _NOT_THE_MODEL}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _digest(file: Path) -> str:
+    """The hash of a file, which is read once: after that, it is known by its place, size and time."""
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:32]
+    note = cache_folder() / "hashes" / key
+    if not note.is_file():
+        with file.open("rb") as opened:
+            replace_file(note, hashlib.file_digest(opened, "sha256").hexdigest().encode())
+    return note.read_text()

@@ -1,0 +1,292 @@
+"""Pictures and captions as what a latent model trains on: latents and text embeddings, computed once, in shards.
+
+``fewstep.data.encoded`` reads what is written here.
+"""
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.data.captions import Captioned, Rows
+from fewstep.data.decode import cache_folder, decode, unreadable
+from fewstep.data.encoded import FACTS, FORMAT, INDEX, Encoded, read_facts
+from fewstep.data.sources import listed
+from fewstep.drawing import Model, classes_of, shape_of
+from fewstep.encoders import encoders_of, text_identity, vae_identity
+from fewstep.errors import unknown
+from fewstep.evaluation.files import replace_file
+from fewstep.texts import DTYPES, cast, is_kept, keep, note_of, rows_of, turns_of, write_texts
+from fewstep.training.distributed import choose_device, environment
+from fewstep.training.folder import differences
+
+Progress = Callable[[int, int], None]
+
+
+def encode(
+    model: Model | str | Path,
+    data: str | Path | Captioned,
+    out: str | Path,
+    *,
+    size: int | None = None,
+    dtype: str = "float16",
+    batch: int = 16,
+    shard: int | None = None,
+    on_error: str = "raise",
+    device: torch.device | str | None = None,
+    command: str = "fewstep.encode with the same arguments",
+    progress: Progress | None = None,
+    rest: bool = False,
+    **options: Any,
+) -> int:
+    """Encode pictures and their captions for a latent model, once, into the folder ``out``; returns how many shards are
+    still missing.
+
+    Shards that are there with the hash that they were written with stay, so a call that was stopped, repeated, goes on.
+    Under torchrun or SLURM the processes share out the shards, with no word between them: what is missing at the end
+    is still on its way in another process. Each distinct caption is encoded once; latents are the means of the VAE's
+    posterior.
+
+    Args:
+        model: what they are encoded for, a model with ``latents`` (and ``text``), or its name: of a diffusers folder
+            only VAE and text encoders are loaded.
+        data: a folder of pictures, ``hf:NAME``, webdataset shards: see ``fewstep.data.captions``.
+        out: the folder of ``encoded.json``, ``index.json`` and the shards; each file is whole or absent.
+        size: side of the pictures in pixels: the middle square is cut out and resized. By default that of the model.
+        dtype: how latents and embeddings are kept: float16, bfloat16 or float32.
+        batch: pictures and captions encoded at once. shard: pictures in a file; by default about 256 MB.
+        on_error: what a picture that cannot be read does, or a row without caption: raise, or skip.
+        device: the default is the process's GPU if there is one, else the CPU.
+        command: what to type to go on, told where a shard is missing.
+        progress: called with the pictures and captions done and all those of this process.
+        rest: afterwards, make what the other processes have not made yet.
+        options: of the kind of data (``caption``, ``image``, ``split``, ...).
+
+    Raises:
+        FileNotFoundError: no such data. ValueError: arguments that cannot be, a folder of other data or of another
+            model, or of something else; a picture that cannot be read; numbers that the dtype cannot hold.
+
+    >>> encode("./stable-diffusion", "./photos", "encoded", size=512)
+    >>> fit(student, ITVM(teacher), load_data("encoded"), steps=20_000)
+    """
+    for name, value in (("batch", batch), ("shard", shard)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    model = encoders_of(model) if isinstance(model, str | Path) else model
+    source = data if isinstance(data, Captioned) else listed(data, **options)
+    out = Path(out).expanduser()
+    facts = settings(model, source, size, dtype, on_error)
+    _refuse_others(out, facts)
+    rows = source.rows
+    columns, captions = _columns(model, rows, str(data))
+    if rows.problems and on_error == "raise":
+        row = next(iter(rows.problems))
+        raise unreadable(rows.names[row], rows.problems[row])
+    per_shard = shard or rows_of(int(np.prod(facts["shape"])) * DTYPES[dtype].itemsize)
+    facts |= {
+        "count": len(rows), "shard": per_shard, "captions": len(captions),
+        "classes": list(rows.classes) if facts["labels"] else None, "command": command,
+    }  # fmt: skip
+    _claim(out, facts)
+
+    world, place = environment(), choose_device(device, environment())
+    total, done = -(-(len(rows) + len(captions)) // (1 if rest else world.size)), 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(min(done, total), total)
+
+    texts: list[Path] = []
+    if model.text is not None:
+        sides = (facts["size"], facts["size"])
+        how: dict[str, Any] = {"dtype": dtype, "batch": batch, "device": place}
+        texts = write_texts(model.text, captions, out, size=sides, **how, turns=turns_of(world, rest), tick=tick)
+    latents: Any = copy.copy(model.latents)  # so that the VAE is let go again
+    files = [out / f"latents-{i:05d}.safetensors" for i in range(-(-len(rows) // per_shard))]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for i in turns_of(world, rest)(len(files)):
+            part = range(i * per_shard, min((i + 1) * per_shard, len(rows)))
+            if is_kept(files[i]):
+                tick(len(part))
+                continue
+            pictures = _pictures(rows, part, facts["size"], latents.image_channels, batch, on_error, pool)
+            keep(files[i], _encoded(latents, pictures, columns, facts, place, tick))
+    missing = [file for file in (*files, *texts) if not (file.is_file() and note_of(file).is_file())]
+    if not missing:
+        index = {file.name: json.loads(note_of(file).read_text()) for file in (*files, *texts)}
+        if not any(index[file.name]["rows"] for file in files):
+            raise ValueError(f"none of the {len(rows)} pictures of {data} can be used")
+        replace_file(out / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    return len(missing)
+
+
+def encoded_once(
+    model: Model,
+    data: str | Path,
+    *,
+    size: int | None = None,
+    dtype: str = "float16",
+    on_error: str = "raise",
+    encode_batch: int = 16,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Encoded:
+    """Data of pictures encoded for a model, from the cache ($FEWSTEP_CACHE, else ~/.cache/fewstep), where it is put
+    first if it is not there. Several processes share the work, and each sees to it that all of it is done.
+
+    Args:
+        encode_batch: pictures and captions encoded at once; the others as for :func:`encode`.
+    """
+    source = listed(data, **options)
+    facts = settings(model, source, size, dtype, on_error)
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cache_folder() / "encoded" / key
+    if not (folder / INDEX).is_file():
+        how: dict[str, Any] = {"size": size, "dtype": dtype, "on_error": on_error, "batch": encode_batch}
+        encode(model, source, folder, **how, rest=True, progress=progress, command=f"a training on {data}")
+    return Encoded(folder)
+
+
+def settings(model: Model, source: Captioned, size: int | None, dtype: str, on_error: str) -> dict[str, Any]:
+    """What makes one folder of encoded data another than the next.
+
+    Raises:
+        ValueError: a model of pixels, a size that its VAE does not take, an unknown dtype or on_error.
+    """
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    if on_error not in ("raise", "skip"):
+        raise unknown("on_error", on_error, ["raise", "skip"])
+    latents, text = model.latents, model.text
+    if latents is None:
+        raise ValueError("the model works on pixels, it has no VAE: there is nothing to encode, train on the pictures")
+    size = latents.image_shape_of(shape_of(model))[-1] if size is None else size
+    if size < 1:
+        raise ValueError(f"size={size}: the side of a picture is at least 1 pixel")
+    return {
+        "format": FORMAT, "data": source.identity, "size": size, "dtype": dtype, "on_error": on_error,
+        "shape": list(latents.shape_of((latents.image_channels, size, size))), "vae": vae_identity(latents),
+        "text": None if text is None else text_identity(text), "labels": bool(classes_of(model)),
+    }  # fmt: skip
+
+
+def check_model(data: Encoded, model: Model, name: str) -> None:
+    """That a folder was encoded by the VAE and the text encoders of this model, as far as they are here.
+
+    Raises:
+        ValueError: it was not; names what differs.
+    """
+    here = {
+        "vae": None if model.latents is None else vae_identity(model.latents),
+        "text": None if model.text is None else text_identity(model.text),
+    }
+    differing = [
+        f"{key} is {data.facts[key]} there and {value} in the model"
+        for key, value in here.items()
+        if value is not None and data.facts[key] != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{name} was encoded by another model: {'; '.join(differing)}. Encode the pictures for this one"
+        )
+
+
+def _claim(out: Path, facts: dict[str, Any]) -> None:
+    """Write the facts, or see that those that are there are the same. Every process does: they write the same bytes."""
+    names = os.listdir(out) if out.is_dir() else []
+    if FACTS in names:
+        _refuse_others(out, facts)
+        return
+    # Another process may be at it, with a file that is not yet renamed.
+    if out.is_file() or any(FACTS not in name for name in names):
+        raise ValueError(
+            f"{out} holds something else than encoded data: nothing in it is overwritten, use another folder"
+        )
+    replace_file(out / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def _refuse_others(out: Path, facts: dict[str, Any]) -> None:
+    """Refuse a folder of which any of these facts is another."""
+    if not (out / FACTS).is_file():
+        return
+    saved = read_facts(out)
+    if differing := differences({key: saved.get(key) for key in facts}, facts, ("command",)):
+        raise ValueError(
+            f"{out} holds what was encoded otherwise: {'; '.join(differing)}. Use another folder, or remove that one"
+        )
+
+
+def _columns(model: Model, rows: Rows, name: str) -> tuple[dict[str, Tensor], list[str]]:
+    """What the model is told of each row: which of the distinct captions is its own, or its class. And those captions.
+
+    Raises:
+        ValueError: the data does not say it.
+    """
+    columns, captions, classes = {}, {}, classes_of(model)
+    if model.text is not None:
+        if rows.captions is None:
+            raise ValueError(
+                f"the model is conditioned on text, and {name} has no captions: a folder has them in metadata.jsonl, "
+                'a line a picture, {"file_name": "0001.png", "text": "a cat"}'
+            )
+        columns["text"] = torch.tensor([captions.setdefault(caption, len(captions)) for caption in rows.captions])
+    if classes:
+        if rows.labels is None:
+            raise ValueError(f"the model has {classes} classes, and {name} has no labels: sub-folders are classes")
+        labels = columns["class_labels"] = torch.tensor(rows.labels)
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= classes:
+            raise ValueError(f"{name} has labels {low} to {high}, and the model the classes 0 to {classes - 1}")
+    return columns, list(captions)
+
+
+def _pictures(
+    rows: Rows, part: range, size: int, channels: int, batch: int, on_error: str, pool: ThreadPoolExecutor
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """The pictures of some rows, decoded a batch ahead, and which rows they are: those that can be used."""
+
+    def begin(start: int) -> list[Any]:
+        places = slice(start, min(start + batch, part.stop))
+        return [pool.submit(decode, source, size, channels) for source in rows.read(places)]
+
+    pending = begin(part.start)
+    for start in range(part.start, part.stop, batch):
+        now, pending = pending, begin(start + batch) if start + batch < part.stop else []
+        found = {}
+        for row, job in enumerate(now, start):
+            pixels = rows.problems.get(row) or job.result()
+            if not isinstance(pixels, str):
+                found[row] = pixels
+            elif on_error == "raise":
+                raise unreadable(rows.names[row], pixels)
+        yield list(found), np.stack(list(found.values())) if found else np.empty((0, channels, size, size), np.uint8)
+
+
+def _encoded(
+    latents: Any,
+    pictures: Iterator[tuple[list[int], np.ndarray]],
+    columns: dict[str, Tensor],
+    facts: dict[str, Any],
+    place: torch.device,
+    tick: Callable[[int], None],
+) -> dict[str, Tensor]:
+    """The rows of a shard."""
+    parts: list[Tensor] = [torch.empty(0, *facts["shape"], dtype=DTYPES[facts["dtype"]])]
+    kept: list[int] = []
+    for index, pixels in pictures:
+        if index:
+            images = torch.from_numpy(pixels).to(place).float().sub_(127.5).div_(127.5)
+            parts.append(cast(latents.encode(images), facts["dtype"], "latents"))
+        kept += index
+        tick(len(index))
+    return {"latents": torch.cat(parts), **{name: value[kept] for name, value in columns.items()}}

@@ -1,0 +1,210 @@
+"""The networks of flow maps, ``net(x, s, t, **cond)``, made of those of a field; both times in timesteps of the model.
+
+They start as the network that they are made of: at s = t they predict what it does, to the last bit, and its weights
+keep their names.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import unknown
+from fewstep.networks.calls import call_unet
+from fewstep.networks.families import SD3, ConditionalUNet, DiT, Flux, PixArt, Wan
+from fewstep.networks.unet import OfDiffusers, UNet, public_config
+
+# How the second time goes in; ``fewstep.networks.two_times``, which is imported where a model is made, knows the same.
+SECOND_TIMES = ("t", "span", "late")
+
+
+class TwoTimeNetwork(OfDiffusers):
+    """What the networks below have in common: ``net(x, s, t, guidance=None, **cond)``, with the conditions of the
+    network of one time. ``guidance`` (B,) is its strength, for a model that is told it."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+
+        def forward(self: Any, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
+            return self.predict(x, s, t, guidance, **cond)
+
+        # Which conditions a network takes is read off its signature.
+        signature = list(inspect.signature(forward).parameters.values())[:-1]
+        one_time: Any = inspect.signature(cls.__mro__[2].forward)
+        cond = [p.replace(kind=p.KEYWORD_ONLY) for p in list(one_time.parameters.values())[3:] if p.name != "guidance"]
+        made: Any = forward
+        made.__signature__ = one_time.replace(parameters=[*signature, *cond])
+        cls.forward = made
+
+    def predict(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
+        """The prediction at x (B, ...), averaged from s to t, (B,) each.
+
+        Raises:
+            ValueError: a condition that the model needs is missing, or a strength of guidance that it is not told.
+        """
+        self.need(**cond, guidance=guidance)
+        if guidance is not None and not self.takes_guidance:
+            name = type(self.model).__name__
+            raise ValueError(f"this {name} is told no strength of guidance: FlowMap.from_field(..., guidance=True)")
+        return self.model.predict(x, s, t, guidance, **cond)
+
+    @property
+    def second_time(self) -> str:
+        """How the second time goes in: t, span or late (see ``fewstep.networks.two_times``)."""
+        return self.model.second_time
+
+    @property
+    def takes_guidance(self) -> bool:
+        return self.model.told_guidance or super().takes_guidance
+
+
+class TwoTimeUNet(TwoTimeNetwork, UNet):
+    """Of a ``UNet2DModel``. One that needs nothing but the second time itself stays of diffusers' own class, with
+    ``class_embed_type="timestep"``, and that time goes in as its class label."""
+
+    model: Any
+
+    def predict(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
+        if self.is_stock and guidance is None:
+            return call_unet(self.model, x, s, t, cond.get("image"))
+        return super().predict(x, s, t, guidance, **cond)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the model is of diffusers' own class."""
+        return not hasattr(self.model, "predict")
+
+    @property
+    def second_time(self) -> str:
+        return "t" if self.is_stock else self.model.second_time
+
+    @property
+    def takes_guidance(self) -> bool:
+        return not self.is_stock and self.model.told_guidance
+
+
+class TwoTimeConditionalUNet(TwoTimeNetwork, ConditionalUNet):
+    """Of a ``UNet2DConditionModel``."""
+
+
+class TwoTimeDiT(TwoTimeNetwork, DiT):
+    """Of a ``DiTTransformer2DModel``."""
+
+
+class TwoTimePixArt(TwoTimeNetwork, PixArt):
+    """Of a ``PixArtTransformer2DModel``."""
+
+
+class TwoTimeSD3(TwoTimeNetwork, SD3):
+    """Of an ``SD3Transformer2DModel``."""
+
+
+class TwoTimeFlux(TwoTimeNetwork, Flux):
+    """Of a ``FluxTransformer2DModel``."""
+
+
+class TwoTimeWan(TwoTimeNetwork, Wan):
+    """Of a ``WanTransformer3DModel``."""
+
+
+# By the class of the network of one time; each is made of the class of diffusers that two_times.TwoTime... extends.
+STUDENTS: dict[type[Any], type[Any]] = {
+    student.__mro__[2]: student
+    for student in (
+        TwoTimeUNet, TwoTimeConditionalUNet, TwoTimeDiT, TwoTimePixArt, TwoTimeSD3, TwoTimeFlux, TwoTimeWan,
+    )
+}  # fmt: skip
+
+
+def gains_second_time(network: nn.Module) -> bool:
+    """Whether :func:`with_second_time` can give this network one."""
+    return type(network) in STUDENTS or getattr(network, "with_second_time", None) is not None
+
+
+def with_second_time(
+    network: nn.Module, guidance: bool = False, second_time: str = "t", *, share: bool = False
+) -> nn.Module:
+    """A copy of a field's network with a second time that is silent: ``net(x, s, s) == network(x, s)`` to the bit.
+
+    Args:
+        guidance: give it an input for the strength of guidance too, the condition ``guidance`` (B,), as silent.
+        second_time: how the second time goes in: t, span or late (see ``fewstep.networks.two_times``).
+        share: have it use the very weights of ``network``, for a student of which an adapter alone is trained.
+
+    Raises:
+        ValueError: for a network that is not of fewstep's families; the message shows the way by hand. A model that
+            has no room for what is asked.
+    """
+    if second_time not in SECOND_TIMES:
+        raise unknown("second_time", second_time, SECOND_TIMES)
+    if type(network) in STUDENTS:
+        return _student_of(network, guidance, second_time, share)
+    make = getattr(network, "with_second_time", None)
+    if make is None:
+        raise ValueError(
+            f"{type(network).__name__} has no second time and fewstep cannot add one: write a copy of its class that "
+            "takes (x, s, t), adds SecondTime(dim)(t) to its time embedding, and pass an instance as "
+            "FlowMap.from_field(field, network=...); the teacher's weights are loaded by name"
+        )
+    if second_time != "t":
+        raise ValueError(f"second_time: {second_time} is for models of diffusers, a {type(network).__name__} is told t")
+    return make(guidance=True) if guidance else make()
+
+
+def _student_of(network: Any, guidance: bool, second_time: str, share: bool) -> nn.Module:
+    from fewstep.networks import two_times
+
+    teacher = network.model
+    config = public_config(teacher)
+    is_stock = isinstance(network, UNet) and not (guidance or network.classes or second_time != "t")
+    if is_stock and config["class_embed_type"] is None:
+        make: Any = type(teacher)
+        options = {**config, "class_embed_type": "timestep"}
+    else:
+        make = getattr(two_times, f"TwoTime{type(teacher).__name__}")
+        options = {**config, "second_time": second_time, "told_guidance": guidance}
+    with torch.device("meta"):
+        model = make.from_config(options)
+    _take_weights(model, teacher, share)
+    student = STUDENTS[type(network)](model)
+    if hasattr(network, "size"):
+        student.size = network.size
+    # The teacher's mode too: dropout that is off in one and on in the other would part them.
+    return student.train(teacher.training)
+
+
+def _take_weights(model: Any, teacher: Any, share: bool) -> None:
+    """Give a new model the weights of its teacher, and to what is new those of the time embedding beside it, with a
+    last layer of zeros."""
+    from fewstep.networks.rows import LabelAndTimes
+
+    weights = teacher.state_dict(keep_vars=share)
+    buffers = dict(teacher.named_buffers())
+    for name, part in list(model.named_modules()):
+        if isinstance(part, LabelAndTimes):  # holds the class embedding of the teacher, if that has one
+            old = [key for key in weights if key.startswith(f"{name}.")]
+            weights |= {key.replace(name, f"{name}.label", 1): weights.pop(key) for key in old}
+    own = lambda value: value if share else value.detach().clone()  # noqa: E731
+    model.load_state_dict({name: own(value) for name, value in weights.items()}, strict=False, assign=True)
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:  # those that are not saved
+            above, _, last = name.rpartition(".")
+            setattr(model.get_submodule(above), last, own(buffers[name]))
+    for new, like in new_parts(model):
+        start = {name: like[name].detach().clone() for name in new.state_dict()}
+        new.load_state_dict(start, assign=True)
+        nn.init.zeros_(new.linear_2.weight)
+        nn.init.zeros_(new.linear_2.bias)
+
+
+def new_parts(model: Any) -> list[tuple[Any, dict[str, Tensor]]]:
+    """The embeddings that the model of a student has and that of its teacher has not, each with the weights of the one
+    beside it."""
+    from fewstep.networks.rows import LabelAndTimes, RowEmbedding
+
+    if not hasattr(model, "predict"):  # of diffusers' own class
+        return [(model.class_embedding, model.time_embedding.state_dict())]
+    module: Any = model
+    parts = [part for part in module.modules() if isinstance(part, LabelAndTimes | RowEmbedding)]
+    return [(new, part.like) for part in parts for new in part.new]

@@ -1,0 +1,109 @@
+"""Samples on disk: a grid, arrays, or a folder of pictures that can be gone on with."""
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fewstep.asked import Asked
+from fewstep.evaluation.files import replace_file
+from fewstep.evaluation.plots import image_grid, png, points_figure
+from fewstep.model_files import read_json
+from fewstep.training.folder import differences
+
+# In a folder of pictures: what they were all drawn with, and what each of them is.
+FACTS, LINES = "samples.json", "samples.jsonl"
+# What may differ between a folder and the call that goes on with it: the name by which the same model was found.
+_MAY_DIFFER = ("model",)
+
+
+def check_out(out: Path, shape: tuple[int, ...]) -> None:
+    """Refuse, before anything is drawn, a file that samples of this shape cannot be written to.
+
+    Raises:
+        ValueError: no suffix that is known, or pictures of what is none.
+        FileExistsError: a folder with something in it that is not begun by fewstep.
+    """
+    if out.suffix not in ("", ".png", ".npy", ".npz"):
+        raise ValueError(f"--out {out}: samples are written as .png (a grid), .npy, .npz, or into a folder of PNGs")
+    is_image = len(shape) == 3 and shape[0] in (1, 3)
+    if not is_image and not (shape == (2,) and out.suffix == ".png") and out.suffix not in (".npy", ".npz"):
+        raise ValueError(f"--out {out}: samples of shape {shape} are no pictures, write them to a .npy or .npz file")
+    # What another process begins with is there, or not yet renamed.
+    names = os.listdir(out) if out.suffix == "" and out.is_dir() else []
+    if FACTS not in names and not all(name.lstrip(".").startswith(FACTS) for name in names):
+        raise FileExistsError(f"--out {out}: the folder is not empty, and nothing in it is overwritten")
+
+
+def write(samples: Tensor, cond: Mapping[str, Tensor], out: Path) -> None:
+    """Samples (N, ...) to ``out``: a grid (.png), the numbers (.npy; .npz with conditions), or a folder of PNGs."""
+    if out.suffix in (".npy", ".npz"):
+        content = io.BytesIO()
+        named: dict[str, Any] = {name: value.numpy() for name, value in {"data": samples, **cond}.items()}
+        np.save(content, samples.numpy()) if out.suffix == ".npy" else np.savez(content, **named)
+        replace_file(out, content.getvalue())
+    elif out.suffix == ".png":
+        image_grid(samples, out) if samples.ndim == 4 else png(points_figure({f"{len(samples)} samples": samples}), out)
+    else:
+        save_pictures(samples, [out / picture_name(i, len(samples)) for i in range(len(samples))])
+
+
+def picture_name(i: int, count: int) -> str:
+    """The file of sample i of so many, in their order by name."""
+    return f"{i:0{max(5, len(str(count - 1)))}d}.png"
+
+
+def save_pictures(images: Tensor, files: Sequence[Path], texts: Sequence[Mapping[str, Any]] | None = None) -> None:
+    """Images (N, 1 or 3, H, W) in [-1, 1] as PNGs, each whole or absent, with ``texts`` as their text chunks."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    pixels = images.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+    def save(i: int) -> None:
+        info, content = PngInfo(), io.BytesIO()
+        for name, value in (texts[i] if texts else {}).items():
+            info.add_text(name, str(value))
+        picture = pixels[i]
+        Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(content, "png", pnginfo=info)
+        replace_file(files[i], content.getvalue())
+
+    # What packs a picture lets go of Python's lock.
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, range(len(files))))
+
+
+def claim(out: Path, facts: Mapping[str, Any], asked: Asked) -> None:
+    """Begin a folder of pictures, or see that it was begun by the same command, whose missing ones are then to draw.
+
+    ``samples.json`` has the facts, ``samples.jsonl`` a line for each picture. Every process may call this: they write
+    the same bytes.
+
+    Raises:
+        ValueError: it holds pictures of other facts.
+    """
+    if (out / FACTS).exists():
+        if differing := differences(read_json(out / FACTS), json.loads(json.dumps(facts)), _MAY_DIFFER):
+            raise ValueError(
+                f"--out {out} holds other pictures: {'; '.join(differing)}. Use another folder, or remove that one"
+            )
+        return
+    lines = ({"file_name": picture_name(i, asked.count), **says(asked, i)} for i in range(asked.count))
+    replace_file(out / LINES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    replace_file(out / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def says(asked: Asked, i: int) -> dict[str, Any]:
+    """What tells sample i from the others: its seed, its index of that seed, its prompt and label where it has any."""
+    return {name: value for name, value in vars(asked[i]).items() if value is not None}
+
+
+def missing(out: Path, rows: Sequence[int], count: int) -> list[int]:
+    """Those of the rows whose pictures are not there."""
+    return [i for i in rows if not (out / picture_name(i, count)).is_file()]

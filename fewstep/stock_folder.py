@@ -1,0 +1,91 @@
+"""A velocity field of a family of diffusers as the pipeline that it came from: the stock model, trained on, and all
+the other parts as they were."""
+
+from pathlib import Path
+from typing import Any
+
+from fewstep.drawing import image_channels
+from fewstep.fields import DiffusionField, NetworkField
+from fewstep.model_files import WEIGHT_FILES, read_json
+from fewstep.networks import SD3, Flux, Wan
+from fewstep.paths import Reversed
+from fewstep.writing import ENCODER_FILES, copy_part, save_part, write_json, write_vae
+
+# What of a part is copied: nothing that can run code when it is opened, and no variants (fp16, non_ema).
+_FILES = ("config.json", "*_config.json", "*tokens*.json", "vocab.json", "tokenizer.json", "*.txt", "*.model")
+_FILES += ("*.safetensors.index.json", *WEIGHT_FILES, *ENCODER_FILES)
+_CODE = """\
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}"{missing})
+images = pipe({given}, num_inference_steps=50).images"""
+
+
+def check_stock(field: NetworkField) -> None:
+    """That diffusers has a scheduler for what the network predicts.
+
+    Raises:
+        ValueError: it has none.
+    """
+    is_flow = isinstance(field.native, Reversed) and field.prediction == "flow"
+    if not isinstance(field, DiffusionField) and not (is_flow and isinstance(field.network, SD3 | Flux | Wan)):
+        raise ValueError(
+            f"a {type(field.network).__name__} that predicts {field.prediction} on {field.native} has no pipeline in "
+            "diffusers: `fewstep convert MODEL FOLDER` writes it with the code that it needs"
+        )
+
+
+def write_stock(field: NetworkField, folder: Path) -> str:
+    """Write the folder; returns the code of its model card, for a ``{name}``: empty where its pipeline is not known, or
+    is called with more."""
+    import diffusers
+
+    model: Any = field.network.model
+    part = "unet" if "UNet" in type(model).__name__ else "transformer"
+    scheduler = field.scheduler if isinstance(field, DiffusionField) else diffusers.FlowMatchEulerDiscreteScheduler()
+    save_part(model, folder / part)
+    save_part(scheduler, folder / "scheduler")
+    source, index = _source(field)
+    others = [name for name, value in index.items() if isinstance(value, list) and value[0]]
+    others = [name for name in others if name not in (part, "scheduler")]
+    whole = [name for name in others if source is not None and _is_whole(source / name)]
+    for name in whole:
+        copy_part(source / name, folder / name, _FILES)  # pyright: ignore[reportOptionalOperand]
+    if field.latents is not None and "vae" not in whole:
+        index["vae"] = write_vae(field.latents, folder / "vae")
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    if kind is None:
+        return ""
+    gone = [name for name in others if name not in whole and name != "vae"]
+    index |= {name: [None, None] for name in gone if name in kind._optional_components}
+    if "safety_checker" in gone:
+        index["requires_safety_checker"] = False
+    classes = {part: ["diffusers", type(model).__name__], "scheduler": ["diffusers", type(scheduler).__name__]}
+    version = {"_class_name": kind.__name__, "_diffusers_version": diffusers.__version__}
+    write_json(folder / "model_index.json", {**version, **index, **classes})
+    missing = "".join(f", {name}=..." for name in gone if name not in kind._optional_components)
+    if image_channels(field):
+        return ""
+    given = '"a photo of a cat"' if field.text is not None else "class_labels=[0, 1]"
+    return _CODE.format(name="{name}", missing=missing, given=given)
+
+
+def _source(field: NetworkField) -> tuple[Path | None, dict[str, Any]]:
+    """The folder of the pipeline that the text encoders or the VAE are from, and its index."""
+    folder = None
+    if field.text is not None:
+        folder = field.text.folder
+    elif field.latents is not None and field.latents.folder is not None:
+        folder = field.latents.folder.parent
+    index = {} if folder is None else read_json(folder / "model_index.json")
+    return folder, {name: value for name, value in index.items() if name not in ("_diffusers_version", "_name_or_path")}
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether a part of a pipeline is there: its weights too where it is a model, which a ``config.json`` says."""
+    if not part.is_dir():
+        return False
+    return not (part / "config.json").is_file() or any(
+        file for pattern in (*WEIGHT_FILES, *ENCODER_FILES) for file in part.glob(pattern)
+    )

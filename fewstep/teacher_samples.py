@@ -1,0 +1,159 @@
+"""Samples of a teacher in the place of data."""
+
+import copy
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.asked import read_lines
+from fewstep.console import progress_bar
+from fewstep.data.arrays import ArrayData
+from fewstep.data.batch import Batch
+from fewstep.data.pairs import Pairs
+from fewstep.drawing import classes_of, draw, shape_of
+from fewstep.fields import VelocityField
+from fewstep.pictures import write
+from fewstep.randomness import generator
+from fewstep.reflow import identity_of_prompts, make_pairs
+from fewstep.training.distributed import environment
+
+_FEW = 8
+
+
+class TeacherSamples:
+    """Samples of the teacher in the place of data, drawn when they are first needed and kept in a file.
+
+    Args:
+        field: the teacher. shape: one sample's; by default what the teacher's network or data has.
+        count: how many. steps, solver: see ``fewstep.sample``. classes: draw ``class_labels`` below this; by default
+            the classes of the teacher's network. seed: decides them. file: an ``.npz`` to keep them in.
+    """
+
+    def __init__(
+        self,
+        field: VelocityField,
+        count: int = 50_000,
+        steps: int = 50,
+        solver: str = "heun",
+        shape: Sequence[int] | None = None,
+        classes: int | None = None,
+        seed: int = 0,
+        file: Path | None = None,
+    ) -> None:
+        self.field, self.steps, self.solver, self.seed, self.file = field, steps, solver, seed, file
+        self.shape = shape_of(field) if shape is None else tuple(shape)
+        self.size: int | None = count
+        classes = classes_of(field) if classes is None else classes
+        draw = generator(seed, 1)
+        self.cond = {"class_labels": torch.randint(classes, (count,), generator=draw)} if classes else {}
+
+    def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
+        return self._array.rows(index, generator)
+
+    @cached_property
+    def _array(self) -> ArrayData:
+        if self.file is not None and self.file.exists():
+            with np.load(self.file, allow_pickle=False) as kept:
+                return ArrayData(kept["data"], {name: kept[name] for name in self.cond})
+        labels = self.cond["class_labels"].tolist() if self.cond else None
+        print(f"drawing {self.size} samples of the teacher, once", file=sys.stderr, flush=True)
+        samples, cond, _ = draw(
+            self.field, self.size or 0, self.steps, shape=self.shape, seed=self.seed, labels=labels, solver=self.solver
+        )
+        if self.file is not None:
+            write(samples, cond, self.file)
+        return ArrayData(samples, cond)
+
+
+class PromptedSamples:
+    """Samples of a teacher of text, of prompts that they take in turn; drawn when they are first needed, by all
+    processes together, into shards that are memory-mapped. A run that was stopped goes on drawing.
+
+    Args:
+        field: the teacher, guided if it is to be. prompts: texts, or a file of them: a line each, or a ``.jsonl`` with
+            ``text`` on each line.
+        count: how many. steps, solver: see ``fewstep.sample``. shape: one sample's; by default that of the teacher.
+        batch: samples drawn at once. seed: decides them. folder: where they are kept, by default until the end.
+        guidance: the strength that the teacher is told, where it takes one.
+
+    Attributes:
+        cond: the conditions of the first eight rows: those of all would fill the memory.
+
+    Raises:
+        FileNotFoundError: no such file of prompts. ValueError: no prompts.
+    """
+
+    def __init__(
+        self,
+        field: VelocityField,
+        prompts: str | list[str],
+        count: int = 50_000,
+        steps: int = 50,
+        solver: str = "heun",
+        shape: Sequence[int] | None = None,
+        batch: int = 64,
+        seed: int = 0,
+        folder: Path | None = None,
+        guidance: float | None = None,
+    ) -> None:
+        self.prompts = read_lines(prompts).prompts if isinstance(prompts, str) else prompts
+        if not self.prompts:
+            raise ValueError(f"data.prompts: {prompts!r} has no prompts")
+        if count < 1:
+            raise ValueError(f"data.count is {count}: at least one sample is drawn")
+        self.field, self.seed, self.guidance = field, seed, guidance
+        self.steps, self.solver, self.batch = steps, solver, batch
+        self.shape = shape_of(field) if shape is None else tuple(shape)
+        self.size: int | None = count
+        self._count = count
+        self._aside = tempfile.TemporaryDirectory() if folder is None else None
+        self.folder = Path(self._aside.name) / "pairs" if self._aside is not None else folder
+
+    @cached_property
+    def cond(self) -> dict[str, Tensor]:
+        assert self.field.text is not None
+        few = [self.prompts[i % len(self.prompts)] for i in range(min(_FEW, self._count))]
+        if (drawn := self._drawn) is not None:
+            return drawn.rows(torch.arange(len(few)), generator(0)).cond
+        latents = self.field.latents
+        height, width = (self.shape if latents is None else latents.image_shape_of(self.shape))[-2:]
+        # A copy, so that the encoders are let go again.
+        return copy.copy(self.field.text).encode(few, size=(height, width))
+
+    def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
+        paired = self._pairs.rows(index, generator)
+        return Batch(paired.data, paired.cond)
+
+    def bare(self, index: Tensor) -> Tensor:
+        """The samples of ``index`` (n,) alone."""
+        return self._pairs.bare(index)
+
+    @property
+    def _drawn(self) -> Pairs | None:
+        """The samples of these prompts, where all are drawn."""
+        assert self.folder is not None
+        try:
+            found = Pairs(self.folder)
+        except (FileNotFoundError, ValueError):
+            return None
+        return found if found.facts.get("prompts") == identity_of_prompts(self.prompts) else None
+
+    @cached_property
+    def _pairs(self) -> Pairs:
+        if (drawn := self._drawn) is not None:
+            return drawn
+        assert self.folder is not None
+        device = next(self.field.parameters()).device
+        with progress_bar(f"drawing {self._count} samples of the teacher, once", not environment().is_main) as progress:
+            make_pairs(
+                self.field, self.folder, self._count, steps=self.steps, solver=self.solver, shape=self.shape,
+                seed=self.seed, prompts=self.prompts, guidance=self.guidance, batch=self.batch, shard=1000,
+                device=device, command="the training that drew it", progress=progress, rest=True,
+            )  # fmt: skip
+        return Pairs(self.folder)

@@ -25,7 +25,6 @@ from fewstep.errors import unknown
 from fewstep.loading import load
 from fewstep.lora import has_lora, merge_lora
 from fewstep.maps import FlowMap
-from fewstep.networks.unet import OfDiffusers
 from fewstep.paths import Path as Trajectory
 from fewstep.paths import Tabulated, VariancePreserving
 from fewstep.program_card import program_card, program_config
@@ -116,11 +115,8 @@ class Bare(nn.Module):
 
     def __init__(self, model: FlowMap, conditions: Mapping[str, Tensor]) -> None:
         super().__init__()
-        network = model.network
-        if isinstance(network, OfDiffusers) and hasattr(network.model, "predict"):
-            network = Predicts(network.model)
         native, path = (traceable(each, model.prediction) for each in (model.native, model.path))
-        self.map = FlowMap(network, native, model.prediction, path=path)
+        self.map = FlowMap(model.network, native, model.prediction, path=path)
         self.conditions, self.shape, self.classes = dict(conditions), shape_of(model), classes_of(model)
 
         def forward(x: Tensor, s: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
@@ -143,17 +139,6 @@ class Bare(nn.Module):
         if "class_labels" in cond and self.classes:
             cond["class_labels"] = torch.randint(self.classes, (rows,), generator=g)
         return {"x": torch.randn(rows, *self.shape, generator=g), "s": low, "t": high, **cond}
-
-
-class Predicts(nn.Module):
-    """A model of ``fewstep.networks.two_times`` as a network of a map."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Tensor) -> Tensor:
-        return self.model.predict(x, s, t, guidance, **cond)
 
 
 class Counted(Tabulated):

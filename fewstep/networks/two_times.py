@@ -268,7 +268,8 @@ def _labelled(class_labels: Tensor | None, rows: Tensor) -> Tensor:
     """Rows with the label, a number or a vector, before them."""
     if class_labels is None:
         return rows
-    return torch.cat([class_labels.to(rows).reshape(len(rows), -1), rows], dim=-1)
+    labels = class_labels.to(rows)
+    return torch.cat([labels if labels.ndim == 2 else labels[:, None], rows], dim=-1)
 
 
 def _widen_labels(model: Any, late: bool, guided: bool) -> None:

@@ -35,8 +35,8 @@ NAMES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "
 PROMPTS = [f"a {name}" for name in NAMES]
 GUIDANCE, COUNT = 2.0, 1000
 WAYS = {
-    "full": ["--training.steps", "1500", "--training.lr", "3e-4"],
-    "lora": ["--training.steps", "1500", "--training.lr", "1e-3", "--student.lora.rank", "16"],
+    "full": ["--training.steps", "800", "--training.lr", "3e-4"],
+    "lora": ["--training.steps", "800", "--training.lr", "1e-3", "--student.lora.rank", "16"],
 }
 
 

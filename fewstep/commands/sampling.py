@@ -72,7 +72,8 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     if not world.is_main:
         return 0
     if whole is not None:
-        write(whole, {**labels_of(asked), **given}, out)
+        turns = {name: value[[i % len(value) for i in range(asked.count)]] for name, value in given.items()}
+        write(whole, {**labels_of(asked), **turns}, out)
     there = f" ({asked.count - new} were there)" if new < asked.count else ""
     print(f"{out}: {asked.count} samples{there}" + (f", {called / new:g} network calls each" if new else ""))
     if run is None or args.teacher:

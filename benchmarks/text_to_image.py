@@ -3,6 +3,7 @@
     python benchmarks/text_to_image.py FOLDER teacher
     python benchmarks/text_to_image.py FOLDER distill --way full lora
     python benchmarks/text_to_image.py FOLDER judge
+    python benchmarks/text_to_image.py FOLDER picture --out docs/images/text-to-image.png
 
 ``teacher`` writes 20,000 pictures of Fashion-MNIST at 32 x 32 with captions ("a coat"), trains a VAE of them (latents
 4 x 8 x 8), encodes both once, trains a U-Net to denoise the latents by their captions, a tenth of which is dropped, and
@@ -154,13 +155,38 @@ def judge(folder: Path) -> None:
             print(f"| {name} | {calls:g} | {fd:.2f} | {accuracy(classifier, pictures, wanted):.1%} |", flush=True)
 
 
+def picture(folder: Path, out: Path) -> None:
+    """The same noise through student and teacher, a row a number of network calls."""
+    import matplotlib.pyplot as plt
+
+    lines = [("itvm-full", 1, {}), ("itvm-full", 2, {}), ("itvm-full", 4, {})]
+    lines += [("pipeline", steps, {"guidance": GUIDANCE}) for steps in (1, 2, 50)]
+    figure, axes = plt.subplots(len(lines), len(PROMPTS), figsize=(9, 5.6))
+    for k, (source, steps, guidance) in enumerate(lines):
+        pictures, _, calls = draw(
+            fewstep.load(folder / source), len(PROMPTS), steps, prompts=PROMPTS, decode=True, seed=3, **guidance
+        )
+        for axis, image, prompt in zip(axes[k], pictures, PROMPTS, strict=True):
+            axis.imshow((image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            if k == 0:
+                axis.set_title(prompt, fontsize=8)
+        name = f"{'teacher' if guidance else 'student'}\n{calls:g} call{'s' * (calls != 1)}"
+        axes[k][0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(out, dpi=90)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("stage", choices=["teacher", "distill", "judge"])
+    parser.add_argument("stage", choices=["teacher", "distill", "judge", "picture"])
     parser.add_argument("--way", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--out", type=Path, default=Path("text-to-image.png"))
     args = parser.parse_args()
-    if args.stage == "teacher":
+    if args.stage == "picture":
+        picture(args.folder, args.out)
+    elif args.stage == "teacher":
         train_teacher(args.folder)
     elif args.stage == "distill":
         for way in args.way:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ def read_lines(file: str | Path) -> Lines:
     if not file.is_file():
         raise FileNotFoundError(f"no file of prompts {file}")
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        # Not by splitlines: a text may have a U+2028 or a form feed in it, and JSON keeps them as they are.
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
     if not any(lines):
@@ -106,7 +108,8 @@ def _read(line: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} is not JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f'{where} is no object such as {{"text": "a cat"}}: {line[:60]}')
-    prompt, label, seed, index = row.get("text", row.get("prompt")), row.get("label"), row.get("seed"), row.get("index")
+    prompt = row.get("prompt") if row.get("text") is None else row["text"]
+    label, seed, index = row.get("label"), row.get("seed"), row.get("index")
     kinds = {"text": (prompt, str), "label": (label, int | str), "seed": (seed, int), "index": (index, int)}
     for key, (value, kind) in kinds.items():
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
@@ -118,6 +121,19 @@ def _read(line: str, where: str) -> dict[str, Any]:
     return {"prompt": prompt, "label": label, "noise": None if seed is None else (seed, index or 0)}
 
 
+def is_number(word: str) -> bool:
+    """Whether a word stands for a whole number in plain digits, which ``str.isdigit`` does not say of a superscript."""
+    return re.fullmatch(r"-?[0-9]+", word) is not None
+
+
+def prompt_flags(prompts: Sequence[str]) -> list[str]:
+    """The words of a command that give it these prompts. One that begins with a dash would be read as a flag after
+    ``--prompt``, and not in ``--prompt=-hat``, which takes one alone."""
+    if any(prompt.startswith("-") for prompt in prompts):
+        return [f"--prompt={prompt}" for prompt in prompts]
+    return ["--prompt", *prompts] if prompts else []
+
+
 def class_numbers(words: Sequence[int | str], names: Mapping[str, int]) -> list[int]:
     """Classes by number or name as numbers.
 
@@ -126,7 +142,7 @@ def class_numbers(words: Sequence[int | str], names: Mapping[str, int]) -> list[
     """
     numbers = []
     for word in words:
-        if isinstance(word, int) or word.lstrip("-").isdigit():
+        if isinstance(word, int) or is_number(word):
             # A class may be called 7 too.
             numbers.append(names.get(str(word), int(word)))
         elif word in names:
@@ -141,7 +157,8 @@ def class_numbers(words: Sequence[int | str], names: Mapping[str, int]) -> list[
 
 def class_names(model: Any) -> dict[str, int]:
     """The numbers of a model's classes by name; a class may have several names, with commas between."""
-    return {name.strip(): number for number, names in enumerate(model.class_names) for name in names.split(",")}
+    numbered = ((name.strip(), number) for number, names in enumerate(model.class_names) for name in names.split(","))
+    return {name: number for name, number in numbered if name}
 
 
 class Encoded:

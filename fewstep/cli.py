@@ -124,7 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     text = p.add_mutually_exclusive_group()
     text.add_argument(
-        "--prompt", nargs="+", metavar="TEXT", help="texts, given to the samples in turn, for a model of text"
+        "--prompt",
+        nargs="+",
+        action="extend",
+        metavar="TEXT",
+        help="texts, given to the samples in turn, for a model of text; --prompt=-TEXT for one that begins with a dash",
     )
     text.add_argument(
         "--prompts",
@@ -250,7 +254,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--count", type=int, default=8, metavar="N", help="samples compared (default: 8)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="decides the noise (default: 0)")
     p.add_argument("--labels", metavar="3,5", help="classes, given to the samples in turn (default: all)")
-    p.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts, given to the samples in turn, for a text model")
+    text = "texts, given to the samples in turn, for a text model"
+    p.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help=text)
     p.add_argument("--no-check", action="store_true", help="write the flow without drawing samples")
     p.add_argument("--overwrite", action="store_true", help="replace a model that is there")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")

@@ -136,7 +136,10 @@ def _resolve(recipe: Recipe, base: Path) -> Recipe:
             student.guidance = True
     _check_student(recipe)
     student.network = _beside(base, student.network)
-    student.start = None if student.start is None else _beside(base, student.start)
+    if student.start is not None:
+        student.start = _beside(base, student.start)
+        if (start := Path(student.start).expanduser()).is_dir():
+            student.start = str(start.resolve())  # a run is opened with it, from anywhere
     recipe.data.name = _beside(base, recipe.data.name)
     if isinstance(prompts := recipe.data.options.get("prompts"), str):
         recipe.data = Named.model_validate(
@@ -180,6 +183,11 @@ def _check_student(recipe: Recipe) -> None:
             raise ValueError(
                 f"student.{key} changes the network of the teacher, and student.network is {student.network}: say auto"
             )
+    if student.weights == "random" and student.network == "auto":
+        raise ValueError(
+            "student.weights: random, and student.network: auto is the teacher's with its weights: say mlp, unet or "
+            "FILE.py:FUNCTION, or leave weights out"
+        )
     if student.guidance and (guidance is None or guidance.range is None):
         raise ValueError(
             "student.guidance is an input for the strength of guidance, and there are no strengths to learn: say "

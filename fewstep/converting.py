@@ -71,7 +71,7 @@ def convert(
     >>> print(report.verdict)
     """
     folder = Path(folder).expanduser().resolve()
-    check_target(folder, overwrite)
+    check_target(folder, overwrite, model)
     field = _convertible(load(model) if isinstance(model, str | Path) else model)
     facts = {**describe(field), **place(field)}
     agreement = grid = None
@@ -89,7 +89,7 @@ def convert(
             field.to(home)
     picture = None if grid is None else "conversion.png"
     conversion = Conversion(folder, **facts, agreement=agreement, picture=picture)
-    with aside(folder) as part:
+    with aside(folder, field.moments) as part:
         write_folder(field, conversion, part)
         if grid is not None:
             replace_file(part / "conversion.png", grid)

@@ -134,7 +134,7 @@ def draw(
         labels: classes, given to the samples in turn; by default all of them, where the model has classes.
         prompts: texts, given to the samples in turn; their conditions are not among those returned.
         given: other conditions, (n, ...) each, their rows given to the samples in turn.
-        decode: images instead of latents, of a latent model.
+        decode: samples in the units of the data of a model that has ``moments``, and images instead of latents.
         guidance: the strength of guidance, for a model that takes it; a text model that does not is guided away from
             what it does without a prompt.
         options: those of ``fewstep.sample``.
@@ -251,12 +251,20 @@ def draw_batches(
             assert begun is not None
             wanted, generators, noise = begun
             samples = sample(model, noise.to(device), steps, **options, **told(rows, wanted, generators))
-            samples = model.latents.decode(samples) if decode and model.latents else samples
+            samples = finished(model, samples) if decode else samples
             # While a GPU is at work, the noise of the next batch is drawn on the CPU.
             begun = None if following is None else begin(following)
             yield rows, samples.cpu()
 
     return made()
+
+
+def finished(model: Model, samples: Tensor) -> Tensor:
+    """What a model's samples (B, ...) are to be looked at as: in the units of its data, or images of its latents."""
+    if model.moments is not None:
+        mean, std = model.moments
+        samples = samples * std + mean
+    return samples if model.latents is None else model.latents.decode(samples)
 
 
 def takes(model: Model, name: str) -> bool:

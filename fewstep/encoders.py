@@ -14,7 +14,6 @@ from fewstep.data.decode import cache_folder
 from fewstep.data.encoded import read_shard
 from fewstep.drawing import Model
 from fewstep.evaluation.files import replace_file
-from fewstep.fields import NetworkField
 from fewstep.latents import Latents
 from fewstep.model_files import WEIGHT_FILES, WEIGHTS, read_json
 from fewstep.prompts import Prompts, text_parts
@@ -33,20 +32,13 @@ def encoders_of(source: str | Path) -> Model:
     """
     import diffusers
 
-    from fewstep.diffusers_folder import look_into
-    from fewstep.networks import FAMILIES
     from fewstep.parts import find_model
+    from fewstep.weightless import field_without_weights
 
     folder = Path(source).expanduser()
     index = read_json(folder / "model_index.json").get("_class_name")
-    if not isinstance(index, str) or not hasattr(diffusers, index):
-        return find_model(str(source))
-    found = look_into(folder)
-    with torch.device("meta"):
-        model = getattr(diffusers, found.class_name).from_config(read_json(found.model / "config.json"))
-    field = NetworkField(FAMILIES[found.class_name](model))
-    field.latents, field.text = found.latents, found.text
-    return field
+    is_pipeline = isinstance(index, str) and hasattr(diffusers, index)
+    return field_without_weights(folder) if is_pipeline else find_model(str(source))
 
 
 def vae_identity(latents: Latents) -> str:

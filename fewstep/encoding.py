@@ -17,18 +17,31 @@ import torch
 from torch import Tensor
 
 from fewstep.data.captions import Captioned, Rows
-from fewstep.data.decode import cache_folder, decode, unreadable
-from fewstep.data.encoded import FACTS, FORMAT, INDEX, Encoded, read_facts
+from fewstep.data.decode import cache_folder, check_side, decode, unreadable
+from fewstep.data.encoded import FACTS, FORMAT, INDEX, TEXTS, Encoded, read_facts
+from fewstep.data.pairs import Pairs
 from fewstep.data.sources import listed
 from fewstep.drawing import Model, classes_of, shape_of
 from fewstep.encoders import encoders_of, text_identity, vae_identity
 from fewstep.errors import unknown
 from fewstep.evaluation.files import replace_file
-from fewstep.texts import DTYPES, cast, is_kept, keep, note_of, rows_of, turns_of, write_texts
+from fewstep.texts import (
+    DTYPES,
+    cast,
+    claim,
+    is_kept,
+    keep,
+    known_by,
+    note_of,
+    refuse_others,
+    rows_of,
+    turns_of,
+    write_texts,
+)
 from fewstep.training.distributed import choose_device, environment
-from fewstep.training.folder import differences
 
 Progress = Callable[[int, int], None]
+_KIND = "encoded data"
 
 
 def encode(
@@ -78,15 +91,16 @@ def encode(
     >>> fit(student, ITVM(teacher), load_data("encoded"), steps=20_000)
     """
     for name, value in (("batch", batch), ("shard", shard)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be at least 1, got {value!r}")
     model = encoders_of(model) if isinstance(model, str | Path) else model
-    source = data if isinstance(data, Captioned) else listed(data, **options)
+    source = data if isinstance(data, Captioned) else listed(data, model.text is not None, **options)
     out = Path(out).expanduser()
     facts = settings(model, source, size, dtype, on_error)
-    _refuse_others(out, facts)
+    if (out / FACTS).is_file():
+        refuse_others(out, facts, _KIND, read_facts(out))
     rows = source.rows
-    columns, captions = _columns(model, rows, str(data))
+    columns, captions = _columns(model, rows, source.name)
     if rows.problems and on_error == "raise":
         row = next(iter(rows.problems))
         raise unreadable(rows.names[row], rows.problems[row])
@@ -95,7 +109,7 @@ def encode(
         "count": len(rows), "shard": per_shard, "captions": len(captions),
         "classes": list(rows.classes) if facts["labels"] else None, "command": command,
     }  # fmt: skip
-    _claim(out, facts)
+    claim(out / FACTS, facts, _KIND, read_facts)
 
     world, place = environment(), choose_device(device, environment())
     total, done = -(-(len(rows) + len(captions)) // (1 if rest else world.size)), 0
@@ -125,7 +139,9 @@ def encode(
     if not missing:
         index = {file.name: json.loads(note_of(file).read_text()) for file in (*files, *texts)}
         if not any(index[file.name]["rows"] for file in files):
-            raise ValueError(f"none of the {len(rows)} pictures of {data} can be used")
+            raise ValueError(f"none of the {len(rows)} pictures of {source.name} can be used")
+        if texts:
+            index[TEXTS] = known_by((out / TEXTS).read_bytes(), len(captions))
         replace_file(out / INDEX, (json.dumps(index, indent=1) + "\n").encode())
     return len(missing)
 
@@ -147,7 +163,7 @@ def encoded_once(
     Args:
         encode_batch: pictures and captions encoded at once; the others as for :func:`encode`.
     """
-    source = listed(data, **options)
+    source = listed(data, model.text is not None, **options)
     facts = settings(model, source, size, dtype, on_error)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / "encoded" / key
@@ -171,8 +187,7 @@ def settings(model: Model, source: Captioned, size: int | None, dtype: str, on_e
     if latents is None:
         raise ValueError("the model works on pixels, it has no VAE: there is nothing to encode, train on the pictures")
     size = latents.image_shape_of(shape_of(model))[-1] if size is None else size
-    if size < 1:
-        raise ValueError(f"size={size}: the side of a picture is at least 1 pixel")
+    check_side(size)
     return {
         "format": FORMAT, "data": source.identity, "size": size, "dtype": dtype, "on_error": on_error,
         "shape": list(latents.shape_of((latents.image_channels, size, size))), "vae": vae_identity(latents),
@@ -180,8 +195,8 @@ def settings(model: Model, source: Captioned, size: int | None, dtype: str, on_e
     }  # fmt: skip
 
 
-def check_model(data: Encoded, model: Model, name: str) -> None:
-    """That a folder was encoded by the VAE and the text encoders of this model, as far as they are here.
+def check_model(data: Encoded | Pairs, model: Model, name: str) -> None:
+    """That a folder was encoded by the VAE and the text encoders of this model, as far as both are known.
 
     Raises:
         ValueError: it was not; names what differs.
@@ -193,37 +208,11 @@ def check_model(data: Encoded, model: Model, name: str) -> None:
     differing = [
         f"{key} is {data.facts[key]} there and {value} in the model"
         for key, value in here.items()
-        if value is not None and data.facts[key] != value
+        if value is not None and key in data.facts and data.facts[key] != value  # pairs of classes have neither
     ]
     if differing:
-        raise ValueError(
-            f"{name} was encoded by another model: {'; '.join(differing)}. Encode the pictures for this one"
-        )
-
-
-def _claim(out: Path, facts: dict[str, Any]) -> None:
-    """Write the facts, or see that those that are there are the same. Every process does: they write the same bytes."""
-    names = os.listdir(out) if out.is_dir() else []
-    if FACTS in names:
-        _refuse_others(out, facts)
-        return
-    # Another process may be at it, with a file that is not yet renamed.
-    if out.is_file() or any(FACTS not in name for name in names):
-        raise ValueError(
-            f"{out} holds something else than encoded data: nothing in it is overwritten, use another folder"
-        )
-    replace_file(out / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
-
-
-def _refuse_others(out: Path, facts: dict[str, Any]) -> None:
-    """Refuse a folder of which any of these facts is another."""
-    if not (out / FACTS).is_file():
-        return
-    saved = read_facts(out)
-    if differing := differences({key: saved.get(key) for key in facts}, facts, ("command",)):
-        raise ValueError(
-            f"{out} holds what was encoded otherwise: {'; '.join(differing)}. Use another folder, or remove that one"
-        )
+        way_out = "Encode the pictures for this one" if isinstance(data, Encoded) else "Draw the pairs for this one"
+        raise ValueError(f"{name} was encoded by another model: {'; '.join(differing)}. {way_out}")
 
 
 def _columns(model: Model, rows: Rows, name: str) -> tuple[dict[str, Tensor], list[str]]:

@@ -5,7 +5,6 @@ The module is not called ``export``, as importing it would then hide the functio
 
 import dataclasses
 import inspect
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,30 +52,31 @@ def export(
     * One of an ``MLP``: weights and a configuration for :func:`fewstep.load`.
 
     Those of a latent model have its VAE, those of a model of text its tokenizers and text encoders. An export of a run
-    has its recipe and pictures in ``training/``. :func:`fewstep.load` reads each of them. The folder appears whole or
-    not at all.
+    has its recipe and pictures in ``training/``; ``fewstep.json`` marks each as fewstep's own. :func:`fewstep.load`
+    reads each of them. The folder appears whole or not at all.
 
     Args:
         model: the model, or the folder of a run or of anything else that ``fewstep.load`` takes.
-        overwrite: whether an export that is there already is replaced.
+        overwrite: whether an export that is there already is replaced; nothing else is.
         method: the objective it was trained by, for the model card; a run knows its own.
         quality: a Markdown table for the model card; a run that has been evaluated knows its own.
         adapter: write the adapter of a LoRA alone (``fewstep.lora.save_adapter``), not the model that it is added to.
 
     Raises:
-        ValueError: a model that cannot be exported, or ``folder`` is something else than an export.
+        ValueError: a model that cannot be exported, or ``folder`` is something else than an export, or one that the
+            run starts from.
         FileNotFoundError: the VAE or a text encoder of the model is gone.
         FileExistsError: there is an export already, and overwrite is not set.
 
     >>> fewstep.export(student, "fast-pipeline", method="ITVM")
     """
     folder = Path(folder).expanduser().resolve()
-    check_target(folder, overwrite)
+    check_target(folder, overwrite, model)
     if adapter:
         from fewstep.runs import open_run
 
         model = open_run(model).model if isinstance(model, str | Path) else model
-        with aside(folder) as part:
+        with aside(folder, model.moments) as part:
             save_adapter(model, part)  # pyright: ignore[reportArgumentType]
         return folder
     run = None
@@ -86,7 +86,7 @@ def export(
     if has_lora(model):
         model = merge_lora(model)
     write = _writer(model)
-    with aside(folder) as part:
+    with aside(folder, model.moments) as part:
         code = (write(model, part) or "").replace("{name}", folder.name)
         origin = origin_of(model, run, part)  # pyright: ignore[reportArgumentType]
         origin = replace(origin, method=method or origin.method, quality=quality or origin.quality)
@@ -161,20 +161,19 @@ def _write_map(model: FlowMap, folder: Path) -> None:
     """A pipeline that carries its code, and the code of its model where diffusers has none."""
     import diffusers
 
-    from fewstep.networks import calls, rows, two_times
-    from fewstep.pipelines import CARRIED, flow_map, native_times, stock_prompts
+    from fewstep.networks import two_times
+    from fewstep.pipelines import flow_map
+    from fewstep.pipelines.exported import CARRIED
+    from fewstep.pipelines.source import whole
 
     network: Any = model.network
     part = "unet" if "UNet" in type(network.model).__name__ else "transformer"
     save_part(network.model, folder / part)
-    shutil.copyfile(flow_map.__file__, folder / "pipeline.py")
-    for module in (native_times, stock_prompts):  # what that imports, from beside it
-        shutil.copy(str(module.__file__), folder)
+    (folder / "pipeline.py").write_text(whole(flow_map.__file__))
     library = "diffusers"
     if type(network.model).__module__ == two_times.__name__:
         library = CARRIED
-        for module in (two_times, calls, rows):
-            shutil.copy(str(module.__file__), folder / part)
+        (folder / part / f"{CARRIED}.py").write_text(whole(two_times.__file__))
 
     scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=_timesteps(model.native))
     save_part(scheduler, folder / "scheduler")
@@ -187,11 +186,11 @@ def _write_map(model: FlowMap, folder: Path) -> None:
         "gamma": model.gamma,
         "guidance": model.guidance,
         "shape": _shape(network),
-        "needs": list(network.needed),
-        "id2label": {str(number): name for number, name in enumerate(model.class_names)} or None,
+        "needs": ", ".join(network.needed),
+        "id2label": {str(number): name for number, name in enumerate(model.class_names) if name} or None,
     }
     if model.latents is not None:
-        index["vae"] = write_vae(model.latents, folder / "vae")
+        index |= {"vae": write_vae(model.latents, folder / "vae"), "factor": model.latents.factor}
     if model.text is not None:
         index |= write_text(model.text, folder)
     write_json(folder / "model_index.json", index)

@@ -27,12 +27,15 @@ class VelocityField(nn.Module):
         latents: what turns images into the x of a latent model and back, None where x is the data itself.
         text: what turns prompts into conditions, None for a model without text or with text of one's own.
         class_names: what its classes are called, in their order, where that is known.
+        moments: mean and standard deviation of the data that it was trained on, where these were brought to 0 and 1
+            (``data.normalize``): ``std * x + mean`` are its samples in the units of the data.
     """
 
     path: Path
     latents: "Latents | None" = None
     text: "Prompts | None" = None
     class_names: tuple[str, ...] = ()
+    moments: tuple[float, float] | None = None
 
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         raise NotImplementedError
@@ -102,6 +105,7 @@ class NetworkField(VelocityField):
     def on(self, path: Path) -> "NetworkField":
         moved = NetworkField(self.network, self.native, self.prediction, path=path)
         moved.latents, moved.text, moved.class_names = self.latents, self.text, self.class_names
+        moved.moments = self.moments
         return moved
 
     def extra_repr(self) -> str:
@@ -193,7 +197,7 @@ class Guided(VelocityField):
         self.field, self.weak = field, weak
         self.scale, self.interval, self.null = scale, interval, null or {}
         self.path, self.latents, self.text = field.path, field.latents, field.text
-        self.class_names = field.class_names
+        self.class_names, self.moments = field.class_names, field.moments
 
     def forward(self, x: Tensor, t: Tensor | float, *, guidance: Tensor | None = None, **cond: Any) -> Tensor:
         t = as_times(t, x)

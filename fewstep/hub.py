@@ -9,17 +9,17 @@ from pathlib import Path
 from fewstep.lora import DIFFUSERS_FILE, PEFT_CONFIG
 from fewstep.model_files import read_json
 
-# Names that files with secrets have. "token" alone would catch tokenizers.
+# Names that files with secrets have, and their folders. "token" alone would catch tokenizers.
 _SECRETS = (
     ".env", ".env.*", "*.env", ".netrc", ".git-credentials", ".npmrc", ".pypirc", ".htpasswd", "*.pem", "*.key",
     "*.p12", "*.pfx", "*.kdbx", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "credentials", "credentials.*",
-    "secret.*", "secrets.*", "*_token", "*_token.txt", "token", "token.txt",
+    "secret", "secret.*", "secrets", "secrets.*", "*_token", "*_token.txt", "token", "token.txt",
+    ".ssh", ".aws", ".gnupg", ".azure", ".kube",
 )  # fmt: skip
-_SECRET_FOLDERS = (".ssh", ".aws", ".gnupg", ".azure", ".kube")
 # What they have in them: tokens of the hub and of others, and private keys.
 _SECRET_TEXT = re.compile(
-    rb"\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{32,}|\bghp_[A-Za-z0-9]{36}|\bAKIA[0-9A-Z]{16}\b"
-    rb"|-----BEGIN [A-Z ]*PRIVATE KEY"
+    rb"\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{32,}|\bgh[opsur]_[A-Za-z0-9]{36}|\bgithub_pat_\w{22,}"
+    rb"|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
 _READ = 1 << 20  # bytes of a file that are looked at
 _PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".ckpt", ".bin", ".dill")
@@ -128,8 +128,8 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{folder} is no export: fewstep export writes one, fewstep convert too")
     for file in uploaded(folder):
         path = file.relative_to(folder)
-        if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{path} is a link out of {folder}: only what lies in the folder is uploaded, remove it")
+        if file.is_symlink() and (where := _leads(file, folder)):
+            raise ValueError(f"{path} is a link {where}: only files that lie in the folder are uploaded, remove it")
         if why := _secret(file, path):
             raise ValueError(f"{path} in {folder} {why}, and nothing is uploaded: remove it")
         if _is_pickle(file):
@@ -140,14 +140,23 @@ def check_folder(folder: Path) -> None:
 
 
 def uploaded(folder: Path) -> list[Path]:
-    """The files of a folder that are uploaded."""
-    files = (file for file in sorted(folder.rglob("*")) if not file.is_dir())
+    """The files of a folder that are uploaded, and all links, which :func:`check_folder` looks at."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_symlink() or not file.is_dir())
     return [f for f in files if not any(fnmatch(p, left) for p in f.relative_to(folder).parts for left in _LEFT_OUT)]
+
+
+def _leads(link: Path, folder: Path) -> str:
+    """Where a link leads, if not to a file of the folder."""
+    if not link.exists():
+        return "to nothing"
+    if not link.resolve().is_relative_to(folder.resolve()):
+        return f"out of {folder}"
+    return "to a folder" if link.is_dir() else ""
 
 
 def _secret(file: Path, path: Path) -> str:
     """Why a file may hold a secret; empty where nothing says so."""
-    if any(fnmatch(path.name.lower(), name) for name in _SECRETS) or set(path.parts) & set(_SECRET_FOLDERS):
+    if any(fnmatch(part.lower(), name) for part in path.parts for name in _SECRETS):
         return "has the name of a file with secrets"
     if file.suffix in (".safetensors", ".onnx", ".data", ".pt2", ".png"):
         return ""

@@ -131,18 +131,12 @@ def compare_runs(evaluations: dict[str, Evaluation], out: Path) -> tuple[list[st
 
 def next_commands(out: Path, recipe: Recipe, is_map: bool) -> list[str]:
     """What one may type after a run."""
-    name, data = out.name, "" if recipe.data.name == "teacher" else f" --data {shlex.quote(recipe.data.name)}"
-    if is_map:
-        return [
-            f"fewstep sample {out} --steps 2 --count 64 --out {name}.png",
-            f"fewstep evaluate {out} --steps 1 2 4 8 16",
-            f"fewstep export {out} {name}-export",
-        ]
-    return [
-        f"fewstep sample {out} --steps 50 --count 64 --out {name}.png",
-        f"fewstep distill --teacher {out}{data} --out {out}-itvm",
-        f"fewstep export {out} {name}-export",
-    ]
+    run, name, data = str(out), out.name, [] if recipe.data.name == "teacher" else ["--data", recipe.data.name]
+    steps, export = "2" if is_map else "50", ["export", run, f"{name}-export"]
+    sample = ["sample", run, "--steps", steps, "--count", "64", "--out", f"{name}.png"]
+    evaluate = ["evaluate", run, "--steps", "1", "2", "4", "8", "16"]
+    distill = ["distill", "--teacher", run, *data, "--out", f"{run}-itvm"]
+    return [shlex.join(["fewstep", *words]) for words in (sample, evaluate if is_map else distill, export)]
 
 
 def _extractor(choice: str, data: Data, model: Model) -> nn.Module | None:

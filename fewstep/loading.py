@@ -19,7 +19,7 @@ from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated, 
 from fewstep.paths import Path as Trajectory
 from fewstep.prompts import Prompts
 from fewstep.schedules import PREDICTION_TYPES
-from fewstep.writing import check_text
+from fewstep.writing import check_text, moments_in
 
 # What an export that is no diffusers folder may be made of.
 NETWORKS: dict[str, type[nn.Module]] = {"MLP": MLP}
@@ -52,8 +52,10 @@ def load(source: str | Path, *, device: str = "cpu") -> VelocityField | FlowMap:
 
     >>> teacher = fewstep.load("./my-ddpm")
     """
+    from fewstep.origin import is_run
+
     folder = _find(source)
-    if (folder / "recipe.yaml").is_file() and (folder / "checkpoints").is_dir():
+    if is_run(folder):
         from fewstep.runs import load_run
 
         model = load_run(folder)
@@ -65,6 +67,7 @@ def load(source: str | Path, *, device: str = "cpu") -> VelocityField | FlowMap:
         model = load_converted(folder)
     else:
         model = load_field(folder)
+    model.moments = moments_in(folder) or model.moments
     return model.to(device).eval()
 
 
@@ -75,8 +78,10 @@ def find_configurations(source: str | Path) -> Path | None:
     Raises:
         FileNotFoundError: no such folder or hub model.
     """
+    from fewstep.origin import is_run
+
     folder = _find(source, weights=False)
-    others = (folder / "recipe.yaml").is_file(), _map_index(folder), _plain_config(folder), is_converted(folder)
+    others = is_run(folder), _map_index(folder), _plain_config(folder), is_converted(folder)
     return None if any(others) else folder
 
 
@@ -135,7 +140,7 @@ def _plain_config(folder: Path) -> dict[str, Any]:
 
 def _load_map(folder: Path, index: dict[str, Any]) -> FlowMap:
     """An export of a flow map of one of diffusers' families; no code of the folder is run."""
-    from fewstep.pipelines import has_part, load_network, network_folder
+    from fewstep.pipelines.exported import has_part, load_network, network_folder
 
     check_weights(folder / network_folder(index))
     if index.get("text"):

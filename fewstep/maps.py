@@ -32,7 +32,8 @@ class FlowMap(nn.Module):
             only knows the way to t = 1 (a consistency model).
         guidance: the strength of guidance that ``fewstep.sample`` tells it if nothing is said, None for none: of a map
             that takes one.
-        latents, text, class_names: as those of a :class:`VelocityField`; a map made by ``from_field`` has its field's.
+        latents, text, class_names, moments: as those of a :class:`VelocityField`; a map made by ``from_field`` has its
+            field's.
     """
 
     gamma: float = 0.0
@@ -40,6 +41,7 @@ class FlowMap(nn.Module):
     latents: "Latents | None" = None
     text: "Prompts | None" = None
     class_names: tuple[str, ...] = ()
+    moments: tuple[float, float] | None = None
 
     def __init__(
         self, network: nn.Module, native: Path | None = None, prediction: str = "velocity", *, path: Path | None = None
@@ -71,8 +73,8 @@ class FlowMap(nn.Module):
             second_time: how the second time goes into a model of diffusers: ``t``, an embedding of t beside that of s;
                 ``span``, one of t - s; ``late``, the last blocks are told t in the place of s (arXiv 2510.24474), which
                 adds no weights.
-            share: have a model of diffusers use the very weights of the field, for a student of which an adapter alone
-                is trained (``add_lora``): one copy is teacher and student.
+            share: have a model of diffusers use the very weights of the field, and freeze them: for a student of which
+                an adapter alone is trained (``add_lora``), with what is new. One copy is teacher and student.
 
         Raises:
             ValueError: if a network is needed and not given, or has no place for one of the teacher's weights.
@@ -92,12 +94,16 @@ class FlowMap(nn.Module):
             load_by_name(network, field.network)
         student = cls(network, field.native, field.prediction, path=field.path)
         student.latents, student.text, student.class_names = field.latents, field.text, field.class_names
+        student.moments = field.moments
         return student
 
     def average_velocity(self, x: Tensor, s: Tensor | float, t: Tensor | float, **cond: Any) -> Tensor:
         """u(x, s, t), the mean velocity from s to t of the path through x at s; (B, ...)."""
         s, t = as_times(s, x), as_times(t, x)
-        second = self.native.network_time(t)
+        # By themselves times of the path are told apart to its very ends. Where they are held against s they are told
+        # as s is, by their signal-to-noise ratio, of which a schedule has not all.
+        is_alike = getattr(self.network, "is_told_alike", False) and not self.bare
+        second = scaling(self.native, self.prediction, self.path, t).time if is_alike else self.native.network_time(t)
         if self.bare:
             return checked(self.network(x, self.native.network_time(s), second, **cond), x, self.network)
         c = scaling(self.native, self.prediction, self.path, s)

@@ -45,6 +45,10 @@ model = fewstep.load("{name}")
 _DECODE = """
 images = model.latents.decode(samples)"""
 
+_SIZE = """\
+height, width = 64, 64  # {what}
+"""
+
 _IMAGE = """\
 image = torch.zeros({shape})  # what each sample is made for, in the units of the training data
 """
@@ -109,11 +113,23 @@ def card(model: Any, name: str, origin: Origin = Origin(), no_pipeline: str = ""
         name=name,
         what=what,
         code=code or (_pipeline_code(model, name) if is_map and is_of_diffusers else fewstep_code(model, name)),
-        note=no_pipeline,
+        note=no_pipeline + _units(model),
         method=_method(origin),
         quality=_quality(origin),
         citation=f"\n## Citation\n\n```bibtex\n{origin.citation.strip()}\n```\n" if origin.citation else "",
         version=fewstep.__version__,
+    )
+
+
+def _units(model: Any) -> str:
+    if model.moments is None:
+        return ""
+    mean, std = model.moments
+    has_pipeline = isinstance(model, FlowMap) and isinstance(model.network, OfDiffusers)
+    which = ' (output_type="latent")' if has_pipeline else ""
+    return (
+        f"\nThe data were brought to mean 0 and standard deviation 1. In their units samples{which} are `samples * "
+        f"{std!r} + {mean!r}`: `fewstep sample` gives them, and the code above does not.\n"
     )
 
 
@@ -132,6 +148,8 @@ def _quality(origin: Origin) -> str:
 def fewstep_code(model: Any, name: str) -> str:
     """How samples are drawn with fewstep, from a model of diffusers or an ``MLP`` in a folder of this name."""
     given, cond = "", ", class_labels=torch.tensor([0, 0, 0, 0])" if classes_of(model) else ""
+    if _has_any_size(model):
+        given = _SIZE.format(what="of the samples: this model has no fixed size")
     if image_channels(model):
         given, cond = given + _image(model), f"{cond}, image=image"
     if model.text is not None:
@@ -148,9 +166,12 @@ def fewstep_code(model: Any, name: str) -> str:
 
 def _pipeline_code(model: Any, name: str) -> str:
     given, cond = "", ", class_labels=0" if classes_of(model) else ""
-    count = "batch_size=4"
+    count, factor = "batch_size=4", 1 if model.latents is None else model.latents.factor
+    if _has_any_size(model):
+        given = _SIZE.format(what="of the images, in pixels: this model has no fixed size")
+        cond = f"{cond}, height=height, width=width"
     if image_channels(model):
-        given, cond = _image(model), f"{cond}, image=image"
+        given, cond = given + _image(model, factor), f"{cond}, image=image"
     if model.text is not None:
         count = '["a photo of a cat"] * 4'
     elif others := [need for need in model.network.needed if need not in ("class_labels", "guidance")]:
@@ -160,17 +181,29 @@ def _pipeline_code(model: Any, name: str) -> str:
     return _PIPELINE_CODE.format(name=name, given=given, count=count, cond=cond)
 
 
-def _image(model: Any) -> str:
-    return _IMAGE.format(shape=_shape(model, image_channels(model)))
+def _image(model: Any, factor: int = 1) -> str:
+    return _IMAGE.format(shape=_shape(model, image_channels(model), factor))
 
 
-def _shape(model: Any, channels: int | None = None) -> str:
-    """The shape of four samples, or of as many images with these channels."""
+def _has_any_size(model: Any) -> bool:
     try:
+        shape_of(model)
+    except ValueError:
+        return True
+    return False
+
+
+def _shape(model: Any, channels: int | None = None, factor: int = 1) -> str:
+    """The shape of four samples, or of as many images with these channels.
+
+    Args:
+        factor: what the height and width above are to be divided by, for a model without a size of its own.
+    """
+    if _has_any_size(model):
+        config, by = model.network.model.config, "" if factor == 1 else f" // {factor}"
+        own, sizes = config["in_channels"] - image_channels(model), [f"height{by}", f"width{by}"]
+    else:
         own, *sizes = shape_of(model)
-    except ValueError:  # the model takes any size
-        config = model.network.model.config
-        own, sizes = config["in_channels"] - image_channels(model), ["HEIGHT", "WIDTH"]
     return ", ".join(map(str, [4, own if channels is None else channels, *sizes]))
 
 

@@ -53,9 +53,11 @@ def plainly(model_class: Any) -> dict[str, Any]:
 
 
 def class_names_in(folder: Path) -> tuple[str, ...]:
-    """What the classes of a pipeline are called, in their order, as its index says (``id2label``)."""
+    """What the classes of a pipeline are called, each at its number, as its index says (``id2label``); empty for those
+    in between that it does not name."""
     said = read_json(folder / "model_index.json").get("id2label") or {}
-    return tuple(str(said[number]) for number in sorted(said, key=int))
+    names = {int(number): str(name) for number, name in said.items()}
+    return tuple(names.get(number, "") for number in range(max(names, default=-1) + 1))
 
 
 def check_weights(model: Path, names: Sequence[str] = WEIGHT_FILES) -> None:

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.config import find_objective
 from fewstep.console import progress_bar
 from fewstep.couplings import Coupled
-from fewstep.data import FACTS, Encoded, load_data
+from fewstep.data import FACTS, Encoded, Pairs, load_data
 from fewstep.data.batch import Data
 from fewstep.data.conditions import Dropped, Strengths
+from fewstep.data.decode import check_side
 from fewstep.data.encoded import NULL, read_null
 from fewstep.data.sources import is_pictures
-from fewstep.drawing import Model, takes
+from fewstep.drawing import Model, needed_conditions, shape_of, takes
 from fewstep.encoders import kept_null
 from fewstep.encoding import check_model, encoded_once
 from fewstep.errors import unknown
@@ -31,6 +32,8 @@ from fewstep.objectives.base import Objective
 from fewstep.options import arguments, find_object
 from fewstep.paths import KINDS, Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.paths import Path as Trajectory
+from fewstep.prompts import TEXT_CONDITIONS
+from fewstep.randomness import generator
 from fewstep.recipe import PATHS, Named, Recipe, Student, Teacher
 from fewstep.teacher_samples import PromptedSamples, TeacherSamples
 from fewstep.training.distributed import environment
@@ -120,6 +123,7 @@ def make_student(
     model = _bare_student(section, shape, teacher, is_map, seed)
     if (start := unguided(teacher)) is not None and model.latents is None:
         model.latents, model.text, model.class_names = start.latents, start.text, start.class_names
+        model.moments = start.moments or model.moments
     if section.lora is not None:
         from fewstep.lora import add_lora
 
@@ -278,9 +282,14 @@ def path_of(section: Student) -> Trajectory | None:
     return _PATHS[section.path]() if section.path else None
 
 
-def make_data(recipe: Recipe, teacher: VelocityField | None, out: Path | None) -> Data:
-    """The data of a recipe, coupled as it says; ``out`` is where samples of the teacher are kept."""
-    data = _uncoupled(recipe, teacher, out)
+def make_data(recipe: Recipe, teacher: VelocityField | None, out: Path | None, fresh: bool = False) -> Data:
+    """The data of a recipe, coupled as it says; ``out`` is where samples of the teacher are kept, with ``fresh`` after
+    those that are there have been thrown away.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`data_of`; ``out`` holds samples of another teacher or other settings.
+    """
+    data = _uncoupled(recipe, teacher, out, fresh)
     if recipe.drop is not None:
         data = Dropped(data, recipe.drop.share, null_of(recipe.drop.null, teacher, encoded_folder(recipe)))
     guidance = None if recipe.teacher is None else recipe.teacher.guidance
@@ -289,7 +298,7 @@ def make_data(recipe: Recipe, teacher: VelocityField | None, out: Path | None) -
     return data if recipe.coupling == "independent" else Coupled(data, recipe.coupling)
 
 
-def _uncoupled(recipe: Recipe, teacher: VelocityField | None, out: Path | None) -> Data:
+def _uncoupled(recipe: Recipe, teacher: VelocityField | None, out: Path | None, fresh: bool) -> Data:
     if recipe.data.name != "teacher":
         return data_of(recipe.data, teacher, quiet=recipe.training.quiet)
     if teacher is None:
@@ -304,12 +313,24 @@ def _uncoupled(recipe: Recipe, teacher: VelocityField | None, out: Path | None) 
             "data: teacher draws samples of the teacher, which is conditioned on text: say which prompts, a line each, "
             "data: {name: teacher, prompts: captions.txt}"
         )
-    options = arguments("data", PromptedSamples, options, given=("field", "seed", "folder", "guidance"))
+    options = arguments("data", PromptedSamples, options, given=("field", "seed", "folder", "guidance", "fresh"))
     told = recipe.teacher is not None and recipe.teacher.guidance is not None and recipe.teacher.guidance.told
     folder = None if out is None else out / "teacher-samples"
-    return PromptedSamples(
-        teacher, seed=recipe.seed, folder=folder, guidance=strength_of(recipe) if told else None, **options
-    )
+    strength = strength_of(recipe) if told else None
+    return PromptedSamples(teacher, seed=recipe.seed, folder=folder, guidance=strength, fresh=fresh, **options)
+
+
+def encoded_shape(section: Named, model: Model | None) -> tuple[int, ...] | None:
+    """The shape (c, h, w) that the pictures of a section will have as latents; None where nothing is to be encoded."""
+    if model is None or model.latents is None or section.name == "teacher":
+        return None
+    if not is_pictures(section.name, section.options):
+        return None
+    size, latents = section.options.get("size"), model.latents
+    if size is None:
+        return shape_of(model)
+    check_side(size)
+    return latents.shape_of((latents.image_channels, size, size))
 
 
 def data_of(section: Named, model: Model | None, quiet: bool = False) -> Data:
@@ -326,6 +347,24 @@ def data_of(section: Named, model: Model | None, quiet: bool = False) -> Data:
         with progress_bar(f"encoding {name}, once", quiet or not environment().is_main) as progress:
             return encoded_once(model, name, progress=progress, **options)
     data = load_data(name, **options)
-    if isinstance(data, Encoded):
+    if isinstance(data, Encoded | Pairs):
         check_model(data, model, name)
     return data
+
+
+def given_by(recipe: Recipe, model: Model, count: int, first: int = 0, text: bool = True) -> dict[str, Tensor]:
+    """What a run's data gives the samples of its model besides their classes: the conditions of ``count`` of its rows,
+    (n, ...) each, fewer where it has fewer. The data is read where the model needs them, or the recipe names them.
+
+    Args:
+        first: the row to begin with; they go around.
+        text: whether those of a text model are wanted too, which prompts give otherwise.
+    """
+    others = {"class_labels"} if text or model.text is None else {"class_labels", *TEXT_CONDITIONS}
+    is_needed = set(needed_conditions(model)) - others or (text and model.text is not None)
+    if recipe.data.name == "teacher" or not (is_needed or recipe.data.options.get("conditions")):
+        return {}
+    data = data_of(recipe.data, model)
+    rows = first + torch.arange(min(count, data.size or count))
+    cond = data.rows(rows % data.size if data.size else rows, generator(recipe.seed)).cond
+    return {name: value for name, value in cond.items() if name not in others and takes(model, name)}

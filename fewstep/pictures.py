@@ -28,15 +28,22 @@ def check_out(out: Path, shape: tuple[int, ...]) -> None:
 
     Raises:
         ValueError: no suffix that is known, or pictures of what is none.
-        FileExistsError: a folder with something in it that is not begun by fewstep.
+        FileExistsError: a folder with something in it that is not begun by fewstep, a file in the place of a folder, or
+            a folder in that of a file.
     """
     if out.suffix not in ("", ".png", ".npy", ".npz"):
         raise ValueError(f"--out {out}: samples are written as .png (a grid), .npy, .npz, or into a folder of PNGs")
     is_image = len(shape) == 3 and shape[0] in (1, 3)
     if not is_image and not (shape == (2,) and out.suffix == ".png") and out.suffix not in (".npy", ".npz"):
         raise ValueError(f"--out {out}: samples of shape {shape} are no pictures, write them to a .npy or .npz file")
+    is_folder = out.suffix == ""
+    if not is_folder and out.is_dir():
+        raise FileExistsError(f"--out {out}: there is a folder of that name, and a file is to be written")
+    for place in (out, *out.parents) if is_folder else out.parents:
+        if place.exists() and not place.is_dir():
+            raise FileExistsError(f"--out {out}: {place} is a file, and a folder is needed there")
     # What another process begins with is there, or not yet renamed.
-    names = os.listdir(out) if out.suffix == "" and out.is_dir() else []
+    names = os.listdir(out) if is_folder and out.is_dir() else []
     if FACTS not in names and not all(name.lstrip(".").startswith(FACTS) for name in names):
         raise FileExistsError(f"--out {out}: the folder is not empty, and nothing in it is overwritten")
 

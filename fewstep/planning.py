@@ -9,7 +9,7 @@ what its allocator loses between blocks) and how fast it is are estimates, which
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,19 +168,28 @@ def fit_on(plan: Plan, capacity: int) -> Fit | None:
     return None
 
 
-def changes(recipe: Recipe) -> Iterator[tuple[dict[str, Any], Recipe]]:
-    """What to change where a recipe does not fit, one thing after the other: the keys so far, and the recipe."""
-    keys: dict[str, Any] = {}
+def changes(recipe: Recipe) -> Iterator[tuple[dict[str, Any], Plan]]:
+    """What to change where a recipe does not fit, one thing after the other: the keys so far, and the plan with them.
+
+    Left out is what the parts of the recipe refuse: checkpoints by a derivative that they do not follow, for one.
+    """
+    wanted: dict[str, Any] = {}
     training, student = recipe.training, recipe.student
     if training.precision == "float32":
-        keys["training.precision"] = "bf16"
+        wanted["training.precision"] = "bf16"
     if not training.gradient_checkpointing and student.network == "auto":
-        keys["training.gradient_checkpointing"] = True
+        wanted["training.gradient_checkpointing"] = True
     if student.lora is None and student.network == "auto" and student.weights != "random":
-        keys["student.lora.rank"] = 16
-    for last in range(len(keys)):
-        some = dict(list(keys.items())[: last + 1])
-        yield some, load_recipe(recipe.as_dict(), {key: str(value).lower() for key, value in some.items()})
+        wanted["student.lora.rank"] = 16
+    keys: dict[str, Any] = {}
+    for key, value in wanted.items():
+        more = {**keys, key: value}
+        try:
+            found = plan(load_recipe(recipe.as_dict(), {key: str(value).lower() for key, value in more.items()}))
+        except (ValueError, ImportError):
+            continue
+        keys = more
+        yield keys, found
 
 
 @dataclass(frozen=True)
@@ -217,7 +226,8 @@ def _build(recipe: Recipe) -> _Run:
         warnings.simplefilter("ignore")  # what is new in a student is said where it is trained
         teacher = teacher_without_weights(recipe)
         shape, given = sample_of(recipe, teacher)
-        with META:
+        # What it starts from is loaded, which the meta device does not let it be.
+        with META if recipe.student.start is None else nullcontext():
             student: Any = make_student(recipe.student, shape, teacher, trains_map(recipe), recipe.seed)
     if training.gradient_checkpointing:
         use_checkpoints(student)

@@ -8,7 +8,7 @@ import inspect
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.drawing import Model, classes_of, draw, needed_conditions, shape_of, takes
+from fewstep.drawing import Model, classes_of, draw, shape_of, takes
 from fewstep.evaluation.plots import COLOURS, image_grid, png
 from fewstep.fields import Guided, VelocityField
 from fewstep.maps import FlowMap
-from fewstep.parts import data_of, find_model, make_teacher
-from fewstep.randomness import generator
-from fewstep.recipe import Recipe
+from fewstep.origin import is_run
+from fewstep.parts import find_model, given_by, make_teacher
 
 # What a page that is left alone draws of the plane, and what is looked at to choose its extent.
 POINTS, _LOOK = 4096, 1024
-_GIVEN = 64  # rows of a run's data whose conditions are taken in turn
+_GIVEN = 64  # rows of a run's data whose conditions are given to images in turn
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,6 @@ class Playground:
         name: what it is called. shape: of one sample; by default what the model says.
         teacher: drawn last, at its own number of steps; by default the model itself, if that is a field.
         classes: what its classes are called. given: other conditions of the samples, as in ``fewstep.drawing.draw``.
-        denormalize: brings samples back to the units of their data, where they are in others.
 
     Raises:
         ValueError: samples that are no pictures, or conditions that nothing on the page would give.
@@ -101,12 +99,12 @@ class Playground:
         teacher: VelocityField | None = None,
         classes: Sequence[str] = (),
         given: Mapping[str, Tensor] | None = None,
-        denormalize: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.model, self.name, self.given, self._denormalize = model, name, dict(given or {}), denormalize
+        self.model, self.name, self.given = model, name, dict(given or {})
         self.shape = shape or shape_of(model)
         self.classes = list(classes) or [f"class {i}" for i in range(classes_of(model))]
-        self.is_map, self.has_text = isinstance(model, FlowMap), model.text is not None and not self.given
+        self.is_map = isinstance(model, FlowMap)
+        self.has_text = model.text is not None and "encoder_hidden_states" not in self.given
         # A text model that is told no strength is guided away from what it does without a prompt.
         can_be_guided = self.has_text and not self.is_map and not isinstance(model, Guided)
         self.takes_strength = told_strength(model) or can_be_guided
@@ -143,14 +141,15 @@ class Playground:
         """
         from fewstep.runs import open_run
 
-        run = open_run(source) if (Path(source) / "recipe.yaml").is_file() else None
+        run = open_run(source) if is_run(Path(source).expanduser()) else None
         model = find_model(source) if run is None else run.model
-        teacher, given, data, denormalize = None, {}, None, None
+        teacher, given = None, {}
         if run is not None:
             teacher = make_teacher(run.recipe.teacher).to(device).eval() if run.recipe.teacher else None
-            data = _data_of(run.recipe, model)
-            given = _given(data, model, run.recipe.seed)
-            denormalize = data.denormalize if run.recipe.data.options.get("normalize") else None
+            rows = _GIVEN if len(run.shape) > 1 else 4 * POINTS  # as many as a page draws
+            given = given_by(run.recipe, model, rows, text=False)
+            if teacher is not None:
+                teacher.moments = model.moments  # it knows the data as the run does
         name = Path(source).resolve().name if Path(source).is_dir() else source
         return cls(
             model.to(device).eval(),
@@ -159,7 +158,6 @@ class Playground:
             teacher=teacher,
             classes=_names(model),
             given=given,
-            denormalize=denormalize,
         )
 
     def plan(self, wish: Wish) -> list[tuple[str, Model, int]]:
@@ -226,7 +224,7 @@ class Playground:
                 **options,
             )
             seconds = (time.perf_counter() - start) / wish.count
-        return Panel(name, samples if self._denormalize is None else self._denormalize(samples), seconds, calls)
+        return Panel(name, samples, seconds, calls)
 
     def _extent(self) -> tuple[list[float], list[float]]:
         """The corners of a square around nearly all points, of the best that is there."""
@@ -257,18 +255,4 @@ def _strength_for(model: Model, guidance: float | None) -> float | None:
 def _names(model: Model) -> list[str]:
     """What the classes of a model are called; by number where that is not known."""
     known = dict(enumerate(model.class_names))
-    return [known.get(number, f"class {number}") for number in range(classes_of(model))]
-
-
-def _data_of(recipe: Recipe, model: Model) -> Any:
-    """The data of a run, where something is needed from it."""
-    is_needed = needed_conditions(model) or {"conditions", "normalize"} & set(recipe.data.options)
-    return None if recipe.data.name == "teacher" or not is_needed else data_of(recipe.data, model)
-
-
-def _given(data: Any, model: Model, seed: int) -> dict[str, Tensor]:
-    """The conditions of the first rows of a run's data besides their classes."""
-    if data is None or not (needed_conditions(model) or set(getattr(data, "cond", ())) - {"class_labels"}):
-        return {}
-    cond = data.rows(torch.arange(min(_GIVEN, data.size or _GIVEN)), generator(seed)).cond
-    return {name: value for name, value in cond.items() if name != "class_labels" and takes(model, name)}
+    return [known.get(number) or f"class {number}" for number in range(classes_of(model))]

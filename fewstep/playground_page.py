@@ -7,15 +7,16 @@ import re
 import secrets
 import shlex
 import shutil
-import socket
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fewstep.asked import prompt_flags
 from fewstep.maps import FlowMap
 from fewstep.playground import POINTS, Panel, Playground, Wish
+from fewstep.playground_door import Door, check_port
 
 # Drawings whose files are kept: those of pages that are open, mostly.
 _KEPT = 32
@@ -64,22 +65,29 @@ def serve(
     """
     check_gradio()
     if port is not None:
-        _check_port(host, port)
+        check_port(host, port)
+    from starlette.middleware import Middleware
+
     folder = Path(tempfile.mkdtemp(prefix="fewstep-ui-"))
-    page = make_page(playground, source, folder)
-    page.queue(api_open=True)
-    _, address, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        ssr_mode=False,  # which would start node
-        footer_links=[],
-        allowed_paths=[str(folder)],
-        css=_CSS,
-        theme=_theme(),
-    )
+    try:
+        page = make_page(playground, source, folder)
+        page.queue(api_open=True)
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,  # which would start node
+            footer_links=[],
+            allowed_paths=[str(folder)],
+            app_kwargs={"middleware": [Middleware(Door)]},
+            css=_CSS,
+            theme=_theme(),
+        )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
     def close() -> None:
         page.close(verbose=False)
@@ -219,10 +227,10 @@ def _foot(playground: Playground, source: str, wish: Wish, made: Path) -> str:
     """Under the pictures: all of them as one file, and the command that draws the same."""
     words = ["fewstep", "sample", source, "--steps", str(wish.steps), "--seed", str(wish.seed)]
     words += ["--count", str(wish.count)]
-    words += ["--gamma", f"{wish.gamma:g}"] if wish.gamma else []
+    words += ["--gamma", f"{wish.gamma:g}"] if wish.gamma is not None else []
     words += ["--guidance", f"{wish.guidance:g}"] if wish.guidance is not None and playground.takes_strength else []
     words += ["--labels", str(wish.label)] if wish.label is not None else []
-    words += ["--prompt", *wish.prompts] if wish.prompts else []
+    words += prompt_flags(wish.prompts)
     url = _url(made / "pictures.zip")
     return (
         f'<p class="fs-foot"><a href="{url}" download="{_safe(playground.name)}.zip">download all</a> '
@@ -293,16 +301,3 @@ def _theme() -> Any:
         font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"],
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
     )
-
-
-def _check_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            taken.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise OSError(
-                f"--host {host} --port {port}: the page cannot be served there ({error}): name another port, or leave "
-                "--port out for the first that is free"
-            ) from None

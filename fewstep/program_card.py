@@ -54,6 +54,7 @@ def program_config(model: FlowMap, inputs: Mapping[str, Tensor], facts: Mapping[
         "path": type(model.path).__name__,
         "gamma": model.gamma,
         "guidance": model.guidance,
+        "moments": model.moments,
     }
     if model.latents is not None:
         known = ("_class_name", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -89,6 +90,13 @@ def program_card(model: FlowMap, name: str, config: Mapping[str, Any]) -> str:
         lines += [
             "x are latents. Their images are those of the VAE, whose numbers are in `config.json`: "
             "`vae.decode(x / scaling_factor + shift_factor)`. The VAE is not in this folder.",
+            "",
+        ]
+    if config["moments"] is not None:
+        mean, std = config["moments"]
+        lines += [
+            f"The data were brought to mean 0 and standard deviation 1: samples are `x * {std!r} + {mean!r}` in their "
+            "units.",
             "",
         ]
     if any(key.startswith("encoder") for key in config["inputs"]):

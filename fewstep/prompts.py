@@ -1,7 +1,6 @@
 """Prompts as the conditions of a text model, by its own text encoders and its pipeline's own ``encode_prompt``."""
 
 import importlib.util
-import inspect
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,22 +12,13 @@ from torch import Tensor
 
 from fewstep.errors import unknown
 from fewstep.model_files import read_json
-
-# What `encode_prompt` of a pipeline returns, in its order, as conditions of the model; None for what is not needed.
-_RETURNED: dict[str, tuple[str | None, ...]] = {
-    "FluxPipeline": ("encoder_hidden_states", "pooled_projections", None),
-    "PixArtAlphaPipeline": ("encoder_hidden_states", "encoder_attention_mask", None, None),
-    "PixArtSigmaPipeline": ("encoder_hidden_states", "encoder_attention_mask", None, None),
-    "StableDiffusion3Pipeline": ("encoder_hidden_states", None, "pooled_projections", None),
-    "StableDiffusionPipeline": ("encoder_hidden_states", None),
-    "StableDiffusionXLPipeline": ("encoder_hidden_states", None, "text_embeds", None),
-}
+from fewstep.pipelines.stock_prompts import RETURNED, encode
 
 
 def knows_prompts(folder: Path) -> bool:
     """Whether a folder is a pipeline whose prompts fewstep can encode, with text encoders."""
     index = read_json(folder / "model_index.json")
-    return index.get("_class_name") in _RETURNED and any(text_parts(index))
+    return index.get("_class_name") in RETURNED and any(text_parts(index))
 
 
 class Prompts:
@@ -52,8 +42,8 @@ class Prompts:
         # An export of a flow map has a pipeline of its own, and says whose prompts these are.
         self.index |= self.index.get("text") or {}
         self._class = str(self.index.get("pipeline") or self.index.get("_class_name", "of no class"))
-        if self._class not in _RETURNED:
-            raise unknown("pipeline with text encoders", self._class, _RETURNED)
+        if self._class not in RETURNED:
+            raise unknown("pipeline with text encoders", self._class, RETURNED)
 
     @property
     def pipeline(self) -> str:
@@ -82,22 +72,11 @@ class Prompts:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts are a list of texts, such as ['a cat'], not {prompts!r}")
         device = torch.device(device)
-        pipeline = self._pipeline
-        for part in pipeline.components.values():
+        for part in self._encoders.values():
             if isinstance(part, torch.nn.Module):
                 part.to(device, self.dtype)
-        options = {
-            "prompt": list(prompts),
-            "prompt_2": None,
-            "prompt_3": None,
-            "device": device,
-            "num_images_per_prompt": 1,
-            "do_classifier_free_guidance": False,
-        }
-        known = inspect.signature(pipeline.encode_prompt).parameters
-        returned = pipeline.encode_prompt(**{name: value for name, value in options.items() if name in known})
-        cond = {name: value for name, value in zip(_RETURNED[self._class], returned, strict=True) if name is not None}
-        return {**cond, **self._sizes(size, len(prompts), device)}
+        parts = {"transformer": _Transformer(self._model_config), **self._encoders}
+        return {**encode(self._class, parts, list(prompts), device), **self._sizes(size, len(prompts), device)}
 
     def null(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The conditions of no prompt, one sample's, as the pipeline takes them for guidance where no negative prompt
@@ -137,36 +116,29 @@ class Prompts:
         return 2 ** (len(levels) - 1) if levels else 8
 
     @cached_property
-    def _pipeline(self) -> Any:
-        """The pipeline with nothing in it but tokenizers and text encoders."""
+    def _encoders(self) -> dict[str, Any]:
+        """The tokenizers and text encoders, by name."""
         if importlib.util.find_spec("transformers") is None:
             raise ImportError("prompts need the package transformers: pip install 'fewstep[text]'")
-        import diffusers
-
-        wanted = text_parts(self.index)
-        for name in wanted:
+        for name in text_parts(self.index):
             if not (self.folder / name).is_dir():
                 raise FileNotFoundError(
                     f"no {name} in {self.folder}, which its model_index.json names: fetch it, or pass the conditions "
                     "of the text yourself"
                 )
-        kind = getattr(diffusers, self._class)
-        if "pipeline" in self.index:
-            taken = inspect.signature(kind.__init__).parameters.values()
-            parts: dict[str, Any] = {p.name: None for p in taken if p.default is p.empty and p.name != "self"}
-            parts |= {"requires_safety_checker": False} if "safety_checker" in parts else {}
-            pipeline = kind(**{**parts, **load_encoders(self.folder, self.index)})
-        else:
-            parts = {name: None for name, value in self.index.items() if isinstance(value, list) and name not in wanted}
-            if "requires_safety_checker" in self.index:
-                parts["requires_safety_checker"] = False
-            pipeline = kind.from_pretrained(self.folder, use_safetensors=True, low_cpu_mem_usage=False, **parts)
-        # Without its third encoder, SD3 asks its transformer for the width of what that one would give.
-        pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**self._model_config))
-        return pipeline
+        return load_encoders(self.folder, self.index)
+
+
+class _Transformer:
+    """What SD3 asks for the width of what its third encoder would give, where it has none."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = SimpleNamespace(**config)
 
 
 SIZES = ("time_ids", "resolution", "aspect_ratio")
+# All that `encode` gives, of any pipeline.
+TEXT_CONDITIONS = frozenset({*SIZES, *(name for names in RETURNED.values() for name in names if name)})
 
 
 def _is_told_sizes(config: dict[str, Any]) -> bool:

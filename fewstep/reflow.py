@@ -6,7 +6,6 @@ reads what is written here.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,8 @@ from fewstep.maps import FlowMap
 from fewstep.randomness import sample_generators
 from fewstep.sampling import sample, sample_noise
 from fewstep.solvers import SOLVERS
-from fewstep.texts import turns_of, write_texts
+from fewstep.texts import claim, turns_of, write_texts
 from fewstep.training.distributed import choose_device, environment
-from fewstep.training.folder import differences
-
-# What may differ between a folder of pairs and the call that goes on with it.
-_MAY_DIFFER = ("command",)
 
 
 def make_pairs(
@@ -96,12 +91,9 @@ def make_pairs(
             raise ValueError(f"a flow map takes its steps itself: solver={solver!r} is for velocity fields")
     elif (solver := solver or "heun") not in SOLVERS:
         raise unknown("solver", solver, SOLVERS)
-    facts = {
-        "format": FORMAT, "count": count, "shape": list(shape_of(field) if shape is None else shape), "seed": seed,
-        "steps": steps, "solver": solver, "labels": _labels(field, labels), "shard": shard,
-        "model": identity(field), "command": command, "guidance": guidance, **_said(field, prompts),
-    }  # fmt: skip
-    _claim(out, facts)
+    settings = {"count": count, "steps": steps, "solver": solver, "seed": seed, "guidance": guidance, "shard": shard}
+    facts = {**facts_of(field, shape, labels, prompts, **settings), "command": command}
+    claim(out / FACTS, facts, "pairs", read_facts)
 
     place = choose_device(device, world)
     field = field.to(place).eval()
@@ -126,6 +118,24 @@ def make_pairs(
     return sum(not file.is_file() for file in shard_files(out, facts))
 
 
+def facts_of(
+    field: Model,
+    shape: Sequence[int] | None,
+    labels: Sequence[int] | None,
+    prompts: Sequence[str] | None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What makes one folder of pairs another than the next; the arguments are those of :func:`make_pairs`.
+
+    Raises:
+        ValueError: labels that the model does not have, a text model without prompts.
+    """
+    return {
+        "format": FORMAT, "shape": list(shape_of(field) if shape is None else shape), "labels": _labels(field, labels),
+        "model": identity(field), **settings, **_said(field, prompts),
+    }  # fmt: skip
+
+
 def _labels(field: Model, labels: Sequence[int] | None) -> list[int] | None:
     """The classes of the pairs, in turn; None for none."""
     classes = classes_of(field)
@@ -144,12 +154,8 @@ def _said(field: Model, prompts: Sequence[str] | None) -> dict[str, Any]:
         return {}
     if not prompts:
         raise ValueError("the model is conditioned on text: give it prompts, --prompts FILE or prompts=[...]")
-    return {"prompts": identity_of_prompts(prompts), "text": text_identity(field.text)}
-
-
-def identity_of_prompts(prompts: Sequence[str]) -> str:
-    """Prompts by their number and a hash."""
-    return f"{len(prompts)} prompts {hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
+    return {"prompts": f"{len(prompts)} prompts {digest}", "text": text_identity(field.text)}
 
 
 def _texts(
@@ -188,18 +194,6 @@ def _draw(
     if facts["solver"] is not None:
         given["solver"] = facts["solver"]
     return {"noise": noise, "data": sample(field, noise.to(place), facts["steps"], **given).cpu(), **cond}
-
-
-def _claim(out: Path, facts: dict[str, Any]) -> None:
-    """Write the facts, or see that those that are there are the same. Every process does: they write the same bytes."""
-    if (out / FACTS).exists():
-        if differing := differences(read_facts(out), facts, _MAY_DIFFER):
-            raise ValueError(f"{out} holds other pairs: {'; '.join(differing)}. Use another folder, or remove that one")
-        return
-    # Another process may be at it, with a file that is not yet renamed.
-    if out.exists() and (out.is_file() or any("pairs" not in name for name in os.listdir(out))):
-        raise ValueError(f"{out} holds something else than pairs: nothing in it is overwritten, use another folder")
-    replace_file(out / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def _is_whole(out: Path, facts: dict[str, Any], shard: int) -> bool:

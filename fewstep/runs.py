@@ -20,7 +20,9 @@ from fewstep.judge import judge, prepare
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Objective
 from fewstep.parts import (
+    data_of,
     encoded_folder,
+    encoded_shape,
     follows_teacher,
     make_data,
     make_objective,
@@ -68,22 +70,29 @@ class Trained:
     step: int
 
 
-def build(recipe: Recipe, out: Path | None = None) -> Built:
+def build(recipe: Recipe, out: Path | None = None, fresh: bool = False) -> Built:
     """Make the parts of a run and call each once, so that what does not fit is known before anything is computed.
 
     Args:
         out: the run folder, where samples of the teacher are kept if they stand in for data.
+        fresh: what is in the run folder is about to be thrown away.
 
     Raises:
         ValueError: parts that are not known, or do not fit each other.
         FileNotFoundError: data or a teacher that are not there.
     """
     teacher = _teacher(recipe)
-    data = make_data(recipe, teacher, out)
+    # Pictures may take hours to encode: what can be known to fit before is.
+    data, shape = None, encoded_shape(recipe.data, teacher)
+    if shape is None:
+        data = make_data(recipe, teacher, out, fresh)
+        shape = tuple(data.shape)
     # Before the objective, which freezes the teacher that the student may be a copy of.
-    student = make_student(recipe.student, data.shape, teacher, trains_map(recipe), recipe.seed)
+    student = make_student(recipe.student, shape, teacher, trains_map(recipe), recipe.seed)
     objective = make_objective(recipe, teacher)
     objective.check_student(student)
+    if data is None:
+        data = make_data(recipe, teacher, out, fresh)
     _check_fit("student", student, recipe.data.name, data)
     if recipe.drop is not None:
         _check_fit(
@@ -106,7 +115,7 @@ def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
         TrainingError: see ``fewstep.fit``.
     """
     folder.open_run(out, {}, resume=False)  # refuses a folder that is no run
-    built = build(recipe, out)
+    built = build(recipe, out, fresh)
     if recipe.evaluation.count:
         prepare(recipe, uncoupled(built.data), built.student)
     is_main = distributed.environment().is_main
@@ -146,7 +155,7 @@ def evaluate_run(path: Path, device: str | None = None, **changes: Any) -> Evalu
     recipe = load_recipe({**tree, "evaluation": {**tree["evaluation"], **changes}})
     teacher = _teacher(recipe)
     place = distributed.choose_device(device, World())
-    data = make_data(recipe, teacher, path)
+    data = make_data(run.recipe, teacher, path)  # with the seed that its samples were drawn with
     teacher = _held_against(recipe, teacher, data)
     teacher = None if teacher is None else teacher.to(place)
     return judge(run.model.to(place), recipe, uncoupled(data), teacher, path)
@@ -172,7 +181,12 @@ def open_run(path: str | Path) -> Trained:
         warnings.simplefilter("ignore")
         model = make_student(recipe.student, shape, _teacher(recipe), trains_map(recipe), recipe.seed)
     put_back(model, frozen(model), saved, "ema" if "ema" in saved.tensors else "model")
-    model.class_names = tuple(saved.state["fingerprint"].get("data_classes") or model.class_names)
+    known = saved.state["fingerprint"]
+    model.class_names = tuple(known.get("data_classes") or model.class_names)
+    if moments := known.get("data_moments"):
+        model.moments = tuple(moments)
+    elif recipe.data.options.get("normalize"):  # a run from before they were kept
+        model.moments = getattr(data_of(recipe.data, model), "moments", None)
     if isinstance(model, FlowMap):
         model.gamma = find_objective(recipe.objective.name).gamma
         model.guidance = strength_of(recipe)

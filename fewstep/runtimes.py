@@ -85,7 +85,7 @@ def export_program(
         raise unknown("format of a program", format, FORMATS)
     if format == "onnx" and not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         raise ImportError("ONNX needs the packages onnx, onnxscript and onnxruntime: pip install 'fewstep[onnx]'")
-    check_target(folder, overwrite)
+    check_target(folder, overwrite, model)
     model = load(model) if isinstance(model, str | Path) else model  # pyright: ignore[reportAssignmentType]
     if not isinstance(model, FlowMap):
         raise ValueError(f"a {type(model).__name__} is no flow map, and a program is one: distill it first")
@@ -94,7 +94,7 @@ def export_program(
     model = merge_lora(model) if has_lora(model) else deepcopy(model)
     model = model.cpu().float().eval().requires_grad_(False)
     program = Bare(model, example_conditions(model, conditions))
-    with aside(folder) as part:
+    with aside(folder, model.moments) as part:
         traced = _traced(program)
         run, largest = (_write_torch if format == "torch" else _write_onnx)(traced, part / FORMATS[format])
         difference = _difference(program, run)

@@ -23,7 +23,13 @@ def started(
         FileNotFoundError: there is none.
     """
     start = str(section.start)
-    model = load(start)
+    try:
+        model = load(start)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"student.start: {error}. The student goes on from it, and its run is opened with it: put it back, or say "
+            "where it is now, student.start in the recipe (of a run, its recipe.yaml)"
+        ) from None
     said = f"student.start: {start} is"
     if not isinstance(model, FlowMap | NetworkField):
         raise ValueError(f"{said} a {type(model).__name__}, which has no network to train")

@@ -15,15 +15,16 @@ from fewstep.asked import read_lines
 from fewstep.console import progress_bar
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch
-from fewstep.data.pairs import Pairs
+from fewstep.data.pairs import FACTS, Pairs, read_facts
 from fewstep.drawing import classes_of, draw, shape_of
 from fewstep.fields import VelocityField
 from fewstep.pictures import write
 from fewstep.randomness import generator
-from fewstep.reflow import identity_of_prompts, make_pairs
+from fewstep.reflow import facts_of, make_pairs
 from fewstep.training.distributed import environment
+from fewstep.training.folder import differences
 
-_FEW = 8
+_FEW, _SHARD = 8, 1000
 
 
 class TeacherSamples:
@@ -81,12 +82,14 @@ class PromptedSamples:
         count: how many. steps, solver: see ``fewstep.sample``. shape: one sample's; by default that of the teacher.
         batch: samples drawn at once. seed: decides them. folder: where they are kept, by default until the end.
         guidance: the strength that the teacher is told, where it takes one.
+        fresh: the samples in the folder are about to be thrown away, and are not looked at.
 
     Attributes:
         cond: the conditions of the first eight rows: those of all would fill the memory.
 
     Raises:
-        FileNotFoundError: no such file of prompts. ValueError: no prompts.
+        FileNotFoundError: no such file of prompts. ValueError: no prompts, or a folder of other samples; says what
+            differs.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class PromptedSamples:
         seed: int = 0,
         folder: Path | None = None,
         guidance: float | None = None,
+        fresh: bool = False,
     ) -> None:
         self.prompts = read_lines(prompts).prompts if isinstance(prompts, str) else prompts
         if not self.prompts:
@@ -112,8 +116,16 @@ class PromptedSamples:
         self.shape = shape_of(field) if shape is None else tuple(shape)
         self.size: int | None = count
         self._count = count
-        self._aside = tempfile.TemporaryDirectory() if folder is None else None
-        self.folder = Path(self._aside.name) / "pairs" if self._aside is not None else folder
+        if folder is None:
+            self._aside = tempfile.TemporaryDirectory()
+            folder = Path(self._aside.name) / "pairs"
+        self.folder = folder
+        self._settings = {
+            "count": count, "steps": steps, "solver": solver, "seed": seed, "guidance": guidance, "shard": _SHARD,
+        }  # fmt: skip
+        self._fresh = fresh
+        if not fresh:
+            self._refuse_others()
 
     @cached_property
     def cond(self) -> dict[str, Tensor]:
@@ -134,26 +146,35 @@ class PromptedSamples:
         """The samples of ``index`` (n,) alone."""
         return self._pairs.bare(index)
 
+    def _refuse_others(self) -> None:
+        if not (self.folder / FACTS).is_file():
+            return
+        facts = facts_of(self.field, self.shape, None, self.prompts, **self._settings)
+        # Once all are drawn, the text encoders may be gone.
+        unknown = {"command"} | ({"text"} if facts["text"] is None else set())
+        if differing := differences(read_facts(self.folder), facts, unknown):
+            raise ValueError(
+                f"{self.folder} holds other samples of a teacher: {'; '.join(differing)}. Use another output folder "
+                "(--out), or resume=False (--fresh) to throw these away and draw anew"
+            )
+
     @property
     def _drawn(self) -> Pairs | None:
-        """The samples of these prompts, where all are drawn."""
-        assert self.folder is not None
+        """The samples, where all are drawn."""
         try:
-            found = Pairs(self.folder)
+            return None if self._fresh else Pairs(self.folder)
         except (FileNotFoundError, ValueError):
             return None
-        return found if found.facts.get("prompts") == identity_of_prompts(self.prompts) else None
 
     @cached_property
     def _pairs(self) -> Pairs:
         if (drawn := self._drawn) is not None:
             return drawn
-        assert self.folder is not None
         device = next(self.field.parameters()).device
         with progress_bar(f"drawing {self._count} samples of the teacher, once", not environment().is_main) as progress:
             make_pairs(
                 self.field, self.folder, self._count, steps=self.steps, solver=self.solver, shape=self.shape,
-                seed=self.seed, prompts=self.prompts, guidance=self.guidance, batch=self.batch, shard=1000,
+                seed=self.seed, prompts=self.prompts, guidance=self.guidance, batch=self.batch, shard=_SHARD,
                 device=device, command="the training that drew it", progress=progress, rest=True,
             )  # fmt: skip
         return Pairs(self.folder)

@@ -1,10 +1,13 @@
-"""Text embeddings in shards, each distinct prompt encoded once by the processes together; and how shards are kept."""
+"""Text embeddings in shards, each distinct prompt encoded once by the processes together; and how shards are kept, in
+a folder that knows what it was made of."""
 
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -15,6 +18,7 @@ from fewstep.encoders import kept_null
 from fewstep.evaluation.files import replace_file
 from fewstep.prompts import SIZES, Prompts
 from fewstep.training.distributed import World
+from fewstep.training.folder import differences
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _SHARD_BYTES, _MOST = 1 << 28, 10_000  # a shard has as many bytes, and rows, at most
@@ -32,8 +36,8 @@ def write_texts(
     turns: Callable[[int], list[int]],
     tick: Callable[[int], None] = lambda count: None,
 ) -> list[Path]:
-    """The conditions of distinct prompts and of the empty one, into the folder ``out``; returns the files of the
-    shards. What is there and whole stays.
+    """The conditions of distinct prompts and of the empty one, into the folder ``out``; returns their files. What is
+    there and whole stays.
 
     Args:
         size: height and width of the image in pixels, for models that are told.
@@ -42,8 +46,8 @@ def write_texts(
     """
     encoders = copy.copy(text)  # so that the encoders are let go again
     null = kept_null(encoders, device)
-    if not (out / NULL).is_file():
-        replace_file(out / NULL, save({name: value.cpu().contiguous() for name, value in null.items()}))
+    if not is_kept(out / NULL):
+        keep(out / NULL, {name: value.cpu() for name, value in null.items()}, rows=1)
     shard = rows_of(sum(value[None].numel() for value in null.values()) * DTYPES[dtype].itemsize)
     known = {"count": len(prompts), "shard": shard}
     replace_file(out / TEXTS, json.dumps(known).encode())
@@ -54,7 +58,7 @@ def write_texts(
             keep(files[i], _joined(_conditions(encoders, part, size, dtype, batch, device, tick)))
         else:
             tick(len(part))
-    return files
+    return [out / NULL, *files]
 
 
 def note_of(file: Path) -> Path:
@@ -62,13 +66,18 @@ def note_of(file: Path) -> Path:
     return file.with_suffix(".json")
 
 
-def keep(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a shard, whole or not at all, and then what it is known by."""
+def keep(file: Path, tensors: dict[str, Tensor], rows: int | None = None) -> None:
+    """Write a shard, whole or not at all, and then what it is known by; of ``rows``, by default as many as its tensors
+    are long."""
     content = save({name: value.contiguous() for name, value in tensors.items()})
-    rows = len(next(iter(tensors.values())))
+    rows = len(next(iter(tensors.values()))) if rows is None else rows
     replace_file(file, content)
-    known = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "rows": rows}
-    replace_file(note_of(file), json.dumps(known).encode())
+    replace_file(note_of(file), json.dumps(known_by(content, rows)).encode())
+
+
+def known_by(content: bytes, rows: int) -> dict[str, Any]:
+    """What a file is known by."""
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "rows": rows}
 
 
 def is_kept(file: Path) -> bool:
@@ -77,6 +86,33 @@ def is_kept(file: Path) -> bool:
         return is_whole(file, json.loads(note_of(file).read_text()))
     except (FileNotFoundError, ValueError):
         return False
+
+
+def claim(file: Path, facts: dict[str, Any], kind: str, saved: Callable[[Path], dict[str, Any]]) -> None:
+    """Write what a folder is made of into its ``file``, or see that what is there is the same. Every process does: they
+    write the same bytes.
+
+    Args:
+        kind: what the folder holds, in words. saved: reads the facts of a folder.
+
+    Raises:
+        ValueError: the folder was made of something else, or holds other files.
+    """
+    out = file.parent
+    names = os.listdir(out) if out.is_dir() else []
+    if file.name in names:
+        refuse_others(out, facts, kind, saved(out))
+        return
+    # Another process may be at it, with a file that is not yet renamed.
+    if out.is_file() or any(file.name not in name for name in names):
+        raise ValueError(f"{out} holds something else than {kind}: nothing in it is overwritten, use another folder")
+    replace_file(file, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def refuse_others(out: Path, facts: dict[str, Any], kind: str, saved: dict[str, Any]) -> None:
+    """Refuse a folder of which any of these facts is another; what to type to go on may be."""
+    if differing := differences({key: saved.get(key) for key in facts}, facts, ("command",)):
+        raise ValueError(f"{out} holds other {kind}: {'; '.join(differing)}. Use another folder, or remove that one")
 
 
 def turns_of(world: World, rest: bool) -> Callable[[int], list[int]]:

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from fewstep.counting import META
+from fewstep.data import encoded, load_data, pairs
+from fewstep.data.decode import check_side
 from fewstep.diffusers_folder import look_into
 from fewstep.drawing import classes_of, image_channels, shape_of, takes
 from fewstep.fields import DiffusionField, Guided, VelocityField, unguided
+from fewstep.latents import Latents
 from fewstep.loading import find_configurations
 from fewstep.model_files import read_json
 from fewstep.networks import FAMILIES
@@ -60,7 +63,7 @@ def _teacher(section: Teacher) -> VelocityField:
     bare = section.model_copy(update={"guidance": None})
     is_folder = section.source not in EXACT and (":" not in section.source or section.source.startswith("fewstep:"))
     folder = find_configurations(section.source) if is_folder else None
-    field = make_teacher(bare).to(META) if folder is None else _field(folder)
+    field = make_teacher(bare).to(META) if folder is None else field_without_weights(folder)
     if guidance is None or guidance.told:
         if guidance is not None and not takes(field, "guidance"):
             raise ValueError(f"teacher.guidance.told: {section.source!r} is told no strength of guidance: say null")
@@ -75,8 +78,12 @@ def _teacher(section: Teacher) -> VelocityField:
     return Guided(field, guidance.scale, guidance.interval, null=null, weak=weak)
 
 
-def _field(folder: Path) -> DiffusionField:
-    """As ``fewstep.diffusers_folder.load_field``, without the weights."""
+def field_without_weights(folder: Path) -> DiffusionField:
+    """The model of a diffusers folder as ``fewstep.load`` makes it, its network on the meta device.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``fewstep.diffusers_folder.look_into``.
+    """
     import diffusers
 
     found = look_into(folder)
@@ -96,22 +103,40 @@ def sample_of(recipe: Recipe, teacher: VelocityField | None) -> tuple[tuple[int,
     if inner is not None:
         if name == "teacher":
             return tuple(options.get("shape") or shape_of(inner)), None
-        is_absent = not Path(name).expanduser().exists() and "/" in name
-        if inner.latents is not None or is_absent:
+        folder = Path(name).expanduser()
+        if inner.latents is not None:
+            for kind in (pairs, encoded):
+                if (folder / kind.FACTS).is_file():
+                    if options:
+                        load_data(name, **options)  # which refuses them
+                    return _written(inner.latents, name, kind.read_facts(folder)), None
+        if inner.latents is not None or (not folder.exists() and "/" in name):
             return _sized(inner, options), None
     data = make_data(recipe, teacher, None)
     cond = data.rows(torch.zeros(2, dtype=torch.long), generator(0)).cond
     return data.shape, {key: value.to(META) for key, value in cond.items()}
 
 
+def _written(latents: Latents, name: str, facts: dict[str, Any]) -> tuple[int, ...]:
+    """The shape of the latents in a folder that `encode` or `reflow` wrote."""
+    shape = tuple(facts["shape"])
+    if shape[0] != latents.channels:
+        raise ValueError(
+            f"the data {name!r} has latents of shape {shape}, and the teacher's have {latents.channels} channels: "
+            "it was written for another model"
+        )
+    return shape
+
+
 def _sized(field: VelocityField, options: dict[str, Any]) -> tuple[int, ...]:
     """The shape of a model's samples, of pictures of the size that the data are cut to."""
-    shape = shape_of(field)
-    size = options.get("size")
+    shape, size = shape_of(field), options.get("size")
     if size is None or len(shape) != 3:
         return shape
-    side = size // (field.latents.factor if field.latents is not None else 1)
-    return (shape[0], side, side)
+    check_side(size)
+    if field.latents is None:
+        return (shape[0], size, size)
+    return field.latents.shape_of((field.latents.image_channels, size, size))
 
 
 def conditions(recipe: Recipe, model: Any, rows: int, shape: tuple[int, ...]) -> dict[str, Tensor]:

@@ -1,48 +1,107 @@
 """What folders of models are written with: whole or not at all, of new parts and of those that lie elsewhere."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
+import yaml
+
+import fewstep
 from fewstep.latents import Latents
-from fewstep.lora import DIFFUSERS_FILE, PEFT_CONFIG
 from fewstep.model_files import WEIGHT_FILES, WEIGHTS, check_weights, read_json
 from fewstep.prompts import Prompts, text_parts
 
+# In every folder that fewstep writes: it alone says that the folder may be replaced.
+MARK = "fewstep.json"
 # The weights of a text encoder of transformers, whole or in pieces.
 ENCODER_FILES = tuple(file.replace(WEIGHTS, "model") for file in WEIGHT_FILES)
 
 
-def check_target(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that is something else than a model, or one that is there and may not be overwritten."""
+def check_target(folder: Path, overwrite: bool, source: Any = None) -> None:
+    """Refuse a folder that fewstep did not write, one that is there and may not be overwritten, and one that the run
+    ``source`` needs to be opened."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    marks = ("model_index.json", "config.json", "unet/config.json", "transformer/config.json")
-    marks += (PEFT_CONFIG, DIFFUSERS_FILE)
-    if not any((folder / name).is_file() for name in marks):
-        raise ValueError(f"{folder} is there and is no model: nothing in it is overwritten, export to another folder")
+    if not is_ours(folder):
+        raise ValueError(
+            f"{folder} is there and is no model that fewstep wrote: nothing in it is overwritten, export to another "
+            "folder"
+        )
     if not overwrite:
         raise FileExistsError(f"{folder} is there already: export to another folder, or overwrite it (overwrite=True)")
+    for key, needed in _needed_by(source):
+        if needed == folder or folder in needed.parents:
+            raise ValueError(
+                f"{folder} is the {key} of {source}, which could not be opened without it: export to another folder"
+            )
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether fewstep wrote a folder, as ``fewstep.json`` says. In exports of earlier versions names of its own do."""
+    mark, config, index = (_said(folder / name) for name in (MARK, "config.json", "model_index.json"))
+    return (
+        "_fewstep_version" in {**mark, **config}
+        or config.get("_class_name") == "FlowMapProgram"
+        or "FlowMapPipeline" in (index.get("_class_name") or "")
+    )
+
+
+def _said(file: Path) -> dict[str, Any]:
+    """What a file says, which may be anybody's: nothing, if it is no JSON of keys."""
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _needed_by(source: Any) -> list[tuple[str, Path]]:
+    """The folders that a run is opened with, by their keys; none for anything else."""
+    recipe = Path(source).expanduser() / "recipe.yaml" if isinstance(source, str | Path) else None
+    if recipe is None or not recipe.is_file():
+        return []
+    said = yaml.safe_load(recipe.read_text())
+    student, teacher = said.get("student") or {}, said.get("teacher") or {}
+    named = {
+        "student.start": student.get("start"),
+        "teacher.source": teacher.get("source"),
+        "teacher.guidance.weak": (teacher.get("guidance") or {}).get("weak"),
+    }
+    return [(key, Path(name).expanduser().resolve()) for key, name in named.items() if name]
 
 
 @contextmanager
-def aside(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder`` that takes its place at the end, and leaves nothing behind where it fails."""
+def aside(folder: Path, moments: tuple[float, float] | None = None) -> Iterator[Path]:
+    """A new folder beside ``folder`` that takes its place at the end, with the mark of fewstep in it. Where that fails,
+    what was there stays, and nothing is left behind.
+
+    Args:
+        moments: of the model that is written (``VelocityField.moments``); they are kept beside the mark.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part, old = (folder.with_name(f".{folder.name}.{what}-{os.getpid()}") for what in ("part", "old"))
-    part.mkdir()
+    place = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    part, old = place / "new", place / "old"
     try:
+        part.mkdir()
+        write_json(part / MARK, {"_fewstep_version": fewstep.__version__, "moments": moments})
         yield part
         if folder.exists():
             folder.rename(old)
         part.rename(folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if part.exists() and old.exists():  # stopped between the two: what was there goes back
+            old.rename(folder)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def moments_in(folder: Path) -> tuple[float, float] | None:
+    """The moments that :func:`aside` kept."""
+    mean_and_std = read_json(folder / MARK).get("moments")
+    return None if mean_and_std is None else tuple(mean_and_std)
 
 
 def save_part(part: Any, folder: Path) -> None:

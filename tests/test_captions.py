@@ -12,6 +12,7 @@ import pytest
 from caption_toys import CAPTIONS, captioned_folder, picture
 from PIL import Image
 
+from fewstep.data import load_data
 from fewstep.data.captions import Captioned
 from fewstep.data.sources import is_pictures, listed
 
@@ -125,6 +126,39 @@ def test_a_hugging_face_data_set(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"x": [1.0]}).save_to_disk(str(tmp_path / "numbers"))
     assert is_pictures(tmp_path / "saved", {})
     assert not is_pictures(tmp_path / "numbers", {})
+
+
+def test_captions_and_labels_are_read_without_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    kinds = {
+        "image": datasets.Image(),
+        "text": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["a", "b"]),
+    }
+    rows = {
+        "image": [picture(0), {"bytes": b"broken", "path": None}, picture(2)],
+        "text": list("xyz"),
+        "label": [1, 0, 1],
+    }
+    datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).save_to_disk(str(tmp_path / "saved"))
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("a picture is decoded"))
+    found = listed(tmp_path / "saved").rows
+    assert (found.captions, found.labels) == (["x", "y", "z"], [1, 0, 1])
+    assert found.read(slice(1, 2)) == [b"broken"]
+    with pytest.raises(ValueError, match=r"row 1 of .*saved cannot be read"):
+        load_data(tmp_path / "saved")
+    with pytest.warns(UserWarning, match="1 of 3"):
+        data: Any = load_data(tmp_path / "saved", on_error="skip")
+    assert data.cond["class_labels"].tolist() == [1, 1]
+
+
+def test_captions_that_are_not_wanted_are_not_read(tmp_path: Path) -> None:
+    for source in (captioned_folder(tmp_path / "photos", ["x", None], column="blip"), shards(tmp_path / "shards")):
+        found = listed(source, False).rows
+        assert (found.captions, found.problems) == (None, {})
+    with pytest.raises(ValueError, match=r"unknown option of .* 'captions'"):
+        listed(tmp_path / "photos", captions=False)
 
 
 def shards(folder: Path) -> Path:

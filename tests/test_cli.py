@@ -3,6 +3,7 @@
 import os
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from PIL import Image
 import fewstep
 from fewstep import judge, runs, watch
 from fewstep.cli import main
+from fewstep.config import load_recipe
 from fewstep.errors import TrainingError
+from fewstep.judge import next_commands
 
 TINY = [
     "--teacher", "eight-gaussians", "--data", "eight-gaussians", "--steps", "4", "--training.batch", "32",
@@ -111,6 +114,32 @@ def test_distill_says_what_came_out_and_what_to_type(here: Path, capsys: pytest.
         assert main(words[1:] + (["--count", "20"] if words[1] == "evaluate" else [])) == 0
     assert (here / "one.png").is_file()
     assert (here / "one-export").is_dir()
+
+
+def test_what_to_type_next_can_be_typed_where_a_name_has_a_space(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("runs/one", "my runs/a one")
+    run = str(here / "my runs" / "a one")
+    assert main(["evaluate", run, "--steps", "1", "--teacher-steps", "1", "--count", "20"]) == 0
+    _, following = commands(capsys)
+    assert following == [["fewstep", "sample", run, "--out", "a one.png"], ["fewstep", "export", run, "a one-export"]]
+    assert main(["sample", run, "--count", "2"]) == 0
+    _, following = commands(capsys)
+    assert following == [["fewstep", "evaluate", run], ["fewstep", "export", run, "a one-export"]]
+    assert main(["compare", run, run]) == 0
+    _, following = commands(capsys)
+    assert following == [["fewstep", "export", run, "a one-export"]]
+    assert main(["export", run, "a one-export"]) == 0
+    _, following = commands(capsys)
+    folder = str(here / "a one-export")
+    assert following == [["fewstep", "sample", folder, "--steps", "2", "--out", "a one-export.png"]]
+    recipe = load_recipe("checkerboard-itvm", {"data": str(here / "my data.npy")})
+    for is_map in (True, False):
+        said = [shlex.split(line) for line in next_commands(Path(run), recipe, is_map)]
+        assert [words[-1] for words in said[::2]] == ["a one.png", "a one-export"]
+        assert run in said[1]
+    assert said[1] == ["fewstep", "distill", "--teacher", run, "--data", recipe.data.name, "--out", f"{run}-itvm"]
 
 
 def test_dry_run_prints_the_whole_recipe_and_writes_nothing(

@@ -11,7 +11,7 @@ from fewstep.config import load_recipe
 from fewstep.exporting import export
 from fewstep.loading import load
 from fewstep.networks import MLP
-from fewstep.pipelines import FlowMapPipeline
+from fewstep.pipelines.exported import FlowMapPipeline
 from fewstep.randomness import sample_generators
 from fewstep.runs import load_run, run
 from fewstep.sampling import sample, sample_noise

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from training_toys import Matching, Rows, Student
 
-from fewstep.training.distributed import World, environment
+from fewstep.training.distributed import World, choose_device, environment
 from fewstep.training.fit import fit
 
 # Three trainings one after another in the same processes.
@@ -110,6 +110,13 @@ def test_a_folder_that_is_not_shared_is_noticed(two):
     for rank, step in ((0, 12), (1, 0)):
         assert f"different checkpoints in {two}" in (two / f"apart-{rank}").read_text()
         assert f"process {rank}: step {step}" in (two / f"apart-{rank}").read_text()
+
+
+@pytest.mark.parametrize("name", ["foo", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_here_is_named(name):
+    with pytest.raises(ValueError, match=f"the device '{name}' cannot be used: there is cpu"):
+        choose_device(name, World())
+    assert choose_device("cpu", World()) == torch.device("cpu")
 
 
 def test_where_the_launcher_put_us(monkeypatch):

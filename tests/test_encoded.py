@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,27 +188,51 @@ def test_damage_is_noticed_named_and_mended(field: VelocityField, photos: Path, 
     Encoded(tmp_path / "out").check()
 
 
+@pytest.mark.parametrize("name", ["null.safetensors", "texts.json"])
+def test_what_the_shards_share_is_known_and_mended_too(
+    field: VelocityField, photos: Path, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "out"
+    make(field, photos, out, command="fewstep encode again")
+    before = files(out)
+    changed = bytearray(before[name])
+    changed[-2] ^= 1
+    (out / name).write_bytes(changed)
+    if name == "null.safetensors":  # as long as it was: only its hash tells
+        with pytest.raises(ValueError, match=r"null\.safetensors is damaged: fewstep encode again makes it anew"):
+            Encoded(out).check()
+    (out / name).write_bytes(changed[:-1])
+    with pytest.raises(ValueError, match=rf"{name} is damaged \(\d+ bytes, .*fewstep encode again"):
+        Encoded(out)
+    make(field, photos, out)
+    assert files(out) == before
+
+
 def test_what_was_made_otherwise_is_refused(field: VelocityField, sd: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     make(field, photos, out)
     before = files(out)
-    with pytest.raises(ValueError, match=r"otherwise: shape is \[4, 8, 8\] there and \[4, 4, 4\] here; size is 16"):
+    with pytest.raises(
+        ValueError, match=r"other encoded data: shape is \[4, 8, 8\] there and \[4, 4, 4\] here; size is 16"
+    ):
         make(field, photos, out, size=8)
-    with pytest.raises(ValueError, match=r"otherwise: shard is 2 there and 3 here\. Use another folder"):
+    with pytest.raises(ValueError, match=r"other encoded data: shard is 2 there and 3 here\. Use another folder"):
         make(field, photos, out, shard=3)
     others = captioned_folder(tmp_path / "others", ["a"])
-    with pytest.raises(ValueError, match=r"otherwise: data is folder \w+ there and folder \w+ here\."):
+    with pytest.raises(ValueError, match=r"other encoded data: data is folder \w+ there and folder \w+ here\."):
         make(field, others, out)
     other = copy.deepcopy(field)
     other.latents = Latents(copy.deepcopy(field.latents.vae))  # pyright: ignore
     with torch.no_grad():
         next(other.latents.vae.parameters())[0] += 1
-    with pytest.raises(ValueError, match=r"otherwise: vae is AutoencoderKL \w+ there and AutoencoderKL \w+ here\."):
+    with pytest.raises(
+        ValueError, match=r"other encoded data: vae is AutoencoderKL \w+ there and AutoencoderKL \w+ here\."
+    ):
         make(other, photos, out)
     folder = shutil.copytree(sd, tmp_path / "model")
     vocabulary = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({**vocabulary, "model_max_length": 7}))
-    with pytest.raises(ValueError, match=r"otherwise: text is StableDiffusionPipeline \w+ there and"):
+    with pytest.raises(ValueError, match=r"other encoded data: text is StableDiffusionPipeline \w+ there and"):
         make(folder, photos, out)
     with pytest.raises(ValueError, match=r"was encoded by another model: text is StableDiffusionPipeline \w+ there"):
         encoding.check_model(Encoded(out), fewstep.load(folder), "out")
@@ -255,6 +280,7 @@ def test_a_model_is_known_wherever_it_lies(sd: Path, tmp_path: Path) -> None:
         ({"on_error": "ignore"}, "unknown on_error 'ignore'"),
         ({"size": 15}, "images of 15 x 15: .*multiples of 2"),
         ({"size": -2}, "size=-2"),
+        ({"size": "big"}, "size='big': the side of a picture is a whole number"),
         ({"capton": "x"}, r"unknown option of .* 'capton': did you mean 'caption'\?"),
     ],
 )
@@ -272,8 +298,9 @@ def test_models_and_data_that_do_not_belong_together(field: VelocityField, photo
     with pytest.raises(ValueError, match="the model works on pixels, it has no VAE"):
         make(bare, photos, tmp_path / "out")
     (photos / "metadata.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"conditioned on text, and .*photos has no captions: .*metadata\.jsonl"):
-        make(field, photos, tmp_path / "out")
+    for encoding_of in (partial(make, out=tmp_path / "out"), encoded_once):
+        with pytest.raises(ValueError, match=r"conditioned on text, and [^()]*photos has no captions: .*metadata"):
+            encoding_of(field, photos)
     dit = fewstep.load(pipeline_folder(tmp_path / "dit", "dit"))
     with pytest.raises(ValueError, match=r"the model has 5 classes, and .*photos has no labels"):
         make(dit, photos, tmp_path / "out")
@@ -290,6 +317,26 @@ def test_class_labels_for_a_model_of_classes(tmp_path: Path) -> None:
     assert data.rows(torch.tensor([3, 0]), generator(0)).cond["class_labels"].tolist() == [2, 0]
     assert data.classes == ("cat", "dog", "owl")
     assert data.null == {}
+
+
+def test_a_model_of_classes_reads_no_captions(tmp_path: Path) -> None:
+    """Neither those that are missing, nor a list of something else."""
+    dit = fewstep.load(pipeline_folder(tmp_path / "dit", "dit"))
+    for name in ("cat", "dog"):
+        captioned_folder(tmp_path / "photos" / name, ["x", "y"], column="photographer")
+    make(dit, tmp_path / "photos", tmp_path / "out")
+    assert load_data(tmp_path / "out").cond["class_labels"].tolist() == [0, 0, 1, 1]  # pyright: ignore
+
+    datasets = pytest.importorskip("datasets")
+    kinds = {
+        "image": datasets.Image(),
+        "text": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["a", "b"]),
+    }
+    rows = {"image": [picture(0), picture(1)], "text": ["x", None], "label": [1, 0]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).save_to_disk(str(tmp_path / "saved"))
+    data = encoded_once(dit, tmp_path / "saved", size=16)  # pyright: ignore[reportArgumentType]
+    assert data.cond["class_labels"].tolist() == [1, 0]
 
 
 def test_bad_pictures_and_rows_without_caption(field: VelocityField, tmp_path: Path) -> None:

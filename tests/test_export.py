@@ -36,8 +36,10 @@ from fewstep.maps import FlowMap
 from fewstep.networks import MLP, UNet, flow_model
 from fewstep.paths import Linear, Preconditioned, Reversed, Tabulated, Trigonometric
 from fewstep.paths import Path as Trajectory
-from fewstep.pipelines import FlowMapPipeline, flow_map
+from fewstep.pipelines import flow_map
+from fewstep.pipelines.exported import FlowMapPipeline
 from fewstep.pipelines.native_times import coefficients
+from fewstep.pipelines.source import whole
 from fewstep.randomness import sample_generators
 from fewstep.runs import run
 from fewstep.sampling import sample, sample_noise
@@ -116,11 +118,12 @@ def test_the_same_pixels_without_fewstep(tmp_path: Path, elsewhere: Callable[...
 
 def test_the_code_in_an_export_is_the_pipeline_and_asks_for_no_fewstep(tmp_path: Path) -> None:
     folder = export(tiny_student("flow", 5), tmp_path / "export")
-    assert (folder / "pipeline.py").read_text() == Path(flow_map.__file__).read_text()
+    assert (folder / "pipeline.py").read_text() == whole(flow_map.__file__)
     for file in folder.rglob("*.py"):
         assert "fewstep" not in "".join(line for line in file.read_text().splitlines() if "import" in line)
-    code = {"pipeline.py", "native_times.py", "stock_prompts.py"}
-    assert {p.name for p in folder.iterdir()} == {"model_index.json", "README.md", "scheduler", "unet", *code}
+    assert {p.name for p in folder.iterdir()} == {
+        "model_index.json", "fewstep.json", "README.md", "scheduler", "unet", "pipeline.py",
+    }  # fmt: skip
     assert not list(folder.rglob("*.bin"))
     again = export(load(folder), tmp_path / "again")
     assert str(tmp_path) not in "".join(p.read_text() for p in again.rglob("*.json"))  # nobody's home folder

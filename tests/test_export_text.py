@@ -21,8 +21,6 @@ from fewstep.drawing import draw
 from fewstep.exporting import export
 from fewstep.loading import load
 from fewstep.maps import FlowMap
-from fewstep.pipelines import stock_prompts
-from fewstep.prompts import _RETURNED
 from fewstep.randomness import sample_generators
 
 NAMES = ["sd", "sdxl", "pixart", "sd3", "sd3 without", "flux"]
@@ -107,13 +105,13 @@ def test_what_goes_along(sources: Path, tmp_path: Path) -> None:
         "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "tokenizer/merges.txt",
     }  # fmt: skip
     assert {name for name in files if name.endswith(".py")} == {
-        "pipeline.py", "native_times.py", "stock_prompts.py", "unet/two_times.py", "unet/calls.py", "unet/rows.py",
+        "pipeline.py", "unet/two_times.py",
     }  # fmt: skip
     assert "somebody" not in "".join(p.read_text() for p in folder.rglob("*.json"))
     index = json.loads((folder / "model_index.json").read_text())
     assert index["text"] == {"pipeline": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     assert index["text_encoder_2"] == ["transformers", "CLIPTextModelWithProjection"]
-    assert index["needs"] == ["encoder_hidden_states", "text_embeds", "time_ids"]
+    assert index["needs"] == "encoder_hidden_states, text_embeds, time_ids"
 
 
 def test_the_encoders_can_be_left_out_later(sources: Path, tmp_path: Path) -> None:
@@ -162,10 +160,6 @@ def test_what_is_refused(sources: Path, tmp_path: Path) -> None:
         pipe()
     with pytest.raises(ValueError, match=r"4 images, but \[2\] prompts"):
         pipe(["cat", "dog"], batch_size=4)
-
-
-def test_the_two_tables_of_what_pipelines_return_agree() -> None:
-    assert stock_prompts.RETURNED == _RETURNED
 
 
 def test_the_card_of_a_model_of_text(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

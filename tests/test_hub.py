@@ -209,7 +209,8 @@ def test_runs_and_other_folders_are_refused(there: Hub, tmp_path: Path) -> None:
 
 SECRETS = {
     ".env": b"A=1", "unet/.netrc": b"", "deploy.pem": b"", "hf_token": b"x", "id_ed25519": b"", ".ssh/config": b"",
-    "notes.md": b"use " + TOKEN.encode() + b" for it", "key.txt": b"-----BEGIN OPENSSH PRIVATE KEY-----\n",
+    "Secrets/openai": b"x", "notes.md": b"use " + TOKEN.encode() + b" for it",
+    "GITHUB.md": b"github_pat_" + b"1aB_" * 20, "key.txt": b"-----BEGIN OPENSSH PRIVATE KEY-----\n",
 }  # fmt: skip
 
 
@@ -242,10 +243,20 @@ def test_pickles_are_not_uploaded_whatever_they_are_called(there: Hub, export: P
     assert there.files == {}
 
 
-def test_links_out_of_the_folder_are_not_followed(there: Hub, export: Path, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere.txt").write_text("private")
-    (export / "notes.txt").symlink_to(tmp_path / "elsewhere.txt")
-    with pytest.raises(ValueError, match=r"notes.txt is a link out of"):
+@pytest.mark.parametrize(
+    ("target", "where"),
+    [("../other/a.txt", "out of"), ("../other", "out of"), ("../nothing", "to nothing"), ("unet", "to a folder")],
+)
+def test_links_lead_to_files_of_the_folder_or_are_refused(
+    there: Hub, export: Path, tmp_path: Path, target: str, where: str
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").write_text("private")
+    (export / "inside.md").symlink_to("README.md")
+    hub.push(export, "me/fast")
+    assert there.files["me/fast"]["inside.md"] == (export / "README.md").read_bytes()
+    (export / "notes").symlink_to(target)
+    with pytest.raises(ValueError, match=f"notes is a link {where}"):
         hub.push(export, "me/fast")
 
 

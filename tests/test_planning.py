@@ -1,9 +1,10 @@
 """Plans: parameters and bytes against what the CPU really holds, operations against closed forms, no weights needed."""
 
 import inspect
+import json
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import pytest
@@ -22,8 +23,11 @@ from fewstep.commands.planning import duration, fit_table, number
 from fewstep.config import load_recipe
 from fewstep.cost import step_cost
 from fewstep.counting import META, LikeAGpu, count_call, count_step
+from fewstep.data import encoded, pairs
 from fewstep.data.batch import Batch
+from fewstep.exporting import export
 from fewstep.fields import Guided, NetworkField
+from fewstep.lora import add_lora
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, LMD, FlowMatching
@@ -31,7 +35,7 @@ from fewstep.planning import GIB, GPUS, Plan, changes, fit_on, plan
 from fewstep.randomness import generator
 from fewstep.runs import build, run
 from fewstep.training.step import Step
-from fewstep.weightless import LONGEST, teacher_without_weights, text_conditions
+from fewstep.weightless import LONGEST, sample_of, teacher_without_weights, text_conditions
 
 POINTS: dict[str, Any] = {
     "name": "points",
@@ -247,6 +251,81 @@ def test_a_derivative_that_checkpoints_cannot_follow_is_refused() -> None:
         plan(load_recipe("fashion-mnist-itvm", {**keys, "data": "teacher", "objective": "LMD"}))
 
 
+OWN = """
+from fewstep import NetworkField
+from fewstep.networks import MLP
+
+
+def made():
+    return NetworkField(MLP(2, width=8, depth=2))
+"""
+
+
+def test_a_change_that_the_parts_refuse_is_left_out(tmp_path: Path) -> None:
+    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
+    teacher = {"source": "unet_toys:tiny_field", "options": blocks}
+    training = {"steps": 2, "batch": 4, "chunk": 4, "precision": "bf16"}
+    lmd = {"name": "lmd", "teacher": teacher, "data": "teacher", "objective": "LMD", "training": training}
+    [(keys, found)] = changes(load_recipe({**lmd, "evaluation": {"count": 0}}))
+    assert keys == {"student.lora.rank": 16}
+    assert found.recipe.student.lora is not None
+    # A network of one's own has no checkpoints either.
+    (tmp_path / "own.py").write_text(OWN)
+    teacher = {"source": f"{tmp_path / 'own.py'}:made"}
+    own = load_recipe({**POINTS, "teacher": teacher, "student": "auto"})
+    assert [list(keys)[-1] for keys, _ in changes(own)] == ["training.precision", "student.lora.rank"]
+
+
+def test_a_student_that_goes_on_from_a_run_or_an_export_is_planned(tmp_path: Path) -> None:
+    run(load_recipe(POINTS), tmp_path / "first")
+    for start in (tmp_path / "first", export(tmp_path / "first", tmp_path / "export")):
+        found = plan(load_recipe({**POINTS, "student": {"start": str(start)}}))
+        bare = plan(load_recipe(POINTS))
+        assert (found.parameters, found.fixed, found.step) == (bare.parameters, bare.fixed, bare.step)
+
+
+def test_a_start_beside_a_teacher_with_text_is_planned_with_an_adapter_of_its_own(tmp_path: Path) -> None:
+    tiny_pipeline("sd").save_pretrained(tmp_path / "model")
+    student = FlowMap.from_field(cast(NetworkField, fewstep.load(tmp_path / "model")))
+    keys = {"teacher.source": str(tmp_path / "model"), "student.start": str(export(student, tmp_path / "fast"))}
+    found = plan(load_recipe("sd15-itvm", {**keys, "student.lora.rank": "2", **FEW}))
+    add_lora(student, rank=2)
+    assert found.parameters == sum(p.numel() for p in student.parameters())
+    assert found.trained == sum(p.numel() for p in student.parameters() if p.requires_grad)
+    # The weights that it goes on from lie beside the teacher's.
+    numbers = {part.name: part.numbers for part in found.parts}
+    assert numbers["weights that stay"] >= found.parameters - found.trained
+    assert numbers["teacher"] >= found.parameters / 2
+
+
+def test_rows_have_the_size_that_the_data_say(tmp_path: Path) -> None:
+    """The tiny VAE makes a latent of 2 x 2 pixels, and its model's own pictures are 16 x 16."""
+    source = {"teacher.source": str(_configurations("sd", tmp_path / "model"))}
+
+    def shape_with(data: str, **options: str) -> tuple[int, ...]:
+        keys = {"data.name": data, **{f"data.{key}": value for key, value in options.items()}}
+        recipe = load_recipe("sd15-itvm", {**source, **keys})
+        return sample_of(recipe, teacher_without_weights(recipe))[0]
+
+    assert shape_with("./pictures") == (4, 8, 8)
+    assert shape_with("./pictures", size="24") == (4, 12, 12)
+    with pytest.raises(ValueError, match="images of 17 x 17: the VAE makes one latent of 2 x 2"):
+        shape_with("./pictures", size="17")
+    for size in ("big", "0", "1.5"):
+        with pytest.raises(ValueError, match=rf"size='?{size}'?: the side of a picture is a whole number"):
+            shape_with("./pictures", size=size)
+    for kind, folder in ((encoded, tmp_path / "encoded"), (pairs, tmp_path / "pairs")):
+        folder.mkdir()
+        file = folder / kind.FACTS
+        file.write_text(json.dumps({"format": kind.FORMAT, "shape": [4, 6, 6]}))
+        assert shape_with(str(folder)) == (4, 6, 6)
+        with pytest.raises(ValueError, match="takes no options, got 'size'"):
+            shape_with(str(folder), size="16")
+        file.write_text(json.dumps({"format": kind.FORMAT, "shape": [16, 6, 6]}))
+        with pytest.raises(ValueError, match=r"latents of shape \(16, 6, 6\), and the teacher's have 4 channels"):
+            shape_with(str(folder))
+
+
 def _plan(recipe: Any, fixed: int, per_row: int) -> Plan:
     """A plan with these bytes, whose smallest micro-batch has two rows."""
     counted = {rows: planning.Counted(rows, 100 * rows, 0, per_row * rows) for rows in (2, recipe.training.batch)}
@@ -276,10 +355,6 @@ def test_the_largest_micro_batch_that_fits_and_the_keys_that_say_so() -> None:
 def test_what_does_not_fit_is_told_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {"training.precision": "float32", "training.gradient_checkpointing": "false"}
     recipe = load_recipe("sd15-itvm", {**keys, "training.batch": "8", "training.accumulate": "1"})
-    wanted = [list(some) for some, _ in changes(recipe)]
-    assert wanted == [list(wanted[-1])[: n + 1] for n in range(3)]
-    assert wanted[-1] == ["training.precision", "training.gradient_checkpointing", "student.lora.rank"]
-    assert [some for some, _ in changes(load_recipe(POINTS))] == [{"training.precision": "bf16"}]
 
     def planned(recipe: Any) -> Plan:
         """30 GiB of weights, 5 with an adapter, and 10 GiB a row, 1 with checkpoints."""
@@ -287,6 +362,10 @@ def test_what_does_not_fit_is_told_what_to_change(monkeypatch: pytest.MonkeyPatc
         return _plan(recipe, (5 if recipe.student.lora else 30) * GIB, per_row)
 
     monkeypatch.setattr(planning, "plan", planned)
+    wanted = [list(some) for some, _ in changes(recipe)]
+    assert wanted == [list(wanted[-1])[: n + 1] for n in range(3)]
+    assert wanted[-1] == ["training.precision", "training.gradient_checkpointing", "student.lora.rank"]
+    assert [some for some, _ in changes(load_recipe(POINTS))] == [{"training.precision": "bf16"}]
     monkeypatch.setattr("fewstep.commands.planning.CARDS", (7, 24, 48, 80))
     rows_of = {row[0]: (row[1], row[3]) for row in fit_table(planned(recipe))[1]}
     change = "--training.precision bf16 --training.gradient_checkpointing true"

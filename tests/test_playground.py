@@ -3,14 +3,19 @@
 import html
 import io
 import json
+import os
 import re
+import shlex
+import signal
 import socket
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 import torch
@@ -21,7 +26,7 @@ from torch import Tensor, nn
 from unet_toys import tiny_field, tiny_student
 
 import fewstep
-from fewstep.cli import main
+from fewstep.cli import _parser, main
 from fewstep.drawing import draw
 from fewstep.evaluation.plots import image_grid
 from fewstep.fields import Guided, NetworkField
@@ -232,7 +237,7 @@ def test_the_page_draws_over_http_what_sample_draws(served: tuple[str, Playgroun
     with zipfile.ZipFile(io.BytesIO(requests.get(f"{address}/{pack}", timeout=20).content)) as files:
         assert [Path(name).name for name in files.namelist()] == ["1-step.png", "2-steps.png", "teacher-3-steps.png"]
         assert files.read(files.namelist()[1]) == wanted
-    command = "fewstep sample runs/tiny --steps 2 --seed 7 --count 4 --labels 1"
+    command = "fewstep sample runs/tiny --steps 2 --seed 7 --count 4 --gamma 0 --labels 1"
     assert command in html.unescape(parts[-1])
 
 
@@ -241,6 +246,45 @@ def test_only_controls_that_apply_are_shown(served: tuple[str, Playground]) -> N
     blocks = playground_page.make_page(Playground(tiny_field(), "field"), "field", Path("."))
     labels = [part["props"].get("label") for part in blocks.get_config_file()["components"]]
     assert [label for label in labels if label] == ["Steps, up to", "Seed", "Images", "Steps of the last"]
+
+
+def test_nothing_is_uploaded_and_messages_are_short(served: tuple[str, Playground]) -> None:
+    address, _ = served
+    there = set(Path(gradio.utils.get_upload_folder()).rglob("*"))
+
+    def sent(path: str, **what: Any) -> int:
+        return requests.post(f"{address}/gradio_api/{path}", timeout=20, **what).status_code
+
+    assert sent("upload", files={"files": b"x"}) == 403
+    assert sent("upload/", files={"files": b"x"}) == 403
+    assert sent("process_recording", files={"file": b"x"}) == 403
+    assert sent("component_server", json={}) == 403
+    assert requests.put(f"{address}/gradio_api/upload", data=b"x", timeout=20).status_code == 403
+    assert requests.get(f"{address}/gradio_api/deep_link?session_hash=x", timeout=20).status_code == 403
+    assert sent("call/draw", data=b" " * (1 << 20) + b"{}") == 413
+    assert sent("call/draw", data=iter([b"{}"])) == 411
+    assert set(Path(gradio.utils.get_upload_folder()).rglob("*")) == there
+
+
+def test_the_command_under_the_pictures_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = tiny_student()
+    student.gamma = 1.0  # as that of a consistency model
+    play = Playground(student, "tiny")
+    asked = {"steps": 4, "seed": 5, "count": 3, "gamma": 0.0}
+    *_, said = playground_page.draw_page(play, "my tiny", tmp_path, asked)
+    words = shlex.split(html.unescape(re.findall("<code>(.*)</code>", said)[0]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fewstep.parts.find_model", lambda _: student)
+    assert main([*words[1:], "--out", "x.npy", "--device", "cpu"]) == 0
+    *_, shown = play.panels(Wish(steps=4, seed=5, count=3, gamma=0.0))
+    assert np.allclose(np.load("x.npy"), shown.samples, atol=1e-5)
+
+
+def test_prompts_that_begin_with_a_dash_are_in_the_command(tmp_path: Path) -> None:
+    play = Playground(tiny_student(), "tiny")
+    foot = playground_page._foot(play, "tiny", Wish(prompts=("a cat", "-hat", "--count 3")), tmp_path)
+    words = shlex.split(html.unescape(re.findall("<code>(.*)</code>", foot)[0]))
+    assert _parser().parse_args(words[1:]).prompt == ["a cat", "-hat", "--count 3"]
 
 
 def test_an_error_is_a_sentence_in_the_page(served: tuple[str, Playground], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,8 +370,9 @@ def test_a_browser_shows_the_pictures_and_draws_others(served: tuple[str, Playgr
         assert page.problems == []
 
 
-def test_the_command_serves_until_ctrl_c(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_it_is_ended(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     answers: list[int] = []
@@ -336,10 +381,25 @@ def test_the_command_serves_until_ctrl_c(
         def wait(self) -> None:
             address = capsys.readouterr().out.split()[0]
             answers.append(requests.get(address, timeout=20).status_code)
-            raise KeyboardInterrupt
+            assert list(tmp_path.glob("fewstep-ui-*"))
+            os.kill(os.getpid(), number)
+            time.sleep(20)
 
+    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("fewstep.commands.playground.Event", Pressed)
     assert main(["ui", "checkerboard"]) == 0
     assert answers == [200]
     assert capsys.readouterr().err == "\nended\n"
     assert not list(tmp_path.glob("fewstep-ui-*")), "the pictures go with the page"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_page_that_cannot_be_served_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no socket left")
+
+    monkeypatch.setattr(gradio.Blocks, "launch", fail)
+    assert main(["ui", "checkerboard"]) == 2
+    assert not list(tmp_path.glob("fewstep-ui-*"))

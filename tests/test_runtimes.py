@@ -213,7 +213,8 @@ def test_the_command_writes_a_program_of_an_export(tmp_path: Path, capsys: pytes
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "map"), "--format", "torch"]) == 0
     said = capsys.readouterr().out
     assert "map.pt2 takes any number of rows, and differs from the model by 0.0e+00" in said
-    assert {file.name for file in (tmp_path / "map").iterdir()} == {"map.pt2", "config.json", "README.md"}
+    files = {"map.pt2", "config.json", "README.md", "fewstep.json"}
+    assert {file.name for file in (tmp_path / "map").iterdir()} == files
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "map"), "--format", "torch"]) == 2
     assert "is there already" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "map"), "--format", "onnx", "--adapter"]) == 2

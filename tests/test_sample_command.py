@@ -14,19 +14,20 @@ import pytest
 import torch
 from family_toys import tiny_model, tiny_pipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from unet_toys import tiny_student
 
 import fewstep
 from fewstep import drawing
-from fewstep.asked import Asked, Encoded, class_names, class_numbers, read_lines
+from fewstep.asked import Asked, Encoded, class_names, class_numbers, prompt_flags, read_lines
 from fewstep.cli import main
 from fewstep.console import progress_bar
 from fewstep.drawing import draw
 from fewstep.fields import Guided, NetworkField
 from fewstep.loading import load
 from fewstep.networks.families import SD3, Flux
-from fewstep.pictures import save_pictures
+from fewstep.pictures import claim, save_pictures
 from fewstep.placing import place
 from fewstep.sampling import sample, sample_noise
 from fewstep.sharing import shares
@@ -114,6 +115,31 @@ def test_a_line_of_a_file_says_text_seed_and_label(tmp_path: Path) -> None:
         {"seed": 5, "index": 0, "prompt": "a cat", "label": 3},
         {"seed": 1, "index": 2, "prompt": "dog", "label": 4},
     ]
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e", "\r", "\n", "\r\n"])
+def test_the_list_of_a_folder_reads_back(odd: str, tmp_path: Path) -> None:
+    texts = [f"a{odd}cat", "-hat"]
+    claim(tmp_path, {}, Asked(2, 3, prompts=texts))
+    assert read_lines(tmp_path / "samples.jsonl") == (texts, [], [(3, 0), (3, 1)])
+    if odd.strip("\r\n"):
+        (tmp_path / "p.txt").write_bytes("\r\n".join(texts).encode())
+        assert read_lines(tmp_path / "p.txt").prompts == texts
+
+
+def test_a_text_that_is_null_leaves_the_prompt(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"text": null, "prompt": "a"}\n{"text": "b", "prompt": null}\n{"text": ""}')
+    assert read_lines(tmp_path / "p.jsonl").prompts == ["a", "b", ""]
+
+
+def test_prompts_that_begin_with_a_dash(draws: Draw) -> None:
+    steps = ("--steps", "1")
+    whole = draws("sd", "--prompt=-hat", "--prompt", "a cat", "dog", *steps, "--count", "3")
+    Path("p.txt").write_text("-hat\na cat\ndog\n")
+    close(draws("sd", "--prompts", "p.txt", *steps), whole)
+    assert prompt_flags(["a cat", "dog"]) == ["--prompt", "a cat", "dog"]
+    assert prompt_flags(["a cat", "-hat"]) == ["--prompt=a cat", "--prompt=-hat"]
+    assert prompt_flags([]) == []
 
 
 def test_sample_i_takes_prompt_i_of_a_file(draws: Draw, tmp_path: Path) -> None:
@@ -385,6 +411,42 @@ def test_a_folder_of_something_else_is_refused(models: Path, draws: Draw, refuse
     assert "the folder is not empty" in refused("plain", "--out", "notes")
 
 
+def test_pictures_of_latents_and_of_other_encoders_are_others(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    pipeline = tiny_pipeline("sd")
+    unet, config = pipeline.unet, {**pipeline.vae.config, "latent_channels": 3}
+    pipeline.register_modules(
+        unet=type(unet).from_config({**unet.config, "in_channels": 3, "out_channels": 3}),
+        vae=type(pipeline.vae).from_config(config),
+    )
+    pipeline.save_pretrained("sd")
+    words = ["sample", "sd", "--prompt", "a cat", "--steps", "1", "--count", "1", "--device", "cpu", "--out", "pics"]
+    assert main(words) == 0
+    assert main([*words, "--latents"]) == 2
+    assert "latents is False there and True here" in capsys.readouterr().err
+    for part, name in (("vae", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors")):
+        before = Path("sd", part, name).read_bytes()
+        weights = load_file(Path("sd", part, name))
+        save_file({key: value * 1.1 for key, value in weights.items()}, Path("sd", part, name))
+        assert main(words) == 2
+        assert f"{part.partition('_')[0]} is " in capsys.readouterr().err
+        Path("sd", part, name).write_bytes(before)
+    assert main(words) == 0
+
+
+def test_what_is_in_the_way_is_named(models: Path, refused: Any) -> None:
+    Path("afile").write_text("precious")
+    Path("adir.png").mkdir()
+    assert "--out afile: afile is a file, and a folder is needed there" in refused("plain", "--out", "afile")
+    assert "--out afile/x.png: afile is a file" in refused("plain", "--out", "afile/x.png")
+    assert "--out afile/b/c: afile is a file" in refused("plain", "--out", "afile/b/c")
+    assert "--out adir.png: there is a folder of that name" in refused("plain", "--out", "adir.png")
+    assert Path("afile").read_text() == "precious"
+
+
 def test_a_folder_is_not_begun_by_a_command_that_cannot_be(refused: Any) -> None:
     for words in (["--gamma", "2"], ["--steps", "0"], ["--guidance", "2"], ["--solver", "heun"], ["--dtype", "fp16"]):
         refused("plain", "--out", "pics", *words)
@@ -467,6 +529,11 @@ def test_two_processes_draw_what_one_does(models: Path, tmp_path: Path, draws: D
         ("plain", "--seeds 1,x", "--seeds 1,x: whole numbers"),
         ("plain", "--dtype fp16", "dtype fp16 needs a GPU, and the device is the CPU: take bf16"),
         ("plain", "--dtype f16", "unknown dtype 'f16': did you mean 'fp16'?"),
+        ("classes", "--labels \u00b2", "class '\u00b2': the names of this model's classes are not known"),
+        ("dit", "--labels \u00b2", "unknown class '\u00b2'"),
+        ("dit", "--labels=--5", "unknown class '--5'"),
+        ("classes", "--labels ,", "--labels ,: classes with commas between are needed, such as 3,cat"),
+        ("plain", "--size \u00b2", "--size \u00b2: pixels are needed, such as 768"),
         ("plain", "--first -1", "first -1: at least one sample, from 0 on"),
     ],
 )

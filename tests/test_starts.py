@@ -134,6 +134,21 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
         build(points(tmp_path / "nowhere"))
 
 
+def test_a_run_is_opened_with_its_start_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    export(FlowMap(MLP(2, width=8, depth=2, times=2)), "map")
+    run(points("map"), tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir("other")
+    assert isinstance(load(tmp_path / "run"), FlowMap)
+    (tmp_path / "map").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"student\.start: no folder .*/map\. .* or say where it is now"):
+        load(tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(f"{tmp_path}/map", f"{tmp_path}/moved"))
+    assert isinstance(load(tmp_path / "run"), FlowMap)
+
+
 def test_a_start_that_is_told_no_strength(tmp_path: Path) -> None:
     folder = export(tiny_student("v_prediction", 5), tmp_path / "map")
     section = Student.model_validate({"start": str(folder), "guidance": True})

@@ -9,8 +9,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from family_toys import MODELS, conditions, made, tiny_model
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from family_toys import MODELS, conditions, ddim, made, tiny_model
 from torch import Tensor, nn
 from unet_toys import tiny_unet
 
@@ -113,6 +113,35 @@ def test_a_student_starts_as_its_teacher_to_the_last_bit(name: str, how: str, to
     assert all(torch.equal(own[key], state[key]) for key in same)
     assert not any(value.is_meta for value in [*student.parameters(), *student.buffers()])
     assert (student.shape, student.classes) == (teacher.shape, teacher.classes)
+
+
+SCHEDULES = {
+    "flow": FlowMatchEulerDiscreteScheduler(),
+    "noise": ddim(),
+    "v": DDPMScheduler(prediction_type="v_prediction"),
+    "EDM": EDMEulerScheduler(sigma_data=0.5, sigma_min=0.002, sigma_max=80.0),
+}
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@pytest.mark.parametrize("name", ["unet of classes", "sd", "dit", "sd3"])
+def test_a_map_starts_as_its_field_whatever_that_was_trained_as(name: str, schedule: str) -> None:
+    """Told late or by its span, the second time is in the timesteps that the first is in, of whatever schedule."""
+    field, (x, cond) = DiffusionField(network(name), SCHEDULES[schedule]), rows(name)
+    x, cond = (
+        x[:1].repeat(5, 1, 1, 1),
+        {key: value[:1].repeat(5, *[1] * (value.ndim - 1)) for key, value in cond.items()},
+    )
+    t = torch.tensor([0.0, 0.01, 0.3, 0.7, 0.995])
+    with torch.no_grad():
+        expected = field(x, t, **cond)
+        for how in SECOND_TIMES:
+            student = FlowMap.from_field(field, second_time=how)
+            assert torch.equal(student.velocity(x, t, **cond), expected)
+            told: dict[str, Tensor] = {}
+            student.network.model.predict = lambda x, s, t, *_, told=told, **__: told.update(s=s, t=t) or x
+            student.velocity(x, t, **cond)
+            assert how == "t" or torch.equal(told["s"], told["t"])
 
 
 def test_what_a_model_has_no_room_for_is_refused() -> None:
@@ -388,6 +417,10 @@ def test_one_copy_of_the_weights_is_teacher_and_student(name: str) -> None:
                 p.add_(0.1)
         assert torch.equal(field(x, t, **cond), before)  # the teacher hears nothing of the adapter
         assert not torch.equal(student.velocity(x, t, **cond), before)
+    # Shared weights are frozen, with an adapter or without.
+    bare = FlowMap.from_field(field.requires_grad_(True), share=True)
+    assert not any(p.requires_grad for p in field.parameters())
+    assert all(p.requires_grad for p in bare.parameters() if id(p) not in theirs)
     # Without sharing nothing is.
     assert theirs.isdisjoint(id(p) for p in FlowMap.from_field(field).parameters())
 

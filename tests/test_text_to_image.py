@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from caption_toys import CAPTIONS, captioned_folder, pipeline_folder
@@ -18,17 +19,20 @@ from fewstep.cli import main
 from fewstep.config import load_recipe
 from fewstep.couplings import uncoupled
 from fewstep.data import Encoded, Pairs, load_data
+from fewstep.data.arrays import ArrayData
 from fewstep.data.conditions import Dropped
 from fewstep.drawing import draw
 from fewstep.encoding import encode
 from fewstep.evaluation import evaluate as evaluation
 from fewstep.fields import Guided
 from fewstep.latents import Latents
-from fewstep.parts import make_data, make_teacher
+from fewstep.parts import given_by, make_data, make_teacher
+from fewstep.playground import Playground, Wish
 from fewstep.prompts import Prompts
-from fewstep.randomness import generator
+from fewstep.randomness import generator, sample_generators
 from fewstep.reflow import make_pairs
 from fewstep.runs import build, evaluate_run, load_run, run
+from fewstep.sampling import sample_noise
 from fewstep.teacher_samples import PromptedSamples
 
 FAMILIES = ("sd", "sdxl", "sd3", "flux")
@@ -94,6 +98,43 @@ def test_sample_grids_are_decoded(models: Path, photos: Path, tmp_path: Path, mo
     assert [grid.shape for grid in grids] == [(6, 3, 16, 16)]
     first = uncoupled(built.data).rows(torch.arange(2), generator(0)).cond["encoder_hidden_states"]
     assert torch.equal(watcher._conditions(2, torch.device("cpu"))["encoder_hidden_states"], first)
+
+
+def test_samples_of_a_run_take_its_captions_or_prompts(
+    models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    encode(models / "sd", photos, tmp_path / "encoded", size=16, dtype="float32")
+    recipe = load_recipe(recipe_of(models / "sd", {"name": str(tmp_path / "encoded")}, evaluation={"count": 0}))
+    run(recipe, tmp_path / "run")
+    words = ["sample", "run", "--steps", "1", "--count", "2", "--device", "cpu"]
+    assert main([*words, "--latents", "--first", "1", "--out", "rows.npz"]) == 0
+    student = load_run(tmp_path / "run")
+    rows = build(recipe).data.rows(torch.tensor([1, 2]), generator(0)).cond
+    noise = sample_noise((2, 4, 8, 8), sample_generators(0, [1, 2]))
+    with np.load("rows.npz") as kept:
+        assert kept.files == ["data"]  # and none of the captions' embeddings, which are larger
+        wanted = fewstep.sample(student, noise, 1, encoder_hidden_states=rows["encoder_hidden_states"])
+        np.testing.assert_allclose(kept["data"], wanted, atol=1e-5)
+
+    shutil.rmtree(tmp_path / "encoded")  # which prompts do not need
+    assert main([*words, "--prompt", "a cat", "--out", "images.npy"]) == 0
+    play = Playground.open("run")
+    assert play.has_text
+    panel = next(iter(play.panels(Wish(steps=1, count=2, prompts=("a cat",)))))
+    np.testing.assert_allclose(np.load("images.npy"), panel.samples, atol=1e-4)
+
+
+def test_conditions_of_rows_are_given_in_turn_without_those_of_prompts(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = fewstep.load(models / "sd")
+    data = ArrayData(np.zeros((3, 4, 8, 8)), {"encoder_hidden_states": torch.arange(3.0), "class_labels": ALL[:3]})
+    monkeypatch.setattr("fewstep.parts.data_of", lambda *_: data)
+    recipe = load_recipe(recipe_of(models / "sd", {"name": "rows.npz", "conditions": "rows.npz"}))
+    assert given_by(recipe, model, 2, first=2)["encoder_hidden_states"].tolist() == [2, 0]
+    assert given_by(recipe, model, 9).keys() == {"encoder_hidden_states"}
+    assert given_by(recipe, model, 2, text=False) == {}
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
@@ -167,6 +208,33 @@ def test_data_encoded_by_another_model_is_refused(models: Path, photos: Path, tm
         build(load_recipe(recipe_of(models / "sd", {"name": str(tmp_path / "encoded"), "size": 16})))
 
 
+def test_pairs_of_other_text_encoders_are_refused(models: Path, tmp_path: Path) -> None:
+    field: Any = fewstep.load(models / "sd")
+    make_pairs(field, tmp_path / "pairs", 4, steps=1, prompts=["a cat"], device="cpu")
+    tree = recipe_of(models / "sd", str(tmp_path / "pairs"), objective="FlowMatching")
+    build(load_recipe(tree))
+    other = shutil.copytree(models / "sd", tmp_path / "other")
+    config = json.loads((other / "tokenizer" / "tokenizer_config.json").read_text())
+    (other / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 7}))
+    tree["teacher"]["source"] = str(other)
+    with pytest.raises(ValueError, match=r"pairs was encoded by another model: text is \w+ \w+ there .*Draw the pairs"):
+        build(load_recipe(tree))
+
+
+def test_options_of_another_type_are_one_error(models: Path, photos: Path) -> None:
+    for option, said in (("size", "size='big': the side of a picture"), ("encode_batch", "batch must be .*'big'")):
+        with pytest.raises(ValueError, match=said):
+            build(load_recipe(recipe_of(models / "sd", {"name": str(photos), "size": 16, option: "big"})))
+
+
+def test_a_damaged_empty_prompt_is_named_in_a_training(models: Path, photos: Path, tmp_path: Path) -> None:
+    encode(models / "sd", photos, tmp_path / "encoded", size=16)
+    file = tmp_path / "encoded" / "null.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"null\.safetensors is damaged .*: the command that made the folder makes it"):
+        build(load_recipe(recipe_of(models / "sd", str(tmp_path / "encoded"))))
+
+
 def test_held_out_pictures_are_encoded_too(models: Path, photos: Path, tmp_path: Path) -> None:
     others = captioned_folder(tmp_path / "others", ["cat", "dog", "a cat", "a dog"])
     tree = recipe_of(models / "sd", {"name": str(photos), "size": 16})
@@ -209,6 +277,53 @@ def test_samples_of_the_teacher_in_the_place_of_pictures(models: Path, tmp_path:
     run(load_recipe(tree), out, fresh=True)
     after = {file.name: file.stat().st_mtime_ns for file in (out / "teacher-samples").iterdir()}
     assert all(after[name] > before[name] for name in before)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"data": {"count": 50}}, "count is 7 there and 50 here"),
+        ({"data": {"steps": 3}}, "steps is 2 there and 3 here"),
+        ({"data": {"solver": "euler"}}, "solver is heun there and euler here"),
+        ({"data": {"shape": [4, 4, 4]}}, r"shape is \[4, 8, 8\] there and \[4, 4, 4\] here"),
+        ({"data": {"prompts": ["a cow"]}}, r"prompts is 5 prompts \w+ there and 1 prompts \w+ here"),
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+        ({"scale": 4.0}, r"model is Guided \w+ there and Guided \w+ here"),
+    ],
+)
+def test_samples_of_a_teacher_drawn_otherwise_are_refused(
+    drawn_run: Path, models: Path, change: dict[str, Any], said: str
+) -> None:
+    tree = recipe_of(models / "sd", prompted(**change.get("data", {})), seed=change.get("seed", 0))
+    tree["teacher"]["guidance"]["scale"] = change.get("scale", 3.0)
+    before = (drawn_run / "recipe.yaml").read_bytes()
+    with pytest.raises(ValueError, match=rf"other samples of a teacher: {said}\. Use another .*--out.*--fresh"):
+        run(load_recipe(tree), drawn_run)
+    assert (drawn_run / "recipe.yaml").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def drawn_run(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has drawn its samples, and was stopped before its first step."""
+    recipe = load_recipe(recipe_of(models / "sd", prompted(), seed=0))
+    out = tmp_path_factory.mktemp("drawn") / "run"
+    data: Any = uncoupled(make_data(recipe, make_teacher(recipe.teacher), out))  # pyright: ignore
+    assert len(data.bare(torch.arange(7))) == 7
+    (out / "recipe.yaml").write_text(recipe.as_yaml())
+    return out
+
+
+def test_samples_are_drawn_anew_where_asked_and_stay_when_a_run_is_judged(
+    drawn_run: Path, models: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(drawn_run, tmp_path / "run")
+    tree = recipe_of(models / "sd", prompted(count=5, steps=1))
+    tree["evaluation"] |= {"count": 0, "steps": [1]}
+    run(load_recipe(tree), out, fresh=True)
+    assert Pairs(out / "teacher-samples").facts["count"] == 5
+    before = {file.name: file.stat().st_mtime_ns for file in (out / "teacher-samples").iterdir()}
+    assert evaluate_run(out, count=4, seed=1) is not None
+    assert {file.name: file.stat().st_mtime_ns for file in (out / "teacher-samples").iterdir()} == before
 
 
 def test_the_noise_of_the_samples_is_not_theirs_in_training(models: Path, tmp_path: Path) -> None:
@@ -368,3 +483,12 @@ def test_a_teacher_that_is_told_its_strength(models: Path, photos: Path, tmp_pat
     torch.testing.assert_close(batch.data, fewstep.sample(field, batch.noise, 1, **cond), rtol=1e-4, atol=1e-4)
     tree["data"] = {"name": str(photos), "size": 16}
     assert build(load_recipe(tree)).data.rows(ALL, generator(0)).cond["guidance"].tolist() == [3.5] * 5
+
+
+def test_what_cannot_be_is_known_before_pictures_are_encoded(models: Path, photos: Path, tmp_path: Path) -> None:
+    recipe = {"name": "wrong", "teacher": str(models / "sd"), "data": {"name": str(photos), "size": 16}}
+    training = {"training": {"steps": 1, "batch": 4, "quiet": True}, "evaluation": {"count": 0}, "objective": "ITVM"}
+    for wrong in ({"student": {"lora": {"targets": ["nope"]}}}, {"data": {"name": str(photos), "size": 15}}):
+        with pytest.raises(ValueError, match=r"no layer of this|must be multiples of 2"):
+            build(load_recipe({**recipe, **training, **wrong}), tmp_path / "run")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))

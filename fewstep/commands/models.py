@@ -10,6 +10,7 @@ from fewstep.model_files import read_json
 
 def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.exporting import export
+    from fewstep.writing import moments_in
 
     if args.format != "diffusers":
         return _export_program(args)
@@ -17,11 +18,14 @@ def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
     folder = export(args.model, folder, overwrite=args.overwrite, adapter=args.adapter)
     if args.adapter:
         print(f"{folder} is an adapter: fewstep.lora.load_adapter, diffusers' load_lora_weights or peft read it")
-        say_next([f"fewstep export {args.model} {args.model.name}-export"])
+        say_next([shlex.join(["fewstep", "export", str(args.model), f"{args.model.name}-export"])])
         return 0
     print(f"{folder} is a model of its own; its README.md says how to use it")
-    prompt = ' --prompt "a photo of a cat"' if read_json(folder / "model_index.json").get("text_encoder") else ""
-    say_next([f"fewstep sample {folder} --steps 2{prompt} --out {folder.name}.png"])
+    if (moments := moments_in(folder)) is not None:
+        mean, std = moments
+        print(f"outside `fewstep sample`, its samples are in the units of the data as samples * {std:g} + {mean:g}")
+    prompt = ["--prompt", "a photo of a cat"] if read_json(folder / "model_index.json").get("text_encoder") else []
+    say_next([shlex.join(["fewstep", "sample", str(folder), "--steps", "2", *prompt, "--out", f"{folder.name}.png"])])
     return 0
 
 
@@ -60,12 +64,12 @@ def run_convert(args: argparse.Namespace, _: dict[str, str]) -> int:
     print(done.verdict)
     if done.picture is not None:
         print(f"{args.out / done.picture} shows original, flow and difference; {args.out / 'README.md'} has it all")
-    out = shlex.quote(str(args.out))
+    out, name = str(args.out), args.out.name
     say_next(
         [
-            f"fewstep sample {out} --steps 50 --out {shlex.quote(args.out.name)}.png",
-            f"fewstep reflow {out} --count 10000 --out {shlex.quote(args.out.name)}-pairs",
-            f"fewstep distill --teacher {out}",
+            shlex.join(["fewstep", "sample", out, "--steps", "50", "--out", f"{name}.png"]),
+            shlex.join(["fewstep", "reflow", out, "--count", "10000", "--out", f"{name}-pairs"]),
+            shlex.join(["fewstep", "distill", "--teacher", out]),
         ]
     )
     return 0 if done.agreement is None or done.agreement.is_good else 1

@@ -72,7 +72,6 @@ def memory_table(plan: "Plan") -> Table:
 def fit_table(plan: "Plan") -> Table:
     """The largest micro-batch for each card, and what the recipe has to say for it or to change."""
     from fewstep.planning import GIB, changes, fit_on
-    from fewstep.planning import plan as again
 
     rows: list[list[Any]] = []
     others = [({}, plan)]
@@ -85,7 +84,7 @@ def fit_table(plan: "Plan") -> Table:
                 more = next(pending, None)
                 if more is None:
                     break
-                others.append((more[0], again(more[1])))
+                others.append(more)
         if fit is None:
             least = min((p.total(p.least.rows) for _, p in others)) / GIB
             rows.append([f"{card} GB", None, None, f"does not fit: {least:.1f} GiB at the very least"])

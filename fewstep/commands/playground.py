@@ -1,6 +1,7 @@
 """`ui`: a page to try a model out."""
 
 import argparse
+import signal
 from threading import Event
 
 from fewstep.console import say
@@ -13,8 +14,10 @@ def run_ui(args: argparse.Namespace, _: dict[str, str]) -> int:
 
     check_gradio()  # before a model is loaded
     playground = Playground.open(args.model, choose_device(args.device, World()))
-    address, close = serve(playground, args.model, host=args.host, port=args.port)
+    # SIGTERM ends it as Ctrl-C does, so that the pictures go with the page.
+    before, close = signal.signal(signal.SIGTERM, signal.default_int_handler), None
     try:
+        address, close = serve(playground, args.model, host=args.host, port=args.port)
         print(f"{address} shows {playground.name}; Ctrl-C ends it", flush=True)
         if args.host not in ("127.0.0.1", "localhost", "::1"):
             say(f"note: whoever reaches {args.host} can draw with it; there is no password")
@@ -22,5 +25,7 @@ def run_ui(args: argparse.Namespace, _: dict[str, str]) -> int:
     except KeyboardInterrupt:
         say("\nended")
     finally:
-        close()
+        if close is not None:
+            close()
+        signal.signal(signal.SIGTERM, before)
     return 0

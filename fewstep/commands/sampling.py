@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -14,10 +15,13 @@ from fewstep.console import progress_bar, say_next
 def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     from contextlib import ExitStack
 
+    from fewstep.asked import prompt_flags
     from fewstep.drawing import draw_batches, labels_of, settled, sized
     from fewstep.maps import FlowMap
+    from fewstep.parts import given_by
     from fewstep.pictures import check_out, claim, missing, picture_name, save_pictures, says, write
     from fewstep.placing import place
+    from fewstep.prompts import TEXT_CONDITIONS
     from fewstep.sampling import count_calls
     from fewstep.sharing import gathered, shares
     from fewstep.training.distributed import choose_device, environment, join
@@ -34,7 +38,7 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     out = args.out or Path("samples.png" if is_drawn else "samples.npy")
     check_out(out, written)
     asked = _asked(args, model)
-    given = {} if run is None else _given(run.recipe, model, asked)
+    given = {} if run is None else given_by(run.recipe, model, asked.count, asked.first, text=not asked.prompts)
     asked = settled(model, asked, given)
 
     options = {"grid": args.grid, "gamma": args.gamma, "solver": args.solver, "guidance": args.guidance}
@@ -44,11 +48,10 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     model = place(model, device, args.dtype, args.compile)
     batches = shares(asked.count, args.batch, world)
     mine = batches[world.rank :: world.size]
-    data = _data(run.recipe, model) if run is not None and run.recipe.data.options.get("normalize") else None
 
     if is_folder:
         mine = [rows for rows in (missing(out, rows, asked.count) for rows in mine) if rows]
-    told = {"size": size, "given": given, "decode": latents is not None, **options}
+    told = {"size": size, "given": given, "decode": not args.latents, **options}
     drawn = draw_batches(model, asked, mine, steps, shape=shape, **told)
     if is_folder:
         claim(out, facts, asked)
@@ -58,7 +61,6 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
         calls = stack.enter_context(count_calls(model))
         progress = stack.enter_context(progress_bar("samples", not (world.is_main and sys.stderr.isatty())))
         for rows, samples in drawn:
-            samples = samples if data is None else data.denormalize(samples)
             if is_folder:
                 texts = [{"model": args.model, **says(asked, i), "steps": steps, **options} for i in rows]
                 save_pictures(samples, [out / picture_name(i, asked.count) for i in rows], texts)
@@ -72,28 +74,33 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     if not world.is_main:
         return 0
     if whole is not None:
-        turns = {name: value[[i % len(value) for i in range(asked.count)]] for name, value in given.items()}
+        # Not those of text, many times larger than the samples.
+        kept = given.keys() - (TEXT_CONDITIONS if model.text is not None else ())
+        turns = {name: given[name][[i % len(given[name]) for i in range(asked.count)]] for name in sorted(kept)}
         write(whole, {**labels_of(asked), **turns}, out)
     there = f" ({asked.count - new} were there)" if new < asked.count else ""
     print(f"{out}: {asked.count} samples{there}" + (f", {called / new:g} network calls each" if new else ""))
     if run is None or args.teacher:
-        text = ["--prompts", args.prompts] if args.prompts else ["--prompt", *args.prompt] if args.prompt else []
+        text = ["--prompts", args.prompts] if args.prompts else prompt_flags(args.prompt or [])
         more = ["--steps", str(2 * steps), "--out", f"samples-{2 * steps}{out.suffix}"]
         say_next([shlex.join(["fewstep", "sample", args.model, *more, *text])])
     else:
-        say_next([f"fewstep evaluate {args.model}", f"fewstep export {args.model} {Path(args.model).name}-export"])
+        export = ["export", args.model, f"{Path(args.model).name}-export"]
+        say_next([shlex.join(["fewstep", *words]) for words in (["evaluate", args.model], export)])
     return 0
 
 
 def _asked(args: argparse.Namespace, model: Any) -> Any:
     """Which samples are asked for."""
-    from fewstep.asked import Asked, class_names, class_numbers, read_lines
+    from fewstep.asked import Asked, class_names, class_numbers, is_number, read_lines
 
     seeds = numbers("--seeds", args.seeds) if args.seeds else []
     if seeds and (args.seed is not None or args.first or args.count is not None):
         raise ValueError("--seeds draws the first sample of each: leave out --seed, --first and --count")
     first, prompts, labels, noise = args.first, args.prompt or [], [], [(seed, 0) for seed in seeds]
-    labels = [word.strip() for word in args.labels.split(",")] if args.labels else []
+    labels = [] if args.labels is None else [word.strip() for word in args.labels.split(",")]
+    if not all(labels):
+        raise ValueError(f"--labels {args.labels}: classes with commas between are needed, such as 3,cat")
     known = len(seeds) or None
     if args.prompts:
         lines = read_lines(args.prompts)
@@ -113,7 +120,7 @@ def _asked(args: argparse.Namespace, model: Any) -> Any:
     count = args.count if args.count is not None else known - first if known else 64
     if count < 1 or args.batch < 1 or first < 0:
         raise ValueError(f"count is {count}, batch {args.batch} and first {first}: at least one sample, from 0 on")
-    has_names = any(isinstance(word, str) and not word.lstrip("-").isdigit() for word in labels)
+    has_names = any(isinstance(word, str) and not is_number(word) for word in labels)
     names = class_names(model) if has_names else {}
     return Asked(count, args.seed or 0, first, prompts, class_numbers(labels, names), noise)
 
@@ -124,13 +131,18 @@ def _facts(
     """What all pictures of a folder are drawn with: what would make others of them."""
     import hashlib
 
+    from fewstep.encoders import text_identity, vae_identity
     from fewstep.identity import identity
 
+    # What makes pictures of latents, and conditions of prompts, where that is what is done.
+    vae = None if model.latents is None or args.latents else vae_identity(model.latents)
+    text = None if model.text is None or not asked.prompts else text_identity(model.text)
     digest = hashlib.sha256()
     for name, value in sorted(given.items()):
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
     return {
-        "format": 1, "model": args.model, "weights": identity(model), "shape": list(shape), "dtype": args.dtype,
+        "format": 1, "model": args.model, "weights": identity(model), "vae": vae, "text": text, "shape": list(shape),
+        "dtype": args.dtype, "latents": args.latents,
         **options, "count": asked.count, "seed": asked.seed, "first": asked.first,
         "seeds, prompts and labels": asked.digest(), "conditions": digest.hexdigest()[:16] if given else None,
     }  # fmt: skip
@@ -138,10 +150,10 @@ def _facts(
 
 def _size(text: str) -> tuple[int, int]:
     """Height and width, of 768 or 768x1024."""
-    words = text.lower().split("x")
-    if len(words) > 2 or not all(word.isdigit() for word in words):
+    found = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", text.lower())
+    if found is None:
         raise ValueError(f"--size {text}: pixels are needed, such as 768, or 768x1024 for height and width")
-    return int(words[0]), int(words[-1])
+    return int(found[1]), int(found[2] or found[1])
 
 
 def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
@@ -205,38 +217,15 @@ def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
 def open_model(args: argparse.Namespace) -> tuple[Any, Any, tuple[int, ...]]:
     """The model that is asked for (with --teacher, the teacher of the run), its run if it is one, a sample's shape."""
     from fewstep.drawing import shape_of
+    from fewstep.origin import is_run
     from fewstep.parts import find_model, make_teacher
     from fewstep.runs import open_run
 
-    run = open_run(args.model) if (Path(args.model) / "recipe.yaml").is_file() else None
+    run = open_run(args.model) if is_run(Path(args.model).expanduser()) else None
     if args.teacher and (run is None or run.recipe.teacher is None):
         raise ValueError(f"--teacher: {args.model} is no run that has a teacher")
     model = find_model(args.model) if run is None else run.model
     if args.teacher and run is not None and run.recipe.teacher is not None:
         model = make_teacher(run.recipe.teacher)
+        model.moments = run.model.moments  # it knows the data as the run does
     return model, run, shape_of(model) if run is None else run.shape
-
-
-def _given(recipe: Any, model: Any, asked: Any) -> dict[str, Any]:
-    """The conditions of samples besides their classes: those of the rows of a run's data, which are read where the
-    model needs them, as one of text does that is given no prompts."""
-    import torch
-
-    from fewstep.drawing import needed_conditions, takes
-    from fewstep.randomness import generator
-
-    is_needed = needed_conditions(model) or recipe.data.options.get("conditions")
-    is_needed = is_needed or (model.text is not None and not asked.prompts)
-    if recipe.data.name == "teacher" or not is_needed:
-        return {}
-    data = _data(recipe, model)
-    rows = asked.first + torch.arange(min(asked.count, data.size or asked.count))
-    cond = data.rows(rows % data.size if data.size else rows, generator(recipe.seed)).cond
-    return {name: value for name, value in cond.items() if name != "class_labels" and takes(model, name)}
-
-
-def _data(recipe: Any, model: Any) -> Any:
-    """The data of a run."""
-    from fewstep.parts import data_of
-
-    return data_of(recipe.data, model)

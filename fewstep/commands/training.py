@@ -29,7 +29,6 @@ def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     if args.name == "distill" and recipe.teacher is None:
         raise ValueError(f"{recipe.name} has no teacher to distill: fewstep train {source}, or --teacher FOLDER")
     out = args.out or (Path(source) if Path(source).is_dir() else Path("runs") / recipe.name)
-    again = shlex.join(["fewstep", *args.argv])
     if args.dry_run:
         student = build(recipe).student
         print(recipe.as_yaml(), end="")
@@ -45,7 +44,7 @@ def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
     done = run(recipe, out, fresh=args.fresh)
     if done.result.stopped == "interrupted":
-        say_next([again.replace(" --fresh", "")])
+        say_next([shlex.join(["fewstep", *(word for word in args.argv if word != "--fresh")])])
         return 130
     if not environment().is_main:
         return 0
@@ -64,8 +63,12 @@ def run_evaluate(args: argparse.Namespace, _: dict[str, str]) -> int:
         raise ValueError(f"{args.run} has nothing to be measured by: images without labels, and no teacher")
     print_evaluation(found)
     print(f"{args.run / 'quality.png'}, {args.run / 'quality.json'} and {args.run / 'report.html'} have it too")
+    run, name = str(args.run), args.run.name
     say_next(
-        [f"fewstep sample {args.run} --out {args.run.name}.png", f"fewstep export {args.run} {args.run.name}-export"]
+        [
+            shlex.join(["fewstep", "sample", run, "--out", f"{name}.png"]),
+            shlex.join(["fewstep", "export", run, f"{name}-export"]),
+        ]
     )
     return 0
 
@@ -80,11 +83,11 @@ def run_compare(args: argparse.Namespace, _: dict[str, str]) -> int:
     for run in args.runs:
         file = run / "quality.json"
         if not file.is_file():
-            raise FileNotFoundError(f"{run} has not been evaluated: fewstep evaluate {run}")
+            raise FileNotFoundError(f"{run} has not been evaluated: fewstep evaluate {shlex.quote(str(run))}")
         found[run.name if run.name not in found else str(run)] = Evaluation.from_json(file.read_text())
     print_table(*compare_runs(found, args.out))
     print(f"{args.out / 'compare.html'} shows it with plots")
-    say_next([f"fewstep export {args.runs[0]} {args.runs[0].name}-export"])
+    say_next([shlex.join(["fewstep", "export", str(args.runs[0]), f"{args.runs[0].name}-export"])])
     return 0
 
 
@@ -115,5 +118,6 @@ def _compare_methods(args: argparse.Namespace) -> int:
     print(f"{args.out / 'compare.html'} shows it with plots, {args.out / 'compare.md'} is the same as text")
     done = next((run for run in found.runs if run.evaluation), None)
     if done is not None:
-        say_next([f"fewstep sample {done.folder} --steps 1 --out {done.folder.name}.png"])
+        picture = f"{done.folder.name}.png"
+        say_next([shlex.join(["fewstep", "sample", str(done.folder), "--steps", "1", "--out", picture])])
     return 0

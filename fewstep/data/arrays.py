@@ -77,7 +77,7 @@ class ArrayData:
     def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
         """The rows of ``index`` (n,) as float32 (n, ...), their conditions beside them; flips from the generator."""
         picked = self.array[index.numpy()]
-        if not self._is_picture and (self.mean, self.std) != (0, 1):
+        if self.moments is not None:
             # In float64: a small spread around a large mean would not survive in less.
             picked = (picked.astype(np.float64) - self.mean) / self.std
         data = torch.from_numpy(np.ascontiguousarray(picked, dtype=None if self._is_picture else np.float32))
@@ -90,6 +90,11 @@ class ArrayData:
         if self._is_picture:
             data = data.float().sub_(self.mean).div_(self.std)
         return Batch(data, cond)
+
+    @property
+    def moments(self) -> tuple[float, float] | None:
+        """Mean and standard deviation, where ``normalize`` brought them to 0 and 1."""
+        return None if self._is_picture or (self.mean, self.std) == (0, 1) else (self.mean, self.std)
 
     def denormalize(self, data: Tensor) -> Tensor:
         """Samples (B, ...) back in the units of the array: 0 to 255 for pictures, not rounded or clipped."""

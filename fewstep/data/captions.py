@@ -12,7 +12,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fewstep.data.decode import Source
-from fewstep.data.pictures import class_folders, find_pictures, open_hugging_face
+from fewstep.data.pictures import (
+    class_folders,
+    find_columns,
+    find_pictures,
+    open_hugging_face,
+    read_column,
+    undecoded,
+)
 from fewstep.errors import unknown
 
 # Columns that are taken for captions where none is named.
@@ -41,8 +48,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Captioned:
-    """A source of pictures and captions. ``identity`` changes when they do; ``rows`` are listed when first needed."""
+    """A source of pictures and captions, by its ``name``. ``identity`` changes when they do; ``rows`` are listed when
+    first needed."""
 
+    name: str
     identity: str
     _list: Callable[[], Rows]
 
@@ -51,7 +60,7 @@ class Captioned:
         return self._list()
 
 
-def image_folder(name: str | Path, caption: str | None = None, labels: bool = True) -> Captioned:
+def image_folder(name: str | Path, caption: str | None = None, labels: bool = True, captions: bool = True) -> Captioned:
     """The pictures of a folder and those below it.
 
     Where there is a ``metadata.jsonl`` (one in each sub-folder, if one likes), its rows are the pictures: ``file_name``
@@ -60,6 +69,7 @@ def image_folder(name: str | Path, caption: str | None = None, labels: bool = Tr
 
     Args:
         caption: the column of the captions. labels: whether sub-folders are classes.
+        captions: whether captions are wanted; otherwise ``metadata.jsonl`` is not read.
 
     Raises:
         FileNotFoundError: no such folder, no pictures in it, or a picture that is not there.
@@ -67,9 +77,9 @@ def image_folder(name: str | Path, caption: str | None = None, labels: bool = Tr
     """
     root = Path(name).expanduser()
     names = find_pictures(root)
-    lists = sorted(root.rglob(_METADATA))
+    lists = sorted(root.rglob(_METADATA)) if captions else []
     if not lists:
-        if caption is not None:
+        if captions and caption is not None:
             raise ValueError(f"caption: {caption} names a column of {_METADATA}, and there is none in {root}")
         classes = class_folders(names, root) if labels else []
         number = {name: k for k, name in enumerate(classes)}
@@ -79,15 +89,17 @@ def image_folder(name: str | Path, caption: str | None = None, labels: bool = Tr
             labels=[number[name.split("/")[0]] for name in names] if classes else None,
             classes=tuple(classes),
         )
-        return Captioned(identity_of("folder", [_stat(root, name) for name in names], rows.labels), lambda: rows)
+        identity = identity_of("folder", [_stat(root, name) for name in names], rows.labels)
+        return Captioned(str(root), identity, lambda: rows)
 
     listed: list[tuple[str, str | None]] = []
     for file in lists:
         listed += _metadata(file, root, caption)
-    captions, problems = checked([text for _, text in listed])
+    texts, problems = checked([text for _, text in listed])
     files = [root / name for name, _ in listed]
-    rows = Rows([str(file) for file in files], files.__getitem__, captions, problems=problems)
-    return Captioned(identity_of("folder", [_stat(root, name) for name, _ in listed], captions), lambda: rows)
+    rows = Rows([str(file) for file in files], files.__getitem__, texts, problems=problems)
+    identity = identity_of("folder", [_stat(root, name) for name, _ in listed], texts)
+    return Captioned(str(root), identity, lambda: rows)
 
 
 def hugging_face(
@@ -98,6 +110,7 @@ def hugging_face(
     caption: str | None = None,
     label: str | None = None,
     labels: bool = True,
+    captions: bool = True,
 ) -> Captioned:
     """A data set of the Hugging Face hub (``hf:NAME``), or a folder that ``save_to_disk`` wrote.
 
@@ -105,19 +118,14 @@ def hugging_face(
         split, config: which part of it.
         image: the column of pictures, by default the first. caption: that of the captions, by default ``text``,
             ``caption`` or ``prompt``, else the only one of text. label: that of the classes.
+        labels, captions: whether they are wanted.
 
     Raises:
         FileNotFoundError: the data set cannot be had. ValueError: an unknown split or column, or no pictures.
     """
     source = str(name).removeprefix("hf:")
     table = open_hugging_face(source, split, config)
-    import datasets
-
-    kinds = {column: type(feature).__name__ for column, feature in table.features.items()}
-    for column in (image, caption, label):
-        if column is not None and column not in kinds:
-            raise unknown(f"column of {source}", column, kinds)
-    image = image or next((c for c, kind in kinds.items() if kind == "Image"), None)
+    kinds, image, label = find_columns(table, source, image, label, caption)
     if image is None or kinds[image] != "Image":
         held = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
         raise ValueError(f"{source} has no column of pictures{f' {image}' if image else ''}, only {held}")
@@ -125,32 +133,28 @@ def hugging_face(
         c for c, feature in table.features.items() if getattr(feature, "dtype", None) in ("string", "large_string")
     ]
     caption = caption or next((c for c in CAPTIONS if c in kinds), texts[0] if len(texts) == 1 else None)
-    label = label or next((c for c, kind in kinds.items() if kind == "ClassLabel"), None)
-    pictures = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-
-    def read(part: slice) -> list[Source]:
-        return [(cell["bytes"] or cell["path"]) if cell else b"" for cell in pictures[part][image]]
+    caption = caption if captions else None
+    read = undecoded(table, image)
 
     def rows() -> Rows:
-        captions, problems = (
-            (None, {}) if caption is None else checked(map(text_of, table.with_format(None)[:][caption]))
-        )
+        said, problems = (None, {}) if caption is None else checked(map(text_of, read_column(table, caption)))
         return Rows(
             [f"row {i} of {source}" for i in range(len(table))],
             read,
-            captions,
-            list(table.with_format(None)[:][label]) if label and labels else None,
+            said,
+            read_column(table, label) if label and labels else None,
             tuple(table.features[label].names) if label and kinds[label] == "ClassLabel" else (),
             problems,
         )
 
-    return Captioned(identity_of("hugging-face", table._fingerprint, [image, caption, label, labels]), rows)
+    identity = identity_of("hugging-face", table._fingerprint, [image, caption, label, labels])
+    return Captioned(str(name), identity, rows)
 
 
 def _metadata(file: Path, root: Path, caption: str | None) -> Iterator[tuple[str, str | None]]:
     """The pictures of one ``metadata.jsonl`` by their names under the root, and their captions."""
     column = caption
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         where = f"line {number} of {file}"

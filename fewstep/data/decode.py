@@ -35,8 +35,8 @@ def decode_once(
     """
     if channels not in _MODES:
         raise ValueError(f"channels={channels}: pictures have 1 (grey), 3 (RGB) or 4 (RGBA)")
-    if size is not None and size < 1:
-        raise ValueError(f"size={size}: the side of a picture is at least 1 pixel")
+    if size is not None:
+        check_side(size)
     if on_error not in ("raise", "skip"):
         raise errors.unknown("on_error", on_error, ["raise", "skip"])
     key = hashlib.sha256(json.dumps([_DECODER, fingerprint, size, channels]).encode()).hexdigest()[:32]
@@ -52,6 +52,16 @@ def decode_once(
         warnings.warn(f"{len(skipped)} of {len(names)} pictures cannot be read and are left out ({some})", stacklevel=3)
     kept = np.setdiff1d(np.arange(len(names)), np.array([*map(int, skipped)], dtype=int))
     return np.load(entry / "pixels.npy", mmap_mode="r", allow_pickle=False), kept
+
+
+def check_side(size: Any) -> None:
+    """That this is the side of a picture in pixels.
+
+    Raises:
+        ValueError: it is no whole number, or less than 1.
+    """
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"size={size!r}: the side of a picture is a whole number of pixels, 1 at least")
 
 
 def cache_folder() -> Path:

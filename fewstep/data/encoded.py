@@ -152,8 +152,15 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def read_texts(folder: Path) -> dict[str, Any]:
-    """What is known of the texts of a folder: ``count`` and how many are in a ``shard``."""
-    return json.loads((folder / TEXTS).read_text())
+    """What is known of the texts of a folder: ``count`` and how many are in a ``shard``.
+
+    Raises:
+        FileNotFoundError: there are none. ValueError: the file is damaged.
+    """
+    try:
+        return json.loads((folder / TEXTS).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / TEXTS} is damaged ({error})") from None
 
 
 def text_files(folder: Path, texts: dict[str, Any]) -> list[Path]:
@@ -162,8 +169,17 @@ def text_files(folder: Path, texts: dict[str, Any]) -> list[Path]:
 
 
 def read_null(folder: Path) -> dict[str, Tensor]:
-    """The conditions of no prompt, as they are kept in a folder; empty where there are none."""
-    return load_file(folder / NULL) if (folder / NULL).is_file() else {}
+    """The conditions of no prompt, as they are kept in a folder; empty where there are none.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    if not (folder / NULL).is_file():
+        return {}
+    try:
+        return read_shard(folder / NULL)
+    except ValueError as error:
+        raise ValueError(f"{error}: the command that made the folder makes it anew") from None
 
 
 def read_shard(file: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from fewstep import errors
 from fewstep.data.arrays import ArrayData, channels_first
-from fewstep.data.decode import Source, decode_once
+from fewstep.data.decode import Read, Source, decode_once
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -83,33 +83,25 @@ def hugging_face(
         ValueError: an unknown split or column.
     """
     rows = open_hugging_face(name, split, config)
-    features: dict[str, Any] = dict(rows.features)
-    for column in (image, label):
-        if column is not None and column not in features:
-            raise errors.unknown(f"column of {name}", column, features)
-    kinds = {column: type(feature).__name__ for column, feature in features.items()}
+    kinds, image, label = find_columns(rows, name, image, label)
     arrays = [c for c, kind in kinds.items() if kind.startswith("Array") or kind in ("List", "LargeList", "Sequence")]
-    image = image or next((c for c, kind in kinds.items() if kind == "Image"), next(iter(arrays), None))
-    label = label or next((c for c, kind in kinds.items() if kind == "ClassLabel"), None)
+    image = image or next(iter(arrays), None)
     if image is None:
         held = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
         raise ValueError(f"{name} has no column of pictures or arrays, only {held}: say image: COLUMN")
 
     if kinds[image] == "Image":
-        import datasets
-
-        encoded = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-
-        def read(part: slice) -> list[Source]:
-            return [(cell["bytes"] or cell["path"]) if cell else b"" for cell in encoded[part][image]]
-
         row_names = [f"row {i} of {name}" for i in range(len(rows))]
-        pixels, kept = decode_once(read, row_names, [rows._fingerprint, image], size, channels, on_error)
+        pixels, kept = decode_once(
+            undecoded(rows, image), row_names, [rows._fingerprint, image], size, channels, on_error
+        )
     else:
-        pixels = channels_first(rows.with_format("numpy")[:][image], False, f"{image} of {name}")
+        pixels = channels_first(
+            rows.select_columns([image]).with_format("numpy")[:][image], False, f"{image} of {name}"
+        )
         kept = np.arange(len(rows))
-    cond = {"class_labels": np.array(rows.with_format(None)[:][label])[kept]} if label and labels else None
-    classes = features[label].names if label and kinds[label] == "ClassLabel" else ()
+    cond = {"class_labels": np.array(read_column(rows, label))[kept]} if label and labels else None
+    classes = rows.features[label].names if label and kinds[label] == "ClassLabel" else ()
     return ArrayData(pixels, cond, flip, normalize, classes)
 
 
@@ -172,6 +164,40 @@ def open_hugging_face(name: str | Path, split: str, config: str | None) -> Any:
     if split not in loaded:
         raise errors.unknown(f"split of {name}", split, map(str, loaded))
     return loaded[split]
+
+
+def find_columns(
+    table: Any, name: str | Path, image: str | None, label: str | None, *others: str | None
+) -> tuple[dict[str, str], str | None, str | None]:
+    """The kinds of the columns of a Hugging Face data set, and its columns of pictures and of classes: those that are
+    named, else the first of each, None where there is none.
+
+    Raises:
+        ValueError: a column that is named, these or ``others``, is not there.
+    """
+    kinds = {column: type(feature).__name__ for column, feature in table.features.items()}
+    for column in (image, label, *others):
+        if column is not None and column not in kinds:
+            raise errors.unknown(f"column of {name}", column, kinds)
+    first = {kind: column for column, kind in reversed(kinds.items())}
+    return kinds, image or first.get("Image"), label or first.get("ClassLabel")
+
+
+def read_column(table: Any, column: str) -> list[Any]:
+    """A column as plain values; of the other columns nothing is read, or decoded."""
+    return list(table.select_columns([column]).with_format(None)[:][column])
+
+
+def undecoded(table: Any, column: str) -> Read:
+    """What gives the files of a column of pictures, or their bytes, as they are."""
+    import datasets
+
+    pictures = table.select_columns([column]).with_format(None).cast_column(column, datasets.Image(decode=False))
+
+    def read(part: slice) -> list[Source]:
+        return [(cell["bytes"] or cell["path"]) if cell else b"" for cell in pictures[part][column]]
+
+    return read
 
 
 def is_saved_to_disk(folder: Path) -> bool:

@@ -24,8 +24,8 @@ def is_pictures(name: str | Path, options: Mapping[str, Any]) -> bool:
     return any(type(feature).__name__ == "Image" for feature in table.features.values())
 
 
-def listed(name: str | Path, **options: Any) -> Captioned:
-    """The pictures and captions of a data set by its name, with the options of its kind.
+def listed(name: str | Path, captions: bool = True, /, **options: Any) -> Captioned:
+    """The pictures of a data set by its name, with the options of its kind; and their captions, where they are wanted.
 
     Raises:
         FileNotFoundError: it is not there. ValueError: it is no data of pictures, or does not take such an option.
@@ -39,11 +39,11 @@ def listed(name: str | Path, **options: Any) -> Captioned:
             f"{name} is no data of pictures that can be encoded: a folder, hf:NAME, what save_to_disk wrote, or "
             "webdataset shards (.tar) are"
         )
-    takes = list(signature(load).parameters)[1:]
+    takes = [option for option in signature(load).parameters if option not in ("name", "captions")]
     for option in options:
         if option not in takes:
             raise unknown(f"option of {name}", option, [*takes, "size", "dtype", "on_error"])
-    return load(name, **options)
+    return load(name, captions=captions, **options)
 
 
 def opener(name: str | Path) -> Callable[..., Captioned] | None:

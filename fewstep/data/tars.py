@@ -15,21 +15,22 @@ from fewstep.data.pictures import SUFFIXES
 _LONGEST = 1 << 20  # bytes of a caption: more is none
 
 
-def webdataset(name: str | Path, caption: str | None = None, labels: bool = True) -> Captioned:
+def webdataset(name: str | Path, caption: str | None = None, labels: bool = True, captions: bool = True) -> Captioned:
     """Webdataset shards: a ``.tar``, a folder of them, or several by a pattern: ``train-{0000..0099}.tar``, ``*.tar``.
 
     Files of one name are one row: a picture, and its caption in a ``.txt`` or in ``text`` (else ``caption`` or
     ``prompt``) of a ``.json``; a class in a ``.cls``. Only the names are read until a picture is wanted.
 
     Args:
-        caption: the key of the captions in the ``.json``, or ``txt``. labels: whether the classes are taken.
+        caption: the key of the captions in the ``.json``, or ``txt``. labels, captions: whether they are wanted.
 
     Raises:
         FileNotFoundError: a shard is not there. ValueError: one is damaged or compressed, or has no pictures.
     """
     files = _tar_files(str(name))
     stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return Captioned(identity_of("webdataset", stats, [caption, labels]), lambda: _shard_rows(files, caption, labels))
+    identity = identity_of("webdataset", stats, [caption, labels, captions])
+    return Captioned(str(name), identity, lambda: _shard_rows(files, caption, labels, captions))
 
 
 def _tar_files(name: str) -> list[Path]:
@@ -68,7 +69,7 @@ def is_shards(folder: Path) -> bool:
     return any(path.suffix == ".tar" for path in names) and not any(path.suffix.lower() in SUFFIXES for path in names)
 
 
-def _shard_rows(files: Sequence[Path], caption: str | None, labels: bool) -> Rows:
+def _shard_rows(files: Sequence[Path], caption: str | None, labels: bool, captions: bool) -> Rows:
     names: list[str] = []
     places: list[tuple[Path, int, int]] = []
     texts: list[str | None] = []
@@ -79,7 +80,7 @@ def _shard_rows(files: Sequence[Path], caption: str | None, labels: bool) -> Row
                 continue
             names.append(f"{key} in {file}")
             places.append((file, *row["picture"]))
-            texts.append(_caption_of(row, caption, names[-1]))
+            texts.append(_caption_of(row, caption, names[-1]) if captions else None)
             classes.append(int(row["cls"]) if labels and str(row.get("cls", "")).strip().isdigit() else None)
     if not names:
         raise ValueError(f"no pictures ({', '.join(SUFFIXES)}) in {files[0]}{' and others' if len(files) > 1 else ''}")
@@ -92,10 +93,10 @@ def _shard_rows(files: Sequence[Path], caption: str | None, labels: bool) -> Row
                 found.append(opened.read(size))
         return found
 
-    has_text = caption is not None or any(text is not None for text in texts)
-    captions, problems = checked(texts) if has_text else (None, {})
+    has_text = captions and (caption is not None or any(text is not None for text in texts))
+    said, problems = checked(texts) if has_text else (None, {})
     numbers = [number for number in classes if number is not None]
-    return Rows(names, read, captions, numbers if len(numbers) == len(names) else None, problems=problems)
+    return Rows(names, read, said, numbers if len(numbers) == len(names) else None, problems=problems)
 
 
 def _grouped(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,6 +1,6 @@
 """How the pipelines of diffusers call each of its models, on a state x (B, C, H, W) and a timestep (B,).
 
-An export carries this file beside its weights, so it needs torch alone.
+It is part of the ``two_times.py`` of an export, so it needs torch alone.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Modules and hooks that have a model of diffusers take rows of two times in the place of times.
 
-An export carries this file beside its weights, so it needs torch and diffusers alone.
+It is part of the ``two_times.py`` of an export, so it needs torch and diffusers alone.
 """
 
 from typing import Any

@@ -57,6 +57,11 @@ class TwoTimeNetwork(OfDiffusers):
         return self.model.second_time
 
     @property
+    def is_told_alike(self) -> bool:
+        """Whether it wants both times in the same timesteps, as it holds the one against the other."""
+        return self.second_time != "t"
+
+    @property
     def takes_guidance(self) -> bool:
         return self.model.told_guidance or super().takes_guidance
 
@@ -132,7 +137,8 @@ def with_second_time(
     Args:
         guidance: give it an input for the strength of guidance too, the condition ``guidance`` (B,), as silent.
         second_time: how the second time goes in: t, span or late (see ``fewstep.networks.two_times``).
-        share: have it use the very weights of ``network``, for a student of which an adapter alone is trained.
+        share: have it use the very weights of ``network``, which are frozen: for a student of which an adapter alone
+            is trained.
 
     Raises:
         ValueError: for a network that is not of fewstep's families; the message shows the way by hand. A model that
@@ -189,6 +195,9 @@ def _take_weights(model: Any, teacher: Any, share: bool) -> None:
             weights |= {key.replace(name, f"{name}.label", 1): weights.pop(key) for key in old}
     own = lambda value: value if share else value.detach().clone()  # noqa: E731
     model.load_state_dict({name: own(value) for name, value in weights.items()}, strict=False, assign=True)
+    if share:  # taken over, they would train, and the teacher with them
+        for value in weights.values():
+            value.requires_grad_(False)
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:  # those that are not saved
             above, _, last = name.rpartition(".")

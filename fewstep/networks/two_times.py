@@ -9,7 +9,7 @@ The first time goes where the model's own time goes. The second goes in as ``sec
 At s = t a new model of each kind predicts what the one it was made of does, to the last bit. Where it is
 ``told_guidance``, it has one more input, the strength of guidance (arXiv 2210.03142), as silent at first.
 
-An export carries this file and those it imports beside its weights, so they need torch and diffusers alone.
+An export carries this file, those it imports put in, beside its weights, so they need torch and diffusers alone.
 """
 
 import functools
@@ -84,6 +84,8 @@ class TwoTimes:
     def predict(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
         """The prediction at x (B, ...), averaged from s to t, both (B,) in timesteps of the model.
 
+        A module around this one, such as a compiled one, may stand in for ``self``: it calls that.
+
         Args:
             guidance: its strength (B,), for a model that is told it; 1, which is none, if not given.
             cond: the conditions of the model, by their names in diffusers.
@@ -114,7 +116,7 @@ class TwoTimeTransformer(TwoTimes):
 
     def predict(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
         rows = torch.cat([s[:, None], self.rows(s, t, guidance)], dim=-1)
-        return type(self).call(self, x, rows, **cond)
+        return self.call(self, x, rows, **cond)
 
     def embed_rows(self, embeddings: Any, late: bool, guided: bool) -> None:
         """Have the modules ``time_proj`` and ``timestep_embedder`` of a combined embedding take rows."""
@@ -247,7 +249,7 @@ class TwoTimeFluxTransformer2DModel(TwoTimeTransformer, FluxTransformer2DModel):
     def predict(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
         if self.config["guidance_embeds"]:
             return call_flux(self, x, torch.stack([s, self.rows(s, t, None)[:, 0]], dim=-1), guidance=guidance, **cond)
-        return super().predict(x, s, t, guidance, **cond)
+        return TwoTimeTransformer.predict(self, x, s, t, guidance, **cond)
 
 
 class TwoTimeWanTransformer3DModel(TwoTimeTransformer, WanTransformer3DModel):

@@ -4,8 +4,7 @@ The map ``X_{s,t}`` carries a state at time s to time t along a probability-flow
 
     X_{s,t}(x) = x + (t - s) u(x, s, t),
 
-where t = 0 is noise and t = 1 an image. This file and the two that it imports need torch and diffusers alone, and
-transformers for prompts::
+where t = 0 is noise and t = 1 an image. This file needs torch and diffusers alone, and transformers for prompts::
 
     from diffusers import DiffusionPipeline
 
@@ -13,8 +12,11 @@ transformers for prompts::
     images = pipe(batch_size=4, num_inference_steps=2).images
 """
 
+import inspect
+import json
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,10 +24,24 @@ from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, ImagePip
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .arguments import (
+    check_image,
+    check_labels,
+    check_prompt,
+    check_state,
+    check_whole,
+    count_of,
+    numbers,
+    sizes_of,
+)
+from .latent_images import decode, factor_of
 from .native_times import coefficients, second_timestep
+from .source import whole
 from .stock_prompts import ENCODERS, encode
 
 Generators = torch.Generator | list[torch.Generator] | None
+# The parts of the pipeline beside its scheduler.
+PARTS = ["unet", "transformer", "vae", *ENCODERS]
 
 
 class FlowMapPipeline(DiffusionPipeline):
@@ -33,8 +49,11 @@ class FlowMapPipeline(DiffusionPipeline):
 
     Args:
         scheduler: the times of the steps.
-        unet, transformer: the network, one of the two. ``network.predict(x, s, t, guidance, **conditions)`` gives
-            diffusers' flow (noise - image), averaged from s to t, unless:
+        unet, transformer: the network, one of the two, and None for the other.
+            ``network.predict(x, s, t, guidance, **conditions)`` gives diffusers' flow (noise - image), averaged from s
+            to t, unless ``diffusion`` says otherwise.
+        vae: of a map in the latent space of a VAE: what makes images of its latents, or None.
+        text_encoder, tokenizer, ...: those of a model of text, or None.
         diffusion: for a map distilled from another model, what the network still speaks. Of a diffusion model
             ``{"prediction_type": "epsilon", "sample" or "v_prediction", "log_ratios": [...]}``, the latter
             log(alpha / sigma) of every step of the schedule, falling; of EDM (arXiv 2206.00364) with ``sigma_data``,
@@ -43,43 +62,48 @@ class FlowMapPipeline(DiffusionPipeline):
         gamma: the default of a call: 1 for a map that only knows the way to the image (a consistency model).
         guidance: the default of a call's ``guidance_scale``, None for 1.
         shape: of one state, (C, H, W); its sizes are the default of a call's. Of the network's config, if not given.
-        vae: of a map in the latent space of a VAE: what makes images of its latents.
-        needs: the conditions without which the network cannot be called.
+        needs: the conditions without which the network cannot be called, with commas between. (A list in an index
+            means a part of the pipeline to diffusers.)
         id2label: what its classes are called, by number; of several names with commas between, each will do.
         text: ``{"pipeline": NAME}``, the class of diffusers whose ``encode_prompt`` makes the conditions of prompts, by
             the text encoders.
+        factor: of a map in the latent space of a VAE: how many pixels a latent is, along each side.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->unet->transformer->vae"
-    _optional_components: ClassVar[list[str]] = ["unet", "transformer", "vae", *ENCODERS]
+    _optional_components: ClassVar[list[str]] = PARTS
 
+    # The parts have no defaults: what has one is no part to diffusers, which would load over what it is passed.
     def __init__(
         self,
         scheduler: FlowMapEulerDiscreteScheduler,
-        unet: Any = None,
-        transformer: Any = None,
+        unet: Any,
+        transformer: Any,
+        vae: Any,
+        text_encoder: Any,
+        text_encoder_2: Any,
+        text_encoder_3: Any,
+        tokenizer: Any,
+        tokenizer_2: Any,
+        tokenizer_3: Any,
         diffusion: dict | None = None,
         gamma: float = 0.0,
         guidance: float | None = None,
         shape: list[int] | None = None,
-        needs: list[str] | None = None,
+        needs: str | None = None,
         id2label: dict[str, str] | None = None,
-        vae: Any = None,
         text: dict | None = None,
-        text_encoder: Any = None,
-        text_encoder_2: Any = None,
-        text_encoder_3: Any = None,
-        tokenizer: Any = None,
-        tokenizer_2: Any = None,
-        tokenizer_3: Any = None,
+        factor: int | None = None,
     ) -> None:
         super().__init__()
+        if unet is None and transformer is None:
+            raise ValueError("a FlowMapPipeline is nothing without its network: pass a unet or a transformer")
         one = {"text_encoder": text_encoder, "tokenizer": tokenizer}
         two = {"text_encoder_2": text_encoder_2, "tokenizer_2": tokenizer_2}
         three = {"text_encoder_3": text_encoder_3, "tokenizer_3": tokenizer_3}
         self.register_modules(scheduler=scheduler, unet=unet, transformer=transformer, vae=vae, **one, **two, **three)
         config = {"diffusion": diffusion, "gamma": gamma, "guidance": guidance}
-        self.register_to_config(**config, shape=shape, needs=needs, id2label=id2label, text=text)
+        self.register_to_config(**config, shape=shape, needs=needs, id2label=id2label, text=text, factor=factor)
         self._diffusion = diffusion or {}
         # The timestep of pure noise.
         has_table = "log_ratios" in self._diffusion
@@ -87,7 +111,8 @@ class FlowMapPipeline(DiffusionPipeline):
         # The state's channels; behind them an image goes in where more do, and a variance may come out.
         takes, gives = self.network.config["in_channels"], self.network.config["out_channels"]
         self._channels = shape[0] if shape else min(takes, gives or takes)
-        self._factor = 1 if vae is None else 2 ** (len(_levels(vae.config)) - 1)
+        self._factor = factor or factor_of(vae)
+        self._needs = needs.split(", ") if needs else []
 
     @property
     def network(self) -> Any:
@@ -133,37 +158,43 @@ class FlowMapPipeline(DiffusionPipeline):
             conditions: those of the network by its own names, (B, ...), such as ``encoder_hidden_states``: made
                 beforehand, in the place of a prompt's.
         """
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {num_inference_steps}: at least one is needed")
+        if not isinstance(self.scheduler, FlowMapEulerDiscreteScheduler):
+            kind = type(self.scheduler).__name__
+            raise ValueError(f"scheduler is a {kind}: a FlowMapEulerDiscreteScheduler has the times of a flow map")
+        check_whole("num_inference_steps", num_inference_steps)
+        check_prompt(prompt)
         gamma = float(self.config["gamma"]) if gamma is None else gamma
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma is {gamma}: it runs from 0 (deterministic) to 1 (consistency sampling)")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}: it is 'pil', 'np', 'pt' or 'latent'")
+        if output_type != "latent" and self.vae is None and self.config["factor"]:
+            raise ValueError(f"output_type is {output_type!r}, and the VAE is not here: output_type='latent'")
         if guidance_scale is not None and not self._is_told_guidance:
             raise ValueError(f"guidance_scale is {guidance_scale}, and this model is not told any: leave it out")
         if unknown := [name for name, value in conditions.items() if not isinstance(value, Tensor)]:
             raise ValueError(f"{unknown[0]} is no option of this pipeline, and no tensor (B, ...) for its network")
-        labels = None if class_labels is None else self._numbers(class_labels)
-        self._check_labels(labels)
-        several = [latents, image, generator, prompt, labels, *conditions.values()]
-        lengths = [len(g) for g in several if isinstance(g, list) or (isinstance(g, Tensor) and g.ndim)]
-        count = batch_size or (lengths[0] if lengths else 1)
-        if any(length != count for length in lengths):
-            named = "prompts, latents, images, generators, conditions or class_labels"
-            raise ValueError(f"{count} images, but {lengths} {named}: one each is needed")
+        labels = None if class_labels is None else numbers(class_labels, self.config["id2label"] or {})
+        config = self.network.config
+        check_labels(labels, config)
+        if latents is not None and not isinstance(latents, Tensor):
+            raise ValueError(f"latents are a {type(latents).__name__}: a tensor (B, {self._channels}, ...) is needed")
+        count = count_of(batch_size, [latents, image, generator, prompt, labels, *conditions.values()])
+        shape = self._shape(count, height, width) if latents is None else tuple(latents.shape)
+        check_state(shape, self._channels, len(self.config["shape"] or "CHW") + 1, config)
+        beside = config["in_channels"] - self._channels if self.unet is not None else 0
+        check_image(image, (count, beside, *shape[2:]))
 
         device = self._execution_device
         # The state stays in float32, whatever the type of the network.
-        sizes = self._sizes(height, width) if latents is None else tuple(latents.shape[2:])
-        x = self._noise(count, sizes, generator, device) if latents is None else latents.to(device, torch.float32)
-        cond = self._text(prompt, conditions, count, sizes, device)
+        x = self._noise(shape, generator, device) if latents is None else latents.to(device, torch.float32)
+        cond = self._text(prompt, conditions, count, shape[-2:], device)
         if labels is not None:
             cond["class_labels"] = labels.to(device).expand(count)
-        if (beside := self._check_image(image, x)) is not None:
-            cond["image"] = beside
+        if image is not None:
+            cond["image"] = image.to(x)
         strength = self.config["guidance"] if guidance_scale is None else guidance_scale
-        if strength is None and "guidance" in (self.config["needs"] or []):
+        if strength is None and "guidance" in self._needs:
             raise ValueError("this model needs the strength of guidance that it was made for: guidance_scale=3.5 or so")
         if strength is not None and self._is_told_guidance:
             cond["guidance"] = torch.full((count,), strength, dtype=torch.float32, device=device)
@@ -176,11 +207,11 @@ class FlowMapPipeline(DiffusionPipeline):
                 continue
             # Go on to r, where the noise is sqrt(1 - gamma^2) of that at t beside the image, and bring new noise in.
             r = t / (t + math.sqrt(1 - gamma**2) * (1 - t))
-            x = t / r * self._map(x, s, r, **cond) + gamma * (1 - t) * self._noise(count, sizes, generator, device)
+            x = t / r * self._map(x, s, r, **cond) + gamma * (1 - t) * self._noise(shape, generator, device)
 
         images: Any = x
         if output_type != "latent":
-            images = ((x if self.vae is None else self._decode(x)) / 2 + 0.5).clamp(0, 1)
+            images = ((x if self.vae is None else decode(self.vae, x)) / 2 + 0.5).clamp(0, 1)
             images = images.transpose(1, 2) if images.ndim == 5 else images  # a video is a row of frames
         if output_type in ("np", "pil"):
             images = images.cpu().movedim(-3, -1).numpy()
@@ -193,17 +224,18 @@ class FlowMapPipeline(DiffusionPipeline):
         """``X_{s,t}(x)``: one network call."""
         scale, timestep, x_part, network_part = coefficients(self._diffusion, s, self._last)
         first = torch.full((len(x),), timestep, device=x.device)
-        second = torch.full((len(x),), second_timestep(self._diffusion, t, self._last), device=x.device)
+        is_alike = self.network.config.get("second_time", "t") != "t"
+        end = second_timestep(self._diffusion, t, self._last, is_alike)
+        second = torch.full((len(x),), end, device=x.device)
         dtype = self.network.dtype
         with torch.autocast(x.device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
             prediction = self._predict((scale * x).to(dtype), first, second, **cond)
-        if prediction.shape != x.shape:  # some transformers take squares alone
-            raise ValueError(f"this model makes no images of this size: states of {tuple(x.shape[1:])}")
         return x + (t - s) * (x_part * x + network_part * prediction.float())
 
     def _predict(self, x: Tensor, first: Tensor, second: Tensor, **cond: Tensor) -> Tensor:
         if hasattr(self.network, "predict"):
-            return self.network.predict(x, first, second, **cond)
+            # By the module in the pipeline, which may be a compiled one around that which has the method.
+            return self.network.predict.__func__(self.network, x, first, second, **cond)
         # A stock U-Net, which takes the second time where others take a class.
         state = torch.cat([x, cond["image"].to(x)], dim=1) if "image" in cond else x
         return self.network(state, first, class_labels=second).sample[:, : x.shape[1]]
@@ -216,8 +248,8 @@ class FlowMapPipeline(DiffusionPipeline):
         self, prompt: str | list[str] | None, given: dict[str, Tensor], count: int, sizes: tuple[int, ...], device: Any
     ) -> dict[str, Tensor]:
         """The conditions of text: those that are given, and for what is missing those of the prompts, (B, ...)."""
-        pipeline = (self.config["text"] or {}).get("pipeline", "")
-        height, width = (self._factor * size for size in sizes[-2:])
+        pipeline = self._prompted
+        height, width = (self._factor * size for size in sizes)
         if prompt is not None and not pipeline:
             raise ValueError(f"prompt is {prompt!r}, and this model has no text encoders: leave it out")
         cond: dict[str, Any] = {}
@@ -229,79 +261,41 @@ class FlowMapPipeline(DiffusionPipeline):
         if prompt is not None:
             cond |= encode(pipeline, self.components, [prompt] if isinstance(prompt, str) else prompt, device)
         others = ("class_labels", "image", "guidance", *cond, *given)
-        if missing := [name for name in self.config["needs"] or [] if name not in others]:
+        if missing := [name for name in self._needs if name not in others]:
             way = "give it a prompt, or pass" if pipeline else "pass"
             raise ValueError(f"this model needs {missing[0]}, one row an image: {way} {', '.join(missing)}")
         cond = {key: value.expand(count, *value.shape[1:]) for key, value in {**cond, **given}.items()}
         return {key: value.to(device) for key, value in cond.items()}
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] from latents in the units of the network."""
-        vae: Any = self.vae
-        config, shift = vae.config, vae.config.get("shift_factor") or 0.0
-        scale, mean, deviation = (config.get(key) for key in ("scaling_factor", "latents_mean", "latents_std"))
-        scale = 1.0 if scale is None else scale
-        if mean is not None and deviation is not None:
-            shift, deviation = (torch.tensor(v, device=latents.device).reshape(1, -1, 1, 1) for v in (mean, deviation))
-            scale = scale / deviation
-        # Few in one call: the activations of a decoder are large.
-        parts = [vae.decode((part / scale + shift).to(vae.dtype)).sample for part in latents.split(4)]
-        return torch.cat(parts).clamp(-1, 1).float()
+    def _shape(self, count: int, height: int | None, width: int | None) -> tuple[int, ...]:
+        """That of the states of images of this height and width in pixels."""
+        config = self.network.config
+        own = self.config["shape"][1:] if self.config["shape"] else config.get("sample_size")
+        return count, self._channels, *sizes_of(height, width, own, self._factor, config)
 
-    def _sizes(self, height: int | None, width: int | None) -> tuple[int, ...]:
-        """The sizes of a state, of images of this height and width in pixels."""
-        size = self.config["shape"][1:] if self.config["shape"] else self.network.config.get("sample_size")
-        if size is None and (height is None or width is None):
-            other = "or the noise to start from as latents (B, C, H, W)"
-            raise ValueError(f"this model has no fixed size: pass height and width, {other}")
-        size: Any = (size, size) if isinstance(size, int) else size or (None, None)
-        for name, asked in (("height", height), ("width", width)):
-            if asked is not None and (asked < 1 or asked % self._factor):
-                raise ValueError(f"{name} is {asked}: this model makes images of multiples of {self._factor} pixels")
-        asked = [None if side is None else side // self._factor for side in (height, width)]
-        return *size[:-2], asked[0] or size[-2], asked[1] or size[-1]
-
-    def _noise(self, count: int, sizes: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
-        shape = (count, self._channels, *sizes)
+    def _noise(self, shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
-    def _numbers(self, labels: Any) -> Tensor:
-        """Classes by number, as they are or by their names."""
-        if isinstance(labels, str) or (isinstance(labels, list) and any(isinstance(label, str) for label in labels)):
-            said = self.config["id2label"] or {}
-            known = {name.strip(): int(number) for number, names in said.items() for name in names.split(",")}
-            named = [labels] if isinstance(labels, str) else labels
-            if unknown := [name for name in named if name not in known]:
-                raise ValueError(f"there is no class {unknown[0]!r}; known: {', '.join(known) or 'none by name'}")
-            labels = known[labels] if isinstance(labels, str) else [known[name] for name in labels]
-        return torch.as_tensor(labels)
+    @property
+    def _prompted(self) -> str:
+        """The pipeline whose prompts these text encoders encode; empty where one of them was left out."""
+        # Without the third, which is large, SD3 encodes all the same.
+        pairs = [(getattr(self, f"text_encoder{k}"), getattr(self, f"tokenizer{k}")) for k in ("", "_2")]
+        are_whole = all((encoder is None) == (tokenizer is None) for encoder, tokenizer in pairs)
+        is_there = any(encoder is not None for encoder, _ in pairs)
+        return (self.config["text"] or {}).get("pipeline", "") if are_whole and is_there else ""
 
-    def _check_labels(self, labels: Tensor | None) -> None:
-        config = self.network.config
-        # Both transformers of this family name a number, and for the one with this norm it is that of its classes.
-        is_dit = config.get("norm_type") == "ada_norm_zero"
-        classes = config["num_embeds_ada_norm"] if is_dit else config.get("num_class_embeds")
-        if (labels is None) != (classes is None):
-            raise ValueError(f"class_labels are needed, 0 to {classes - 1}" if classes else "this model has no classes")
-        if labels is not None and (labels.min() < 0 or labels.max() >= classes):
-            raise ValueError(f"class_labels run from 0 to {classes - 1}, these from {labels.min()} to {labels.max()}")
-
-    def _check_image(self, image: Tensor | None, x: Tensor) -> Tensor | None:
-        """What stands beside the state, where it may."""
-        takes = self.network.config["in_channels"]
-        channels = takes - self._channels if self.unet is not None else 0
-        if not channels:
-            if image is not None:
-                raise ValueError("this model takes no image beside the state: leave image out")
-            return None
-        wanted = (len(x), channels, *x.shape[2:])
-        if image is None:
-            raise ValueError(f"this model takes an image beside the state: image of shape {wanted} is needed")
-        if tuple(image.shape) != wanted:
-            raise ValueError(f"image has shape {tuple(image.shape)}, this model needs {wanted}")
-        return image.to(x)
-
-
-def _levels(vae: Any) -> list[Any]:
-    """The resolutions of a VAE, each half the one before, by its config."""
-    return vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [64]
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **options: Any) -> None:
+        """The index of the pipeline, and the code that it and its network are loaded by: ``save_pretrained``, which
+        calls this, writes what an export is."""
+        super().save_config(save_directory, push_to_hub, **options)
+        folder, part = Path(save_directory), "unet" if self.unet is not None else "transformer"
+        index = json.loads((folder / self.config_name).read_text())
+        index |= {"_class_name": ["pipeline", "FlowMapPipeline"], "text": index["text"] if self._prompted else None}
+        (folder / "pipeline.py").write_text(whole(__file__))
+        kind = type(getattr(self.network, "_orig_mod", self.network))
+        if not kind.__module__.startswith("diffusers."):
+            library = kind.__module__.rpartition(".")[2]
+            index[part] = [library, kind.__name__]
+            (folder / part / f"{library}.py").write_text(whole(inspect.getfile(kind)))
+        (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """How the network of a flow map, which was trained as another model, is asked and answers on the straight path.
 
 A map that was distilled from a diffusion model goes on predicting what that predicts, at the steps of its schedule.
-These functions translate. An export carries this file beside ``pipeline.py``, so it needs torch alone.
+These functions translate. They are part of the ``pipeline.py`` of an export, so they need torch alone.
 """
 
 import math
@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 
-def second_timestep(diffusion: dict[str, Any], time: Tensor, last: float) -> float:
+def second_timestep(diffusion: dict[str, Any], time: Tensor, last: float, alike: bool = False) -> float:
     """Where the map is to end, at time t (0 noise, 1 image), as the network is told it.
 
     Args:
         diffusion: what the network speaks, see ``FlowMapPipeline``; empty for diffusers' flow.
         last: the timestep of pure noise.
+        alike: told as the first time is, by the signal-to-noise ratio there. Otherwise no two times are told as one,
+            as those beyond an end of a schedule are by their ratios.
     """
     kind, deviation = diffusion.get("prediction_type"), diffusion.get("sigma_data")
+    if alike and kind not in (None, "velocity"):
+        return _place(diffusion, float(time))[-1]
     if deviation is None:
         return float((time if kind == "velocity" else 1 - time) * last)
     ends = math.log(diffusion["sigma_min"]), math.log(diffusion["sigma_max"])
@@ -39,17 +43,8 @@ def coefficients(diffusion: dict[str, Any], time: Tensor, last: float) -> tuple[
         return 1.0, float((1 - time) * last), 0.0, -1.0
     if kind == "velocity":
         return 1.0, float(time * last), 0.0, 1.0
-    s = float(time)
-    ratio = math.log(s / (1 - s)) if s > 0 else -math.inf
-    if deviation is None:
-        deviation, table = 1.0, diffusion["log_ratios"]
-        held = min(max(ratio, table[-1]), table[0])
-        after = min(max(bisect_left(table, -held, key=lambda entry: -entry), 1), len(table) - 1)
-        timestep = after - (held - table[after]) / (table[after - 1] - table[after])
-    else:
-        table = [-math.log(diffusion[end]) for end in ("sigma_min", "sigma_max")]
-        held = min(max(ratio, table[-1]), table[0])
-        timestep = -held / 4
+    s, deviation = float(time), deviation or 1.0
+    table, ratio, held, timestep = _place(diffusion, s)
     # The network was trained on ``(alpha / deviation) image + sigma noise`` with alpha^2 + sigma^2 = 1.
     odds = held + math.log(deviation)
     alpha, sigma = 1 / math.sqrt(1 + math.exp(-2 * odds)), 1 / math.sqrt(1 + math.exp(2 * odds))
@@ -71,3 +66,17 @@ def coefficients(diffusion: dict[str, Any], time: Tensor, last: float) -> tuple[
     elif ratio >= table[0]:
         image_x, image_f = (1 - (1 - s) * noise_x) / s, -(1 - s) * noise_f / s
     return scale, timestep, image_x - noise_x, image_f - noise_f
+
+
+def _place(diffusion: dict[str, Any], time: float) -> tuple[list[float], float, float, float]:
+    """Where a time is on a schedule: log(alpha / sigma) along it, falling, that at the time, the nearest to that which
+    the schedule has, and the timestep there."""
+    ratio = math.inf if time == 1 else math.log(time / (1 - time)) if time > 0 else -math.inf
+    if diffusion.get("sigma_data") is None:
+        table = diffusion["log_ratios"]
+        held = min(max(ratio, table[-1]), table[0])
+        after = min(max(bisect_left(table, -held, key=lambda entry: -entry), 1), len(table) - 1)
+        return table, ratio, held, after - (held - table[after]) / (table[after - 1] - table[after])
+    table = [-math.log(diffusion[end]) for end in ("sigma_min", "sigma_max")]
+    held = min(max(ratio, table[-1]), table[0])
+    return table, ratio, held, -held / 4

@@ -1,13 +1,12 @@
 """Prompts as conditions of a network, made by the ``encode_prompt`` of the pipeline of diffusers that they belong to.
 
-An export carries this file beside ``pipeline.py``, so it needs torch and diffusers alone, and transformers for the text
+It is part of the ``pipeline.py`` of an export, so it needs torch and diffusers alone, and transformers for the text
 encoders.
 """
 
 import inspect
 from typing import Any
 
-import diffusers
 from torch import Tensor
 
 # What `encode_prompt` of a pipeline returns, in its order, as conditions of the network; None for what is not needed.
@@ -25,6 +24,8 @@ ENCODERS = [f"{part}{number}" for part in ("text_encoder", "tokenizer") for numb
 
 def encode(pipeline: str, parts: dict[str, Any], prompts: list[str], device: Any) -> dict[str, Tensor]:
     """The conditions of prompts, a row each, as the pipeline of this name makes them of these parts."""
+    import diffusers  # here, as the table above is read where nothing is encoded
+
     kind = getattr(diffusers, pipeline)
     taken = inspect.signature(kind.__init__).parameters.values()
     own = {p.name: parts.get(p.name) for p in taken if p.default is p.empty and p.name != "self"}

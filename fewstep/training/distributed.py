@@ -65,12 +65,21 @@ def environment() -> World:
 
 
 def choose_device(device: torch.device | str | None, world: World) -> torch.device:
-    """The device asked for, else this process's GPU, else the CPU."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", world.local_rank)
+    """The device asked for, else this process's GPU, else the CPU.
+
+    Raises:
+        ValueError: it is not here.
+    """
+    asked = device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", world.local_rank)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # an assertion where torch was built without it
+        known = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        reason = str(error).strip().splitlines()[0].split(". ")[0][:120]
+        raise ValueError(f"the device {str(asked)!r} cannot be used: there is {known} ({reason})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

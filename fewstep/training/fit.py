@@ -293,6 +293,7 @@ def _identity(settings: dict[str, Any], student: nn.Module, objective: Objective
             "data_shape": list(data.shape),
             "data_size": data.size,
             "data_classes": list(getattr(data, "classes", ())) or None,
+            "data_moments": getattr(data, "moments", None),
         }
     )
 

@@ -11,7 +11,7 @@ from fewstep.training import checkpoints
 from fewstep.training.trackers import read_metrics
 
 # What may change between a run and its continuation: how long it is, and what only shows, keeps or places it.
-MAY_DIFFER = frozenset({"data_classes"}) | frozenset(
+MAY_DIFFER = frozenset({"data_classes", "data_moments"}) | frozenset(
     f"training.{name}"
     for name in (
         "steps", "max_seconds", "checkpoint_every", "keep", "log_every", "track", "quiet", "out", "resume", "device",

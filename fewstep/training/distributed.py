@@ -3,11 +3,14 @@
 import atexit
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+_PATIENCE = timedelta(seconds=5)  # with processes that may have died
 
 
 @dataclass(frozen=True)
@@ -112,5 +115,8 @@ def _leave() -> None:
 
 
 def _drop() -> None:
+    """After an error: the others may have it too, and then all leave together, or may be gone."""
     if dist.is_initialized():
+        with suppress(RuntimeError, ValueError):
+            dist.monitored_barrier(timeout=_PATIENCE)
         dist.destroy_process_group()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fewstep.lora import DIFFUSERS_FILE, PEFT_CONFIG
 from fewstep.model_files import read_json
+from fewstep.origin import is_run
 
 # Names that files with secrets have, and their folders. "token" alone would catch tokenizers.
 _SECRETS = (
@@ -122,7 +123,7 @@ def check_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    if (folder / "recipe.yaml").is_file() and (folder / "checkpoints").is_dir():
+    if is_run(folder):
         raise ValueError(f"{folder} is a run, and what is pushed is a model: fewstep export {folder} FOLDER first")
     if not kind_of(folder):
         raise ValueError(f"{folder} is no export: fewstep export writes one, fewstep convert too")

@@ -69,13 +69,22 @@ def make_teacher(section: Teacher, encoded: Path | None = None) -> VelocityField
         raise ValueError(f"the teacher {section.source!r} gave a {type(field).__name__}, not a VelocityField")
     if (guidance := section.guidance) is not None:
         if guidance.told:
-            if not takes(field, "guidance"):
-                raise ValueError(f"teacher.guidance.told: {source!r} is told no strength of guidance: say null")
+            check_told(source, field)
             return field
         weak = None if guidance.weak is None else find_model(guidance.weak)
         null = null_of(guidance.null, field, encoded)
         field = Guided(field, guidance.scale, guidance.interval, null=null, weak=weak)
     return field
+
+
+def check_told(source: str, field: VelocityField) -> None:
+    """That a teacher is told the strength of guidance as it is.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not takes(field, "guidance"):
+        raise ValueError(f"teacher.guidance.told: {source!r} is told no strength of guidance: say null")
 
 
 def null_of(null: Mapping[str, int] | str, field: VelocityField | None, encoded: Path | None = None) -> dict[str, Any]:

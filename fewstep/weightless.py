@@ -14,13 +14,13 @@ from fewstep.counting import META
 from fewstep.data import encoded, load_data, pairs
 from fewstep.data.decode import check_side
 from fewstep.diffusers_folder import look_into
-from fewstep.drawing import classes_of, image_channels, shape_of, takes
+from fewstep.drawing import classes_of, image_channels, shape_of
 from fewstep.fields import DiffusionField, Guided, VelocityField, unguided
 from fewstep.latents import Latents
 from fewstep.loading import find_configurations
 from fewstep.model_files import read_json
 from fewstep.networks import FAMILIES
-from fewstep.parts import EXACT, make_data, make_teacher, path_of
+from fewstep.parts import EXACT, check_told, make_data, make_teacher, path_of
 from fewstep.prompts import SIZES
 from fewstep.randomness import generator
 from fewstep.recipe import Recipe, Teacher
@@ -64,9 +64,10 @@ def _teacher(section: Teacher) -> VelocityField:
     is_folder = section.source not in EXACT and (":" not in section.source or section.source.startswith("fewstep:"))
     folder = find_configurations(section.source) if is_folder else None
     field = make_teacher(bare).to(META) if folder is None else field_without_weights(folder)
-    if guidance is None or guidance.told:
-        if guidance is not None and not takes(field, "guidance"):
-            raise ValueError(f"teacher.guidance.told: {section.source!r} is told no strength of guidance: say null")
+    if guidance is None:
+        return field
+    if guidance.told:
+        check_told(section.source, field)
         return field
     weak = None if guidance.weak is None else _teacher(Teacher(source=guidance.weak))
     null: Any = guidance.null

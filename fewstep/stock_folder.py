@@ -32,7 +32,7 @@ def check_stock(field: NetworkField) -> None:
     if not isinstance(field, DiffusionField) and not (is_flow and isinstance(field.network, SD3 | Flux | Wan)):
         raise ValueError(
             f"a {type(field.network).__name__} that predicts {field.prediction} on {field.native} has no pipeline in "
-            "diffusers: `fewstep convert MODEL FOLDER` writes it with the code that it needs"
+            "diffusers: `fewstep convert MODEL --out FOLDER` writes it with the code that it needs"
         )
 
 

@@ -374,7 +374,7 @@ def test_a_field_whose_pipeline_nobody_knows(tmp_path: Path) -> None:
 def test_a_field_that_no_scheduler_of_diffusers_runs(tmp_path: Path) -> None:
     network = family_field("sd").network
     field = NetworkField(network, Reversed(), "flow", path=Linear())
-    with pytest.raises(ValueError, match=r"ConditionalUNet that predicts flow .*`fewstep convert MODEL FOLDER`"):
+    with pytest.raises(ValueError, match=r"ConditionalUNet that predicts flow .*`fewstep convert MODEL --out FOLDER`"):
         export(field, tmp_path / "field")
     assert not list(tmp_path.iterdir())
 

@@ -11,6 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+WITHOUT = """
+try:
+    import fewstep  # noqa: F401
+    raise SystemExit("fewstep is here")
+except ModuleNotFoundError:
+    pass
+"""
+
 
 @pytest.fixture(scope="session")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
@@ -32,7 +40,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
         }
-        command = [python, "-c", textwrap.dedent(code), *map(str, arguments)]
+        command = [python, "-c", WITHOUT + textwrap.dedent(code), *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -188,12 +188,6 @@ ELSEWHERE = """
     import sys
     from pathlib import Path
 
-    try:
-        import fewstep
-        sys.exit("fewstep is here")
-    except ModuleNotFoundError:
-        pass
-
     import torch
     from diffusers import DiffusionPipeline
     from safetensors.torch import save_file

@@ -139,15 +139,20 @@ def read_facts(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is none. ValueError: it is of another format, or no JSON.
     """
-    file = folder / FACTS
+    missing = f"nothing encoded in {folder}: there is no {FACTS}; `fewstep encode` makes one"
+    return facts_in(folder / FACTS, FORMAT, missing, "encode the data anew")
+
+
+def facts_in(file: Path, wanted: int, missing: str, way_out: str) -> dict[str, Any]:
+    """The facts of a folder in a file of the ``wanted`` format; what is said where it is missing, or of another."""
     if not file.is_file():
-        raise FileNotFoundError(f"nothing encoded in {folder}: there is no {FACTS}; `fewstep encode` makes one")
+        raise FileNotFoundError(missing)
     try:
         facts = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
-    if facts.get("format") != FORMAT:
-        raise ValueError(f"{file} has format {facts.get('format')}, this fewstep reads {FORMAT}: encode the data anew")
+    if facts.get("format") != wanted:
+        raise ValueError(f"{file} has format {facts.get('format')}, this fewstep reads {wanted}: {way_out}")
     return facts
 
 

@@ -1,6 +1,5 @@
 """Pairs of noise and data from a folder, as ``fewstep.reflow`` writes them: facts in JSON, rows in shards."""
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.data.batch import Batch
-from fewstep.data.encoded import Texts
+from fewstep.data.encoded import Texts, facts_in
 
 FACTS = "pairs.json"
 FORMAT = 1
@@ -86,16 +85,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is none. ValueError: it is of another format, or no JSON.
     """
-    file = folder / FACTS
-    if not file.is_file():
-        raise FileNotFoundError(f"no pairs in {folder}: there is no {FACTS}; `fewstep reflow MODEL` makes one")
-    try:
-        facts = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
-    if facts.get("format") != FORMAT:
-        raise ValueError(f"{file} has format {facts.get('format')}, this fewstep reads {FORMAT}: make the pairs anew")
-    return facts
+    missing = f"no pairs in {folder}: there is no {FACTS}; `fewstep reflow MODEL` makes one"
+    return facts_in(folder / FACTS, FORMAT, missing, "make the pairs anew")
 
 
 def shard_files(folder: Path, facts: dict[str, Any]) -> list[Path]:

@@ -136,9 +136,11 @@ class TwoTimeTransformer(TwoTimes):
         return [(block, k >= first) for k, block in enumerate(blocks)]
 
 
-class TwoTimeUNet2DModel(TwoTimes, UNet2DModel):
-    """A ``UNet2DModel``: its ``class_labels`` are rows of the label, where it has classes, of t, and of 100 times the
-    strength of guidance, where it is told it."""
+class LabelledTimes(TwoTimes):
+    """A U-Net: its ``class_labels`` are rows of the label, where it has classes, of t, and of 100 times the strength of
+    guidance, where it is told it."""
+
+    call: Any
 
     def take_rows(self, late: bool, guided: bool) -> None:
         _widen_labels(self, late, guided)
@@ -153,31 +155,26 @@ class TwoTimeUNet2DModel(TwoTimes, UNet2DModel):
         class_labels: Tensor | None = None,
         **cond: Any,
     ) -> Tensor:
-        return call_unet(self, x, s, _labelled(class_labels, self.rows(s, t, guidance)), **cond)
+        return self.call(self, x, s, class_labels=_labelled(class_labels, self.rows(s, t, guidance)), **cond)
 
 
-class TwoTimeUNet2DConditionModel(TwoTimes, UNet2DConditionModel):
-    """A ``UNet2DConditionModel``, with class labels as those of a ``TwoTimeUNet2DModel``."""
+class TwoTimeUNet2DModel(LabelledTimes, UNet2DModel):
+    """A ``UNet2DModel``."""
+
+    call = staticmethod(call_unet)
+
+
+class TwoTimeUNet2DConditionModel(LabelledTimes, UNet2DConditionModel):
+    """A ``UNet2DConditionModel``."""
+
+    call = staticmethod(call_conditional_unet)
 
     def take_rows(self, late: bool, guided: bool) -> None:
         if late and self.config["time_cond_proj_dim"] is not None:
             raise ValueError("second_time: late, and this U-Net takes a timestep_cond with its time: say t")
-        _widen_labels(self, late, guided)
+        super().take_rows(late, guided)
         if late and hasattr(self, "add_embedding"):  # which is added to both times' embeddings
             self.add_embedding.register_forward_hook(twice)
-
-    def predict(
-        self,
-        x: Tensor,
-        s: Tensor,
-        t: Tensor,
-        guidance: Tensor | None = None,
-        *,
-        class_labels: Tensor | None = None,
-        **cond: Any,
-    ) -> Tensor:
-        labels = _labelled(class_labels, self.rows(s, t, guidance))
-        return call_conditional_unet(self, x, s, class_labels=labels, **cond)
 
 
 class TwoTimeDiTTransformer2DModel(TwoTimeTransformer, DiTTransformer2DModel):
@@ -282,7 +279,7 @@ def _widen_labels(model: Any, late: bool, guided: bool) -> None:
     """
     if model.config["class_embed_type"] not in (None, "projection", "simple_projection", "identity"):
         kind = f"class_embed_type={model.config['class_embed_type']!r}"
-        raise ValueError(f"a {type(model).__mro__[2].__name__} with {kind} has no room for a second time")
+        raise ValueError(f"a {type(model).__mro__[3].__name__} with {kind} has no room for a second time")
     if model.config.get("class_embeddings_concat"):
         raise ValueError("a UNet2DConditionModel with class_embeddings_concat has no room for a second time")
     label = model.class_embedding

@@ -1,9 +1,15 @@
 """What is printed: tables, progress, and what to type next."""
 
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+_RECENT = 60.0  # seconds back that a speed is a mean of
+_MARK = 1.0  # seconds between two marks in them
+_LINE = 10.0  # seconds between two lines where there is no terminal, more in long work
 
 
 def say(text: str) -> None:
@@ -51,10 +57,75 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def duration(seconds: float) -> str:
+    """``3s``, ``2m 05s``, ``1h 20m``."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest}s"
+    return f"{minutes}m {rest:02d}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"
+
+
+class Pace:
+    """How fast something goes, as a mean over the last minute: what was before (a slow start, a machine that was busy
+    for a while, another start of the same run) says nothing of what is to come.
+
+    Args:
+        now: when it starts, in seconds. done: how many were done before. fraction: of the whole, in [0, 1].
+    """
+
+    def __init__(self, now: float, done: int = 0, fraction: float = 0.0) -> None:
+        self._marks = deque([(now, done, fraction)])
+
+    def __call__(self, now: float, done: int, fraction: float) -> tuple[float, float]:
+        """How many a second, and how many seconds are left; 0 where nothing was done yet."""
+        if now - self._marks[-1][0] >= _MARK:
+            self._marks.append((now, done, fraction))
+        # The last mark from before that minute stays: one of a few slow steps may take longer.
+        while len(self._marks) > 2 and now - self._marks[1][0] >= _RECENT:
+            self._marks.popleft()
+        then, first, before = self._marks[0]
+        seconds, more = max(now - then, 1e-9), fraction - before
+        return (done - first) / seconds, (1.0 - fraction) * seconds / more if more > 0 else 0.0
+
+
+def is_line_due(waited: float, elapsed: float, left: float) -> bool:
+    """Whether to print a line where there is no terminal: each ten seconds, more rarely in long work.
+
+    Args:
+        waited: seconds since the last line. elapsed: since the start. left: until the end.
+    """
+    return waited >= max(_LINE, (elapsed + left) / 100)
+
+
 @contextmanager
 def progress_bar(text: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal, with its speed and the time that is left, one line elsewhere; both on stderr. None
-    stands for a bar that is not there."""
+    """Shows how much is done, with its speed and the time that is left, on stderr: a bar on a terminal, a line now and
+    then elsewhere. Gives what takes how many are done and the whole of it; None where nothing is shown."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        yield from _bar(text)
+    else:
+        say(text)
+        yield _lines(text)
+
+
+def _lines(text: str) -> Callable[[int, int], None]:
+    start = last = time.perf_counter()
+    pace = Pace(start)
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        speed, left = pace(now, done, done / total)
+        if done < total and is_line_due(now - last, now - start, left):
+            last = now
+            say(f"{text}: {done / total:.0%}  {speed:.3g}/s  {duration(left)} left")
+
+    return show
+
+
+def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn, Task
     from rich.text import Text
@@ -66,12 +137,6 @@ def progress_bar(text: str, quiet: bool) -> Iterator[Callable[[int, int], None] 
             speed = task.finished_speed or task.speed
             return Text("" if speed is None else f"{speed:.3g}/s")
 
-    console = Console(stderr=True)
-    if quiet or not sys.stderr.isatty():
-        if not quiet:
-            console.print(text, highlight=False)
-        yield None
-        return
-    with Progress(*Progress.get_default_columns(), Speed(), console=console, transient=True) as bar:
+    with Progress(*Progress.get_default_columns(), Speed(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(text, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

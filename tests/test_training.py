@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from training_toys import Broken, Gaussian, Matching, Rows, Student
 
+from fewstep.console import Pace, duration, progress_bar
 from fewstep.errors import TrainingError
 from fewstep.objectives.base import Loss
 from fewstep.randomness import generator
@@ -19,7 +20,7 @@ from fewstep.training import trackers
 from fewstep.training.batches import Batches, default_chunk
 from fewstep.training.ema import Ema
 from fewstep.training.fit import fit
-from fewstep.training.progress import Progress, duration
+from fewstep.training.progress import Progress
 from fewstep.training.run import every
 from fewstep.training.schedules import schedule_factor
 
@@ -554,7 +555,7 @@ def test_without_a_terminal_there_are_plain_lines_on_stderr(capsys, monkeypatch)
     monkeypatch.setattr("fewstep.training.progress.time.perf_counter", lambda: float(next(clock)))
     progress = Progress(100)
     for step in range(1, 101):
-        progress.update(step, step / 100, 0.25, 1.0)
+        progress.update(step, step / 100, 0.25)
     progress.close()
     out, err = capsys.readouterr()
     assert out == ""
@@ -566,13 +567,50 @@ def test_without_a_terminal_there_are_plain_lines_on_stderr(capsys, monkeypatch)
 def test_a_terminal_gets_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr("fewstep.training.progress._REDRAW", 0.0)
+    clock = iter(range(0, 10_000))
+    monkeypatch.setattr("fewstep.training.progress.time.perf_counter", lambda: float(next(clock)))
     progress = Progress(4)
-    progress.update(2, 0.5, 0.125, 3.0)
+    progress.update(2, 0.5, 0.125)
     progress.close()
     err = capsys.readouterr().err
     assert "50%" in err
-    assert "step 2/4  loss 0.125  3 steps/s" in err
+    assert "step 2/4  loss 0.125  2 steps/s" in err
     assert [duration(s) for s in (3.2, 125, 4800)] == ["3s", "2m 05s", "1h 20m"]
+
+
+def test_speed_and_time_left_are_those_of_the_last_minute():
+    pace = Pace(0.0, done=500, fraction=0.5)  # as a run that goes on
+    for second in range(1, 301):  # two steps a second, then one in two seconds
+        done = 500 + (2 * second if second <= 100 else 200 + (second - 100) // 2)
+        speed, left = pace(second, done, done / 1000)
+        if second == 100:
+            assert (speed, left) == (pytest.approx(2.0), pytest.approx(150.0))
+    assert speed == pytest.approx(0.5, abs=0.02)
+    assert left == pytest.approx(200 / 0.5, rel=0.05)
+
+
+def test_one_step_of_minutes_has_a_speed():
+    pace = Pace(0.0)
+    assert pace(300, 1, 0.25) == (pytest.approx(1 / 300), pytest.approx(900))
+    assert pace(600, 2, 0.5) == (pytest.approx(1 / 300), pytest.approx(600))
+
+
+def test_long_work_without_a_terminal_says_how_far_it_is(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("fewstep.console.time.perf_counter", lambda: clock[0])
+    with progress_bar("evaluating", quiet=False) as show:
+        for done in range(1, 101):
+            clock[0] = done / 2
+            show(done, 100)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "evaluating",
+        "evaluating: 20%  2/s  40s left",
+        "evaluating: 40%  2/s  30s left",
+        "evaluating: 60%  2/s  20s left",
+        "evaluating: 80%  2/s  10s left",
+    ]
 
 
 def test_quiet_says_nothing(capsys):

@@ -4,8 +4,9 @@ import time
 from collections.abc import Sequence
 from typing import Self
 
+from fewstep.console import duration
 from fewstep.training import trackers
-from fewstep.training.progress import Progress, duration
+from fewstep.training.progress import Progress
 from fewstep.training.run import Run
 
 
@@ -25,8 +26,8 @@ class Logbook:
         self._trackers: list[trackers.Tracker] = [self._lines] if self._lines else []
         if is_main:
             self._trackers += trackers.start(track, run.out, run.step, run.fingerprint)
-        self._bar = Progress(steps, run.progress, quiet or not is_main)
-        self._started = self._mark = (run.step, time.perf_counter())
+        self._bar = Progress(steps, run.step, run.progress, quiet or not is_main)
+        self._mark = (run.step, time.perf_counter())
         if run.step:
             self._bar.note(f"going on from step {run.step}")
 
@@ -41,9 +42,7 @@ class Logbook:
             for tracker in self._trackers:
                 tracker.log(run.step, run.record)
             run.record = {}
-        step, then = self._started
-        rate = (run.step - step) / (time.perf_counter() - then)
-        self._bar.update(run.step, run.progress, run.losses.get("loss"), rate)
+        self._bar.update(run.step, run.progress, run.losses.get("loss"))
 
     def sync(self) -> None:
         """All lines down to the disk: a checkpoint is about to stand for them."""

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from fewstep.console import Pace, duration, is_line_due
+
 _REDRAW = 0.2  # seconds between two drawings of the bar
-_LINE = 10.0  # seconds between two lines, more on long runs
 
 
 class Progress:
@@ -16,14 +17,14 @@ class Progress:
 
     Args:
         steps: the last step, None where time ends the run.
-        fraction: how much was done before (a resumed run), in [0, 1].
+        step, fraction: how much was done before (a resumed run); the fraction in [0, 1].
         quiet: show nothing.
     """
 
-    def __init__(self, steps: int | None, fraction: float = 0.0, quiet: bool = False) -> None:
+    def __init__(self, steps: int | None, step: int = 0, fraction: float = 0.0, quiet: bool = False) -> None:
         self._total = f"/{steps}" if steps else ""
         self._start = self._shown_at = time.perf_counter()
-        self._first = self._shown = fraction
+        self._pace, self._shown = Pace(self._start, step, fraction), fraction
         self._quiet = quiet
         self._bar: Bar | None = None
         if not quiet and sys.stderr.isatty():
@@ -37,19 +38,18 @@ class Progress:
             self._task = self._bar.add_task("", total=1.0)
             self._bar.start()
 
-    def update(self, step: int, fraction: float, loss: float | None, rate: float) -> None:
-        """After a step: ``loss`` is the last one logged, ``rate`` in steps per second."""
+    def update(self, step: int, fraction: float, loss: float | None) -> None:
+        """After a step: ``loss`` is the last one logged."""
         now = time.perf_counter()
         if self._quiet or now - self._shown_at < _REDRAW:
             return
-        elapsed, done = now - self._start, fraction - self._first
-        left = elapsed * (1.0 - fraction) / done if done > 0 else 0.0
+        speed, left = self._pace(now, step, fraction)
         shown = "" if loss is None else f"  loss {loss:.4g}"
-        text = f"step {step}{self._total}{shown}  {rate:.3g} steps/s  {duration(left)} left"
+        text = f"step {step}{self._total}{shown}  {speed:.3g} steps/s  {duration(left)} left"
         if self._bar is not None:
             self._shown_at = now
             self._bar.update(self._task, completed=fraction, description=text, refresh=True)
-        elif fraction - self._shown >= 0.1 or now - self._shown_at >= max(_LINE, (elapsed + left) / 100):
+        elif fraction - self._shown >= 0.1 or is_line_due(now - self._shown_at, now - self._start, left):
             self._shown_at, self._shown = now, fraction
             self.note(f"{fraction:4.0%}  {text}")
 
@@ -66,11 +66,3 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def duration(seconds: float) -> str:
-    """``3s``, ``2m 05s``, ``1h 20m``."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest}s"
-    return f"{minutes}m {rest:02d}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"

@@ -168,4 +168,5 @@ def _grid(field: NetworkField, original: Tensor, flow: Tensor) -> bytes | None:
     first, second = pictures
     if first.ndim != 4 or first.shape[1] not in (1, 3):
         return None
-    return image_grid(torch.cat([first, second, second - first]), columns=len(first))
+    rows = {"diffusion": first, "flow": second, "difference": second - first}
+    return image_grid(torch.cat([*rows.values()]), columns=len(first), labels=list(rows))

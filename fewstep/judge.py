@@ -161,13 +161,15 @@ def _report(model: Model, teacher: VelocityField | None, recipe: Recipe, found: 
     is_map = isinstance(model, FlowMap)
     figures, tables = [], []
     if found is not None:
-        columns, rows = found.table()
-        tables.append(("Quality against network calls", columns, rows))
+        tables.append(("Quality against network calls", *found.table()))
         for metric in _plotted(found.rows):
             figures.append((LABELS[metric], quality_figure(found.rows, metric)))
         png(figures[0][1], out / "quality.png")
-        figures += _pictures(model, teacher, recipe, found)
-    if len(lines := read_metrics(out / "metrics.jsonl")) > 1:
+        figures += (pictures := _pictures(model, teacher, recipe, found))
+        if pictures and (captions := found.captions[: _shown(model)]):
+            tables.append(("The pictures' prompts, row by row", ["picture", "prompt"], list(enumerate(captions, 1))))
+    lines = read_metrics(out / "metrics.jsonl")
+    if sum(row.get("loss") is not None for row in lines) > 1:  # one point is no line
         figures.append(("Loss", loss_figure(lines)))
     write_report(
         out / "report.html",
@@ -198,8 +200,12 @@ def _pictures(
     return [
         (name if name == "data" else f"{name.split()[0]}, {_steps(int(name.split()[1]))}", image_grid(few, columns=6))
         for name in names
-        for few in [seen(found.samples[name][: _IMAGES if model.latents is None else _DECODED])]
+        for few in [seen(found.samples[name][: _shown(model)])]
     ]
+
+
+def _shown(model: Model) -> int:
+    return _IMAGES if model.latents is None else _DECODED
 
 
 def _points(model: Model, steps: int, seed: int) -> Tensor:

@@ -146,6 +146,10 @@ class PromptedSamples:
         """The samples of ``index`` (n,) alone."""
         return self._pairs.bare(index)
 
+    def captions(self, index: Tensor) -> list[str]:
+        """The prompts of ``index`` (n,), to be shown."""
+        return [self.prompts[i % len(self.prompts)] for i in index.tolist()]
+
     def _refuse_others(self) -> None:
         if not (self.folder / FACTS).is_file():
             return

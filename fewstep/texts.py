@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fewstep.data.encoded import NULL, TEXTS, is_whole, text_files
+from fewstep.data.encoded import CAPTIONS, NULL, TEXTS, is_whole, text_files
 from fewstep.encoders import kept_null
 from fewstep.evaluation.files import replace_file
 from fewstep.prompts import SIZES, Prompts
@@ -51,6 +51,7 @@ def write_texts(
     shard = rows_of(sum(value[None].numel() for value in null.values()) * DTYPES[dtype].itemsize)
     known = {"count": len(prompts), "shard": shard}
     replace_file(out / TEXTS, json.dumps(known).encode())
+    replace_file(out / CAPTIONS, "".join(f"{json.dumps(prompt)}\n" for prompt in prompts).encode())
     files = text_files(out, known)
     for i in turns(len(files)):
         part = prompts[i * shard : (i + 1) * shard]

@@ -73,9 +73,11 @@ class Watch:
             panels = {f"{n} step{'s' * (n > 1)}": samples for n, samples in drawn.items()}
             png(points_figure({**panels, "data": truth}), file)
         elif is_image:
-            rows = [*drawn.values()] if self._ends is None else [*drawn.values(), self._ends]
-            drawn_rows = torch.cat(rows)
-            image_grid(drawn_rows if latents is None else latents.decode(drawn_rows), file, columns=count)
+            rows = {f"{n} step{'s' * (n > 1)}": samples for n, samples in drawn.items()}
+            if self._ends is not None:
+                rows["teacher"] = self._ends
+            shown = torch.cat([*rows.values()])
+            image_grid(shown if latents is None else latents.decode(shown), file, columns=count, labels=list(rows))
         return found
 
     def _conditions(self, count: int, device: torch.device) -> dict[str, Any]:

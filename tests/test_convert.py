@@ -464,7 +464,8 @@ def test_the_rows_of_the_picture(tmp_path: Path) -> None:
     convert(field, tmp_path / "flow", steps=[2, 5, 10], count=3)
     noise = sample_noise((3, 1, 8, 8), sample_generators(0, range(3)))
     _, original, flow = compare_samplers(field, noise, (2, 5, 10), {})
-    expected = image_grid(torch.cat([original, flow, flow - original]), columns=3)
+    rows = ["diffusion", "flow", "difference"]
+    expected = image_grid(torch.cat([original, flow, flow - original]), columns=3, labels=rows)
     assert (tmp_path / "flow" / "conversion.png").read_bytes() == expected
 
 

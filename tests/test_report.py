@@ -47,6 +47,18 @@ def test_grid_places_and_enlarges_every_pixel(tmp_path: Path):
     assert corner.sum() == 64 * 255
 
 
+def test_grid_says_what_its_rows_are():
+    images = torch.linspace(-1, 1, 4).view(4, 1, 1, 1).expand(4, 3, 64, 64)
+    plain = pixels(image_grid(images, columns=2))
+    labelled = pixels(image_grid(images, columns=2, labels=["1 step", "8"]))
+    margin = labelled.shape[1] - plain.shape[1]
+    assert margin > 30
+    assert (labelled[:, margin:] == plain).all()
+    dark = labelled[:, :margin].min(axis=(1, 2)) < 128
+    # Each label stands beside its row, at its middle.
+    assert [int(np.flatnonzero(dark[top : top + 66]).mean()) for top in (0, 66)] == pytest.approx([33, 33], abs=4)
+
+
 def test_grid_keeps_colours_and_large_images_as_they_are():
     images = torch.full((2, 3, 70, 50), -1.0)
     images[1, 2] = 1.0
@@ -207,6 +219,7 @@ def report(path: Path) -> str:
         tables=[
             ("Quality", ["model", "nfe", "rmse"], [["a & b", 1, 0.0123456], ["c", 100, None], ["d", 2, 60000.0]]),
             ("Mixed", ["what", "value"], [["device", "cpu"], ["seed", 0]]),
+            ("Written out", ["steps", "runs", "1"], [[72, "1", "0.32 ± 0.011"], [90, "2", "1.5e-05"]]),
             ("Empty", ["a"], []),
         ],
         next_commands=["fewstep sample runs/a --steps 2 > /dev/null", "fewstep export runs/a ./b"],
@@ -253,6 +266,8 @@ def test_report_numbers(tmp_path: Path):
     assert '<td class="number">100</td>' in text
     assert '<td class="number">60,000</td>' in text
     assert '<td class="number">\N{EN DASH}</td>' in text
+    # Numbers that are written out, with their deviation, are numbers too: a column is not against the next one.
+    assert '<td class="number">1</td><td class="number">0.32 ± 0.011</td>' in text
     assert "<td>cpu</td>" in text
     assert "<td>0</td>" in text  # a column of words and numbers reads as words
 

@@ -80,7 +80,10 @@ def test_from_pictures_and_captions_to_a_student(models: Path, photos: Path, tmp
     assert [(row["model"], row["nfe"]) for row in found["rows"]] == [("student", 1), ("student", 2), ("teacher", 2)]
     assert all(row["rmse"] > 0 for row in found["rows"])
     assert found["facts"]["shape"] == [4, 8, 8]
-    assert "data:image/png" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "data:image/png" in page
+    # The prompts of the two pictures that it shows.
+    assert sum(page.count(f"<td>{caption}</td>") for caption in set(CAPTIONS)) == 2
     done = run(load_recipe(tree, {"steps": "3", "evaluation.count": "0"}), out)
     assert done.result.step == 3
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

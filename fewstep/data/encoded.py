@@ -16,6 +16,7 @@ from torch import Tensor
 from fewstep.data.batch import Batch
 
 FACTS, INDEX, TEXTS, NULL = "encoded.json", "index.json", "texts.json", "null.safetensors"
+CAPTIONS = "captions.jsonl"  # the texts themselves, for those who read; a line each
 FORMAT = 1
 
 
@@ -79,6 +80,10 @@ class Encoded:
         which = torch.searchsorted(self._starts, index, right=True) - 1
         return gathered((shard["latents"] for shard in self._shards), which, index - self._starts[which], self.shape)
 
+    def captions(self, index: Tensor) -> list[str]:
+        """The captions of ``index`` (n,), to be shown; empty where there are none."""
+        return [] if self.texts is None else self.texts.captions(self._text[index])
+
     def check(self) -> None:
         """Read every shard, and see that it is what was written.
 
@@ -108,6 +113,7 @@ class Texts:
         files = text_files(folder, known)
         if missing := [file for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{len(missing)} of {len(files)} shards of text are missing, one is {missing[0]}")
+        self._folder = folder
         self._shards = [read_shard(file) for file in files]
         self._shard: int = known["shard"]
 
@@ -118,6 +124,17 @@ class Texts:
             name: gathered((shard[name] for shard in self._shards), which, place, tuple(first.shape[1:]), first.dtype)
             for name, first in self._shards[0].items()
         }
+
+    def captions(self, index: Tensor) -> list[str]:
+        """The texts of ``index`` (n,) as they were written; empty for a folder from before they were kept."""
+        if not (self._folder / CAPTIONS).is_file():
+            return []
+        wanted, found = set(index.tolist()), {}
+        with (self._folder / CAPTIONS).open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines):
+                if number in wanted:
+                    found[number] = str(json.loads(line))
+        return [found.get(number, "") for number in index.tolist()]
 
 
 def gathered(

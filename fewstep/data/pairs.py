@@ -70,6 +70,10 @@ class Pairs:
         """The data of ``index`` (n,) alone."""
         return self._gather("data", index)
 
+    def captions(self, index: Tensor) -> list[str]:
+        """The prompts of ``index`` (n,), to be shown; empty where there are none."""
+        return [] if self._texts is None else self._texts.captions(self._text[index])
+
     def _gather(self, name: str, index: Tensor) -> Tensor:
         gathered = torch.empty(len(index), *self.shape)
         which = index // self.facts["shard"]

@@ -41,12 +41,14 @@ class Evaluation:
             not enough data for two sets.
         facts: what else decides the numbers: shape, count, seed, rows of data, rows with end points, extractor.
         samples: the first 64 of each row, ``"student 1"``, ``"teacher 100"``, ..., and of ``"data"``, on the CPU.
+        captions: the prompts of those samples; empty where they were not asked for by a text.
     """
 
     rows: list[dict[str, Any]]
     floor: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    captions: list[str] = field(default_factory=list, repr=False)
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
         """Columns and rows. The floor, where there is one, is the last row; None stands where there is no value."""
@@ -161,7 +163,9 @@ def evaluate(
         "shape": list(data.shape), "count": count, "seed": seed, "data": len(first), "ends": solved,
         "extractor": _identity(extractor),
     }  # fmt: skip
-    return Evaluation(rows, floor, facts, {**samples, "data": judge.shown})
+    tell: Any = getattr(data, "captions", None) if cond is None else None
+    captions = [] if tell is None else tell(first[torch.arange(len(judge.shown)) % len(first)])
+    return Evaluation(rows, floor, facts, {**samples, "data": judge.shown}, captions)
 
 
 def compare(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[list[Any]]]:

@@ -19,6 +19,7 @@ from fewstep.evaluation.files import replace_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
     from fewstep.evaluation.diagnostics import Diagnosis
 
@@ -52,13 +53,16 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def image_grid(images: Tensor, path: str | Path | None = None, columns: int | None = None) -> bytes:
+def image_grid(
+    images: Tensor, path: str | Path | None = None, columns: int | None = None, labels: Sequence[str] = ()
+) -> bytes:
     """A grid of images (N, 1 or 3, H, W) in [-1, 1] as PNG; written to ``path`` where one is given.
 
     Small images are enlarged by a whole factor, to some 64 pixels, so that each pixel stays a sharp square.
 
     Args:
         columns: images a row; by default such that the grid is about square.
+        labels: what each row shows, written at its left.
     """
     from PIL import Image
 
@@ -76,11 +80,28 @@ def image_grid(images: Tensor, path: str | Path | None = None, columns: int | No
     for i, tile in enumerate(pixels):
         top, left = i // columns * height + gap, i % columns * width + gap
         canvas[top : top + height - gap, left : left + width - gap] = tile
+    picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+    if labels:
+        picture = _labelled(picture, labels, [gap + (row + 0.5) * height for row in range(rows)])
     content = io.BytesIO()
-    Image.fromarray(canvas[..., 0] if channels == 1 else canvas).save(content, format="png", optimize=True)
+    picture.save(content, format="png", optimize=True)
     if path is not None:
         replace_file(Path(path), content.getvalue())
     return content.getvalue()
+
+
+def _labelled(picture: "Image", labels: Sequence[str], middles: Sequence[float]) -> "Image":
+    """The picture with words at its left, each at the height of its middle."""
+    from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=13)
+    margin = 20 + round(max(font.getlength(label) for label in labels))
+    white, ink = (ImageColor.getcolor(colour, picture.mode) for colour in ("white", INK))
+    wider = Image.new(picture.mode, (picture.width + margin, picture.height), white)
+    wider.paste(picture, (margin, 0))
+    for label, middle in zip(labels, middles, strict=True):
+        ImageDraw.Draw(wider).text((margin - 10, middle), label, fill=ink, font=font, anchor="rm")
+    return wider
 
 
 def png(figure: "Figure", path: str | Path | None = None) -> bytes:

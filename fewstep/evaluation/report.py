@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,12 +92,16 @@ def _cell(value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
+    if isinstance(value, str):  # one that is written out, and a mean with its deviation
+        return re.fullmatch(rf"{_NUMBER}( ± {_NUMBER})?", value) is not None
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _text(text: str) -> str:
     return html.escape(text, quote=True)
 
+
+_NUMBER = r"-?(\d[\d,]*\.?\d*(e[-+]?\d+)?|inf|nan)"
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -134,11 +139,12 @@ section, figure { background: var(--card); border: 1px solid var(--line); border
 figure img { display: block; max-width: 100%; height: auto; background: #ffffff; border-radius: 6px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 15px; }
-th, td { text-align: left; padding: 6px 28px 6px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { text-align: left; padding: 6px 14px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+:is(th, td):first-child { padding-left: 0; }
+:is(th, td):last-child { padding-right: 0; }
 th { color: var(--quiet); font-weight: 500; font-size: 13px; }
 tbody tr:last-child td { border-bottom: 0; }
 .number { text-align: right; }
-th.number, td.number { padding: 6px 0 6px 28px; }
 pre { margin: 0; padding: 12px 14px; background: var(--code); border-radius: 6px; overflow-x: auto;
   font: 13.5px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 summary { cursor: pointer; font-size: 15px; font-weight: 600; }

@@ -415,3 +415,10 @@ def test_every_recipe_runs_shortened(
         pytest.skip(str(error))
     assert done.result.step == 2
     shutil.rmtree(tmp_path / "run")
+
+
+def test_a_report_draws_no_loss_of_one_point(tmp_path: Path) -> None:
+    for every, is_drawn in ((6, False), (3, True)):  # six steps
+        out = tmp_path / str(every)
+        run(load_recipe(POINTS, {"training.log_every": str(every)}), out)
+        assert ("<figcaption>Loss</figcaption>" in (out / "report.html").read_text()) is is_drawn

@@ -48,8 +48,21 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise in_one_line(error, Recipe) from None
+        raise in_one_line(error, Recipe, inside=_open_keys(tree)) from None
     return _resolve(recipe, base)
+
+
+def _open_keys(tree: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The options that pictures and the recipe's method take, for who leaves the section out: ``size``, ``ema``."""
+    from fewstep.data.pictures import hugging_face
+    from fewstep.objectives import OBJECTIVES
+
+    method = tree.get("objective")
+    method = OBJECTIVES.get(str(method.get("name") if isinstance(method, Mapping) else method))
+    return {
+        "data": list(inspect.signature(hugging_face).parameters)[1:],
+        "objective": [] if method is None else list(inspect.signature(method).parameters),
+    }
 
 
 def find_recipe(source: str | Path) -> Path:

@@ -1,5 +1,6 @@
 """A run judged: quality against network calls, as a table, plots and a report in its folder."""
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,9 @@ from fewstep.evaluation.plots import image_grid, loss_figure, png, points_figure
 from fewstep.evaluation.report import write_report
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
+from fewstep.options import parse_value
 from fewstep.parts import data_of, follows_teacher, strength_of
-from fewstep.recipe import Recipe
+from fewstep.recipe import Named, Recipe
 from fewstep.training.trackers import read_metrics
 
 if TYPE_CHECKING:
@@ -131,12 +133,21 @@ def compare_runs(evaluations: dict[str, Evaluation], out: Path) -> tuple[list[st
 
 def next_commands(out: Path, recipe: Recipe, is_map: bool) -> list[str]:
     """What one may type after a run."""
-    run, name, data = str(out), out.name, [] if recipe.data.name == "teacher" else ["--data", recipe.data.name]
+    run, name, data = str(out), out.name, [] if recipe.data.name == "teacher" else data_flags(recipe.data)
     steps, export = "2" if is_map else "50", ["export", run, f"{name}-export"]
     sample = ["sample", run, "--steps", steps, "--count", "64", "--out", f"{name}.png"]
     evaluate = ["evaluate", run, "--steps", "1", "2", "4", "8", "16"]
     distill = ["distill", "--teacher", run, *data, "--out", f"{run}-itvm"]
     return [shlex.join(["fewstep", *words]) for words in (sample, evaluate if is_map else distill, export)]
+
+
+def data_flags(section: Named) -> list[str]:
+    """The flags that name a data set, with all that is said of it."""
+    words = ["--data", section.name]
+    for key, value in section.options.items():
+        is_plain = isinstance(value, str) and parse_value(key, value) == value
+        words += [f"--data.{key}", value if is_plain else json.dumps(value)]
+    return words
 
 
 def _extractor(choice: str, data: Data, model: Model) -> nn.Module | None:

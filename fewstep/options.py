@@ -5,7 +5,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -116,27 +116,42 @@ def arguments(
     return {name: getattr(filled, name) for name in (*fields, *(filled.model_extra or {}))}
 
 
-def in_one_line(error: ValidationError, model: type[BaseModel], where: str = "") -> ValueError:
-    """The first of pydantic's complaints, with the dotted key; of an unknown key, the nearest and all known ones."""
+def in_one_line(
+    error: ValidationError, model: type[BaseModel], where: str = "", inside: Mapping[str, Iterable[str]] | None = None
+) -> ValueError:
+    """The first of pydantic's complaints, with the dotted key; of an unknown key, the nearest and all known ones.
+
+    Args:
+        inside: keys of sections that the model leaves open, by section; they are suggested too.
+    """
     first = error.errors(include_url=False)[0]
     keys = [str(part) for part in first["loc"]]
     dotted = ".".join([where, *keys] if where else keys)
     if first["type"] == "missing":
         return ValueError(f"{dotted} is needed and not given")
     if first["type"] == "extra_forbidden":
-        return _unknown_key(dotted, model, keys)
+        return _unknown_key(dotted, model, keys, inside or {})
     said = first["msg"].removeprefix("Value error, ")
     return ValueError(f"{dotted} is {first['input']!r}: {said[0].lower()}{said[1:]}")
 
 
-def _unknown_key(dotted: str, model: type[BaseModel], keys: list[str]) -> ValueError:
+def _unknown_key(
+    dotted: str, model: type[BaseModel], keys: list[str], inside: Mapping[str, Iterable[str]]
+) -> ValueError:
     *parents, key = keys
     known = _keys_at(model, parents)
-    # The same key in another section is the likeliest slip: `lr` for `training.lr`.
-    near = [f"{section}.{key}" for section in model.model_fields if key in _keys_at(model, [section])]
+    # The same key in another section is the likeliest slip: `lr` for `training.lr`, `size` for `data.size`.
+    sections = {name: _keys_at(model, [name]) for name in model.model_fields if name not in inside}
+    sections |= {section: list(names) for section, names in inside.items()}
+    near = [f"{section}.{key}" for section, names in sections.items() if key in names]
     if not near:
-        prefix = dotted[: len(dotted) - len(key)]
-        near = [prefix + found for found in get_close_matches(key.lower(), known, n=1, cutoff=0.5)]
+        places = {name: ".".join([*parents, name]) for name in known}
+        for section, names in sections.items() if not parents else ():
+            places = {name: f"{section}.{name}" for name in names} | places  # the first section that has it
+        prefix = dotted.removesuffix(".".join(keys))
+        found = get_close_matches(key.lower().replace("_", "."), [*places.values()], n=1, cutoff=0.8)
+        near = found or [places[name] for name in get_close_matches(key.lower(), places, n=1, cutoff=0.5)]
+        near = [prefix + name for name in near]
     hint = f"did you mean {near[0]!r}? " if near else ""
     return ValueError(f"unknown recipe key {dotted!r}: {hint}Known: {', '.join(sorted(known)) or 'none'}")
 

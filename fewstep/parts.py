@@ -1,6 +1,7 @@
 """The parts of a run, each made from its section of the recipe: teacher, student, data, objective."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
 from pathlib import Path
@@ -18,7 +19,7 @@ from fewstep.data.conditions import Dropped, Strengths
 from fewstep.data.decode import check_side
 from fewstep.data.encoded import NULL, read_null
 from fewstep.data.sources import is_pictures
-from fewstep.drawing import Model, needed_conditions, shape_of, takes
+from fewstep.drawing import Model, classes_of, needed_conditions, shape_of, takes
 from fewstep.encoders import kept_null
 from fewstep.encoding import check_model, encoded_once
 from fewstep.errors import unknown
@@ -353,12 +354,60 @@ def data_of(section: Named, model: Model | None, quiet: bool = False) -> Data:
     if model is None or model.latents is None:
         return load_data(name, **options)
     if is_pictures(name, options):
-        with progress_bar(f"encoding {name}, once", quiet or not environment().is_main) as progress:
+        size = options.get("size") or model.latents.image_shape_of(shape_of(model))[-1]
+        text = f"encoding the middle square of the pictures in {name} at {size} x {size} pixels, once"
+        with progress_bar(text, quiet or not environment().is_main) as progress:
             return encoded_once(model, name, progress=progress, **options)
     data = load_data(name, **options)
     if isinstance(data, Encoded | Pairs):
         check_model(data, model, name)
     return data
+
+
+def settled(recipe: Recipe, teacher: VelocityField | None) -> Recipe:
+    """The recipe with what its teacher settles about pictures where nothing is said: their size in pixels, their
+    channels, and that sub-folders are no classes where it knows none. Each is said once in a line."""
+    inner = unguided(teacher)
+    is_auto = recipe.student.network == "auto" and recipe.student.start is None
+    if inner is None or recipe.data.name == "teacher" or not (is_auto or follows_teacher(recipe)):
+        return recipe
+    data, held_out = recipe.data, recipe.evaluation.data
+    data = _pictures_for(inner, data, is_auto, "data")
+    held_out = None if held_out is None else _pictures_for(inner, held_out, is_auto, "evaluation.data")
+    evaluation = recipe.evaluation.model_copy(update={"data": held_out})
+    return recipe.model_copy(update={"data": data, "evaluation": evaluation})
+
+
+def _pictures_for(model: Model, section: Named, is_auto: bool, where: str) -> Named:
+    """A section of data, of pictures that nothing is said of with the options that a model takes them with."""
+    # A latent model has its own way from pictures to latents, where their size is settled too.
+    if model.latents is not None or "size" in section.options or not is_pictures(section.name, section.options):
+        return section
+    try:
+        channels, height, width = shape_of(model)
+    except ValueError:  # it does not say, or takes no pictures
+        return section
+    if height != width or channels not in (1, 3, 4):
+        return section
+    network = getattr(model, "network", None)
+    knows_classes = classes_of(model) > 0 or (not hasattr(network, "classes") and takes(model, "class_labels"))
+    options = {
+        "size": height,
+        **({} if channels == 3 else {"channels": channels}),
+        **({} if knows_classes or not is_auto else {"labels": False}),
+        **section.options,
+    }
+    if environment().is_main:
+        folder = Path(section.name).expanduser()
+        has_folders = folder.is_dir() and any(inner.is_dir() for inner in folder.iterdir())
+        flip = "mirrored at random" if options.get("flip") else f"not mirrored (--{where}.flip true does, at random)"
+        classes = ", folders are no classes" if has_folders and options.get("labels") is False else ""
+        warnings.warn(
+            f"pictures in {section.name} are cut to their middle square and scaled to {height} x {height} pixels, the "
+            f"teacher's size (--{where}.size takes another), {flip}{classes}",
+            stacklevel=3,
+        )
+    return Named.model_validate({"name": section.name, **options})
 
 
 def given_by(recipe: Recipe, model: Model, count: int, first: int = 0, text: bool = True) -> dict[str, Tensor]:

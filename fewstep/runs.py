@@ -19,6 +19,7 @@ from fewstep.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.judge import judge, prepare
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Objective
+from fewstep.origin import is_run
 from fewstep.parts import (
     data_of,
     encoded_folder,
@@ -30,6 +31,7 @@ from fewstep.parts import (
     make_teacher,
     null_of,
     path_of,
+    settled,
     strength_of,
     trains_map,
 )
@@ -44,8 +46,9 @@ from fewstep.watch import Watch
 
 @dataclass(frozen=True)
 class Built:
-    """The parts of a run, made and checked against each other, before any training."""
+    """The parts of a run, made and checked against each other, before any training; the ``recipe`` says all of them."""
 
+    recipe: Recipe
     student: Model
     objective: Objective
     data: Data
@@ -82,6 +85,8 @@ def build(recipe: Recipe, out: Path | None = None, fresh: bool = False) -> Built
         FileNotFoundError: data or a teacher that are not there.
     """
     teacher = _teacher(recipe)
+    if fresh or out is None or not _is_unsettled(out):
+        recipe = settled(recipe, teacher)
     # Pictures may take hours to encode: what can be known to fit before is.
     data, shape = None, encoded_shape(recipe.data, teacher)
     if shape is None:
@@ -101,7 +106,7 @@ def build(recipe: Recipe, out: Path | None = None, fresh: bool = False) -> Built
             recipe.data.name,
             Dropped(uncoupled(data), 1.0, null_of(recipe.drop.null, teacher, encoded_folder(recipe))),
         )
-    return Built(student, objective, data, _held_against(recipe, teacher, data))
+    return Built(recipe, student, objective, data, _held_against(recipe, teacher, data))
 
 
 def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
@@ -116,6 +121,7 @@ def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
     """
     folder.open_run(out, {}, resume=False)  # refuses a folder that is no run
     built = build(recipe, out, fresh)
+    recipe = built.recipe
     if recipe.evaluation.count:
         prepare(recipe, uncoupled(built.data), built.student)
     is_main = distributed.environment().is_main
@@ -207,6 +213,13 @@ def _teacher(recipe: Recipe) -> VelocityField | None:
         return None
     teacher, path = make_teacher(recipe.teacher, encoded_folder(recipe)), path_of(recipe.student)
     return teacher if path is None or teacher.path.same_as(path) else teacher.on(path)
+
+
+def _is_unsettled(out: Path) -> bool:
+    """Whether a run that has begun took its pictures as they are, from before its teacher settled their size."""
+    return (
+        is_run(out) and bool(checkpoints.steps_in(out / "checkpoints")) and "size" not in load_recipe(out).data.options
+    )
 
 
 def _held_against(recipe: Recipe, teacher: VelocityField | None, data: Data) -> VelocityField | None:

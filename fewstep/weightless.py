@@ -20,7 +20,7 @@ from fewstep.latents import Latents
 from fewstep.loading import find_configurations
 from fewstep.model_files import read_json
 from fewstep.networks import FAMILIES
-from fewstep.parts import EXACT, check_told, make_data, make_teacher, path_of
+from fewstep.parts import EXACT, check_told, make_data, make_teacher, path_of, settled
 from fewstep.prompts import SIZES
 from fewstep.randomness import generator
 from fewstep.recipe import Recipe, Teacher
@@ -113,7 +113,7 @@ def sample_of(recipe: Recipe, teacher: VelocityField | None) -> tuple[tuple[int,
                     return _written(inner.latents, name, kind.read_facts(folder)), None
         if inner.latents is not None or (not folder.exists() and "/" in name):
             return _sized(inner, options), None
-    data = make_data(recipe, teacher, None)
+    data = make_data(settled(recipe, teacher), teacher, None)
     cond = data.rows(torch.zeros(2, dtype=torch.long), generator(0)).cond
     return data.shape, {key: value.to(META) for key, value in cond.items()}
 

@@ -189,7 +189,7 @@ def test_a_large_photograph_decoded_small_keeps_its_detail(tmp_path):
 
 def test_mixed_sizes_name_two_and_the_way_out(folder):
     save(random_picture(9, width=7, height=9), folder / "3.png")
-    with pytest.raises(ValueError, match=r"0\.png is 6 x 5, .*3\.png is 7 x 9; 'size: 64' resizes"):
+    with pytest.raises(ValueError, match=r"0\.png is 6 x 5, .*3\.png is 7 x 9: say --data\.size 64"):
         image_folder(folder)
     assert image_folder(folder, size=4).size == 5
 

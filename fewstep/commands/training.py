@@ -30,8 +30,9 @@ def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         raise ValueError(f"{recipe.name} has no teacher to distill: fewstep train {source}, or --teacher FOLDER")
     out = args.out or (Path(source) if Path(source).is_dir() else Path("runs") / recipe.name)
     if args.dry_run:
-        student = build(recipe).student
-        print(recipe.as_yaml(), end="")
+        built = build(recipe)
+        student = built.student
+        print(built.recipe.as_yaml(), end="")
         size = sum(p.numel() for p in student.parameters())
         moving = sum(p.numel() for p in student.parameters() if p.requires_grad)
         some = f", {moving:,} of which train" if moving < size else ""

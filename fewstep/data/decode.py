@@ -109,7 +109,8 @@ def _decode_all(
                 if pixels.shape != shape:
                     raise ValueError(
                         f"pictures of several sizes: {first} is {shape[2]} x {shape[1]}, "
-                        f"{names[i]} is {pixels.shape[2]} x {pixels.shape[1]}; 'size: 64' resizes all to 64 x 64"
+                        f"{names[i]} is {pixels.shape[2]} x {pixels.shape[1]}: say --data.size 64 (size=64 in Python) "
+                        "for the middle square of each, scaled to 64 x 64"
                     )
                 file.write(pixels.tobytes())
                 count += 1

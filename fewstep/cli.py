@@ -9,6 +9,7 @@ from typing import Any
 
 from fewstep import __version__, commands
 from fewstep.errors import TrainingError
+from fewstep.write_errors import NEVER_OF_READING, WriteError, write_error
 
 _KEYS = """any key of the recipe is a flag, with its value as YAML:
   --objective.ema 0.99   --training.lr 3e-4   --evaluation.steps "[1, 2]"
@@ -16,7 +17,8 @@ _KEYS = """any key of the recipe is a flag, with its value as YAML:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a training that failed, 2 for bad input, 130 if interrupted."""
+    """Run a command; returns the exit code: 0, 1 for a training or a disk that failed, 2 for bad input, 130 if
+    interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
@@ -29,10 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, TrainingError) as error:
         if is_debug:
             raise
+        if isinstance(error, OSError) and error.errno in NEVER_OF_READING:
+            error = write_error(error) or error
         # What Python calls resume=False and overwrite=True are flags here.
         text = " ".join(str(error).split()).replace("resume=False", "--fresh").replace("overwrite=True", "--overwrite")
         print(f"error: {text}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingError) else 2
+        return 1 if isinstance(error, TrainingError | WriteError) else 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130

@@ -14,9 +14,9 @@ import torch
 from fewstep.config import load_recipe
 from fewstep.cost import Cost, Counts, Entry, compare_costs, step_cost
 from fewstep.data.batch import Batch, Data
+from fewstep.disk import replace_file
 from fewstep.errors import TrainingError
 from fewstep.evaluation.evaluate import Evaluation
-from fewstep.evaluation.files import replace_file
 from fewstep.objectives import FlowMatching
 from fewstep.options import parse_value
 from fewstep.randomness import generator

@@ -10,8 +10,8 @@ from torch import Tensor
 from fewstep.agreement import compare_samplers, scheduler_of, steps_for
 from fewstep.conversion import Conversion, describe
 from fewstep.converted import FLOWS
+from fewstep.disk import replace_file
 from fewstep.drawing import image_channels
-from fewstep.evaluation.files import replace_file
 from fewstep.evaluation.plots import image_grid
 from fewstep.fields import NetworkField, VelocityField
 from fewstep.flow_folder import place, write_folder

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fewstep.data.decode import cache_folder
+from fewstep.cache import cache_folder
 from fewstep.data.encoded import read_shard
+from fewstep.disk import replace_file
 from fewstep.drawing import Model
-from fewstep.evaluation.files import replace_file
 from fewstep.latents import Latents
 from fewstep.model_files import WEIGHT_FILES, WEIGHTS, read_json
 from fewstep.prompts import Prompts, text_parts

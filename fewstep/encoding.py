@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.cache import cache_folder
 from fewstep.data.captions import Captioned, Rows
-from fewstep.data.decode import cache_folder, check_side, decode, unreadable
+from fewstep.data.decode import check_side, decode, unreadable
 from fewstep.data.encoded import FACTS, FORMAT, INDEX, TEXTS, Encoded, read_facts
 from fewstep.data.pairs import Pairs
 from fewstep.data.sources import listed
+from fewstep.disk import replace_file
 from fewstep.drawing import Model, classes_of, shape_of
 from fewstep.encoders import encoders_of, text_identity, vae_identity
 from fewstep.errors import unknown
-from fewstep.evaluation.files import replace_file
 from fewstep.texts import (
     DTYPES,
     cast,

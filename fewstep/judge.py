@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fewstep.console import progress_bar
 from fewstep.data.batch import Data
+from fewstep.disk import replace_file
 from fewstep.drawing import Model, draw
 from fewstep.evaluation.evaluate import Evaluation, compare, evaluate
 from fewstep.evaluation.extractor import trained_classifier
-from fewstep.evaluation.files import replace_file
 from fewstep.evaluation.inception import inception
 from fewstep.evaluation.measure import possible_metrics
 from fewstep.evaluation.plots import image_grid, loss_figure, png, points_figure, quality_figure

@@ -8,6 +8,7 @@ from torch import nn
 
 from fewstep.converted import is_converted, load_converted
 from fewstep.diffusers_folder import HUB_FILES, load_field, look_into
+from fewstep.disk import put_right
 from fewstep.errors import unknown
 from fewstep.fields import NetworkField, VelocityField
 from fewstep.latents import Latents
@@ -94,6 +95,8 @@ def _find(source: str | Path, weights: bool = True) -> Path:
         if name.removeprefix("fewstep:") not in known:
             raise unknown("packaged model", name.removeprefix("fewstep:"), known)
         return shipped / name.removeprefix("fewstep:")
+    if not folder.exists():
+        put_right(folder)  # a process may have been killed while it replaced it
     if folder.is_dir():
         return folder
     if folder.exists():

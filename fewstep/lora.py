@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fewstep.fields import NetworkField
 from fewstep.maps import FlowMap
 from fewstep.networks import SecondTime, TwoTimeNetwork, new_parts
+from fewstep.write_errors import cannot_write
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -123,19 +124,25 @@ def save_adapter(model: NetworkField | FlowMap, folder: str | Path) -> Path:
     """
     if not has_lora(model):
         raise ValueError(f"this {type(model).__name__} has no adapter to save: add_lora gives it one")
+    network, folder = _inner(model), Path(folder).expanduser()
+    with cannot_write(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _save(network, folder, for_diffusers=hasattr(network, "load_lora_adapter") and not isinstance(model, FlowMap))
+    return folder
+
+
+def _save(network: Any, folder: Path, for_diffusers: bool) -> None:
     from peft import get_peft_model_state_dict
 
-    network, folder = _inner(model), Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(network, adapter_name="default")
     options = _describe(network.peft_config["default"])
-    if hasattr(network, "load_lora_adapter") and not isinstance(model, FlowMap):
+    if for_diffusers:
         prefix = _prefix(network)
         # As diffusers' save_lora_weights writes it; the metadata has the alpha, which the weights do not tell.
         metadata = json.dumps({f"{prefix}.{key}": value for key, value in options.items()}, indent=2, sort_keys=True)
         state = {f"{prefix}.{name}": _plain(value) for name, value in weights.items()}
         save_file(state, folder / DIFFUSERS_FILE, metadata={"format": "pt", "lora_adapter_metadata": metadata})
-        return folder
+        return
     whole = network.peft_config["default"].modules_to_save or []
     for name in whole:
         weights |= {f"{name}.{key}": value for key, value in network.get_submodule(name).state_dict().items()}
@@ -143,7 +150,6 @@ def save_adapter(model: NetworkField | FlowMap, folder: str | Path) -> Path:
     save_file(state, folder / PEFT_FILE, metadata={"format": "pt"})
     options = {"peft_type": "LORA", **options, "modules_to_save": whole or None}
     (folder / PEFT_CONFIG).write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
-    return folder
 
 
 def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from fewstep.asked import Asked
-from fewstep.evaluation.files import replace_file
+from fewstep.disk import replace_file
 from fewstep.evaluation.plots import image_grid, png, points_figure
 from fewstep.model_files import read_json
 from fewstep.training.folder import differences

@@ -15,10 +15,10 @@ from safetensors.torch import save
 
 from fewstep.data.encoded import Texts
 from fewstep.data.pairs import FACTS, FORMAT, read_facts, read_shard, shard_files, shard_rows
+from fewstep.disk import replace_file
 from fewstep.drawing import Model, classes_of, shape_of
 from fewstep.encoders import text_identity
 from fewstep.errors import unknown
-from fewstep.evaluation.files import replace_file
 from fewstep.identity import identity
 from fewstep.maps import FlowMap
 from fewstep.randomness import sample_generators

@@ -12,9 +12,9 @@ from fewstep.config import find_objective, load_recipe
 from fewstep.couplings import uncoupled
 from fewstep.data.batch import Data
 from fewstep.data.conditions import Dropped
+from fewstep.disk import replace_file
 from fewstep.drawing import Model, classes_of, shape_of
 from fewstep.evaluation.evaluate import Evaluation
-from fewstep.evaluation.files import replace_file
 from fewstep.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.judge import judge, prepare
 from fewstep.maps import FlowMap

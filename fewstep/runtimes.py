@@ -13,7 +13,7 @@ from copy import copy, deepcopy
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +214,9 @@ def _traced(program: Bare) -> Any:
 
 def _write_torch(traced: Any, file: Path) -> tuple[Run, int | None]:
     """Write what ``torch.export.load`` reads; returns the program as it is read back, and the most rows of a call."""
-    torch.export.save(traced, file)
+    content = BytesIO()  # where torch itself writes a file, a full disk ends the process
+    torch.export.save(traced, content)
+    file.write_bytes(content.getbuffer())
     loaded = torch.export.load(file).module()
     return lambda inputs: loaded(*inputs.values()), _most_rows(traced)
 
@@ -252,6 +254,8 @@ def _write_onnx(traced: Any, file: Path) -> tuple[Run, int | None]:
         made.model.graph.outputs[0].name = "output"
         made.save(file)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    except OSError:  # of writing it
+        raise
     except Exception as error:  # torch and onnxruntime raise what they like
         reason = re.search(r"No ONNX function found for .*?overload", str(error))
         said = reason.group() if reason else str(error)

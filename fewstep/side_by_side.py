@@ -12,8 +12,8 @@ from typing import Any
 
 from fewstep.console import markdown
 from fewstep.cost import Counts
+from fewstep.disk import replace_file
 from fewstep.evaluation.evaluate import Evaluation
-from fewstep.evaluation.files import replace_file
 from fewstep.evaluation.measure import METRICS
 from fewstep.evaluation.plots import png, quality_figure
 from fewstep.evaluation.report import write_report

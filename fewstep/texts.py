@@ -14,8 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fewstep.data.encoded import CAPTIONS, NULL, TEXTS, is_whole, text_files
+from fewstep.disk import replace_file
 from fewstep.encoders import kept_null
-from fewstep.evaluation.files import replace_file
 from fewstep.prompts import SIZES, Prompts
 from fewstep.training.distributed import World
 from fewstep.training.folder import differences

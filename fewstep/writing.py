@@ -5,12 +5,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import yaml
 
 import fewstep
+from fewstep.disk import put_right, replace_folder
 from fewstep.latents import Latents
 from fewstep.model_files import WEIGHT_FILES, WEIGHTS, check_weights, read_json
 from fewstep.prompts import Prompts, text_parts
@@ -24,6 +24,7 @@ ENCODER_FILES = tuple(file.replace(WEIGHTS, "model") for file in WEIGHT_FILES)
 def check_target(folder: Path, overwrite: bool, source: Any = None) -> None:
     """Refuse a folder that fewstep did not write, one that is there and may not be overwritten, and one that the run
     ``source`` needs to be opened."""
+    put_right(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not is_ours(folder):
@@ -76,26 +77,14 @@ def _needed_by(source: Any) -> list[tuple[str, Path]]:
 
 @contextmanager
 def aside(folder: Path, moments: tuple[float, float] | None = None) -> Iterator[Path]:
-    """A new folder beside ``folder`` that takes its place at the end, with the mark of fewstep in it. Where that fails,
-    what was there stays, and nothing is left behind.
+    """A new folder that takes the place of ``folder`` at the end (``replace_folder``), with the mark of fewstep in it.
 
     Args:
         moments: of the model that is written (``VelocityField.moments``); they are kept beside the mark.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    part, old = place / "new", place / "old"
-    try:
-        part.mkdir()
+    with replace_folder(folder) as part:
         write_json(part / MARK, {"_fewstep_version": fewstep.__version__, "moments": moments})
         yield part
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-    finally:
-        if part.exists() and old.exists():  # stopped between the two: what was there goes back
-            old.rename(folder)
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def moments_in(folder: Path) -> tuple[float, float] | None:

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fewstep import disk
 from fewstep.data.arrays import ArrayData
 from fewstep.data.files import digits
+from fewstep.disk import replace_file
 from fewstep.evaluation import extractor, features
 from fewstep.evaluation.extractor import SmallClassifier, accuracy, extract, trained_classifier
 from fewstep.evaluation.features import FeatureStatistics, frechet_distance, kid, precision_recall
-from fewstep.evaluation.files import replace_file
 from fewstep.evaluation.inception import Inception, inception
 
 
@@ -248,13 +249,11 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     target = tmp_path / "deep" / "file"
     replace_file(target, b"old")
 
-    def full_disk(self: Path, content: bytes) -> None:
-        with self.open("wb") as file:
-            file.write(content[:2])
+    def full_disk(*_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(disk.os, "replace", full_disk)
+    with pytest.raises(OSError, match="the disk is full"):
         replace_file(target, b"new content")
     assert [f.name for f in target.parent.iterdir()] == ["file"]
     assert target.read_bytes() == b"old"

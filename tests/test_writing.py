@@ -25,7 +25,7 @@ from fewstep.runs import open_run, run
 from fewstep.runtimes import export_program
 from fewstep.sampling import sample
 from fewstep.training import checkpoints
-from fewstep.writing import MARK, aside, check_target
+from fewstep.writing import MARK, check_target
 
 
 def points_map(**options: Any) -> FlowMap:
@@ -41,39 +41,6 @@ def there(folder: Path, text: str) -> Path:
     (folder / MARK).write_text('{"_fewstep_version": "0"}')
     (folder / "weights").write_text(text)
     return folder
-
-
-@pytest.mark.parametrize("error", [OSError("a full disk"), KeyboardInterrupt()])
-def test_what_was_there_comes_back_where_the_new_cannot_take_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    folder, rename = there(tmp_path / "fast", "old"), Path.rename
-
-    def second_fails(self: Path, target: Path) -> Path:
-        if self.name == "new":
-            raise error
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", second_fails)
-    with pytest.raises(type(error)), aside(folder) as part:
-        (part / "weights").write_text("new")
-    assert (folder / "weights").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["fast"]
-    monkeypatch.undo()
-    with aside(folder) as part:
-        (part / "weights").write_text("new")
-    assert (folder / "weights").read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["fast"]
-
-
-def test_what_a_killed_export_left_is_in_nobodys_way(tmp_path: Path) -> None:
-    left = aside(tmp_path / "fast")
-    part = left.__enter__()  # and the process is gone
-    with aside(tmp_path / "fast"):
-        pass
-    assert part.is_dir()
-    (tmp_path / "plain").mkdir()
-    assert (tmp_path / "fast").stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it as any folder"
 
 
 def written(tmp_path: Path) -> dict[str, Path]:

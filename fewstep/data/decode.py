@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from fewstep import errors
+from fewstep.cache import cache_folder
+from fewstep.disk import replace_folder
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _DECODER = 1  # part of the cache's key: count up when the same options give other pixels
@@ -64,27 +65,11 @@ def check_side(size: Any) -> None:
         raise ValueError(f"size={size!r}: the side of a picture is a whole number of pixels, 1 at least")
 
 
-def cache_folder() -> Path:
-    """Where decoded pictures are kept: $FEWSTEP_CACHE, else ~/.cache/fewstep."""
-    return Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep").expanduser()
-
-
 def _fill(entry: Path, read: Read, names: list[str], size: int | None, channels: int, on_error: str) -> None:
     """Writes a cache entry aside and renames it, so that what is there is whole."""
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=entry.parent, prefix="decoding-") as aside:
-            new = Path(aside) / "new"
-            new.mkdir()
-            skipped = _decode_all(new / "pixels.npy", read, names, size, channels, on_error)
-            (new / "skipped.json").write_text(json.dumps(skipped))
-            try:
-                new.rename(entry)
-            except OSError:
-                if not entry.exists():  # another process was first: its pixels are the same
-                    raise
-    except OSError as error:
-        raise OSError(f"cannot write decoded pictures to {entry.parent} ({error}): set FEWSTEP_CACHE") from error
+    with replace_folder(entry, keep=True) as new:  # of another process that was first, the pixels are the same
+        skipped = _decode_all(new / "pixels.npy", read, names, size, channels, on_error)
+        (new / "skipped.json").write_text(json.dumps(skipped))
 
 
 def _decode_all(

@@ -7,7 +7,6 @@ will do; ``fewstep.evaluation.inception`` has the one that FID is defined by.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fewstep.cache import cache_folder
 from fewstep.data.batch import Data
-from fewstep.evaluation.files import replace_file
+from fewstep.disk import replace_file
 from fewstep.randomness import generator, mix
 
 _BATCH = 256
@@ -111,7 +111,7 @@ def trained_classifier(
     model = _new(data.shape, classes, seed)
     recipe = {"data": digest, "seed": seed, "epochs": epochs, "classes": classes, "version": _VERSION}
     key = hashlib.sha256(f"{recipe} {model}".encode()).hexdigest()[:16]
-    folder = Path(cache_dir or os.environ.get("FEWSTEP_CACHE") or Path.home() / ".cache" / "fewstep").expanduser()
+    folder = cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
     weights = folder / f"classifier-{key}.safetensors"
     if weights.is_file():
         _load(model, weights)

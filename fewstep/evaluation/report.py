@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.disk import replace_file
 from fewstep.evaluation import plots
-from fewstep.evaluation.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

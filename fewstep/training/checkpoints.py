@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.errors import TrainingError
+from fewstep.write_errors import WriteError, write_error
 
 _WHOLE = re.compile(r"step-(\d{8,})")
 _STALE = re.compile(r"\.(tmp|old)-(step-\d{8,}|reached)")
@@ -66,7 +67,7 @@ def save(
     """Write a checkpoint, whole or not at all, then drop all but the newest ``keep``.
 
     Raises:
-        TrainingError: the disk is full or cannot be written; older checkpoints stay as they were.
+        WriteError: the disk is full or cannot be written; older checkpoints stay as they were.
     """
     target, aside = folder / _name(step), folder / f".tmp-{_name(step)}"
     file, size = aside, sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
@@ -92,7 +93,7 @@ def save(
         os.replace(file, folder / "reached")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise TrainingError(_no_room(folder, step, file, size, error)) from error
+        raise _unwritten(folder, step, target / file.name, size, error) from error
     for old in steps_in(folder)[:-keep]:
         _remove(folder / _name(old))
     return target
@@ -211,14 +212,14 @@ def _way_out(path: Path, fault: str) -> str:
     )
 
 
-def _no_room(folder: Path, step: int, file: Path, size: int, error: Exception) -> str:
-    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+def _unwritten(folder: Path, step: int, file: Path, size: int, error: Exception) -> WriteError:
+    """What is said of a checkpoint that could not be written."""
     steps = steps_in(folder)
     whole = f"{_name(steps[-1])} is whole and the same command goes on from it" if steps else "there is none before it"
-    return (
-        f"could not write {file.name} of the checkpoint of step {step} ({error}): it needs {size:,} bytes in all, "
-        f"{free:,} are free in {folder}. Free some space, or keep fewer checkpoints; {whole}"
-    )
+    then = f", or keep fewer checkpoints: that of step {step} has {size:,} bytes; {whole}"
+    # Not by the name of the file that the error knows, which is no more.
+    plain = OSError(error.errno, "") if isinstance(error, OSError) else error
+    return write_error(plain, file, then) or WriteError(f"could not write {file} ({error}): {whole}")
 
 
 def _remove(path: Path) -> None:

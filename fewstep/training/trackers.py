@@ -9,7 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from fewstep.errors import TrainingError, unknown
+from fewstep.disk import replace_file
+from fewstep.errors import unknown
+from fewstep.write_errors import cannot_write
+
+_GOES_ON = "the same command goes on from the last checkpoint"
 
 
 class Tracker(Protocol):
@@ -27,24 +31,21 @@ class JsonLines:
     def __init__(self, file: Path, step: int) -> None:
         if file.exists():
             kept = "".join(f"{json.dumps(record)}\n" for record in read_metrics(file) if record["step"] <= step)
-            aside = file.with_name(f".{file.name}")
-            aside.write_text(kept)
-            os.replace(aside, file)
-        self._stream = file.open("a")
+            replace_file(file, kept.encode())
+        self._file = file
+        with cannot_write(file):
+            self._stream = file.open("ab", buffering=0)  # so that closing has nothing left to write, and to fail at
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        try:
-            self._stream.write(f"{json.dumps({'step': step, **values})}\n")
-            self._stream.flush()
-        except OSError as error:
-            raise TrainingError(
-                f"could not write {self._stream.name} at step {step} ({error}): free some space; the same command "
-                "goes on from the last checkpoint"
-            ) from error
+        line = memoryview(f"{json.dumps({'step': step, **values})}\n".encode())
+        with cannot_write(self._file, f". Stopped at step {step}: {_GOES_ON}"):
+            while line:
+                line = line[self._stream.write(line) :]
 
     def sync(self) -> None:
         """Down to the disk, before a checkpoint that stands for these lines."""
-        os.fsync(self._stream.fileno())
+        with cannot_write(self._file, f": {_GOES_ON}"):
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         self._stream.close()
@@ -55,15 +56,19 @@ class TensorBoard:
 
     def __init__(self, out: Path | None, step: int, config: dict[str, Any]) -> None:
         writer = import_module("torch.utils.tensorboard").SummaryWriter
-        self._writer = writer(None if out is None else str(out / "tensorboard"), purge_step=step + 1 if step else None)
+        self._folder = Path("runs") if out is None else out / "tensorboard"
+        with cannot_write(self._folder):
+            self._writer = writer(None if out is None else str(self._folder), purge_step=step + 1 if step else None)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(name, value, step)
+        with cannot_write(self._folder, f". Stopped at step {step}: {_GOES_ON}"):  # of its thread that writes
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()
+        with cannot_write(self._folder):
+            self._writer.close()
 
 
 class Hosted:

@@ -16,11 +16,10 @@ from typing import Any
 from fewstep.asked import prompt_flags
 from fewstep.maps import FlowMap
 from fewstep.playground import POINTS, Panel, Playground, Wish
-from fewstep.playground_door import Door, check_port
+from fewstep.playground_door import check_port, opened
 
 # Drawings whose files are kept: those of pages that are open, mostly.
 _KEPT = 32
-_MOST_STEPS = 64
 _CSS = """
 .gradio-container {max-width: 1500px !important; margin: 0 auto !important; padding: 28px 32px !important}
 #head, #shown, #head > div, #shown > div {padding: 0 !important}
@@ -66,8 +65,6 @@ def serve(
     check_gradio()
     if port is not None:
         check_port(host, port)
-    from starlette.middleware import Middleware
-
     folder = Path(tempfile.mkdtemp(prefix="fewstep-ui-"))
     try:
         page = make_page(playground, source, folder)
@@ -81,7 +78,7 @@ def serve(
             ssr_mode=False,  # which would start node
             footer_links=[],
             allowed_paths=[str(folder)],
-            app_kwargs={"middleware": [Middleware(Door)]},
+            app_kwargs={"lifespan": lambda app: opened(app, host)},
             css=_CSS,
             theme=_theme(),
         )
@@ -113,9 +110,19 @@ def make_page(playground: Playground, source: str, folder: Path) -> Any:
     """The page as gradio's ``Blocks``; pictures are kept in ``folder``, which it is to be allowed to serve."""
     import gradio as gr
 
-    most, count, unit = _counts(playground)
+    class Page(gr.Blocks):
+        """Says what is wrong with values that its controls do not have on the page, and nothing in the terminal."""
+
+        async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            try:
+                return await super().process_api(*args, **kwargs)
+            except Exception as error:
+                said = str(error.message if isinstance(error, gr.Error) else error) or type(error).__name__
+                raise gr.Error(html.escape(_line(said.strip().splitlines()[0])), print_exception=False) from None
+
+    limits, (count, unit) = _limits(playground), _counts(playground)
     plain: Any = {"buttons": [], "min_width": 185}
-    with gr.Blocks(title=f"{playground.name} - fewstep", analytics_enabled=False, fill_width=True) as page:
+    with Page(title=f"{playground.name} - fewstep", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(_head(playground), elem_id="head")
         inputs: dict[str, Any] = {}
         if playground.has_text:
@@ -125,19 +132,19 @@ def make_page(playground: Playground, source: str, folder: Path) -> Any:
             )  # fmt: skip
         shown = gr.HTML(_row(playground, Wish(count=count), [], folder), elem_id="shown")
         with gr.Row():
-            inputs["steps"] = gr.Slider(1, _MOST_STEPS, 8, step=1, label="Steps, up to", elem_id="steps", **plain)
-            inputs["seed"] = gr.Slider(0, 999, 0, step=1, label="Seed", elem_id="seed", **plain)
-            inputs["count"] = gr.Slider(1, most, count, step=1, label=unit, elem_id="count", **plain)
+            inputs["steps"] = gr.Slider(*limits["steps"], 8, step=1, label="Steps, up to", elem_id="steps", **plain)
+            inputs["seed"] = gr.Slider(*limits["seed"], 0, step=1, label="Seed", elem_id="seed", **plain)
+            inputs["count"] = gr.Slider(*limits["count"], count, step=1, label=unit, elem_id="count", **plain)
             if playground.teacher is not None:
                 label = "Teacher steps" if playground.called else "Steps of the last"
-                inputs["teacher_steps"] = gr.Slider(1, 200, 50, step=1, label=label, **plain)
+                inputs["teacher_steps"] = gr.Slider(*limits["teacher_steps"], 50, step=1, label=label, **plain)
             if isinstance(playground.model, FlowMap):
                 inputs["gamma"] = gr.Slider(
-                    0, 1, playground.model.gamma, step=0.05, label="Stochasticity", elem_id="gamma", **plain
+                    *limits["gamma"], playground.model.gamma, step=0.05, label="Stochasticity", elem_id="gamma", **plain
                 )
             if playground.takes_strength:
                 inputs["guidance"] = gr.Slider(
-                    0, 15, playground.strength, step=0.1, label="Guidance", elem_id="guidance", **plain
+                    *limits["guidance"], playground.strength, step=0.1, label="Guidance", elem_id="guidance", **plain
                 )
             if playground.classes:
                 choices: Any = [("all, in turn", -1), *((name, i) for i, name in enumerate(playground.classes))]
@@ -150,6 +157,8 @@ def make_page(playground: Playground, source: str, folder: Path) -> Any:
             yield from draw_page(playground, source, folder, dict(zip(inputs, values, strict=True)))
 
         given = list(inputs.values())
+        for part in given:
+            part.preprocess = lambda value: value  # looked at by `wish_of`, whose words are plainer than gradio's
         sliders = [part for part in given if isinstance(part, gr.Slider)]
         moved = [slider.release for slider in sliders]
         moved += [part.change for name, part in inputs.items() if name == "label"]
@@ -171,7 +180,7 @@ def draw_page(playground: Playground, source: str, folder: Path, asked: dict[str
     panels: list[Panel] = []
     wish = Wish(count=1)
     try:
-        wish = wish_of(asked)
+        wish = wish_of(asked, _limits(playground))
         if playground.has_text and not wish.prompts:
             raise ValueError("the model draws what a prompt says: write one")
         made = _new_folder(folder)
@@ -181,25 +190,33 @@ def draw_page(playground: Playground, source: str, folder: Path, asked: dict[str
             (made / f"{_file(panel)}.png").write_bytes(playground.picture(panel.samples))
             yield _row(playground, wish, panels, made)
         with zipfile.ZipFile(made / "pictures.zip", "w") as pack:
-            for panel in panels:
-                pack.write(made / f"{_file(panel)}.png", f"{playground.name}/{_file(panel)}.png")
+            for name in dict.fromkeys(map(_file, panels)):  # a field may be held against itself at as many steps
+                pack.write(made / f"{name}.png", f"{playground.name}/{name}.png")
         yield _row(playground, wish, panels, made) + _foot(playground, source, wish, made)
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
-        yield f'<p class="fs-error" role="alert">{html.escape(" ".join(str(error).split())[:600])}</p>'
+        yield f'<p class="fs-error" role="alert">{html.escape(_line(error))}</p>'
 
 
-def wish_of(asked: dict[str, Any]) -> Wish:
+def _line(said: Any) -> str:
+    """What is said, as one line of a length that can be read."""
+    text = " ".join(str(said).split())
+    return text if len(text) <= 400 else f"{text[:397]}..."
+
+
+def wish_of(asked: dict[str, Any], limits: dict[str, tuple[int, int]]) -> Wish:
     """The values of the controls, as they come from a page or a program.
 
     Raises:
-        ValueError: not a number where one is needed.
+        ValueError: not a number where one is needed, or one that its control does not have.
     """
-    values: dict[str, Any] = {
-        name: int(asked[name]) for name in ("steps", "seed", "count", "teacher_steps") if name in asked
-    }
-    values |= {name: float(asked[name]) for name in ("gamma", "guidance") if name in asked}
-    if asked.get("label", -1) not in (-1, None):
-        values["label"] = int(asked["label"])
+    values: dict[str, Any] = {}
+    for name, (low, high) in limits.items():
+        value = asked.get(name)
+        if name not in asked or (name == "label" and value in (None, -1)):  # all classes
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ValueError(f"{name} is {str(value)[:40]!r}: a number from {low} to {high} is needed")
+        values[name] = float(value) if name in ("gamma", "guidance") else int(value)
     values["prompts"] = tuple(line.strip() for line in str(asked.get("prompts") or "").splitlines() if line.strip())
     return Wish(**values)
 
@@ -253,12 +270,25 @@ def _head(playground: Playground) -> str:
     return f"<h1>{html.escape(playground.name)}</h1><p>{about}</p>"
 
 
-def _counts(playground: Playground) -> tuple[int, int, str]:
-    """The most samples of a picture, how many it starts with, and what they are called."""
+def _limits(playground: Playground) -> dict[str, tuple[int, int]]:
+    """The least and the most of each control that takes numbers."""
+    return {
+        "steps": (1, 64),
+        "seed": (0, 999),
+        "count": (1, 4 * POINTS if playground.is_plane else 64),
+        "teacher_steps": (1, 200),
+        "gamma": (0, 1),
+        "guidance": (0, 15),
+        "label": (0, len(playground.classes) - 1),
+    }
+
+
+def _counts(playground: Playground) -> tuple[int, str]:
+    """How many samples a picture starts with, and what they are called."""
     if playground.is_plane:
-        return 4 * POINTS, POINTS, "Points"
+        return POINTS, "Points"
     side = max(playground.picture_shape[1:])
-    return 64, 16 if side <= 64 else 4 if side <= 256 else 1, "Images"
+    return 16 if side <= 64 else 4 if side <= 256 else 1, "Images"
 
 
 def _ratio(playground: Playground, count: int) -> float:

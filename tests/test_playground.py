@@ -33,6 +33,7 @@ from fewstep.fields import Guided, NetworkField
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.playground import Playground, Wish, step_counts
+from fewstep.playground_door import Door
 from fewstep.randomness import sample_generators
 from fewstep.sampling import sample_noise
 
@@ -264,6 +265,85 @@ def test_nothing_is_uploaded_and_messages_are_short(served: tuple[str, Playgroun
     assert sent("call/draw", data=b" " * (1 << 20) + b"{}") == 413
     assert sent("call/draw", data=iter([b"{}"])) == 411
     assert set(Path(gradio.utils.get_upload_folder()).rglob("*")) == there
+
+
+def test_only_the_host_that_it_listens_on_is_answered_and_no_other_page(served: tuple[str, Playground]) -> None:
+    address, _ = served
+    port = address.rpartition(":")[2]
+
+    def said(method: str = "GET", path: str = "config", **headers: str) -> requests.Response:
+        return requests.request(method, f"{address}/{path}", headers=headers, timeout=20)
+
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}", "LOCALHOST:9"):  # a tunnel has its own port
+        assert said(Host=host).status_code == 200, host
+    for host in (
+        "evil.example",
+        f"evil.example:{port}",
+        "127.0.0.1.evil.example",
+        "localhost@evil.example",
+        "",
+        "[]:1",
+    ):
+        found = said(Host=host)
+        assert (found.status_code, found.text) == (421, "the page takes no such thing\n"), host
+    assert said(Origin=address).status_code == 200
+    for origin in ("http://evil.example", "null", "http://localhost:3000", f"https://evil.example:{port}"):
+        asked = {"Access-Control-Request-Method": "POST"}
+        for found in (
+            said(Origin=origin),
+            said("POST", "gradio_api/call/draw", Origin=origin),
+            said("OPTIONS", "gradio_api/call/draw", Origin=origin, **asked),
+            said(Origin=origin, Host="evil.example"),
+        ):
+            assert found.status_code in (403, 421), origin
+    for found in (said(Origin=address), said(Origin="http://evil.example"), said()):
+        assert not [name for name in found.headers if name.lower().startswith("access-control")]
+
+
+def test_a_page_for_others_is_reached_by_address_and_by_the_name_of_the_machine() -> None:
+    door = Door(None, "0.0.0.0")  # pyright: ignore[reportArgumentType]
+    for host, is_known in (("10.0.0.7:8000", True), (socket.gethostname(), True), ("evil.example:8000", False)):
+        scope = {"headers": [(b"host", host.encode())], "server": ("10.0.0.7", 8000)}
+        assert (door._stranger(scope) is None) == is_known, host
+    assert Door(None, "gpu.lab")._stranger({"headers": [(b"host", b"gpu.lab:80")]}) is None  # pyright: ignore
+    assert door._stranger({"headers": [(b"host", b"localhost"), (b"host", b"evil.example")]}) == 421
+
+
+BAD = (10**12, -1, 0.5, "x", None, [], {}, 1e308, "<b>x</b>", "9" * 100_000, True)
+
+
+def test_bad_values_are_a_line_on_the_page_and_nothing_in_the_terminal(
+    served: tuple[str, Playground], capfd: pytest.CaptureFixture[str]
+) -> None:
+    address, _ = served
+    with pytest.raises(ValueError, match="gamma is 'nan': a number from 0 to 1"):
+        playground_page.wish_of({"gamma": float("nan")}, {"gamma": (0, 1)})
+    capfd.readouterr()
+    for place in range(len(VALUES)):
+        for value in BAD:
+            values = [value if i == place else good for i, good in enumerate(VALUES)]
+            said = api(address, *values)[-1]
+            if value == 0.5 or (place == 5 and value in (None, -1)):
+                continue  # which may be, at some places
+            line = re.findall('<p class="fs-error" role="alert">(.*?)</p>', said)
+            assert line, (place, value)
+            assert "a number from" in line[0]
+            assert len(line[0]) < 400
+    for values in ([], [1]):
+        made = requests.post(f"{address}/gradio_api/call/draw", json={"data": values}, timeout=20)
+        said = requests.get(f"{address}/gradio_api/call/draw/{made.json()['event_id']}", timeout=20).text
+        assert "event: error" in said
+        assert "needed: 6" in said
+    for path, body in (
+        ("call/nothing", b'{"data": []}'),
+        ("call/draw", b"{"),
+        ("queue/join", b'{"data": [], "fn_index": 9}'),
+    ):
+        found = requests.post(
+            f"{address}/gradio_api/{path}", data=body, headers={"Content-Type": "application/json"}, timeout=20
+        )
+        assert found.status_code >= 400
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_command_under_the_pictures_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

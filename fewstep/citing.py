@@ -1,18 +1,20 @@
 """BibTeX for what a run used: its method, the conversion and guidance of its teacher, its coupling."""
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fewstep.config import find_objective, find_recipe, known_recipes, load_recipe
+from fewstep.config import find_recipe, known_recipes, load_recipe
 from fewstep.data.pairs import FACTS
 from fewstep.errors import unknown
-from fewstep.fields import Guided, NetworkField
-from fewstep.objectives import OBJECTIVES, Objective
+from fewstep.fields import NetworkField
+from fewstep.objectives import OBJECTIVES
 from fewstep.parts import EXACT, make_teacher
 from fewstep.recipe import Recipe, Teacher
 from fewstep.starts import recipe_of
+from fewstep.trust import is_code, only_looking
 
 # A paper by its arXiv number, or "" for a remark, and what it is cited for.
 Use = tuple[str, str]
@@ -26,6 +28,7 @@ _OPTIONS: dict[str, tuple[Any, str, str]] = {
 
 def cite(*what: str | Path) -> str:
     """BibTeX entries of the papers behind runs, recipes or methods, each with a comment that says what it is cited for.
+    No code runs that these name: the papers of a method of one's own are read in the text of its file.
 
     Args:
         what: run folders, recipes by path or name, methods by name or ``FILE.py:CLASS``.
@@ -36,8 +39,8 @@ def cite(*what: str | Path) -> str:
     >>> print(fewstep.cite("runs/fast"))
     """
     reasons: dict[str, list[str]] = {}
-    for item in what:
-        for number, reason in _uses(str(item)):
+    with only_looking():
+        for number, reason in (use for item in what for use in _uses(str(item))):
             known = reasons.setdefault(number, [])
             if reason not in known:
                 known.append(reason)
@@ -68,26 +71,70 @@ def _uses(name: str) -> Iterator[Use]:
         if "/" in name or "." in name:
             raise
         raise unknown("run, recipe or method", name, [*OBJECTIVES, *known_recipes()]) from None
-    return _recipe(load_recipe(name))
+    return _recipe(load_recipe(name, look=True))
 
 
 def _method(name: str) -> Iterator[Use]:
-    method = find_objective(name)
-    if not (isinstance(method, type) and issubclass(method, Objective)):
-        raise ValueError(f"{name} is no objective: a class that derives from fewstep.objectives.Objective is needed")
-    for number in method.sources:
-        yield number, f"{method.__name__}, the objective"
-    if not method.sources:
+    if name in OBJECTIVES:
+        sources = OBJECTIVES[name].sources
+    elif name.rpartition(":")[0].endswith(".py"):
+        sources = _sources_in(name)
+    else:
+        yield "", f"what {name} uses is not known: no code is run to cite it, and only FILE.py:CLASS is read as text"
+        return
+    for number in sources:
+        yield number, f"{name.rpartition(':')[2]}, the objective"
+    if not sources:
         yield "", f'{name} names no papers: say them in its class, such as sources = ("2505.01169",)'
 
 
+def _sources_in(name: str) -> tuple[str, ...]:
+    """The papers that a class in a file says it is of, or that it has from a method of fewstep's; read as text.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or no such class in it.
+    """
+    file, _, wanted = name.rpartition(":")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no Python: {error}") from None
+    classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+    if wanted not in classes:
+        raise ValueError(f"{name} is no objective: a class that derives from fewstep.objectives.Objective is needed")
+    seen: list[str] = []
+    while wanted in classes and wanted not in seen:
+        seen.append(wanted)
+        for node in classes[wanted].body:
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and _sets_sources(node):
+                return _strings(node.value)
+        bases = [ast.unparse(base).rpartition(".")[2] for base in classes[wanted].bases]
+        wanted = next((base for base in bases if base in classes or base in OBJECTIVES), "")
+    return tuple(OBJECTIVES[wanted].sources) if wanted in OBJECTIVES else ()
+
+
+def _sets_sources(node: ast.Assign | ast.AnnAssign) -> bool:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return any(isinstance(target, ast.Name) and target.id == "sources" for target in targets)
+
+
+def _strings(value: ast.expr) -> tuple[str, ...]:
+    return tuple(n.value for n in ast.walk(value) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+
+
 def _recipe(recipe: Recipe) -> Iterator[Use]:
-    yield from _method(recipe.objective.name)
+    try:
+        yield from list(_method(recipe.objective.name))
+    except (OSError, ValueError) as error:
+        yield "", f"what {recipe.objective.name} uses is not known: {error}"
     for option, (value, number, reason) in _OPTIONS.items():
         if recipe.objective.options.get(option) == value:
             yield number, reason
     if recipe.student.start is not None and (start := recipe_of(recipe.student.start)) is not None:
-        for number, reason in _recipe(load_recipe(start)):
+        for number, reason in _recipe(load_recipe(start, look=True)):
             yield number, f"of the model that the student goes on from: {reason}" if number else reason
     if recipe.student.lora is not None:
         yield "2106.09685", "the adapter that trains in the place of the weights (LoRA)"
@@ -106,20 +153,20 @@ def _teacher(section: Teacher) -> Iterator[Use]:
         yield from _guidance(guidance.interval, autoguided=guidance.weak is not None)
     if section.source in EXACT:
         return
+    if is_code(section.source):
+        yield "", f"what the teacher {section.source} uses is not known: no code is run to cite it"
+        return
     folder = Path(section.source).expanduser()
     if (folder / "recipe.yaml").is_file():
-        for number, reason in _recipe(load_recipe(folder)):
+        for number, reason in _recipe(load_recipe(folder, look=True)):
             yield number, f"of the teacher: {reason}" if number else reason
     try:
-        # What the teacher is made of is known for sure only once it is made, above all one of the user's own.
+        # What the teacher is made of is known for sure only once it is made.
         field: Any = make_teacher(section.model_copy(update={"guidance": None}))
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         said = " ".join(str(error).split())
         yield "", f"what the teacher {section.source} uses is not known, as it cannot be loaded: {said}"
         return
-    while isinstance(field, Guided):
-        yield from _guidance(field.interval, autoguided=field.weak is not None)
-        field = field.field
     if isinstance(field, NetworkField) and not field.native.same_as(field.path):
         yield "2506.02221", "the change of path (a diffusion model as a flow)"
 

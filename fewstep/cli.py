@@ -9,11 +9,18 @@ from typing import Any
 
 from fewstep import __version__, commands
 from fewstep.errors import TrainingError
+from fewstep.trust import trusting
 from fewstep.write_errors import NEVER_OF_READING, WriteError, write_error
 
 _KEYS = """any key of the recipe is a flag, with its value as YAML:
   --objective.ema 0.99   --training.lr 3e-4   --evaluation.steps "[1, 2]"
 `fewstep recipes` lists the recipes that come along, `--dry-run` prints every key with its value."""
+
+
+# The commands that may run code which a recipe names; the others only look.
+_BUILDING = (
+    "train", "distill", "plan", "sample", "ui", "evaluate", "compare", "reflow", "encode", "export", "convert",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest, overrides = _split(argv)
         args = _parser().parse_args(rest)
         args.argv = argv
-        return args.command(args, overrides)
+        with trusting(getattr(args, "trust", False)):
+            return args.command(args, overrides)
     except (ValueError, OSError, ImportError, TrainingError) as error:
         if is_debug:
             raise
@@ -54,7 +62,7 @@ def _split(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     if not argv or argv[0] not in (*commands.DEFAULTS, "plan"):
         return argv, {}
     own = {"--gpu", "--utilization"} if argv[0] == "plan" else {"--out"}
-    switches = {"--dry-run", "--fresh", "--help", "-h"}
+    switches = {"--dry-run", "--fresh", "--trust", "--help", "-h"}
     rest, overrides = [argv[0]], {}
     words = iter(argv[1:])
     for word in words:
@@ -92,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
             **more,
         )
         made.set_defaults(command=function, name=name)
+        if name in _BUILDING:
+            made.add_argument("--trust", action="store_true", help="run code that a run of somebody else's names")
         return made
 
     for name, text in (("train", "train a model from data"), ("distill", "distill a teacher into a few-step model")):

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fewstep.errors import unknown
 from fewstep.options import arguments, find_object, in_one_line, parse_value, read_yaml
 from fewstep.recipe import NETWORKS, PATHS, Named, Recipe
+from fewstep.trust import came_with, check_folder, code_in, is_code, trusting
 
 # The key that a section's short form gives: `teacher: checkerboard` is `teacher: {source: checkerboard}`.
 _SHORT = {"teacher": "source", "student": "network", "data": "name", "objective": "name"}
@@ -20,7 +21,13 @@ _SHORT = {"teacher": "source", "student": "network", "data": "name", "objective"
 _FLAGS = {key: f"{key}.{inner}" for key, inner in _SHORT.items()} | {"steps": "training.steps"}
 
 
-def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> Recipe:
+def load_recipe(
+    source: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, str] | None = None,
+    *,
+    trust: bool = False,
+    look: bool = False,
+) -> Recipe:
     """The recipe of a YAML file, of a name among those that come with fewstep, or of a mapping.
 
     Args:
@@ -28,28 +35,42 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         overrides: dotted keys, and their values as YAML text: ``{"objective.ema": "0.99", "steps": "10"}``. Short
             forms: ``steps``, ``teacher``, ``student``, ``data``, ``objective``. Another objective, or network of the
             student, starts from its own defaults: the options in the file are those of the one that it replaces.
+        trust: whether code may run that the recipe of a folder names, where this user's fewstep did not write that
+            folder: see ``fewstep.trust``.
+        look: read it without code: options of a method of one's own stay as the file has them.
 
     Raises:
         FileNotFoundError: there is no such recipe, or no file that it names.
-        ValueError: a key, a name or a value that cannot be; one line with the dotted key and what is known.
+        ValueError: a key, a name or a value that cannot be; one line with the dotted key and what is known. Code named
+            by the recipe of a folder that is not known to be this user's.
     """
-    base = Path()
+    base, folder, path = Path(), None, Path()
     if isinstance(source, Mapping):
         tree = dict(source)
     else:
         path = find_recipe(source)
-        base, tree = path.parent, read_yaml(path)
+        base, tree, folder = path.parent, read_yaml(path), came_with(path)
+        folder = Path(source).expanduser() if Path(source).expanduser().is_dir() else folder
         tree.setdefault("name", path.stem)
+    received = {} if folder is None else code_in(tree)
     # The short forms first, as they may take away options that others set.
     for key, text in sorted((overrides or {}).items(), key=lambda item: item[0] not in _FLAGS):
         value = parse_value(key, text)
         _replace(tree, key, value)
-        _set(tree, key if isinstance(value, Mapping) else _FLAGS.get(key, key), value)
+        dotted = key if isinstance(value, Mapping) else _FLAGS.get(key, key)
+        _set(tree, dotted, value)
+        received = {of: name for of, name in received.items() if of != dotted and not of.startswith(f"{dotted}.")}
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise in_one_line(error, Recipe, inside=_open_keys(tree)) from None
-    return _resolve(recipe, base)
+    _find_names(recipe, base)
+    with trusting(trust):
+        if folder is not None and not look:
+            check_folder(folder, path, {of: _beside(base, name) for of, name in received.items()})
+        if not (look and is_code(recipe.objective.name)):
+            _settle_objective(recipe)
+    return recipe
 
 
 def _open_keys(tree: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -98,10 +119,13 @@ def describe(recipe: Path) -> str:
 
 def find_objective(name: str) -> type:
     """The class of a method: fewstep's by name, or one's own by ``FILE.py:CLASS``."""
-    from fewstep.objectives import OBJECTIVES
+    from fewstep.objectives import OBJECTIVES, Objective
 
-    if ":" in name:
-        return find_object(name)
+    if is_code(name):
+        found = find_object(name, Objective)
+        if not isinstance(found, type):
+            raise ValueError(f"{name!r} is a function, and an objective is a class that derives from Objective")
+        return found
     if name not in OBJECTIVES:
         raise unknown("objective", name, OBJECTIVES)
     return OBJECTIVES[name]
@@ -128,12 +152,12 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[key] = value
 
 
-def _resolve(recipe: Recipe, base: Path) -> Recipe:
-    """Names checked, files found, and the options of the method filled in."""
+def _find_names(recipe: Recipe, base: Path) -> None:
+    """Names checked, and files found."""
     teacher, student = recipe.teacher, recipe.student
     if student.path is not None and student.path not in PATHS:
         raise unknown("path", student.path, PATHS)
-    if ":" not in student.network and student.network not in NETWORKS:
+    if not is_code(student.network) and student.network not in NETWORKS:
         raise unknown("network", student.network, NETWORKS)
     if recipe.training.steps is None and recipe.training.max_seconds is None:
         raise ValueError("training.steps or training.max_seconds is needed: when is the training done?")
@@ -160,6 +184,10 @@ def _resolve(recipe: Recipe, base: Path) -> Recipe:
         )
     recipe.objective.name = _beside(base, recipe.objective.name)
 
+
+def _settle_objective(recipe: Recipe) -> None:
+    """The options of the method filled in, once it is clear that there is what it and the student start from."""
+    teacher, student = recipe.teacher, recipe.student
     method = find_objective(recipe.objective.name)
     options = recipe.objective.options
     alone = {"teacher": "none"} if "teacher" in options else {}
@@ -179,7 +207,6 @@ def _resolve(recipe: Recipe, base: Path) -> Recipe:
         raise ValueError(
             "student.network is auto, the network of the teacher, and there is no teacher: say mlp or unet"
         )
-    return recipe
 
 
 def _check_student(recipe: Recipe) -> None:

@@ -42,6 +42,7 @@ def export(
     method: str | None = None,
     quality: str | None = None,
     adapter: bool = False,
+    trust: bool = False,
 ) -> Path:
     """Write a model as a folder, and return the folder.
 
@@ -61,6 +62,7 @@ def export(
         method: the objective it was trained by, for the model card; a run knows its own.
         quality: a Markdown table for the model card; a run that has been evaluated knows its own.
         adapter: write the adapter of a LoRA alone (``fewstep.lora.save_adapter``), not the model that it is added to.
+        trust: as for :func:`fewstep.load`.
 
     Raises:
         ValueError: a model that cannot be exported, or ``folder`` is something else than an export, or one that the
@@ -75,14 +77,14 @@ def export(
     if adapter:
         from fewstep.runs import open_run
 
-        model = open_run(model).model if isinstance(model, str | Path) else model
+        model = open_run(model, trust=trust).model if isinstance(model, str | Path) else model
         with aside(folder, model.moments) as part:
             save_adapter(model, part)  # pyright: ignore[reportArgumentType]
         return folder
     run = None
     if isinstance(model, str | Path):
         run = Path(model).expanduser() if is_run(Path(model).expanduser()) else None
-        model = load(model)
+        model = load(model, trust=trust)
     if has_lora(model):
         model = merge_lora(model)
     write = _writer(model)

@@ -30,7 +30,7 @@ _TRAJECTORIES: dict[str, type[Any]] = {
 }
 
 
-def load(source: str | Path, *, device: str = "cpu") -> VelocityField | FlowMap:
+def load(source: str | Path, *, device: str = "cpu", trust: bool = False) -> VelocityField | FlowMap:
     """A model from a folder, in evaluation mode.
 
     Args:
@@ -44,12 +44,14 @@ def load(source: str | Path, *, device: str = "cpu") -> VelocityField | FlowMap:
             * ``fewstep:NAME``, a model that comes with fewstep;
             * ``owner/name``, a diffusers model on the Hugging Face hub.
         device: where it goes.
+        trust: whether code may run that the recipe of a run names, where this user's fewstep did not write that run:
+            see ``fewstep.trust``. Nothing else has code that is run.
 
     Raises:
         FileNotFoundError: no such folder or hub model; a folder without model, scheduler, its VAE or safetensors
             weights.
         ValueError: a model, scheduler or VAE that fewstep does not know, parts that do not belong together, or a file
-            that cannot be read.
+            that cannot be read; code of a run that is not known to be this user's.
 
     >>> teacher = fewstep.load("./my-ddpm")
     """
@@ -59,7 +61,7 @@ def load(source: str | Path, *, device: str = "cpu") -> VelocityField | FlowMap:
     if is_run(folder):
         from fewstep.runs import load_run
 
-        model = load_run(folder)
+        model = load_run(folder, trust=trust)
     elif index := _map_index(folder):
         model = _load_map(folder, index)
     elif config := _plain_config(folder):

@@ -1,7 +1,6 @@
 """Values from text, checked against what takes them: YAML, keys and types, and names of things in Python files."""
 
 import importlib
-import importlib.util
 import inspect
 import re
 import sys
@@ -9,12 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from fewstep.errors import unknown
+from fewstep.trust import check_code
 
 
 class _Loader(yaml.SafeLoader):
@@ -53,24 +54,56 @@ def parse_value(key: str, text: str) -> Any:
         raise ValueError(f"{key}: {text!r} cannot be read as a YAML value") from None
 
 
-def find_object(spec: str) -> Any:
-    """What ``FILE.py:NAME`` or ``MODULE:NAME`` stands for.
+def find_object(spec: str, *kinds: type) -> Any:
+    """What ``FILE.py:NAME`` or ``MODULE:NAME`` stands for: a class of one of these kinds, or a function that returns
+    one. It is looked at, not called. A function of an installed module says by its annotation what it returns.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no such module, or no such name in it.
+        ValueError: no such module, no such name in it, or something of another kind; or no code is to run here.
     """
+    check_code(spec)
     place, _, name = spec.rpartition(":")
     if place.endswith(".py"):
         module = _module_of(Path(place).expanduser().resolve())
     else:
         try:
             module = importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{spec!r}: no module {error.name!r} is installed (a file is FILE.py:NAME)") from None
+        except (ModuleNotFoundError, TypeError, ValueError) as error:  # of a name with dots, or an empty one
+            missing = getattr(error, "name", None) or place
+            raise ValueError(f"{spec!r}: no module {missing!r} is installed (a file is FILE.py:NAME)") from None
     if not hasattr(module, name):
         raise unknown(f"name in {place}", name, [n for n in vars(module) if not n.startswith("_")])
-    return getattr(module, name)
+    found = getattr(module, name)
+    if why := _unfit(found, kinds, module.__name__ if place.endswith(".py") else None):
+        raise ValueError(f"{spec!r} is {why}: it is not called")
+    return found
+
+
+def _unfit(found: Any, kinds: tuple[type, ...], own: str | None) -> str:
+    """Why something is neither a class of these kinds nor a function that returns one; empty where it is.
+
+    Args:
+        own: the module of a file of the user's, whose functions need not say what they return.
+    """
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    if isinstance(found, type):
+        return "" if issubclass(found, kinds) else f"a class {found.__name__}, and a {wanted} is wanted"
+    function = inspect.unwrap(found) if callable(found) else None
+    if not isinstance(function, FunctionType):
+        return f"a {type(found).__name__}, and a class {wanted} is wanted, or a function that returns one"
+    try:
+        said = get_type_hints(function).get("return")
+    except (NameError, TypeError, AttributeError):  # an annotation that cannot be read says nothing
+        said = None
+    classes = [kind for kind in (said, *get_args(said)) if isinstance(kind, type) and kind not in (Any, object)]
+    if any(issubclass(kind, kinds) or issubclass(kinds[0], kind) for kind in classes):
+        return ""
+    if classes:
+        return f"a function that returns a {classes[0].__name__}, and a {wanted} is wanted"
+    if function.__module__ == own:
+        return ""
+    return f"a function that does not say by an annotation, `-> {kinds[0].__name__}`, that it returns a {wanted}"
 
 
 @cache
@@ -79,11 +112,17 @@ def _module_of(path: Path) -> Any:
         raise FileNotFoundError(f"there is no file {path}")
     # By its path, so that two files of one name do not meet.
     name = f"fewstep_file_{path.stem}_{abs(hash(path))}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is no Python module")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = sys.modules[name] = ModuleType(name)
+    module.__file__ = str(path)
+    try:
+        # Compiled from the text that one can read: bytecode in a __pycache__ beside it may be of something else.
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))
+    except SyntaxError as error:
+        del sys.modules[name]
+        raise ValueError(f"{path} is no Python: {error.msg} at line {error.lineno}") from None
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

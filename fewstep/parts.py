@@ -38,6 +38,7 @@ from fewstep.randomness import generator
 from fewstep.recipe import PATHS, Named, Recipe, Student, Teacher
 from fewstep.teacher_samples import PromptedSamples, TeacherSamples
 from fewstep.training.distributed import environment
+from fewstep.trust import is_code
 
 EXACT: dict[str, Callable[[], VelocityField]] = {
     "checkerboard": CheckerboardField,
@@ -66,8 +67,6 @@ def make_teacher(section: Teacher, encoded: Path | None = None) -> VelocityField
             f"the teacher {section.source!r} is a flow map, and what is distilled is a velocity field: "
             "name the teacher that it was made from; to train the map on, name it as student.start"
         )
-    if not isinstance(field, VelocityField):
-        raise ValueError(f"the teacher {section.source!r} gave a {type(field).__name__}, not a VelocityField")
     if (guidance := section.guidance) is not None:
         if guidance.told:
             check_told(source, field)
@@ -114,9 +113,12 @@ def find_model(source: str, options: dict[str, Any] | None = None) -> Any:
     """What a name stands for: an exact field, a function of a file or module, or whatever ``fewstep.load`` takes."""
     if source in EXACT:
         return EXACT[source]()
-    if ":" in source and not source.startswith("fewstep:"):
-        function = find_object(source)
-        return function(**arguments("teacher.options", function, options or {}))
+    if is_code(source):
+        function = find_object(source, VelocityField, FlowMap)
+        model = function(**arguments("teacher.options", function, options or {}))
+        if not isinstance(model, VelocityField | FlowMap):
+            raise ValueError(f"{source!r} gave a {type(model).__name__}, not a VelocityField or FlowMap")
+        return model
     from fewstep.loading import load
 
     return load(source)
@@ -175,7 +177,7 @@ def _bare_student(
                 share=section.lora is not None,
             )
         is_random = not isinstance(inner, NetworkField) or section.weights == "random"
-        if section.lora is not None and is_random and ":" not in section.network:
+        if section.lora is not None and is_random and not is_code(section.network):
             raise ValueError(
                 "student.lora trains an adapter of weights that stay as they are, and the student starts from random "
                 "ones: start it from a teacher with a network, or leave lora out"
@@ -220,8 +222,11 @@ def make_network(section: Student, shape: tuple[int, ...]) -> Any:
         size = {"sample_size": shape[1] if shape[1] == shape[2] else shape[1:]}
         fitting = {**size, "in_channels": shape[0], "out_channels": shape[0], **options}
         return UNet(UNet2DModel(**arguments("student.options", UNet2DModel, fitting)))
-    function = find_object(section.network)
-    return function(**arguments("student.options", function, options))
+    function = find_object(section.network, nn.Module)
+    network = function(**arguments("student.options", function, options))
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"student.network: {section.network!r} gave a {type(network).__name__}, not a network")
+    return network
 
 
 def _wrap(

@@ -41,6 +41,7 @@ from fewstep.training import checkpoints, distributed, folder
 from fewstep.training.distributed import World
 from fewstep.training.fit import fit
 from fewstep.training.run import Result, frozen, put_back
+from fewstep.trust import code_in, remember, trusting
 from fewstep.watch import Watch
 
 
@@ -144,7 +145,7 @@ def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
     if not is_main:
         return Finished(result, None)
     # Only now: one that went on may have got other steps, and `fit` has seen that it is the same run.
-    replace_file(out / "recipe.yaml", recipe.as_yaml().encode())
+    _write_recipe(out, recipe)
     watch.draw(result.ema, result.step)
     if result.stopped == "interrupted" or recipe.evaluation.count == 0:
         return Finished(result, None)
@@ -167,13 +168,23 @@ def evaluate_run(path: Path, device: str | None = None, **changes: Any) -> Evalu
     return judge(run.model.to(place), recipe, uncoupled(data), teacher, path)
 
 
-def open_run(path: str | Path) -> Trained:
+def open_run(path: str | Path, *, trust: bool = False) -> Trained:
     """A run from its folder, at its last checkpoint.
+
+    Args:
+        trust: whether code may run that its recipe names, or that of a run which it leads to, where this user's fewstep
+            did not write them: see ``fewstep.trust``.
 
     Raises:
         FileNotFoundError: no run there, no checkpoint yet, or its teacher is gone.
+        ValueError: code that is not known to be this user's.
         TrainingError: a damaged checkpoint.
     """
+    with trusting(trust):
+        return _opened(path)
+
+
+def _opened(path: str | Path) -> Trained:
     path = Path(path).expanduser()
     if not (path / "recipe.yaml").is_file():
         raise FileNotFoundError(f"there is no run in {path}: a run folder has a recipe.yaml and checkpoints/")
@@ -199,12 +210,12 @@ def open_run(path: str | Path) -> Trained:
     return Trained(model.eval().requires_grad_(False), recipe, shape, saved.step)
 
 
-def load_run(path: str | Path) -> Model:
-    """What a run trained, with its averaged weights, an adapter added in: a ``FlowMap`` or a ``NetworkField``. Raises
-    as ``open_run``."""
+def load_run(path: str | Path, *, trust: bool = False) -> Model:
+    """What a run trained, with its averaged weights, an adapter added in: a ``FlowMap`` or a ``NetworkField``; the
+    arguments, and what is raised, are those of ``open_run``."""
     from fewstep.lora import has_lora, merge_lora
 
-    model = open_run(path).model
+    model = open_run(path, trust=trust).model
     return merge_lora(model).requires_grad_(False) if has_lora(model) else model
 
 
@@ -248,8 +259,13 @@ def _begin(out: Path, recipe: Recipe, fresh: bool) -> None:
         for name in ("teacher-samples.npz", "quality.json", "quality.png", "report.html"):
             (out / name).unlink(missing_ok=True)
     if fresh or not checkpoints.steps_in(out / "checkpoints"):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "recipe.yaml").write_text(recipe.as_yaml())
+        _write_recipe(out, recipe)
+
+
+def _write_recipe(out: Path, recipe: Recipe) -> None:
+    file = out / "recipe.yaml"
+    replace_file(file, recipe.as_yaml().encode())
+    remember(out, file, code_in(recipe.as_dict()))
 
 
 @torch.no_grad()

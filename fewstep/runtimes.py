@@ -57,6 +57,7 @@ def export_program(
     *,
     conditions: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
+    trust: bool = False,
 ) -> Program:
     """Write the bare map as a program with inputs x (B, ...), s and t (B,) and the conditions that it needs, and output
     ``X_{s,t}(x)``; float32, on the CPU, with B open.
@@ -70,6 +71,7 @@ def export_program(
         conditions: a row or more of those that the model is called with; by default those of its classes, of a prompt
             where it has text encoders, of an image and of the strength of guidance. Numbers of tokens stay as they are.
         overwrite: whether an export that is there already is replaced.
+        trust: as for :func:`fewstep.load`.
 
     Raises:
         ValueError: no flow map, an unknown format, conditions that are missing, a network that cannot be traced, or a
@@ -86,7 +88,7 @@ def export_program(
     if format == "onnx" and not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         raise ImportError("ONNX needs the packages onnx, onnxscript and onnxruntime: pip install 'fewstep[onnx]'")
     check_target(folder, overwrite, model)
-    model = load(model) if isinstance(model, str | Path) else model  # pyright: ignore[reportAssignmentType]
+    model = load(model, trust=trust) if isinstance(model, str | Path) else model  # pyright: ignore[reportAssignmentType]
     if not isinstance(model, FlowMap):
         raise ValueError(f"a {type(model).__name__} is no flow map, and a program is one: distill it first")
     if isinstance(model.path, VariancePreserving):

@@ -24,6 +24,7 @@ from fewstep.parts import EXACT, check_told, make_data, make_teacher, path_of, s
 from fewstep.prompts import SIZES
 from fewstep.randomness import generator
 from fewstep.recipe import Recipe, Teacher
+from fewstep.trust import is_code
 
 # Tokens that the pipelines with a T5 cut a prompt to (the default of ``encode_prompt``).
 LONGEST = {
@@ -61,7 +62,7 @@ def teacher_without_weights(recipe: Recipe) -> VelocityField | None:
 def _teacher(section: Teacher) -> VelocityField:
     guidance = section.guidance
     bare = section.model_copy(update={"guidance": None})
-    is_folder = section.source not in EXACT and (":" not in section.source or section.source.startswith("fewstep:"))
+    is_folder = section.source not in EXACT and not is_code(section.source)
     folder = find_configurations(section.source) if is_folder else None
     field = make_teacher(bare).to(META) if folder is None else field_without_weights(folder)
     if guidance is None:

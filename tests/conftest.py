@@ -1,7 +1,8 @@
 """What many tests share: the Gaussian, whose velocity and flow map are known in closed form, and a place
 where fewstep is not."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,6 +14,17 @@ from fewstep.maps import FlowMap
 from fewstep.objectives import two_time
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _state_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Which runs fewstep wrote is remembered where nothing of the user's is."""
+    before = os.environ.get("XDG_STATE_HOME")
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+    yield
+    os.environ.pop("XDG_STATE_HOME")
+    if before is not None:
+        os.environ["XDG_STATE_HOME"] = before
 
 
 class GaussianAverageVelocity(nn.Module):

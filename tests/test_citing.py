@@ -32,8 +32,12 @@ RECIPE: dict[str, Any] = {
     "evaluation": {"count": 0},
 }
 TEACHERS = """
+from pathlib import Path
+
 from torch import nn
-from fewstep import CheckerboardField, Guided, Linear, NetworkField, VariancePreserving
+from fewstep import ITVM, Linear, NetworkField, VariancePreserving
+
+Path(__file__).with_suffix(".ran").touch()
 
 
 class Net(nn.Module):
@@ -45,12 +49,12 @@ def diffusion():
     return NetworkField(Net(), VariancePreserving(), "noise").on(Linear())
 
 
-def flow():
-    return NetworkField(Net())
+class Closer(ITVM):
+    pass
 
 
-def autoguided():
-    return Guided(CheckerboardField(), 2.0, (0.2, 0.8), weak=flow())
+class Other(Closer):
+    sources: tuple[str, ...] = ("2601.00001", "2601.00002")
 """
 
 
@@ -122,13 +126,23 @@ def test_reflow_pairs_are_cited(tmp_path: Path) -> None:
     assert numbers(cite(write(tmp_path, data=str(tmp_path / "pairs")))) == ["2505.01169", "2209.03003"]
 
 
-@pytest.mark.parametrize(
-    ("teacher", "papers"),
-    [("flow", []), ("diffusion", ["2506.02221"]), ("autoguided", ["2406.02507", "2404.07724"])],
-)
-def test_a_teacher_of_ones_own_is_made_to_see_what_it_uses(tmp_path: Path, teacher: str, papers: list[str]) -> None:
-    said = cite(write(tmp_path, teacher=f"my_teachers.py:{teacher}"))
-    assert numbers(said) == ["2505.01169", *papers]
+def test_a_teacher_of_ones_own_is_not_made_to_see_what_it_uses(tmp_path: Path) -> None:
+    said = cite(write(tmp_path, teacher="my_teachers.py:diffusion"))
+    assert numbers(said) == ["2505.01169"]
+    assert "% what the teacher" in said
+    assert "my_teachers.py:diffusion uses is not known: no code is run to cite it" in said
+
+
+def test_a_teacher_on_a_path_of_diffusion_is_cited(tmp_path: Path) -> None:
+    import diffusers
+
+    unet = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+    )  # fmt: skip
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    said = cite(write(tmp_path, teacher=str(tmp_path / "ddpm")))
+    assert numbers(said) == ["2505.01169", "2506.02221"]
 
 
 def test_a_teacher_that_was_trained_here_is_cited_too(tmp_path: Path) -> None:
@@ -160,8 +174,18 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no recipe 'nowhere/run'"):
         cite("nowhere/run")
     write(tmp_path)
-    with pytest.raises(ValueError, match="flow is no objective"):
-        cite(f"{tmp_path / 'my_teachers.py'}:flow")
+    with pytest.raises(ValueError, match="diffusion is no objective"):
+        cite(f"{tmp_path / 'my_teachers.py'}:diffusion")
+
+
+def test_a_method_of_ones_own_is_read_as_text(tmp_path: Path) -> None:
+    recipe = write(tmp_path, objective="my_teachers.py:Closer")
+    assert numbers(cite(recipe)) == list(OBJECTIVES["ITVM"].sources)
+    assert numbers(cite(f"{tmp_path / 'my_teachers.py'}:Other")) == ["2601.00001", "2601.00002"]
+    assert not (tmp_path / "my_teachers.ran").exists()
+    (tmp_path / "my_teachers.py").write_text("class :")
+    assert "my_teachers.py:Closer uses is not known: " in cite(recipe)
+    assert "os:system uses is not known: no code is run to cite it" in cite(write(tmp_path, objective="os:system"))
 
 
 def test_the_command_prints_entries_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.fields import DiffusionField, NetworkField
-from fewstep.paths import Forward, Linear, Path, Preconditioned, Reversed, Tabulated
+from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
 from fewstep.sampling import count_calls
 from fewstep.schedules import PREDICTION_TYPES
 from fewstep.solvers import integrate
@@ -18,6 +18,11 @@ STEPS = (10, 50, 200)
 # On the same steps the two samplers differ by rounding alone, 1e-6 in float32 and more on GPUs that round to TF32;
 # a schedule that is off by a few percent differs by more than this.
 SAME = 5e-3
+# DPM-Solver++ that goes the steps it is told as DDIM does, to clean data.
+_FIRST_ORDER: dict[str, Any] = {
+    "solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero", "thresholding": False,
+    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), False),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def compare_samplers(
         cond: conditions, (B, ...) each.
     """
     sampler = sampler_of(field)
-    name = type(sampler).__name__.removeprefix("Flow") if not isinstance(field.native, Linear) else "Euler"
+    name = "Euler" if type(sampler).__name__ == "FlowScheduler" else type(sampler).__name__
     drawn, calls = {}, {}
     for n in steps:
         with count_calls(field) as counted:
@@ -100,7 +105,7 @@ def compare_samplers(
             return integrate(lambda x, t: field(x, t, **cond), start, grid, solver)
 
     # After the sampler was set to them: these are its steps.
-    times, level = _times(sampler, field.native, steps[0])
+    times, level = _times(sampler, field, steps[0])
     start = noise * level
     same = flow(times.to(noise), "euler")
     euler = {}
@@ -123,10 +128,14 @@ def _apart(samples: Tensor, reference: Tensor) -> float:
 @torch.no_grad()
 def original_samples(field: NetworkField, sampler: Any, noise: Tensor, steps: int, cond: Mapping[str, Any]) -> Tensor:
     """What the model draws with a sampler of diffusers: its bare network, and nothing of the conversion."""
-    sampler.set_timesteps(steps, device=noise.device)
-    x = noise * sampler.init_noise_sigma
-    for k in sampler.timesteps:
-        prediction = field.network(sampler.scale_model_input(x, k), k.expand(len(x)), **cond)
+    _set_steps(sampler, field, steps, noise.device)
+    x, asked = noise * sampler.init_noise_sigma, sampler.timesteps
+    if isinstance(field.native, Linear) and sampler.config.get(
+        "use_flow_sigmas"
+    ):  # whose timesteps are its noise levels, cut to whole numbers
+        asked = sampler.sigmas[:-1].to(noise) * sampler.config.num_train_timesteps
+    for k, told in zip(sampler.timesteps, asked, strict=True):
+        prediction = field.network(sampler.scale_model_input(x, k), told.expand(len(x)), **cond)
         x = sampler.step(prediction, k, x).prev_sample
     return x
 
@@ -147,9 +156,13 @@ def scheduler_of(field: NetworkField) -> Any:
             before = torch.cat([torch.ones(1, dtype=torch.float64), signal[:-1]])
             betas = (1 - signal / before).tolist()
             prediction: Any = PREDICTION_TYPES[kind]
+            betas += [1.0] * field.native.ends_in_noise
             return diffusers.DDPMScheduler(len(betas), trained_betas=betas, prediction_type=prediction)
         case Preconditioned() as edm, ("edm" | "v") as kind:
             return _edm_euler(edm, "epsilon" if kind == "edm" else "v_prediction")
+        case Reversed(scale=scale), ("noise" | "data") as kind:
+            told: Any = {"prediction_type": PREDICTION_TYPES[kind], "use_flow_sigmas": True}
+            return diffusers.DPMSolverMultistepScheduler(round(scale), **told)
         case Reversed(scale=scale), "flow":
             return diffusers.FlowMatchEulerDiscreteScheduler(round(scale))
         case Forward(scale=scale), "velocity":
@@ -160,23 +173,32 @@ def scheduler_of(field: NetworkField) -> Any:
 
 
 def sampler_of(field: NetworkField) -> Any:
-    """diffusers' own deterministic sampler for a field's network, of the config of its scheduler: DDIM without
-    clipping and with steps that begin at the schedule's last one, EDM's Euler, or a flow-match one."""
-    from diffusers import DDIMScheduler, EDMEulerScheduler
+    """diffusers' own deterministic sampler of first order for a field's network, of the config of its scheduler, by
+    which it reads what the network predicts: DDIM without clipping and with steps that begin at the schedule's last
+    one, EDM's Euler, a flow-match one, or DPM-Solver++: for flow sigmas, and for a schedule that begins where its
+    network's prediction says nothing of the data."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
 
     from fewstep.networks.flow_model import FlowScheduler
 
     scheduler = scheduler_of(field)
     config = dict(scheduler.config)
+    if isinstance(field.native, Linear) and "prediction_type" in config:
+        return DPMSolverMultistepScheduler.from_config(scheduler.config, **_FIRST_ORDER, use_flow_sigmas=True)
     if isinstance(field.native, Linear):
-        shift = config.get("shift", config.get("flow_shift", 1.0))
+        inverted = isinstance(field.native, Forward)
         return FlowScheduler(
-            config.get("num_train_timesteps", 1000), shift=shift, invert_sigmas=isinstance(field.native, Forward)
+            config.get("num_train_timesteps", 1000), shift=config.get("shift", 1.0), invert_sigmas=inverted
         )
     if isinstance(field.native, Preconditioned):
         if type(scheduler).__name__.startswith("EDM"):
             return EDMEulerScheduler.from_config(scheduler.config, final_sigmas_type="zero")
         return _edm_euler(field.native, "v_prediction")
+    if _known_steps(field) < len(scheduler.betas):
+        return DPMSolverMultistepScheduler.from_config(
+            scheduler.config, **_FIRST_ORDER, prediction_type=config["prediction_type"],
+            trained_betas=scheduler.betas.tolist(), rescale_betas_zero_snr=False,
+        )  # fmt: skip
     changes: dict[str, Any] = {
         "clip_sample": False,
         "thresholding": False,
@@ -211,6 +233,10 @@ def steps_for(field: NetworkField, steps: Sequence[int] | None) -> tuple[int, ..
             raise ValueError("steps 1: EDM's sampler needs 2 at least, from its most noise to its least")
         return asked
     total = len(scheduler_of(field).betas)
+    if (known := _known_steps(field)) < total:
+        if asked[-1] > known:
+            raise ValueError(f"steps {asked[-1]}: at {known} steps of this schedule its prediction means something")
+        return asked
     divisors = [n for n in range(1, total + 1) if total % n == 0]
     nearest = tuple(min(divisors, key=lambda d, n=n: abs(math.log(d / n))) for n in asked)
     if steps is not None and nearest != asked:
@@ -221,10 +247,26 @@ def steps_for(field: NetworkField, steps: Sequence[int] | None) -> tuple[int, ..
     return tuple(sorted(set(nearest)))
 
 
-def _times(sampler: Any, native: Path, steps: int) -> tuple[Tensor, Tensor]:
+def _known_steps(field: NetworkField) -> int:
+    """At how many steps of its table, from the cleanest on, a network's prediction says what the data are."""
+    low, _ = field.native.hold_range(field.prediction)
+    return math.floor(float(field.native.network_time(torch.tensor(low, dtype=torch.float64))) + 1e-6) + 1
+
+
+def _set_steps(sampler: Any, field: NetworkField, steps: int, device: Any = None) -> None:
+    if isinstance(field.native, Tabulated) and type(sampler).__name__ == "DPMSolverMultistepScheduler":
+        known = _known_steps(field)
+        chosen = [round(known * (steps - i) / steps) - 1 for i in range(steps)]
+        sampler.set_timesteps(timesteps=chosen, device=device)
+    else:
+        sampler.set_timesteps(steps, device=device)
+
+
+def _times(sampler: Any, field: NetworkField, steps: int) -> tuple[Tensor, Tensor]:
     """The times of the linear path (float64, rising to 1) at which a sampler of diffusers stands in so many steps, and
     what its standard normal noise is to be multiplied by there."""
-    sampler.set_timesteps(steps)
+    native = field.native
+    _set_steps(sampler, field, steps)
     if isinstance(native, Linear):
         sigmas = sampler.sigmas.double()
         return (sigmas if isinstance(native, Forward) else 1 - sigmas), torch.tensor(1.0)

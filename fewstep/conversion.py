@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fewstep.agreement import Agreement, scheduler_of
 from fewstep.console import markdown
 from fewstep.fields import NetworkField
+from fewstep.paths import Linear, Preconditioned, Tabulated
 from fewstep.paths import Path as Trajectory
-from fewstep.paths import Preconditioned, Tabulated
 
 # What a sampler of diffusers may do besides its steps, and a flow does not.
 _SWITCHES = ("clip_sample", "thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -31,8 +33,8 @@ class Conversion:
         scheduler, flow_scheduler: the class of the original's, and of the folder's.
         schedule: the name of the betas, or EDM, or flow.
         train_steps: steps of a discrete schedule, None for a continuous one.
-        log_snr: of the schedule's noisiest and cleanest point, log(alpha^2 / sigma^2); None for a flow.
-        zero_snr: whether the schedule has a last step without signal, which is left out.
+        log_snr: of the schedule's noisiest and cleanest point with a signal, log(alpha^2 / sigma^2); None for a flow.
+        zero_snr: whether the schedule has a last step without signal.
         prediction: what the network predicts, by its name in ``fewstep.paths``.
         learned_variance: whether it predicts a variance too, of which a flow makes no use.
         options: what the original's sampler does by its config, and a flow does not.
@@ -72,7 +74,7 @@ class Conversion:
         """What there is to know, as pairs of a name and a line."""
         steps = "" if self.train_steps is None else f", {self.train_steps} steps"
         snr = "" if self.log_snr is None else f", log-SNR {self.log_snr[0]:.3g} to {self.log_snr[1]:.3g}"
-        zero = ", zero SNR at the last step, which is left out" if self.zero_snr else ""
+        zero = ", zero SNR at the last step" if self.zero_snr else ""
         below, above = (f"{100 * share:.2g} %" for share in self.outside)
         held = (
             f"{below} of uniform t below, {above} above: the network is asked at its last step, and its estimate of "
@@ -81,6 +83,7 @@ class Conversion:
             else "none"
         )
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        is_flow = self.prediction in ("velocity", "flow")
         parts = f" (without its {', '.join(self.missing)}: pass them when loading)" if self.missing else ""
         parts += f" (without its {', '.join(self.left_out)}, which it does not need)" if self.left_out else ""
         parts += f", which loads it but cannot be called: {self.by_hand}; see README.md" if self.by_hand else ""
@@ -89,7 +92,7 @@ class Conversion:
             ("prediction", self.prediction + (", and a variance, which a flow does not use" * self.learned_variance)),
             (
                 "not in a flow",
-                options or ("nothing" if self.log_snr else "nothing: it is one, and is written as it is"),
+                options or ("nothing: it is one, and is written as it is" if is_flow else "nothing"),
             ),
             ("times covered", f"t = {self.covered[0]:.4f} to {self.covered[1]:.4f} (0 is noise, 1 is data)"),
             ("times outside", held),
@@ -127,14 +130,14 @@ def describe(field: NetworkField) -> dict[str, Any]:
     scheduler, model = scheduler_of(field), network.model
     config: Any = scheduler.config
     ends = log_ratio_ends(field.native)
-    low, high = (0.0, 1.0) if ends is None else (1 / (1 + math.exp(-ratio)) for ratio in ends)
+    low, high = _covered(field)
     options = {}
-    if ends is not None:  # a flow keeps its sampler
+    if not field.is_flow:  # a flow keeps its sampler
         options = {name: True for name in _SWITCHES if config.get(name)}
         if options.get("clip_sample"):
             options["clip_sample_range"] = config.get("clip_sample_range", 1.0)
         options |= {name: config[name] for name in _CHOICES if config.get(name) not in (None, 0, False)}
-    steps = len(field.native.log_ratios) if isinstance(field.native, Tabulated) else None
+    steps = field.native.steps if isinstance(field.native, Tabulated) else None
     trained = "trained betas" if config.get("trained_betas") is not None else f"{config.get('beta_schedule')} betas"
     out_channels = model.config.get("out_channels") or 0
     return {
@@ -143,7 +146,7 @@ def describe(field: NetworkField) -> dict[str, Any]:
         "schedule": trained if steps else "flow" if ends is None else "EDM",
         "train_steps": len(scheduler.betas) if steps else None,
         "log_snr": None if ends is None else (2 * ends[0], 2 * ends[1]),
-        "zero_snr": steps is not None and len(scheduler.betas) > steps,
+        "zero_snr": isinstance(field.native, Tabulated) and field.native.ends_in_noise,
         "prediction": field.prediction,
         "learned_variance": out_channels == 2 * model.config["in_channels"],
         "options": options,
@@ -152,8 +155,16 @@ def describe(field: NetworkField) -> dict[str, Any]:
     }
 
 
+def _covered(field: NetworkField) -> tuple[float, float]:
+    """The times of the linear path between which the network is asked at its own, and not at the nearest it knows."""
+    ends = torch.tensor(field.native.hold_range(field.prediction), dtype=torch.float64)
+    low, high = Linear().time_of(field.native.alpha(ends), field.native.sigma(ends)).tolist()
+    return low, high
+
+
 def log_ratio_ends(native: Trajectory) -> tuple[float, float] | None:
-    """log(alpha / sigma) of a schedule's noisiest and cleanest point; None for a path that reaches both ends."""
+    """log(alpha / sigma) of a schedule's noisiest and cleanest point with a signal; None for a path that reaches both
+    ends."""
     if isinstance(native, Tabulated):
         return native.log_ratios[-1], native.log_ratios[0]
     return (-math.log(native.sigma_max), -math.log(native.sigma_min)) if isinstance(native, Preconditioned) else None

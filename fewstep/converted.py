@@ -47,7 +47,7 @@ def load_converted(folder: Path) -> DiffusionField:
     field = DiffusionField(FAMILIES[name](stock), scheduler)
     if "log_ratios" in diffusion:
         # The table that the folder's own code goes by, not one computed anew.
-        field.native = Tabulated(tuple(diffusion["log_ratios"]))
+        field.native = Tabulated(tuple(diffusion["log_ratios"]), diffusion.get("ends_in_noise", False))
     vaes = [folder / name for name in ("vae", "vqvae") if (folder / name / "config.json").is_file()]
     field.latents = Latents(vaes[0]) if vaes else None
     field.text = Prompts(folder) if knows_prompts(folder) else None

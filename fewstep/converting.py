@@ -113,7 +113,7 @@ def _convertible(model: Any) -> NetworkField:
         raise ValueError(f"a network {type(inner).__name__} is no model of diffusers: wrap one in {known}")
     if not field.path.same_as(Linear()):
         raise ValueError(f"a flow is written on the linear path, and this field is on {field.path}: field.on(Linear())")
-    if not isinstance(field.native, Linear) and name not in FLOWS:
+    if not field.is_flow and name not in FLOWS:
         raise ValueError(
             f"a {name} that predicts {field.prediction} has no class that answers as a flow, {', '.join(FLOWS)} have"
         )

@@ -151,8 +151,11 @@ def diffusion_of(model: FlowMap | NetworkField) -> dict[str, Any] | None:
             return None
         case Forward(), "velocity":
             return {"prediction_type": "velocity"}
+        case Reversed(scale=scale), ("noise" | "data") as kind:
+            return {"prediction_type": PREDICTION_TYPES[kind], "timesteps": scale}
         case Tabulated(log_ratios=table), ("noise" | "data" | "v") as kind:
-            return {"prediction_type": PREDICTION_TYPES[kind], "log_ratios": table}
+            ends = {"ends_in_noise": True} if model.native.ends_in_noise else {}
+            return {"prediction_type": PREDICTION_TYPES[kind], "log_ratios": table, **ends}
         case Preconditioned(sigma_data=data, sigma_min=least, sigma_max=most), ("edm" | "v") as kind:
             kind = "epsilon" if kind == "edm" else "v_prediction"
             return {"prediction_type": kind, "sigma_data": data, "sigma_min": least, "sigma_max": most}

@@ -94,6 +94,11 @@ class NetworkField(VelocityField):
         """Whether the network's output is the velocity as it stands."""
         return self.prediction == "velocity" and self.native.same_as(self.path)
 
+    @property
+    def is_flow(self) -> bool:
+        """Whether it is a model of flow matching on the linear path, in either direction of time."""
+        return isinstance(self.native, Linear) and self.prediction in ("velocity", "flow")
+
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         t = as_times(t, x)
         if self.bare:

@@ -3,7 +3,6 @@
 import inspect
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fewstep.fields import NetworkField
 from fewstep.model_card import fewstep_code
 from fewstep.model_files import read_json
 from fewstep.networks import UNet
-from fewstep.paths import Linear
+from fewstep.pipelines.source import whole
 from fewstep.writing import copy_part, save_part, write_json, write_vae
 
 # The pipeline of a model that comes without one.
@@ -49,7 +48,7 @@ def place(field: NetworkField) -> dict[str, Any]:
     own = {"self", "unet", "transformer", "scheduler", *index, *([_vae_name(pipeline)] if field.latents else [])}
     missing = [part.name for part in wanted if part.default is part.empty and part.name not in own]
     missing += [part for part in absent if part not in left_out]
-    is_flow = isinstance(field.native, Linear)
+    is_flow = field.is_flow
     # Only the pipeline of plain images does with a flow-match scheduler of diffusers as it is; see FlowScheduler.
     scheduler = scheduler_of(field)
     if not is_flow:
@@ -92,7 +91,7 @@ def write_folder(field: Any, conversion: Conversion, folder: Path) -> None:
 
     save_part(field.network.model, folder / part)
     scheduler, libraries = scheduler_of(field), {part: "diffusers", "scheduler": "diffusers"}
-    if not isinstance(field.native, Linear):
+    if not field.is_flow:
         save_part(scheduler, folder / ORIGINAL)
         scheduler = getattr(flow_model, conversion.flow_scheduler)()
         file = folder / part / "config.json"
@@ -103,7 +102,7 @@ def write_folder(field: Any, conversion: Conversion, folder: Path) -> None:
             libraries["scheduler"] = _CODE
     save_part(scheduler, folder / "scheduler")
     for name in (name for name, library in libraries.items() if library == _CODE):
-        shutil.copyfile(flow_model.__file__, folder / name / f"{_CODE}.py")
+        (folder / name / f"{_CODE}.py").write_text(whole(flow_model.__file__))
     classes = {part: conversion.written, "scheduler": conversion.flow_scheduler}
     write_json(
         folder / "model_index.json",
@@ -202,7 +201,7 @@ with torch.no_grad():
 def _code(conversion: Conversion, field: Any) -> str:
     """How to draw from the folder."""
     name = conversion.folder.name
-    trust = "" if isinstance(field.native, Linear) else ", trust_remote_code=True"
+    trust = "" if field.is_flow else ", trust_remote_code=True"
     trust += "".join(f", {part}=..." for part in conversion.missing)
     load = _LOAD.format(name=name, trust=trust)
     if not conversion.by_hand:

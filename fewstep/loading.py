@@ -185,7 +185,9 @@ def _spoken(diffusion: dict[str, Any] | None, timesteps: float) -> tuple[Traject
         ends = (diffusion[name] for name in ("sigma_data", "sigma_min", "sigma_max"))
         return Preconditioned(*ends), "v" if kind == "v_prediction" else "edm"
     kinds = {name: kind for kind, name in PREDICTION_TYPES.items()}
-    return Tabulated(tuple(diffusion["log_ratios"])), kinds[kind]
+    if "timesteps" in diffusion:
+        return Reversed(diffusion["timesteps"]), kinds[kind]
+    return Tabulated(tuple(diffusion["log_ratios"]), diffusion.get("ends_in_noise", False)), kinds[kind]
 
 
 def _load_plain(folder: Path, config: dict[str, Any]) -> FlowMap | NetworkField:

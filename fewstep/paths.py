@@ -26,11 +26,9 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import unknown
+from fewstep.networks.held import HOLD
 
 KINDS = ("velocity", "data", "noise", "v", "score", "flow", "edm")
-
-# Where a prediction loses its meaning (noise at no signal, data at no noise) the ratio of the two is held at this.
-_HOLD = math.log(1000.0)
 
 
 def as_times(t: Tensor | float, x: Tensor) -> Tensor:
@@ -103,10 +101,17 @@ class Path:
         """Whether both have the same coefficients at the same times."""
         return self == other
 
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The log(alpha / sigma) between which networks of this path are trained."""
+        return -math.inf, math.inf
+
     def hold_range(self, kind: str) -> tuple[float, float]:
-        """The times between which a prediction of this kind determines both noise and data."""
-        lo = -_HOLD if kind in ("noise", "score") else -math.inf
-        hi = _HOLD if kind == "data" else math.inf
+        """The times between which networks of this path are trained, and a prediction of this kind determines both
+        noise and data."""
+        lo, hi = self.reach
+        lo = max(lo, -HOLD) if kind in ("noise", "score") else lo
+        hi = min(hi, HOLD) if kind == "data" else hi
         ends = self.time_at(torch.tensor([lo, hi], dtype=torch.float64))
         return float(ends[0]), float(ends[1])
 
@@ -147,10 +152,25 @@ class Path:
             return velocity if kind == "velocity" else -velocity
         t = as_times(t, x)
         data, noise = self._split(velocity, x, t, "velocity")
-        a, s, d = expand(self.alpha(t), x), expand(self.sigma(t), x), self.data_scale
-        v = d * a * noise - s / d * data
-        out = {"data": data, "noise": noise, "v": v, "edm": -v, "score": -noise / s}[kind]
-        return self._finite(out, t, f"{kind} from a velocity")
+        return self._finite(self.prediction(noise, data, t, kind), t, f"{kind} from a velocity")
+
+    def prediction(self, noise: Tensor, data: Tensor, t: Tensor | float, kind: str) -> Tensor:
+        """What a network of this kind is to predict of noise and data (B, ...) at t: its target in training."""
+        t = as_times(t, data)
+        a, s, a_dot, s_dot = (expand(c, data) for c in self.coefficients(t))
+        d = self.data_scale
+        match kind:
+            case "data" | "noise":
+                return data if kind == "data" else noise
+            case "v" | "edm":
+                v = d * a * noise - s / d * data
+                return v if kind == "v" else -v
+            case "score":
+                return -noise / s
+            case "velocity" | "flow":
+                velocity = a_dot * data + s_dot * noise
+                return velocity if kind == "velocity" else -velocity
+        raise unknown("prediction kind", kind, KINDS)
 
     def _split(self, prediction: Tensor, x: Tensor, t: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         """(data, noise) expected at (x, t)."""
@@ -277,9 +297,9 @@ class VariancePreserving(Path):
         slope = self.beta_max - self.beta_min
         return 1 - 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
 
-    def hold_range(self, kind: str) -> tuple[float, float]:
-        lo, _ = super().hold_range(kind)
-        return lo, float(self.time_at(torch.tensor(_HOLD, dtype=torch.float64)))
+    @property
+    def reach(self) -> tuple[float, float]:
+        return -math.inf, HOLD  # beyond, its velocity grows without bound
 
 
 @dataclass(frozen=True)
@@ -290,11 +310,17 @@ class Tabulated(Path):
     the steps the log-ratio is linear. Networks trained on it are asked at the (continuous) step k. Outside the table
     there is nothing: conversions hold its ends.
 
+    Args:
+        log_ratios: those of the steps with a signal.
+        ends_in_noise: whether one step more stands behind them, of noise alone (zero terminal SNR, arXiv 2305.08891):
+            K = len(log_ratios) + 1. Before it the ratio itself is linear.
+
     Raises:
         ValueError: if the table does not fall, is not finite or has fewer than two steps.
     """
 
     log_ratios: tuple[float, ...]
+    ends_in_noise: bool = False
 
     def __post_init__(self) -> None:
         table = torch.tensor(self.log_ratios, dtype=torch.float64)
@@ -303,54 +329,97 @@ class Tabulated(Path):
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> "Tabulated":
-        """From ``alpha_k^2`` of a variance-preserving schedule, shape (K,), as diffusers' schedulers hold it."""
+        """From ``alpha_k^2`` of a variance-preserving schedule, shape (K,), as diffusers' schedulers hold it; the last
+        may be 0."""
         power = alphas_cumprod.detach().double().cpu()
-        return cls(tuple((0.5 * (power.log() - (-power).log1p())).tolist()))
+        ends_in_noise = bool(power[-1] == 0)
+        power = power[:-1] if ends_in_noise else power
+        return cls(tuple((0.5 * (power.log() - (-power).log1p())).tolist()), ends_in_noise)
 
     def __repr__(self) -> str:
-        first, last = self.log_ratios[0], self.log_ratios[-1]
-        return f"Tabulated({len(self.log_ratios)} steps, log-ratios {first:.3g} to {last:.3g})"
+        first, last = self.log_ratios[0], -math.inf if self.ends_in_noise else self.log_ratios[-1]
+        return f"Tabulated({self.steps} steps, log-ratios {first:.3g} to {last:.3g})"
+
+    @property
+    def steps(self) -> int:
+        """K."""
+        return len(self.log_ratios) + self.ends_in_noise
 
     @cached_property
     def _rising(self) -> Tensor:
         return torch.tensor(self.log_ratios[::-1], dtype=torch.float64)
 
     def _log_ratio(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """log(alpha / sigma) at t and its derivative."""
+        """log(alpha / sigma) at t and its derivative, where there is a signal at the step before."""
         table = self._rising.to(t.device)
-        last = len(table) - 1
-        place = t.double() * last
-        index = place.floor().long().clamp(0, last - 1)
+        place = t.double() * (self.steps - 1) - int(self.ends_in_noise)
+        index = place.floor().long().clamp(0, len(table) - 2)
         rise = table[index + 1] - table[index]
-        return (table[index] + (place - index) * rise).to(t.dtype), (rise * last).to(t.dtype)
+        return (table[index] + (place - index) * rise).to(t.dtype), (rise * (self.steps - 1)).to(t.dtype)
+
+    def _from_noise(self, t: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Whether t lies between the step of noise alone and that before it, and alpha / sigma and its rate there."""
+        rate = math.exp(self.log_ratios[-1]) * (self.steps - 1)
+        return t < 1 / (self.steps - 1), rate * t, rate
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.sigmoid(2 * self._log_ratio(t)[0]).sqrt()
+        alpha = torch.sigmoid(2 * self._log_ratio(t)[0]).sqrt()
+        if not self.ends_in_noise:
+            return alpha
+        is_last, ratio, _ = self._from_noise(t)
+        return torch.where(is_last, ratio / (1 + ratio * ratio).sqrt(), alpha)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sigmoid(-2 * self._log_ratio(t)[0]).sqrt()
+        sigma = torch.sigmoid(-2 * self._log_ratio(t)[0]).sqrt()
+        if not self.ends_in_noise:
+            return sigma
+        is_last, ratio, _ = self._from_noise(t)
+        return torch.where(is_last, 1 / (1 + ratio * ratio).sqrt(), sigma)
 
     def alpha_dot(self, t: Tensor) -> Tensor:
-        return self.alpha(t) * self.sigma(t) ** 2 * self._log_ratio(t)[1]
+        alpha_dot = self.alpha(t) * self.sigma(t) ** 2 * self._log_ratio(t)[1]
+        if not self.ends_in_noise:
+            return alpha_dot
+        is_last, _, rate = self._from_noise(t)
+        return torch.where(is_last, rate * self.sigma(t) ** 3, alpha_dot)
 
     def sigma_dot(self, t: Tensor) -> Tensor:
-        return -self.sigma(t) * self.alpha(t) ** 2 * self._log_ratio(t)[1]
+        sigma_dot = -self.sigma(t) * self.alpha(t) ** 2 * self._log_ratio(t)[1]
+        if not self.ends_in_noise:
+            return sigma_dot
+        is_last, _, rate = self._from_noise(t)
+        return torch.where(is_last, -rate * self.alpha(t) * self.sigma(t) ** 2, sigma_dot)
 
     def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return self.time_at(alpha.log() - sigma.log())
+        time = self._time_in_table(alpha.log() - sigma.log())
+        return self._before_table(time, alpha / sigma) if self.ends_in_noise else time
 
     def time_at(self, log_ratio: Tensor) -> Tensor:
+        time = self._time_in_table(log_ratio)
+        return self._before_table(time, log_ratio.exp()) if self.ends_in_noise else time
+
+    def _time_in_table(self, log_ratio: Tensor) -> Tensor:
         table = self._rising.to(log_ratio.device)
         value = log_ratio.double().clamp(table[0], table[-1])
-        index = (torch.searchsorted(table, value, right=True) - 1).clamp(0, len(table) - 2)
+        index = self.place_in(table, value).clamp(0, len(table) - 2)
         part = (value - table[index]) / (table[index + 1] - table[index])
-        return ((index + part) / (len(table) - 1)).to(log_ratio.dtype)
+        return ((index + part + int(self.ends_in_noise)) / (self.steps - 1)).to(log_ratio.dtype)
+
+    def place_in(self, table: Tensor, value: Tensor) -> Tensor:
+        """The index of the last entry of a rising table that is not above the value."""
+        return torch.searchsorted(table, value, right=True) - 1
+
+    def _before_table(self, time: Tensor, ratio: Tensor) -> Tensor:
+        """The time of a ratio alpha / sigma, ``time`` where the table has it."""
+        share = ratio / math.exp(self.log_ratios[-1])
+        return torch.where(share < 1, share / (self.steps - 1), time)
 
     def network_time(self, t: Tensor) -> Tensor:
-        return (1 - t) * (len(self.log_ratios) - 1)
+        return (1 - t) * (self.steps - 1)
 
-    def hold_range(self, kind: str) -> tuple[float, float]:
-        return 0.0, 1.0
+    @property
+    def reach(self) -> tuple[float, float]:
+        return -math.inf if self.ends_in_noise else self.log_ratios[-1], self.log_ratios[0]
 
 
 @dataclass(frozen=True)
@@ -411,9 +480,10 @@ class Preconditioned(Trigonometric):
         t = t.clamp(*self.hold_range("edm"))  # no noise, or nothing else, has no finite logarithm
         return (self.sigma(t) / self.alpha(t)).log() / 4
 
-    def hold_range(self, kind: str) -> tuple[float, float]:
-        ends = self.time_at(-torch.tensor([self.sigma_max, self.sigma_min], dtype=torch.float64).log())
-        return float(ends[0]), float(ends[1])
+    @property
+    def reach(self) -> tuple[float, float]:
+        low, high = (-torch.tensor([self.sigma_max, self.sigma_min], dtype=torch.float64).log()).tolist()
+        return low, high
 
 
 @dataclass(frozen=True)

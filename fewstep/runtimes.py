@@ -146,17 +146,13 @@ class Bare(nn.Module):
 class Counted(Tabulated):
     """A tabulated path whose place in the table is counted: no other runtime has torch's binary search."""
 
-    def time_at(self, log_ratio: Tensor) -> Tensor:
-        table = self._rising.to(log_ratio.device)
-        value = log_ratio.double().clamp(table[0], table[-1])
-        index = ((value[..., None] >= table).sum(-1) - 1).clamp(0, len(table) - 2)
-        part = (value - table[index]) / (table[index + 1] - table[index])
-        return ((index + part) / (len(table) - 1)).to(log_ratio.dtype)
+    def place_in(self, table: Tensor, value: Tensor) -> Tensor:
+        return (value[..., None] >= table).sum(-1) - 1
 
 
 def traceable(path: Trajectory, kind: str) -> Trajectory:
     """The same path, of operations that every runtime has, and with numbers where a trace would look into tensors."""
-    made = Counted(path.log_ratios) if type(path) is Tabulated else copy(path)
+    made = Counted(path.log_ratios, path.ends_in_noise) if type(path) is Tabulated else copy(path)
     ends = path.hold_range(kind)
     object.__setattr__(made, "hold_range", lambda _: ends)
     return made

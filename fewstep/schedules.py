@@ -4,9 +4,8 @@ The scheduler's own tables and config are read, never its sampler: shifts, spaci
 sampling, not what the network means at a time.
 """
 
+import inspect
 from typing import Any
-
-from torch import Tensor
 
 from fewstep.errors import unknown
 from fewstep.paths import Forward, Path, Preconditioned, Reversed, Tabulated
@@ -15,6 +14,7 @@ from fewstep.paths import Forward, Path, Preconditioned, Reversed, Tabulated
 PREDICTION_TYPES = {"noise": "epsilon", "data": "sample", "v": "v_prediction"}
 _ON_A_TABLE = {name: kind for kind, name in PREDICTION_TYPES.items()}
 _ON_EDM = {"epsilon": "edm", "v_prediction": "v"}
+_ON_THE_LINE = {"flow_prediction": "flow", "epsilon": "noise", "sample": "data"}
 # Zero terminal SNR. Some schedulers write just 2^-24 there for their own divisions; others reach less in earnest.
 _NO_SIGNAL = (0.0, 2**-24)
 
@@ -22,8 +22,9 @@ _NO_SIGNAL = (0.0, 2**-24)
 def schedule_of(scheduler: Any) -> tuple[Path, str]:
     """The path and the prediction kind of the network that a diffusers scheduler belongs to.
 
-    * flow-match schedulers, and those with ``use_flow_sigmas``: the linear path, whose time runs from data to noise,
-      or from noise to data (``invert_sigmas``);
+    * flow-match schedulers: the linear path, whose time runs from data to noise, or from noise to data
+      (``invert_sigmas``);
+    * those with ``use_flow_sigmas``: the same path, where the network predicts what ``prediction_type`` says;
     * EDM schedulers, and Euler with continuous timesteps: the scaling of arXiv 2206.00364;
     * any other with ``alphas_cumprod``: that table.
 
@@ -34,8 +35,15 @@ def schedule_of(scheduler: Any) -> tuple[Path, str]:
     name, config = type(scheduler).__name__, scheduler.config
     prediction = config.get("prediction_type", "epsilon")
     steps = float(config.get("num_train_timesteps", 1000))
-    if "FlowMatch" in name or "FlowMap" in name or config.get("use_flow_sigmas") or prediction == "flow_prediction":
+    if "FlowMatch" in name or "FlowMap" in name:
         return (Forward(steps), "velocity") if config.get("invert_sigmas") else (Reversed(steps), "flow")
+    if _has_flow_sigmas(scheduler) or prediction == "flow_prediction":
+        if prediction == "v_prediction":
+            raise ValueError(
+                f"{name} with use_flow_sigmas and prediction_type: v_prediction contradicts itself: v is of schedules "
+                "with alpha^2 + sigma^2 = 1. Say what the network predicts: flow_prediction, epsilon or sample"
+            )
+        return Reversed(steps), _kind(prediction, _ON_THE_LINE)
     if name.startswith("EDM"):
         native = Preconditioned(config.sigma_data, config.sigma_min, config.sigma_max)
         return native, _kind(prediction, _ON_EDM)
@@ -51,27 +59,28 @@ def schedule_of(scheduler: Any) -> tuple[Path, str]:
             raise ValueError(f"{name} with continuous timesteps is known with v_prediction alone, not {prediction}")
         noise = ((1 - table) / table).sqrt()
         return Preconditioned(1.0, config.sigma_min or float(noise[0]), config.sigma_max or float(noise[-1])), kind
-    table = _with_signal(table, kind, name)
+    if float(table[-1]) in _NO_SIGNAL:
+        if kind == "noise":
+            raise ValueError(
+                f"the last of the {len(table)} steps of this {name} has no signal (zero terminal SNR), where a noise "
+                "prediction says nothing: leave it out, NetworkField(network, "
+                "Tabulated.from_alphas_cumprod(scheduler.alphas_cumprod[:-1]), 'noise')"
+            )
+        table = table.clone()
+        table[-1] = 0
     try:
         return Tabulated.from_alphas_cumprod(table), kind
     except ValueError as error:
         raise ValueError(f"the schedule of this {name} cannot be: {error}") from None
 
 
+def _has_flow_sigmas(scheduler: Any) -> bool:
+    """Whether it goes by flow sigmas: configs keep keys of other classes, of which a class makes nothing."""
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return "use_flow_sigmas" in known and bool(scheduler.config.use_flow_sigmas)
+
+
 def _kind(prediction: str, known: dict[str, str]) -> str:
     if prediction not in known:
         raise unknown("prediction type", str(prediction), known)
     return known[prediction]
-
-
-def _with_signal(table: Tensor, kind: str, name: str) -> Tensor:
-    """The table without a last step that has no signal: the prediction of the one before it is held there."""
-    if float(table[-1]) not in _NO_SIGNAL:
-        return table
-    if kind == "noise":
-        raise ValueError(
-            f"the last of the {len(table)} steps of this {name} has no signal (zero terminal SNR), where a noise "
-            "prediction says nothing: leave it out, NetworkField(network, "
-            "Tabulated.from_alphas_cumprod(scheduler.alphas_cumprod[:-1]), 'noise')"
-        )
-    return table[:-1]

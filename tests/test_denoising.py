@@ -69,6 +69,53 @@ def test_a_continuous_schedule_is_asked_where_it_was_trained() -> None:
     assert 10 < float(noise.max()) < 20.01
 
 
+@pytest.mark.parametrize("deviation", [0.25, 0.5, 2.0])
+@pytest.mark.parametrize("kind", ["v", "edm", "noise", "data"])
+def test_the_minimiser_of_the_loss_is_the_flow_of_the_data(kind: str, deviation: float) -> None:
+    """Data N(0, d^2) on EDM's path: the expectation of the target given the state, which is linear in it, read as a
+    velocity, is that of the Gaussian; with the target of d = 1 it samples data of another deviation."""
+    native = Preconditioned(deviation, 0.01, 50.0)
+    exact = GaussianField(torch.zeros(1, dtype=F64), torch.full((1, 1), deviation**2, dtype=F64))
+
+    class Probe(Seen):
+        def forward(self, x: Tensor, k: Tensor, **cond: Tensor) -> Tensor:
+            super().forward(x, k)
+            return torch.zeros_like(x, requires_grad=True)
+
+    rows, n = 64, torch.ones(64, 1, dtype=F64)
+    targets = []
+    for noise, data in ((n, 0 * n), (0 * n, n)):  # the target's share of either, by the gradient of the loss at 0
+        network = Probe()
+        field = NetworkField(network, native, kind, path=Linear())
+        answer = []
+        network.register_forward_hook(lambda _, __, out, keep=answer: keep.append(out))
+        loss = Denoising()(field, Batch(data, {}, noise), generator=generator(5)).total
+        targets.append(-torch.autograd.grad(loss, answer[0])[0] * rows / 2)
+    times = Denoising()(field, Batch(n, {}, n), generator=generator(5)).times["denoising"][:, 0]
+    a, s = native.alpha(times)[:, None], native.sigma(times)[:, None]
+    of_noise, of_data = targets
+    slope = (of_noise * s + of_data * a * deviation**2) / (a**2 * deviation**2 + s**2)
+    x = torch.linspace(-2, 2, rows, dtype=F64)[:, None]
+    found = native.to_velocity(slope * x, x, times, kind)
+    torch.testing.assert_close(found, exact.on(native)(x, times), atol=1e-11, rtol=1e-11)
+
+
+def test_the_last_step_without_signal_is_trained_and_asked() -> None:
+    """Zero terminal SNR: pure noise comes in at the last step, and the target there is -data."""
+    scheduler = DDPMScheduler(50, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    network = Seen()
+    field = DiffusionField(network, scheduler)
+    data, noise = torch.full((4000, 1), 0.7, dtype=F64), torch.randn(4000, 1, dtype=F64)
+    Denoising()(field, Batch(data, {}, noise), generator=generator(0))
+    k = network.k.round().long()
+    assert torch.bincount(k, minlength=50).min() > 40
+    assert torch.equal(network.x[k == 49], noise[k == 49])
+    target = field.native.prediction(noise, data, torch.zeros(4000, dtype=F64), "v")
+    torch.testing.assert_close(target, -data, atol=0, rtol=0)
+    field(noise, 0.0)
+    assert network.k.unique().tolist() == [49]
+
+
 def test_what_it_trains_is_the_flow_of_the_data() -> None:
     """From scratch, as a diffusion model, and read as a flow."""
     torch.manual_seed(0)

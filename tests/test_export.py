@@ -17,6 +17,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
     PNDMScheduler,
+    UniPCMultistepScheduler,
     VQModel,
 )
 from family_toys import made, tiny_vae
@@ -638,6 +639,9 @@ OTHERS = {
     "edm": EDMEulerScheduler(),
     "edm v": EDMEulerScheduler(prediction_type="v_prediction", sigma_data=1.0, sigma_max=70.0),
     "forward": FlowMatchEulerDiscreteScheduler(num_train_timesteps=500, invert_sigmas=True),
+    "noise on the line": UniPCMultistepScheduler(500, use_flow_sigmas=True),
+    "data on the line": UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="sample"),
+    "no signal": DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
 }
 
 

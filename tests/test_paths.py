@@ -147,6 +147,36 @@ def test_float32_times_in_a_table_lose_nothing():
         torch.testing.assert_close(value(t), value(t.double()).float(), rtol=3e-7, atol=0)
 
 
+@few
+@given(ratios=st.lists(st.floats(0.01, 3.0), min_size=2, max_size=8), top=st.floats(-4, 9))
+def test_a_table_that_ends_in_noise(ratios, top):
+    """Alpha is 0 at t = 0, and the last step with a signal is at 1 / (K - 1); rates and times are of one path."""
+    table = Tabulated(tuple(top - sum(ratios[:k]) for k in range(len(ratios))), ends_in_noise=True)
+    inside = Tabulated(table.log_ratios)
+    last = len(ratios)
+    nodes = torch.arange(1, last + 1, dtype=F64) / last
+    close(table.alpha(nodes), inside.alpha(torch.linspace(0, 1, last, dtype=F64)), 1e-11)
+    close(table.network_time(torch.tensor([0.0, 1.0], dtype=F64)), torch.tensor([last, 0.0], dtype=F64))
+    assert [float(c) for c in (table.alpha(torch.zeros(1)), table.sigma(torch.zeros(1)))] == [0, 1]
+    t = torch.linspace(0, 1, 173, dtype=F64)[:-1] + 1e-4
+    one = torch.ones_like(t)
+    for value, rate in ((table.alpha, table.alpha_dot), (table.sigma, table.sigma_dot)):
+        close(torch.func.jvp(value, (t,), (one,))[1], rate(t), 1e-10)
+    close(table.time_of(table.alpha(t), table.sigma(t)), t, 1e-9)
+    close(table.time_at(table.alpha(t).log() - table.sigma(t).log()), t, 1e-9)
+    assert table.hold_range("v")[0] == 0
+    assert float(table.alpha(torch.tensor(table.hold_range("noise")[0], dtype=F64))) == pytest.approx(1e-3, rel=1e-5)
+    assert Tabulated.from_alphas_cumprod(torch.tensor([0.9, 0.5, 0.0])).ends_in_noise
+
+
+@pytest.mark.parametrize("path", [*PATHS, Tabulated((9.0, 0.0, -10.0)), Preconditioned(0.5, 1e-5, 1e5), Reversed()])
+@pytest.mark.parametrize("kind", ["noise", "score", "data"])
+def test_no_error_of_a_network_counts_more_than_a_thousandfold(path, kind):
+    """Of noise where there is hardly data and of data where there is hardly noise, whatever the schedule reaches."""
+    t = torch.cat([torch.linspace(0, 1, 4001, dtype=F64), 2.0 ** -torch.arange(12.0, 40.0, dtype=F64)])
+    assert float(scaling(path, kind, Linear(), t).out.abs().max()) < 1002
+
+
 # Times
 
 

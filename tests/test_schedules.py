@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fewstep.agreement import compare_samplers
 from fewstep.exact import GaussianField, MixtureField
 from fewstep.fields import DiffusionField
 from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
@@ -42,8 +43,10 @@ class Oracle(nn.Module):
         self.log_snr, self.prediction = (power / (1 - power)).log(), prediction
 
     def forward(self, x: Tensor, k: Tensor) -> Tensor:
-        low = k.floor().long().clamp(0, len(self.log_snr) - 2)
+        low, last = k.floor().long().clamp(0, len(self.log_snr) - 2), len(self.log_snr) - 1
         log_snr = torch.lerp(self.log_snr[low], self.log_snr[low + 1], k - low)
+        # Behind the last there may be a step without signal; before that the ratio itself is linear.
+        log_snr = torch.where(k > last, self.log_snr[-1] + 2 * (last + 1 - k).log(), log_snr)
         alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
         data, noise = posterior(x, alpha, sigma)
         v = alpha[:, None] * noise - sigma[:, None] * data
@@ -83,6 +86,8 @@ def test_any_schedule_is_exact_at_its_steps_and_finite_everywhere(scheduler: Any
     field = DiffusionField(Oracle(power, scheduler.config.prediction_type), scheduler)
     alpha, sigma = power.sqrt(), (1 - power).sqrt()
     nodes = alpha / (alpha + sigma)
+    if field.prediction == "noise":  # held where there is hardly data
+        nodes = nodes[nodes > 1 / 1001]
     assert error(field, nodes).max() < 1e-6
     assert error(field, (nodes[1:] + nodes[:-1]) / 2).max() < 1e-6
     everywhere = torch.cat([torch.tensor([0.0, 1e-15, 1e-9, 1 - 1e-9, 1.0], dtype=F64), torch.linspace(0, 1, 101)])
@@ -123,7 +128,8 @@ def test_zero_terminal_snr_however_a_family_writes_it(name: str) -> None:
     scheduler = getattr(diffusers, name)(rescale_betas_zero_snr=True, prediction_type="v_prediction", **BETAS)
     native, _ = schedule_of(scheduler)
     assert isinstance(native, Tabulated)
-    assert len(native.log_ratios) == 999
+    assert (len(native.log_ratios), native.steps, native.ends_in_noise) == (999, 1000, True)
+    assert float(native.alpha(torch.zeros(1))) == 0
     scheduler.register_to_config(prediction_type="epsilon")
     with pytest.raises(ValueError, match="zero terminal SNR"):
         schedule_of(scheduler)
@@ -222,6 +228,59 @@ def test_flow_match_schedulers() -> None:
     for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
         flow = getattr(diffusers, name)(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
         assert schedule_of(flow) == (Reversed(1000.0), "flow")
+
+
+class OnTheLine(nn.Module):
+    """The perfect network of the mixture on the linear path, told 1000 (1 - t)."""
+
+    def __init__(self, prediction: str) -> None:
+        super().__init__()
+        self.prediction = prediction
+
+    def forward(self, x: Tensor, k: Tensor) -> Tensor:
+        sigma = (k / 1000).to(x)
+        data, noise = posterior(x, 1 - sigma, sigma)
+        return {"epsilon": noise, "sample": data, "flow_prediction": noise - data}[self.prediction]
+
+
+FLOW_SIGMAS = ("DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep", "SASolver")
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "flow_prediction"])
+@pytest.mark.parametrize("name", FLOW_SIGMAS)
+def test_flow_sigmas_leave_the_prediction_what_it_is(name: str, prediction: str) -> None:
+    """The field is the mixture's, and the original's own reading of the same network draws the same from it."""
+    scheduler = getattr(diffusers, f"{name}Scheduler")(use_flow_sigmas=True, prediction_type=prediction, flow_shift=3.0)
+    kind = {"epsilon": "noise", "sample": "data", "flow_prediction": "flow"}[prediction]
+    assert schedule_of(scheduler) == (Reversed(1000), kind)
+    field = DiffusionField(OnTheLine(prediction), scheduler)
+    low, high = field.native.hold_range(kind)
+    t = torch.linspace(low, min(high, 0.9999), 65, dtype=F64)
+    assert error(field, t).max() < 1e-9
+    noise = torch.randn(64, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    agreement, original, flow = compare_samplers(field, noise, (8, 64), {})
+    assert agreement.on_same_steps < 1e-4
+    assert (original - flow).abs().max() < 0.2
+    if name != "SASolver":  # which draws at random; the others, as they are, land where the mixture's flow does
+        scheduler.set_timesteps(100)
+        x = noise
+        for k, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+            x = scheduler.step(OnTheLine(prediction)(x, (1000 * sigma).expand(64)), k, x).prev_sample
+        assert (x - MIXTURE.flow(noise, float(1 - scheduler.sigmas[0]), 1.0)).abs().max() < 0.05
+    for kind in {"noise", "data", "flow"} - {field.prediction}:  # read as anything else it is found out
+        wrong = DiffusionField(OnTheLine(prediction), scheduler)
+        wrong.prediction = kind
+        assert not compare_samplers(wrong, noise, (8, 64), {})[0].is_good
+
+
+def test_flow_sigmas_that_contradict_the_prediction_or_that_a_class_knows_nothing_of() -> None:
+    flow: Any = {"use_flow_sigmas": True, "prediction_type": "v_prediction"}
+    with pytest.raises(ValueError, match="UniPCMultistepScheduler with use_flow_sigmas and prediction_type: v_predic"):
+        schedule_of(diffusers.UniPCMultistepScheduler(**flow))
+    made = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="epsilon")
+    other = diffusers.DDIMScheduler.from_config(made.config)
+    assert other.config.use_flow_sigmas
+    assert isinstance(schedule_of(other)[0], Tabulated)  # which is how it samples
 
 
 def test_inverted_sigmas_run_from_noise_to_data() -> None:

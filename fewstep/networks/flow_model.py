@@ -24,6 +24,8 @@ from diffusers import (
 )
 from torch import Tensor
 
+from .held import held_ratios
+
 
 def flow_scaling(sigma: Tensor, diffusion: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """How the network's output F becomes a flow at noise levels sigma (B,), float64: (c, k, p, q), (B,) each, in
@@ -38,20 +40,16 @@ def flow_scaling(sigma: Tensor, diffusion: dict[str, Any]) -> tuple[Tensor, Tens
     """
     a, s = 1 - sigma, sigma
     ratio = a.log() - s.log()
-    table = torch.tensor(_log_ratios(diffusion), dtype=sigma.dtype, device=sigma.device).flip(0)  # rising
-    low, high = ratio <= table[0], ratio >= table[-1]
-    held = ratio.clamp(table[0], table[-1])
-    deviation = diffusion.get("sigma_data")
-    if deviation is None:
-        deviation = 1.0
-        before = (torch.searchsorted(table, held, right=True) - 1).clamp(0, len(table) - 2)
-        part = (held - table[before]) / (table[before + 1] - table[before])
-        step = len(table) - 1 - (before + part)
-    else:
-        step = -held / 4
-    # The network was trained on ``(alpha / deviation) data + beta noise`` with alpha^2 + beta^2 = 1.
+    least, most = held_ratios(diffusion)
+    low, high = ratio <= least, ratio >= most
+    held = ratio.clamp(least, most)
+    step, deviation = _step(held, diffusion), diffusion.get("sigma_data", 1.0)
+    # The network was trained on ``(alpha / deviation) data + beta noise`` with alpha^2 + beta^2 = 1, up to a scale.
     odds = 2 * (held + torch.full_like(held, deviation).log())
     alpha, beta = torch.sigmoid(odds).sqrt(), torch.sigmoid(-odds).sqrt()
+    if "timesteps" in diffusion:  # on the straight path: that scale is its own
+        power = alpha + beta
+        alpha, beta = alpha / power, beta / power
     into = torch.hypot(alpha / deviation, beta) / torch.hypot(a, s)
 
     # data = data_x x + data_f F and noise = noise_x x + noise_f F, for the network's prediction F
@@ -70,11 +68,18 @@ def flow_scaling(sigma: Tensor, diffusion: dict[str, Any]) -> tuple[Tensor, Tens
     return into, step, noise_x - data_x, noise_f - data_f
 
 
-def _log_ratios(diffusion: dict[str, Any]) -> list[float]:
-    """log(data / noise) of the schedule's steps, falling; of EDM, those of its ends."""
-    if "log_ratios" in diffusion:
-        return diffusion["log_ratios"]
-    return (-torch.tensor([diffusion["sigma_min"], diffusion["sigma_max"]], dtype=torch.float64).log()).tolist()
+def _step(ratio: Tensor, diffusion: dict[str, Any]) -> Tensor:
+    """The network's own time where log(data / noise) is this, (B,)."""
+    if "sigma_data" in diffusion:
+        return -ratio / 4
+    if "timesteps" in diffusion:
+        return torch.sigmoid(-ratio) * diffusion["timesteps"]
+    table = torch.tensor(diffusion["log_ratios"], dtype=ratio.dtype, device=ratio.device).flip(0)  # rising
+    inside = ratio.clamp(min=float(table[0]))
+    before = (torch.searchsorted(table, inside, right=True) - 1).clamp(0, len(table) - 2)
+    part = (inside - table[before]) / (table[before + 1] - table[before])
+    # Between the last step with a signal and that of noise alone the ratio itself is linear.
+    return torch.where(ratio < table[0], len(table) - (ratio - table[0]).exp(), len(table) - 1 - (before + part))
 
 
 class FromDiffusion:
@@ -85,8 +90,9 @@ class FromDiffusion:
 
     Attributes:
         diffusion: what the network was trained as: ``prediction_type`` (epsilon, sample, v_prediction), and
-            ``log_ratios``, log(alpha / sigma) of every step of a variance-preserving schedule, falling; or EDM's
-            ``sigma_data``, ``sigma_min`` and ``sigma_max`` (arXiv 2206.00364).
+            ``log_ratios``, log(alpha / sigma) of every step of a variance-preserving schedule, falling, and
+            ``ends_in_noise`` where one more, of noise alone, stands behind them; or EDM's ``sigma_data``, ``sigma_min``
+            and ``sigma_max`` (arXiv 2206.00364); or ``timesteps``, that of pure noise on the straight path.
         flow_timesteps: the timestep of pure noise, as the flow-match scheduler has it.
     """
 

@@ -56,9 +56,10 @@ class FlowMapPipeline(DiffusionPipeline):
         text_encoder, tokenizer, ...: those of a model of text, or None.
         diffusion: for a map distilled from another model, what the network still speaks. Of a diffusion model
             ``{"prediction_type": "epsilon", "sample" or "v_prediction", "log_ratios": [...]}``, the latter
-            log(alpha / sigma) of every step of the schedule, falling; of EDM (arXiv 2206.00364) with ``sigma_data``,
-            ``sigma_min`` and ``sigma_max`` in their place. ``{"prediction_type": "velocity"}`` is image - noise, by a
-            network whose timesteps run from noise to image.
+            log(alpha / sigma) of every step of the schedule, falling, and ``ends_in_noise`` where one more, of noise
+            alone, stands behind them; of EDM (arXiv 2206.00364) with ``sigma_data``, ``sigma_min`` and ``sigma_max`` in
+            their place; on the straight path with ``timesteps``, that of pure noise.
+            ``{"prediction_type": "velocity"}`` is image - noise, by a network whose timesteps run from noise to image.
         gamma: the default of a call: 1 for a map that only knows the way to the image (a consistency model).
         guidance: the default of a call's ``guidance_scale``, None for 1.
         shape: of one state, (C, H, W); its sizes are the default of a call's. Of the network's config, if not given.
@@ -106,8 +107,8 @@ class FlowMapPipeline(DiffusionPipeline):
         self.register_to_config(**config, shape=shape, needs=needs, id2label=id2label, text=text, factor=factor)
         self._diffusion = diffusion or {}
         # The timestep of pure noise.
-        has_table = "log_ratios" in self._diffusion
-        self._last = len(self._diffusion["log_ratios"]) - 1 if has_table else scheduler.config["num_train_timesteps"]
+        steps = len(self._diffusion.get("log_ratios", [])) + bool(self._diffusion.get("ends_in_noise"))
+        self._last = steps - 1 if steps else scheduler.config["num_train_timesteps"]
         # The state's channels; behind them an image goes in where more do, and a variance may come out.
         takes, gives = self.network.config["in_channels"], self.network.config["out_channels"]
         self._channels = shape[0] if shape else min(takes, gives or takes)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..networks.held import held_ratios
+
 
 def second_timestep(diffusion: dict[str, Any], time: Tensor, last: float, alike: bool = False) -> float:
     """Where the map is to end, at time t (0 noise, 1 image), as the network is told it.
@@ -44,10 +46,13 @@ def coefficients(diffusion: dict[str, Any], time: Tensor, last: float) -> tuple[
     if kind == "velocity":
         return 1.0, float(time * last), 0.0, 1.0
     s, deviation = float(time), deviation or 1.0
-    table, ratio, held, timestep = _place(diffusion, s)
-    # The network was trained on ``(alpha / deviation) image + sigma noise`` with alpha^2 + sigma^2 = 1.
+    (low, high), ratio, held, timestep = _place(diffusion, s)
+    # The network was trained on ``(alpha / deviation) image + sigma noise`` with alpha^2 + sigma^2 = 1, up to a scale.
     odds = held + math.log(deviation)
-    alpha, sigma = 1 / math.sqrt(1 + math.exp(-2 * odds)), 1 / math.sqrt(1 + math.exp(2 * odds))
+    alpha, sigma = 1 / math.sqrt(1 + _exp(-2 * odds)), 1 / math.sqrt(1 + _exp(2 * odds))
+    if "timesteps" in diffusion:  # on the straight path: that scale is its own
+        power = alpha + sigma
+        alpha, sigma = alpha / power, sigma / power
     scale = math.hypot(alpha / deviation, sigma) / math.hypot(s, 1 - s)
 
     # image = image_x x + image_f F and noise = noise_x x + noise_f F, for the network's prediction F
@@ -61,22 +66,30 @@ def coefficients(diffusion: dict[str, Any], time: Tensor, last: float) -> tuple[
         noise_x, noise_f = sigma * scale, v * alpha
     # Beyond an end of the schedule the network is asked at its last step, and of its two estimates the one that
     # means something there is kept: the image towards noise, the noise towards the image.
-    if ratio <= table[-1]:
+    if ratio <= low:
         noise_x, noise_f = (1 - s * image_x) / (1 - s), -s * image_f / (1 - s)
-    elif ratio >= table[0]:
+    elif ratio >= high:
         image_x, image_f = (1 - (1 - s) * noise_x) / s, -(1 - s) * noise_f / s
     return scale, timestep, image_x - noise_x, image_f - noise_f
 
 
-def _place(diffusion: dict[str, Any], time: float) -> tuple[list[float], float, float, float]:
-    """Where a time is on a schedule: log(alpha / sigma) along it, falling, that at the time, the nearest to that which
-    the schedule has, and the timestep there."""
+def _place(diffusion: dict[str, Any], time: float) -> tuple[tuple[float, float], float, float, float]:
+    """Where a time is on a schedule: between which log(alpha / sigma) the network is asked, that at the time, the
+    nearest to it of those, and the timestep there."""
     ratio = math.inf if time == 1 else math.log(time / (1 - time)) if time > 0 else -math.inf
-    if diffusion.get("sigma_data") is None:
-        table = diffusion["log_ratios"]
-        held = min(max(ratio, table[-1]), table[0])
-        after = min(max(bisect_left(table, -held, key=lambda entry: -entry), 1), len(table) - 1)
-        return table, ratio, held, after - (held - table[after]) / (table[after - 1] - table[after])
-    table = [-math.log(diffusion[end]) for end in ("sigma_min", "sigma_max")]
-    held = min(max(ratio, table[-1]), table[0])
-    return table, ratio, held, -held / 4
+    low, high = held_ratios(diffusion)
+    held = min(max(ratio, low), high)
+    if "sigma_data" in diffusion:
+        return (low, high), ratio, held, -held / 4
+    if "timesteps" in diffusion:
+        return (low, high), ratio, held, diffusion["timesteps"] / (1 + _exp(held))
+    table = diffusion["log_ratios"]
+    if held < table[-1]:  # between that step and one of noise alone the ratio itself is linear
+        return (low, high), ratio, held, len(table) - math.exp(held - table[-1])
+    after = min(max(bisect_left(table, -held, key=lambda entry: -entry), 1), len(table) - 1)
+    return (low, high), ratio, held, after - (held - table[after]) / (table[after - 1] - table[after])
+
+
+def _exp(x: float) -> float:
+    """exp, of infinity too."""
+    return math.inf if x > 700 else math.exp(x)

@@ -11,6 +11,8 @@ The names below are imported when they are first used, so that ``fewstep --help`
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fewstep.threads import wait_asleep
+
 if TYPE_CHECKING:
     from fewstep.citing import cite
     from fewstep.comparing import compare_methods
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
     from fewstep.training.fit import fit
 
 __version__ = "0.1.0"
+
+wait_asleep()
 
 # Where each public name lives.
 _HOMES = {

@@ -4,6 +4,9 @@ where fewstep is not."""
 import os
 from collections.abc import Callable, Iterator
 
+# Before torch is imported, and for the processes that tests start: one thread, as bits and times of tests hang on it.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
 import pytest
 import torch
 from elsewhere import elsewhere  # noqa: F401

@@ -40,6 +40,10 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def from_main(self, value: int) -> int:
+        """The value that the main process has, in every process."""
+        return int(self.sum([float(value) if self.is_main else 0.0])[0])
+
     def check_same(self, step: int, out: object) -> None:
         """Raise if the processes would go on from different steps."""
         if self.sum([float(step)])[0] != step * self.size:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep import threads
 from fewstep.data.batch import Data
 from fewstep.errors import unknown
 from fewstep.objectives.base import Objective
@@ -31,6 +32,7 @@ from fewstep.training.step import (
     check_scale,
     checkpoints_followed,
     parallel,
+    rehearsal,
     seed_dropout,
     syncing,
     update,
@@ -163,7 +165,8 @@ def fit(
         student.to(device).train()
         objective.adopt(student)
         objective.to(device)
-        model = parallel(Step(student, objective), world)  # before the copies: it makes all processes start alike
+        step = Step(student, objective)
+        model = parallel(step, world)  # before the copies: it makes all processes start alike
         run = Run(
             student,
             objective,
@@ -179,6 +182,10 @@ def fit(
             run.restore(checkpoints.load(found))
         world.check_same(run.step, out)
         run.progress = _progress(run, steps, max_seconds)
+        if device.type == "cpu":
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            run.threads = world.from_main(_threads(run, step, batches, half))
+            torch.set_num_threads(run.threads)
         if compile:
             _compile(student, run.target)
         saved, started = run.step, time.perf_counter() - run.seconds
@@ -229,6 +236,25 @@ def fit(
         losses = run.losses or run.meter.means(world)
         book.end(run, stopped)
     return Result(student, run.ema, run.step, run.seconds, run.step / run.seconds, losses, out, stopped)
+
+
+def _threads(run: Run, model: Step, batches: Batches, half: torch.dtype | None) -> int:
+    """How many the training takes: as the user says, as it had them before, or as it was measured on its own step."""
+    if threads.is_settled() or run.progress >= 1.0:
+        return torch.get_num_threads()
+    if run.threads is not None:
+        return run.threads
+    model = rehearsal(model)
+
+    def work() -> None:
+        rows, noise = batches.micro(run.step, 0)
+        with checkpoints_followed(model.objective):
+            with torch.autocast("cpu", half, enabled=half is not None, cache_enabled=False):
+                loss, _, _ = model(rows, noise, run.target, run.progress, run.step)
+            loss.backward()
+        model.zero_grad()
+
+    return threads.fastest(work)
 
 
 def _save(run: Run, book: Logbook, world: World, keep: int) -> int:

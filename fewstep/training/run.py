@@ -31,6 +31,7 @@ class Run:
     meter: Meter = field(default_factory=Meter)
     step: int = 0
     seconds: float = 0.0
+    threads: int | None = None  # of the CPU, which the bits of sums may depend on
     progress: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +75,7 @@ class Run:
             "sums": self.meter.sums,
             "optimizers": {player: _options(optimizer) for player, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
+            "threads": self.threads,
             "fingerprint": self.fingerprint,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             **({"frozen": mark(still.values())} if still else {}),
@@ -96,6 +98,7 @@ class Run:
             _unflatten(optimizer, tensors[f"optimizer-{player}"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.losses = checkpoint.step, state["seconds"], state["losses"]
+        self.threads = state.get("threads") or torch.get_num_threads()  # that of a run from before it was kept
         self.meter.sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -45,6 +46,13 @@ class Step(nn.Module):
             ) from error
         terms = {f"loss/{name}": value.detach() for name, value in loss.terms.items()}
         return loss.total, {"loss": loss.total.detach(), **terms}, loss.times
+
+
+def rehearsal(model: Step) -> Step:
+    """A copy of the model, to take steps with that change nothing; what does not train in it is the same tensors."""
+    still = [p for p in (*model.student.parameters(), *model.objective.parameters()) if not p.requires_grad]
+    teachers = [model.objective.teacher] if model.objective.has_teacher else []
+    return deepcopy(model, {id(part): part for part in (*still, *teachers)})
 
 
 def parallel(model: Step, world: World) -> nn.Module:

@@ -182,6 +182,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--teacher-steps", type=int, nargs="+", metavar="N", help="those of the teacher")
     p.add_argument("--count", type=int, metavar="N", help="samples at each (default: the recipe's)")
     p.add_argument("--seed", type=int, metavar="N", help="of the samples (default: the recipe's)")
+    p.add_argument(
+        "--teacher", metavar="MODEL", help="where it is now, or for a run without one (default: the recipe's)"
+    )
+    p.add_argument("--data", metavar="DATA", help="what it is held against (default: the recipe's)")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
 
     p = command("compare", commands.run_compare, "put runs side by side, or train methods and put those side by side")

@@ -228,6 +228,7 @@ class CheckerboardField(BoxesField):
 
     def __init__(self, boxes: Tensor | None = None, path: Path | None = None) -> None:
         super().__init__(checkerboard_boxes() if boxes is None else boxes, path)
+        self.source = "checkerboard" if boxes is None else None
 
 
 def eight_gaussians() -> MixtureField:
@@ -236,7 +237,7 @@ def eight_gaussians() -> MixtureField:
     radius = 8 / math.sqrt(33)
     angle = torch.arange(8) * (math.pi / 4)
     means = radius * torch.stack([angle.cos(), angle.sin()], dim=1)
-    return MixtureField(means, torch.full((8,), radius / 8), torch.ones(8))
+    return _named("eight-gaussians", MixtureField(means, torch.full((8,), radius / 8), torch.ones(8)))
 
 
 def spiral() -> MixtureField:
@@ -246,4 +247,12 @@ def spiral() -> MixtureField:
     means = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
     means, scale = means - means.mean(0), 0.05
     size = (means.square().sum(1).mean() / 2 + scale**2).sqrt()
-    return MixtureField((means / size).float(), torch.full((48,), scale / float(size)), torch.ones(48))
+    return _named(
+        "spiral", MixtureField((means / size).float(), torch.full((48,), scale / float(size)), torch.ones(48))
+    )
+
+
+def _named(name: str, field: MixtureField) -> MixtureField:
+    """The field under the name that a recipe gives it."""
+    field.source = name
+    return field

@@ -3,16 +3,16 @@
 The module is not called ``export``, as importing it would then hide the function of that name in ``fewstep``.
 """
 
-import dataclasses
 import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fewstep
+from fewstep.described import NETWORKS, describe
 from fewstep.drawing import image_channels
 from fewstep.fields import DiffusionField, NetworkField, VelocityField
-from fewstep.loading import NETWORKS, load
+from fewstep.loading import load
 from fewstep.lora import has_lora, merge_lora, save_adapter
 from fewstep.maps import FlowMap
 from fewstep.model_card import card
@@ -270,21 +270,9 @@ def _write_plain(model: FlowMap | NetworkField, folder: Path) -> None:
     """Weights and a configuration, for fewstep alone."""
     from safetensors.torch import save_file
 
-    network: Any = model.network
-    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in model.network.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(
-        folder / "config.json",
-        {
-            "_class_name": "FlowMap" if isinstance(model, FlowMap) else "NetworkField",
-            "_fewstep_version": fewstep.__version__,
-            "network": {"name": type(network).__name__, "options": network.config},
-            "native": _describe(model.native),
-            "prediction": model.prediction,
-            "path": _describe(model.path),
-            **({"gamma": model.gamma, "guidance": model.guidance} if isinstance(model, FlowMap) else {}),
-        },
-    )
+    write_json(folder / "config.json", {"_fewstep_version": fewstep.__version__, **describe(model)})
 
 
 def _unet(model: FlowMap | NetworkField) -> Any:
@@ -295,7 +283,3 @@ def _unet(model: FlowMap | NetworkField) -> Any:
 def _timesteps(native: Trajectory) -> int:
     """How many timesteps of diffusers there are from data to noise."""
     return round(native.scale) if isinstance(native, Reversed | Forward) else 1000
-
-
-def _describe(path: Trajectory) -> dict[str, Any]:
-    return {"name": type(path).__name__, "options": dataclasses.asdict(path)}

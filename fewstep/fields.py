@@ -29,9 +29,11 @@ class VelocityField(nn.Module):
         class_names: what its classes are called, in their order, where that is known.
         moments: mean and standard deviation of the data that it was trained on, where these were brought to 0 and 1
             (``data.normalize``): ``std * x + mean`` are its samples in the units of the data.
+        source: what ``fewstep.load`` read it from, or the name of an exact field; None for one without a name.
     """
 
     path: Path
+    source: str | None = None
     latents: "Latents | None" = None
     text: "Prompts | None" = None
     class_names: tuple[str, ...] = ()
@@ -110,7 +112,7 @@ class NetworkField(VelocityField):
     def on(self, path: Path) -> "NetworkField":
         moved = NetworkField(self.network, self.native, self.prediction, path=path)
         moved.latents, moved.text, moved.class_names = self.latents, self.text, self.class_names
-        moved.moments = self.moments
+        moved.moments, moved.source = self.moments, self.source
         return moved
 
     def extra_repr(self) -> str:

@@ -4,9 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from fewstep.converted import is_converted, load_converted
+from fewstep.described import made_again
 from fewstep.diffusers_folder import HUB_FILES, load_field, look_into
 from fewstep.disk import put_right
 from fewstep.errors import unknown
@@ -14,20 +13,15 @@ from fewstep.fields import NetworkField, VelocityField
 from fewstep.latents import Latents
 from fewstep.maps import FlowMap
 from fewstep.model_files import check_file, check_weights, class_names_in, read_json
-from fewstep.networks import FAMILIES, MLP
+from fewstep.networks import FAMILIES
 from fewstep.networks.students import STUDENTS
-from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving
+from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
 from fewstep.paths import Path as Trajectory
 from fewstep.prompts import Prompts
 from fewstep.schedules import PREDICTION_TYPES
 from fewstep.writing import check_text, moments_in
 
-# What an export that is no diffusers folder may be made of.
-NETWORKS: dict[str, type[nn.Module]] = {"MLP": MLP}
 _PLAIN_WEIGHTS = "model.safetensors"
-_TRAJECTORIES: dict[str, type[Any]] = {
-    c.__name__: c for c in (Forward, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving)
-}
 
 
 def load(source: str | Path, *, device: str = "cpu", trust: bool = False) -> VelocityField | FlowMap:
@@ -71,6 +65,7 @@ def load(source: str | Path, *, device: str = "cpu", trust: bool = False) -> Vel
     else:
         model = load_field(folder)
     model.moments = moments_in(folder) or model.moments
+    model.source = str(folder.resolve()) if Path(source).expanduser().is_dir() else str(source)
     return model.to(device).eval()
 
 
@@ -194,20 +189,7 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> FlowMap | NetworkField:
     """An export of a network that diffusers does not have."""
     from safetensors.torch import load_file
 
-    name, options = config["network"]["name"], config["network"]["options"]
-    if name not in NETWORKS:
-        raise unknown("network", name, NETWORKS)
-    network = NETWORKS[name](**options)
+    model = made_again(config)
     check_file(folder / _PLAIN_WEIGHTS)
-    network.load_state_dict(load_file(folder / _PLAIN_WEIGHTS))
-    native, path = (_trajectory(config[key]) for key in ("native", "path"))
-    if config["_class_name"] != "FlowMap":
-        return NetworkField(network, native, config["prediction"], path=path)
-    model = FlowMap(network, native, config["prediction"], path=path)
-    model.gamma, model.guidance = config.get("gamma", 0.0), config.get("guidance")
+    model.network.load_state_dict(load_file(folder / _PLAIN_WEIGHTS))
     return model
-
-
-def _trajectory(config: dict[str, Any]) -> Trajectory:
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in config["options"].items()}
-    return _TRAJECTORIES[config["name"]](**options)

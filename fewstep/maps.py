@@ -32,8 +32,8 @@ class FlowMap(nn.Module):
             only knows the way to t = 1 (a consistency model).
         guidance: the strength of guidance that ``fewstep.sample`` tells it if nothing is said, None for none: of a map
             that takes one.
-        latents, text, class_names, moments: as those of a :class:`VelocityField`; a map made by ``from_field`` has its
-            field's.
+        latents, text, class_names, moments, source: as those of a :class:`VelocityField`; a map made by ``from_field``
+            has its field's, all but the source.
     """
 
     gamma: float = 0.0
@@ -42,6 +42,7 @@ class FlowMap(nn.Module):
     text: "Prompts | None" = None
     class_names: tuple[str, ...] = ()
     moments: tuple[float, float] | None = None
+    source: str | None = None
 
     def __init__(
         self, network: nn.Module, native: Path | None = None, prediction: str = "velocity", *, path: Path | None = None

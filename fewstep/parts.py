@@ -29,6 +29,7 @@ from fewstep.maps import FlowMap
 from fewstep.networks import MLP, UNet, gains_second_time
 from fewstep.networks.families import ConditionalUNet
 from fewstep.networks.unet import set_size, with_image
+from fewstep.objectives import OBJECTIVES
 from fewstep.objectives.base import Objective
 from fewstep.options import arguments, find_object
 from fewstep.paths import KINDS, Linear, Reversed, Trigonometric, VariancePreserving
@@ -38,6 +39,7 @@ from fewstep.randomness import generator
 from fewstep.recipe import PATHS, Named, Recipe, Student, Teacher
 from fewstep.teacher_samples import PromptedSamples, TeacherSamples
 from fewstep.training.distributed import environment
+from fewstep.training.leaving import UNNAMED
 from fewstep.trust import is_code
 
 EXACT: dict[str, Callable[[], VelocityField]] = {
@@ -288,8 +290,12 @@ def strength_of(recipe: Recipe) -> float | None:
 def follows_teacher(recipe: Recipe) -> bool:
     """Whether the student is to end where the teacher's trajectories do: it is distilled, or trained on what the
     teacher made. Otherwise the teacher is what it starts from, and fine-tuning leads elsewhere."""
-    made_by_teacher = recipe.data.name == "teacher" or (Path(recipe.data.name).expanduser() / FACTS).is_file()
-    return made_by_teacher or "teacher" in inspect.signature(find_objective(recipe.objective.name)).parameters
+    name = recipe.objective.name
+    if recipe.data.name == "teacher" or (Path(recipe.data.name).expanduser() / FACTS).is_file():
+        return True  # made by the teacher
+    if name not in OBJECTIVES and ":" not in name:  # a method of one's own, from Python
+        return recipe.teacher is not None
+    return "teacher" in inspect.signature(find_objective(name)).parameters
 
 
 def path_of(section: Student) -> Trajectory | None:
@@ -356,6 +362,8 @@ def data_of(section: Named, model: Model | None, quiet: bool = False) -> Data:
         ValueError, FileNotFoundError: as ``fewstep.load_data`` and ``fewstep.encode``.
     """
     name, options = section.name, section.options
+    if name == UNNAMED:
+        raise ValueError("the data of this run were given to fewstep.fit without a name: say --data NAME")
     if model is None or model.latents is None:
         return load_data(name, **options)
     if is_pictures(name, options):

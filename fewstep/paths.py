@@ -19,7 +19,6 @@ edm         ``s x1 - a x0``                -v, on the path of EDM (arXiv 2206.00
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -326,6 +325,9 @@ class Tabulated(Path):
         table = torch.tensor(self.log_ratios, dtype=torch.float64)
         if len(table) < 2 or not table.isfinite().all() or not (table.diff() < 0).all():
             raise ValueError("a tabulated path needs two or more finite log-ratios, each below the one before it")
+        # At once: made at the first call, inside a derivative, it would be that derivative's, and no student with it
+        # could be copied.
+        vars(self)["_rising"] = table.flip(0)
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> "Tabulated":
@@ -345,13 +347,14 @@ class Tabulated(Path):
         """K."""
         return len(self.log_ratios) + self.ends_in_noise
 
-    @cached_property
-    def _rising(self) -> Tensor:
-        return torch.tensor(self.log_ratios[::-1], dtype=torch.float64)
+    @property
+    def _table(self) -> Tensor:
+        """The log-ratios, rising, (K,) in float64."""
+        return vars(self)["_rising"]
 
     def _log_ratio(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """log(alpha / sigma) at t and its derivative, where there is a signal at the step before."""
-        table = self._rising.to(t.device)
+        table = self._table.to(t.device)
         place = t.double() * (self.steps - 1) - int(self.ends_in_noise)
         index = place.floor().long().clamp(0, len(table) - 2)
         rise = table[index + 1] - table[index]
@@ -399,7 +402,7 @@ class Tabulated(Path):
         return self._before_table(time, log_ratio.exp()) if self.ends_in_noise else time
 
     def _time_in_table(self, log_ratio: Tensor) -> Tensor:
-        table = self._rising.to(log_ratio.device)
+        table = self._table.to(log_ratio.device)
         value = log_ratio.double().clamp(table[0], table[-1])
         index = self.place_in(table, value).clamp(0, len(table) - 2)
         part = (value - table[index]) / (table[index + 1] - table[index])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pydantic import ValidationError
 
 from fewstep.config import find_objective, load_recipe
 from fewstep.couplings import uncoupled
@@ -19,6 +20,7 @@ from fewstep.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.judge import judge, prepare
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Objective
+from fewstep.options import in_one_line, read_yaml
 from fewstep.origin import is_run
 from fewstep.parts import (
     data_of,
@@ -40,8 +42,9 @@ from fewstep.recipe import Recipe
 from fewstep.training import checkpoints, distributed, folder
 from fewstep.training.distributed import World
 from fewstep.training.fit import fit
+from fewstep.training.leaving import STUDENT, is_from_python, student_of
 from fewstep.training.run import Result, frozen, put_back
-from fewstep.trust import code_in, remember, trusting
+from fewstep.trust import check_folder, code_in, remember, trusting
 from fewstep.watch import Watch
 
 
@@ -121,6 +124,11 @@ def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
         TrainingError: see ``fewstep.fit``.
     """
     folder.open_run(out, {}, resume=False)  # refuses a folder that is no run
+    if is_from_python(out) and not fresh:
+        raise ValueError(
+            f"the run in {out} was started by fewstep.fit in Python, and the same call goes on with it: use another "
+            "folder (--out), or --fresh to throw that run away"
+        )
     built = build(recipe, out, fresh)
     recipe = built.recipe
     if recipe.evaluation.count:
@@ -154,18 +162,32 @@ def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
     return Finished(result, evaluation)
 
 
-def evaluate_run(path: Path, device: str | None = None, **changes: Any) -> Evaluation | None:
-    """Judge a run at its last checkpoint; ``changes`` are keys of ``evaluation``, and ``seed``."""
+def evaluate_run(
+    path: Path, device: str | None = None, teacher: str | None = None, data: str | None = None, **changes: Any
+) -> Evaluation | None:
+    """Judge a run at its last checkpoint.
+
+    Args:
+        teacher, data: what it is held against, where that has moved, or never had a name.
+        changes: keys of ``evaluation``, and ``seed``.
+    """
     run = open_run(path)
     tree = run.recipe.as_dict()
     tree["seed"] = changes.pop("seed", tree["seed"])
-    recipe = load_recipe({**tree, "evaluation": {**tree["evaluation"], **changes}})
-    teacher = _teacher(recipe)
+    tree["evaluation"] |= changes
+    if teacher is not None:
+        tree["teacher"] = {**(tree["teacher"] or {}), "source": teacher}
+    if data is not None:
+        tree["data"] = {"name": data}
+    recipe = recipe_of(path, tree)
+    field = _teacher(recipe)
+    if data is not None:
+        recipe = settled(recipe, field or run.model)  # pyright: ignore[reportArgumentType]
     place = distributed.choose_device(device, World())
-    data = make_data(run.recipe, teacher, path)  # with the seed that its samples were drawn with
-    teacher = _held_against(recipe, teacher, data)
-    teacher = None if teacher is None else teacher.to(place)
-    return judge(run.model.to(place), recipe, uncoupled(data), teacher, path)
+    # With the seed that its samples were drawn with.
+    rows = make_data(recipe.model_copy(update={"seed": run.recipe.seed}), field, path)
+    field = _held_against(recipe, field, rows)
+    return judge(run.model.to(place), recipe, uncoupled(rows), None if field is None else field.to(place), path)
 
 
 def open_run(path: str | Path, *, trust: bool = False) -> Trained:
@@ -191,12 +213,15 @@ def _opened(path: str | Path) -> Trained:
     found = checkpoints.latest(path / "checkpoints")
     if found is None:
         raise FileNotFoundError(f"the run in {path} has no checkpoint yet: `fewstep train {path}` goes on with it")
-    recipe, saved = load_recipe(path), checkpoints.load(found)
+    recipe, saved = recipe_of(path), checkpoints.load(found)
     shape = tuple(saved.state["fingerprint"]["data_shape"])
     with warnings.catch_warnings():
         # That some weights are new in the student was said when it was made, and they are loaded here.
         warnings.simplefilter("ignore")
-        model = make_student(recipe.student, shape, _teacher(recipe), trains_map(recipe), recipe.seed)
+        if is_from_python(path):
+            model: Model = student_of(path)
+        else:
+            model = make_student(recipe.student, shape, _teacher(recipe), trains_map(recipe), recipe.seed)
     put_back(model, frozen(model), saved, "ema" if "ema" in saved.tensors else "model")
     known = saved.state["fingerprint"]
     model.class_names = tuple(known.get("data_classes") or model.class_names)
@@ -204,10 +229,24 @@ def _opened(path: str | Path) -> Trained:
         model.moments = tuple(moments)
     elif recipe.data.options.get("normalize"):  # a run from before they were kept
         model.moments = getattr(data_of(recipe.data, model), "moments", None)
-    if isinstance(model, FlowMap):
+    if isinstance(model, FlowMap) and not is_from_python(path):
         model.gamma = find_objective(recipe.objective.name).gamma
         model.guidance = strength_of(recipe)
     return Trained(model.eval().requires_grad_(False), recipe, shape, saved.step)
+
+
+def recipe_of(path: Path, tree: dict[str, Any] | None = None) -> Recipe:
+    """The recipe of a run, or ``tree`` in its place. One that Python started says what was known of its parts: none of
+    its names is code, and nothing is looked up."""
+    if not is_from_python(path):
+        return load_recipe(path if tree is None else tree)
+    if tree is None:
+        tree = read_yaml(path / "recipe.yaml")
+        check_folder(path, path / "recipe.yaml", code_in(tree))
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise in_one_line(error, Recipe) from None
 
 
 def load_run(path: str | Path, *, trust: bool = False) -> Model:
@@ -256,7 +295,7 @@ def _begin(out: Path, recipe: Recipe, fresh: bool) -> None:
     if fresh:
         for name in ("samples", "teacher-samples"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("teacher-samples.npz", "quality.json", "quality.png", "report.html"):
+        for name in ("teacher-samples.npz", "quality.json", "quality.png", "report.html", STUDENT):
             (out / name).unlink(missing_ok=True)
     if fresh or not checkpoints.steps_in(out / "checkpoints"):
         _write_recipe(out, recipe)

@@ -59,6 +59,7 @@ def run_evaluate(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.runs import evaluate_run
 
     asked = {"steps": args.steps, "teacher_steps": args.teacher_steps, "count": args.count, "seed": args.seed}
+    asked |= {"teacher": args.teacher, "data": args.data}
     found = evaluate_run(args.run, args.device, **{name: value for name, value in asked.items() if value is not None})
     if found is None:
         raise ValueError(f"{args.run} has nothing to be measured by: images without labels, and no teacher")

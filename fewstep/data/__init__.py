@@ -80,7 +80,10 @@ def load_data(name: str | Path, **options: Any) -> Data:
             raise ValueError(f"data set {name!r} takes no options, got {option!r}")
         if option not in takes:
             raise errors.unknown(f"option of {name}", option, takes)
-    return load(*source, **options)
+    found = load(*source, **options)
+    place = str(Path(name).expanduser().resolve()) if source and Path(name).expanduser().exists() else name
+    vars(found)["source"] = {"name": place, **options}  # as a recipe says it
+    return found
 
 
 def _loader_of(path: Path) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep import threads
+from fewstep import console, threads
 from fewstep.data.batch import Data
 from fewstep.errors import unknown
 from fewstep.objectives.base import Objective
@@ -22,6 +22,7 @@ from fewstep.training import checkpoints, distributed, folder, interrupt, tracke
 from fewstep.training.batches import Batches, default_chunk
 from fewstep.training.distributed import World
 from fewstep.training.ema import Ema
+from fewstep.training.leaving import leave
 from fewstep.training.logbook import Logbook
 from fewstep.training.meter import Meter
 from fewstep.training.run import Callback, Result, Run
@@ -80,7 +81,9 @@ def fit(
     >>> images = sample(result.ema, torch.randn(64, 3, 32, 32), steps=2)
 
     Under torchrun, ``accelerate launch`` or SLURM (with MASTER_ADDR set) the same call trains on all processes, with
-    the rows, noise and losses of one. With ``out`` it checkpoints, and the same call goes on from the last one.
+    the rows, noise and losses of one. With ``out`` it checkpoints, and the same call goes on from the last one; that
+    folder is a run, which ``fewstep.load``, ``sample``, ``evaluate`` and ``export`` take. A line at the start says what
+    they lack, where the student cannot be made anew from it or the data and the teacher have no names.
 
     Args:
         student, objective: see ``fewstep.objectives.base``; both are moved to the device.
@@ -115,8 +118,9 @@ def fit(
             ...         run.log({"rmse": rmse(run.ema)})
 
         track: any of ``tensorboard``, ``trackio``, ``wandb``.
-        fingerprint: the resolved recipe. A folder whose run had another one, or other arguments of ``fit``, is refused;
-            the length of the training and what only shows or places it may differ (``MAY_DIFFER``).
+        fingerprint: the resolved recipe, of a run whose ``recipe.yaml`` was written before. A folder whose run had
+            another one, or other arguments of ``fit``, is refused; the length of the training and what only shows or
+            places it may differ (``MAY_DIFFER``).
         resume: False throws away the run in ``out`` and starts again.
         quiet: no progress bar or lines.
 
@@ -161,6 +165,11 @@ def fit(
         world.barrier()  # all have looked at the folder before the main process changes it
         if out is not None and world.is_main:
             folder.prepare(out, resume)
+            if fingerprint is None:  # no recipe says what the run is made of
+                length = {"steps": steps, "max_seconds": max_seconds}
+                of_run = {name: value for name, value in settings.items() if name != "seed"}
+                for line in leave(out, student, objective, data, {**length, **of_run}, seed):
+                    console.say(f"note: {line}")
 
         student.to(device).train()
         objective.adopt(student)

@@ -682,6 +682,16 @@ def test_the_same_pixels_of_a_map_that_began_elsewhere(name: str, tmp_path: Path
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["stock", "told"])
+def test_a_pipeline_in_every_type_of_numbers(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    student = FlowMap.from_field(tiny_field("v_prediction"), guidance=name == "told")
+    pipe = pipeline(export(student, tmp_path / "map"))
+    exact = pixels(student, 2)
+    found = pipe.to(dtype)(num_inference_steps=2, generator=sample_generators(7, range(3)), output_type="pt").images
+    torch.testing.assert_close(found.float(), exact, atol=1e-5 if dtype == torch.float64 else 0.05, rtol=0)
+
+
 DIFFUSIONS: list[dict[str, Any]] = [
     *({"prediction_type": kind, "log_ratios": list(tiny_field("epsilon").native.log_ratios)}  # pyright: ignore
       for kind in ("epsilon", "sample", "v_prediction")),

@@ -346,6 +346,41 @@ def test_a_student_compiles(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_student_in_every_type_of_numbers(name: str, dtype: torch.dtype) -> None:
+    """Cast before and after the second time is added, each way that it goes in: at s = t its field, to the last bit."""
+    x, cond = rows(name)
+    x, cond = x.to(dtype), {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.items()}
+    t = torch.tensor([0.3, 0.7])
+    for how in SECOND_TIMES:
+        for told in (False, True):
+            if refused(name, how, told):
+                continue
+            field = field_of(name).to(dtype)
+            cast_after = FlowMap.from_field(field_of(name), guidance=told, second_time=how).to(dtype)
+            for student in (FlowMap.from_field(field, guidance=told, second_time=how), cast_after):
+                with torch.no_grad():
+                    assert torch.equal(student.velocity(x, t, **cond), field(x, t, **cond))
+                end = student(x, 0.0, 1.0, **cond)
+                assert end.dtype == dtype
+                assert end.isfinite().all()
+                end.float().square().mean().backward()
+                gradients = [p.grad for p in student.parameters() if p.grad is not None]
+                assert gradients
+                assert all(grad.dtype == dtype for grad in gradients)
+
+
+def test_a_time_that_no_student_can_be_told_is_refused() -> None:
+    for kind, options in (("fourier", {}), ("learned", {"num_train_timesteps": 1000})):
+        field = DiffusionField(
+            FAMILIES["UNet2DModel"](tiny_unet(time_embedding_type=kind, **options)), FlowMatchEulerDiscreteScheduler()
+        )
+        for how in SECOND_TIMES:
+            with pytest.raises(ValueError, match=f"a UNet2DModel with time_embedding_type: {kind} .* positional"):
+                FlowMap.from_field(field, second_time=how)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_student_in_half_precision(name: str) -> None:
     x, cond = rows(name)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fewstep.errors import unknown
 from fewstep.networks.calls import call_unet
 from fewstep.networks.families import SD3, ConditionalUNet, DiT, Flux, PixArt, Wan
+from fewstep.networks.stock_time import takes_any_type
 from fewstep.networks.unet import OfDiffusers, UNet, public_config
 
 # How the second time goes in; ``fewstep.networks.two_times``, which is imported where a model is made, knows the same.
@@ -71,6 +72,11 @@ class TwoTimeUNet(TwoTimeNetwork, UNet):
     ``class_embed_type="timestep"``, and that time goes in as its class label."""
 
     model: Any
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        if self.is_stock:
+            takes_any_type(model)
 
     def predict(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
         if self.is_stock and guidance is None:
@@ -164,6 +170,7 @@ def _student_of(network: Any, guidance: bool, second_time: str, share: bool) -> 
     from fewstep.networks import two_times
 
     teacher = network.model
+    _check_time(teacher)
     config = public_config(teacher)
     is_stock = isinstance(network, UNet) and not (guidance or network.classes or second_time != "t")
     if is_stock and config["class_embed_type"] is None:
@@ -180,6 +187,25 @@ def _student_of(network: Any, guidance: bool, second_time: str, share: bool) -> 
         student.size = network.size
     # The teacher's mode too: dropout that is off in one and on in the other would part them.
     return student.train(teacher.training)
+
+
+def _check_time(model: Any) -> None:
+    """That a model's time can be any number from that of pure noise to that of clean data.
+
+    Raises:
+        ValueError: it takes the logarithm of it, or looks it up in a table.
+    """
+    project, name = getattr(model, "time_proj", None), type(model).__name__
+    if getattr(project, "log", False):
+        raise ValueError(
+            f"a {name} with time_embedding_type: fourier takes the logarithm of its time, and that of clean data is 0: "
+            "a student needs one with a positional time embedding"
+        )
+    if isinstance(project, nn.Embedding):
+        raise ValueError(
+            f"a {name} with time_embedding_type: learned knows whole timesteps alone, and a flow map is asked between "
+            "them: a student needs one with a positional time embedding"
+        )
 
 
 def _take_weights(model: Any, teacher: Any, share: bool) -> None:

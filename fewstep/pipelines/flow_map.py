@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, ImagePip
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..networks.stock_time import takes_any_type
 from .arguments import (
     check_image,
     check_labels,
@@ -113,6 +114,8 @@ class FlowMapPipeline(DiffusionPipeline):
         takes, gives = self.network.config["in_channels"], self.network.config["out_channels"]
         self._channels = shape[0] if shape else min(takes, gives or takes)
         self._factor = factor or factor_of(vae)
+        if not hasattr(self.network, "predict"):
+            takes_any_type(self.network)
         self._needs = needs.split(", ") if needs else []
 
     @property

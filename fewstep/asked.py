@@ -1,7 +1,6 @@
 """What each sample is asked to be: the noise it starts from, its prompt, its class."""
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from fewstep.errors import unknown
 from fewstep.prompts import Prompts
+from fewstep.reading import parse_json, read_text
 
 # Prompts in one call of the text encoders, and the bytes of conditions that are kept for later batches.
 _AT_ONCE, _KEPT_BYTES = 32, 1 << 30
@@ -82,11 +82,8 @@ def read_lines(file: str | Path) -> Lines:
     file = Path(file).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"no file of prompts {file}")
-    try:
-        # Not by splitlines: a text may have a U+2028 or a form feed in it, and JSON keeps them as they are.
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+    # Not by splitlines: a text may have a U+2028 or a form feed in it, and JSON keeps them as they are.
+    lines = [line.strip() for line in read_text(file).split("\n")]
     if not any(lines):
         raise ValueError(f"{file} is empty: a prompt a line is needed, or a .jsonl with a text on each line")
     if file.suffix != ".jsonl":
@@ -102,10 +99,7 @@ def read_lines(file: str | Path) -> Lines:
 
 def _read(line: str, where: str) -> dict[str, Any]:
     """What a line of a ``.jsonl`` says."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error})") from None
+    row = parse_json(line, where)
     if not isinstance(row, dict):
         raise ValueError(f'{where} is no object such as {{"text": "a cat"}}: {line[:60]}')
     prompt = row.get("prompt") if row.get("text") is None else row["text"]

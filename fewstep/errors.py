@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
+def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
     """The error for a name that is not known: lists what is, the nearest first.
 
     >>> raise unknown("objective", "ITMV", ["FM", "ITVM", "LMD"])
@@ -13,7 +13,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """
     known = sorted(known)
     folded = {k.lower(): k for k in known}
-    near = get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
+    near = get_close_matches(str(name).lower(), folded, n=1, cutoff=0.5)
     hint = f"did you mean {folded[near[0]]!r}? " if near else ""
     return ValueError(f"unknown {kind} {name!r}: {hint}Known: {', '.join(known)}")
 

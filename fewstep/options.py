@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from fewstep.errors import unknown
+from fewstep.reading import read_text
 from fewstep.trust import check_code
 
 
@@ -38,8 +39,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: it is not YAML, or holds something else.
     """
     try:
-        tree = yaml.load(path.read_text(), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml.load(read_text(path), _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path} is no recipe: a mapping with data, objective, ... is needed")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from fewstep.asked import read_lines
 from fewstep.console import progress_bar
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch
+from fewstep.data.numpy_files import open_archive, read_member
 from fewstep.data.pairs import FACTS, Pairs, read_facts
 from fewstep.drawing import classes_of, draw, shape_of
 from fewstep.fields import VelocityField
@@ -60,8 +60,7 @@ class TeacherSamples:
     @cached_property
     def _array(self) -> ArrayData:
         if self.file is not None and self.file.exists():
-            with np.load(self.file, allow_pickle=False) as kept:
-                return ArrayData(kept["data"], {name: kept[name] for name in self.cond})
+            return self._kept(self.file)
         labels = self.cond["class_labels"].tolist() if self.cond else None
         print(f"drawing {self.size} samples of the teacher, once", file=sys.stderr, flush=True)
         samples, cond, _ = draw(
@@ -70,6 +69,22 @@ class TeacherSamples:
         if self.file is not None:
             write(samples, cond, self.file)
         return ArrayData(samples, cond)
+
+    def _kept(self, file: Path) -> ArrayData:
+        """The samples that were drawn before.
+
+        Raises:
+            ValueError: the file is damaged, or holds others than these.
+        """
+        try:
+            with open_archive(file) as archive:
+                kept = {name: read_member(archive, name, file) for name in ("data", *self.cond)}
+            data = ArrayData(kept.pop("data"), kept, name=f"data in {file}")
+            if (data.size, data.shape) != (self.size, self.shape):
+                raise ValueError(f"{file} has {data.size} samples of {data.shape}, not {self.size} of {self.shape}")
+        except ValueError as error:
+            raise ValueError(f"{error}. Remove {file.name}, and the samples are drawn anew") from None
+        return data
 
 
 class PromptedSamples:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -39,7 +40,10 @@ def test_the_rows_are_those_of_the_metadata_in_each_sub_folder(tmp_path: Path) -
     captioned_folder(tmp_path / "photos" / "a", ["one", "two"])
     captioned_folder(tmp_path / "photos" / "b" / "c", ["three"], column="caption")
     picture(9).save(tmp_path / "photos" / "unlisted.png")
-    rows = listed(tmp_path / "photos").rows
+    with pytest.warns(
+        UserWarning, match=r"1 pictures such as unlisted\.png .* named in no metadata\.jsonl and left out"
+    ):
+        rows = listed(tmp_path / "photos").rows
     assert rows.captions == ["one", "two", "three"]
     assert [Path(name).relative_to(tmp_path / "photos").as_posix() for name in rows.names] == [
         "a/0.png", "a/1.png", "b/c/0.png",
@@ -58,9 +62,9 @@ def test_the_column_is_named_or_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "error", "said"),
     [
-        ("{", ValueError, "line 2 of .* is no row"),
+        ("{", ValueError, "line 2 of .* is not JSON"),
+        ("[" * 100_000, ValueError, "line 2 of .* is not JSON .its brackets are nested too deep"),
         ('{"text": "x"}', ValueError, "line 2 of .* is no row"),
-        ('{"file_name": "gone.png", "text": "x"}', FileNotFoundError, "line 2 of .*there is no picture .*gone.png"),
         ('{"file_name": "../x.png", "text": "x"}', ValueError, r"file_name \.\./x\.png is not beside metadata\.jsonl"),
         ('{"file_name": "/x.png", "text": "x"}', ValueError, "is not beside"),
     ],
@@ -88,6 +92,15 @@ def test_sub_folders_are_classes_where_there_are_no_captions(tmp_path: Path) -> 
     assert listed(tmp_path / "photos", labels=False).rows.labels is None
     with pytest.raises(ValueError, match=r"caption: text names a column of metadata.jsonl, and there is none"):
         listed(tmp_path / "photos", caption="text")
+
+
+def test_a_picture_that_is_named_and_not_there_is_a_problem(tmp_path: Path) -> None:
+    folder = captioned_folder(tmp_path / "photos", ["x"])
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "gone.png", "text": "x"}')
+    problems = listed(folder).rows.problems
+    assert list(problems) == [1]
+    assert re.search(r"line 2 of .*metadata\.jsonl: there is no such file", problems[1])
 
 
 def test_what_a_source_is_known_by(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_normalize_over_the_whole_array_and_back():
 
 
 def test_normalize_refuses_a_constant_and_pictures():
-    with pytest.raises(ValueError, match=r"all values of the data are 3\.0"):
+    with pytest.raises(ValueError, match=r"all values of data are 3\.0"):
         ArrayData(np.full((4, 2), 3.0), normalize=True)
     with pytest.raises(ValueError, match="drop normalize"):
         ArrayData(np.zeros((4, 1, 2, 2), np.uint8), normalize=True)
@@ -117,7 +117,11 @@ def test_memory_map_stays_on_disk(tmp_path):
         (np.zeros((4, 2)), {"class_labels": np.zeros(4)}, "whole numbers"),
         (np.zeros((4, 2)), {"class_labels": np.zeros((4, 10), int)}, "one a row"),
         (np.zeros((4, 2)), {"class_labels": np.array([0, 1, -1, 0])}, "count from 0, got -1"),
-        (np.zeros((4, 2)), {"depth": np.array([0, 1, np.nan, 0])}, "condition 'depth' has 1 values .* row 2 of 4"),
+        (
+            np.zeros((4, 2)),
+            {"depth": np.array([0, 1, np.nan, 0])},
+            "condition 'depth' of data has 1 values .* row 2 of 4",
+        ),
     ],
 )
 def test_bad_arrays_are_refused_when_made(array, cond, message):

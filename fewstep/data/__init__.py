@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import errors
-from fewstep.data import encoded, files, pictures, toy
+from fewstep.data import encoded, files, pictures, tables, toy
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch, Data
 from fewstep.data.conditions import Dropped, Strengths
@@ -18,6 +18,8 @@ from fewstep.data.encoded import Encoded
 from fewstep.data.order import epoch_indices
 from fewstep.data.pairs import FACTS, Pairs
 from fewstep.data.toy import Toy
+from fewstep.options import arguments
+from fewstep.reading import no_file
 
 __all__ = [
     "FACTS",
@@ -56,7 +58,8 @@ def load_data(name: str | Path, **options: Any) -> Data:
             ``.npy``, ``.npz`` or IDX file.
 
     Raises:
-        ValueError: an unknown name, or an option that the loader does not take; lists what is known.
+        ValueError: an unknown name, or an option that the loader does not take, or not of that type; lists what is
+            known.
         FileNotFoundError: a path that is not there.
     """
     name = str(name)
@@ -68,9 +71,9 @@ def load_data(name: str | Path, **options: Any) -> Data:
         load, source = pictures.hugging_face, (name.removeprefix("hf:"),)
     else:
         path = Path(name).expanduser()
-        if not path.exists():
+        if not os.path.exists(path):  # not path.exists(), which raises for a name that is too long
             if "/" in name or os.sep in name or name.startswith((".", "~")) or path.suffix in (".npy", ".npz"):
-                raise FileNotFoundError(f"no data at {name}: there is no such file or folder")
+                raise FileNotFoundError(f"no data at {name[:200]}: there is no such file or folder")
             raise errors.unknown("data set", name, _NAMED)
         load, source = _loader_of(path), (path,)
 
@@ -80,15 +83,19 @@ def load_data(name: str | Path, **options: Any) -> Data:
             raise ValueError(f"data set {name!r} takes no options, got {option!r}")
         if option not in takes:
             raise errors.unknown(f"option of {name}", option, takes)
-    found = load(*source, **options)
-    place = str(Path(name).expanduser().resolve()) if source and Path(name).expanduser().exists() else name
-    vars(found)["source"] = {"name": place, **options}  # as a recipe says it
+    given = tuple(signature(load).parameters)[: len(source)]
+    found = load(*source, **arguments("data", load, options, given))
+    place = Path(name).expanduser()
+    is_place = source and os.path.exists(place)
+    vars(found)["source"] = {"name": str(place.resolve()) if is_place else name, **options}  # as a recipe says it
     return found
 
 
 def _loader_of(path: Path) -> Callable[..., Any]:
     """Which loader reads this file or folder."""
-    if path.is_file():
+    if not path.is_dir():
+        if why := no_file(path):
+            raise ValueError(f"{path} is no data: {why}")
         if path.suffix in (".npy", ".npz"):
             return files.npy
         if "idx" in path.name:
@@ -100,7 +107,7 @@ def _loader_of(path: Path) -> Callable[..., Any]:
         return Pairs
     if (path / encoded.FACTS).is_file():
         return Encoded
-    if pictures.is_saved_to_disk(path):
+    if tables.is_saved_to_disk(path):
         return pictures.hugging_face
     if any(path.glob("*idx3-ubyte*")):
         return files.idx

@@ -24,9 +24,11 @@ class ArrayData:
             pictures of the same size with it.
         normalize: bring the values to mean 0 and standard deviation 1; ``denormalize`` maps samples back.
         classes: what the class labels mean, where that is known.
+        name: what to call it in errors, such as its file.
 
     Raises:
-        ValueError: no rows, values that are not numbers or not finite, conditions of another length.
+        ValueError: no rows, values that are not numbers, not finite or too large for float32, conditions of another
+            length.
     """
 
     def __init__(
@@ -36,14 +38,17 @@ class ArrayData:
         flip: bool = False,
         normalize: bool = False,
         classes: Sequence[str] = (),
+        name: str = "data",
     ) -> None:
-        self.array = np.asarray(array)
-        _check_numbers("data", self.array)
+        self.array, self.name = np.asarray(array), name
+        _check_numbers(name, self.array)
         if self.array.ndim < 2:
-            raise ValueError(f"data of shape {self.array.shape} has no axis beside its rows: reshape it to (N, 1)")
-        _check_finite("data", self.array)
+            raise ValueError(f"{name} of shape {self.array.shape} has no axis beside its rows: reshape it to (N, 1)")
+        _check_range(name, self.array, np.float64 if normalize else np.float32)
         if flip and self.array.ndim < 3:
-            raise ValueError(f"flip turns pictures over, these rows have the shape {self.array.shape[1:]}: drop flip")
+            raise ValueError(
+                f"flip turns pictures over, the rows of {name} have the shape {self.array.shape[1:]}: drop flip"
+            )
         self.size: int | None = len(self.array)
         self.shape: tuple[int, ...] = self.array.shape[1:]
         self.cond = {name: self._condition(name, np.asarray(value)) for name, value in (cond or {}).items()}
@@ -52,21 +57,25 @@ class ArrayData:
 
         self._is_picture = self.array.dtype == np.uint8
         if normalize and self._is_picture:
-            raise ValueError("uint8 data is always brought to [-1, 1]: drop normalize, or give the array as floats")
+            raise ValueError(
+                f"{name} is uint8, which is always brought to [-1, 1]: drop normalize, or give it as floats"
+            )
         # 0 and 255 become -1 and 1 to the last bit.
-        self.mean, self.std = (127.5, 127.5) if self._is_picture else _moments(self.array) if normalize else (0.0, 1.0)
+        self.mean, self.std = (127.5, 127.5) if self._is_picture else (0.0, 1.0)
+        if normalize:
+            self.mean, self.std = _moments(name, self.array)
 
-    def _condition(self, name: str, value: np.ndarray) -> Tensor:
+    def _condition(self, key: str, value: np.ndarray) -> Tensor:
+        name = f"condition {key!r} of {self.name}"
         if value.shape[:1] != (self.size,):
-            raise ValueError(f"condition {name!r} has shape {value.shape}, but the data has {self.size} rows")
-        _check_numbers(f"condition {name!r}", value)
-        _check_finite(f"condition {name!r}", value)
+            raise ValueError(f"{name} has shape {value.shape}, but the data has {self.size} rows")
+        _check_numbers(name, value)
         is_real = value.dtype.kind == "f"
-        if name == "class_labels":
-            if value.ndim != 1 or is_real:
-                raise ValueError(f"class_labels are whole numbers, one a row, got {value.dtype} of shape {value.shape}")
-            if value.min() < 0:
-                raise ValueError(f"class_labels count from 0, got {value.min()}: drop those rows, or the labels")
+        if key == "class_labels" and (value.ndim != 1 or is_real):
+            raise ValueError(f"{name} are whole numbers, one a row, got {value.dtype} of shape {value.shape}")
+        _check_range(name, value, np.float32)
+        if key == "class_labels" and value.min() < 0:
+            raise ValueError(f"{name} count from 0, got {value.min()}: drop those rows, or the labels")
         if value.dtype == np.uint8 and value.ndim > 2:
             return torch.from_numpy(value.astype(np.float32)).sub_(127.5).div_(127.5)
         return torch.from_numpy(value.astype(np.float32 if is_real else np.int64))
@@ -121,36 +130,62 @@ def channels_first(array: np.ndarray, channels_last: bool | None, name: str) -> 
     return array
 
 
-def _check_numbers(what: str, array: np.ndarray) -> None:
-    if array.dtype.kind not in "fiub":
-        raise ValueError(f"{what} has dtype {array.dtype}, which is no array of real numbers (rows of unequal shapes?)")
+# What arrays hold that are none of real numbers, by the kind of their dtype.
+_OTHERS = {
+    "O": "rows of unequal shapes?",
+    "c": "give real and imaginary parts as channels",
+    "V": "give one of its fields",
+    "M": "give times as numbers",
+    "m": "give times as numbers",
+}
+
+
+def _check_numbers(name: str, array: np.ndarray) -> None:
+    if (kind := array.dtype.kind) not in "fiub":
+        hint = f" ({_OTHERS[kind]})" if kind in _OTHERS else ""
+        raise ValueError(f"{name} has dtype {str(array.dtype)[:80]}, which is no array of real numbers{hint}")
     if not array.size:
-        raise ValueError(f"{what} of shape {array.shape} is empty")
+        raise ValueError(f"{name} of shape {array.shape} is empty")
 
 
-def _check_finite(what: str, array: np.ndarray) -> None:
+def _check_range(name: str, array: np.ndarray, held_as: type[np.floating]) -> None:
+    """That all values are finite, and stay so in the type that they will have; whole numbers in int64."""
+    if array.dtype.kind == "u" and array.dtype.itemsize == 8 and (top := array.max()) > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} has the value {top}, which no int64 holds: give smaller numbers")
     if array.dtype.kind != "f":
         return
+    most = min(np.finfo(held_as).max, np.finfo(array.dtype).max)
     bad, first, start = 0, 0, 0
     for part in _parts(array):
-        is_bad = ~np.isfinite(part)
+        is_bad = ~(np.abs(part) <= part.dtype.type(most))  # so for NaN too
         if is_bad.any():
             first = first if bad else start + int(np.nonzero(is_bad)[0][0])
             bad += int(is_bad.sum())
         start += len(part)
-    if bad:
+    if not bad:
+        return
+    row = np.ravel(array[first])
+    value = row[~(np.abs(row) <= row.dtype.type(most))][0]
+    if np.isfinite(value):
         raise ValueError(
-            f"{what} has {bad} values that are not finite (NaN or infinite), the first in row {first} of "
-            f"{len(array)}: drop or fill those rows"
+            f"{name} has {bad} values that are too large for {held_as.__name__}, the first, {value:.3g}, in row "
+            f"{first} of {len(array)}: scale the data (normalize: true does)"
         )
+    raise ValueError(
+        f"{name} has {bad} values that are not finite (NaN or infinite), the first in row {first} of "
+        f"{len(array)}: drop or fill those rows"
+    )
 
 
-def _moments(array: np.ndarray) -> tuple[float, float]:
+def _moments(name: str, array: np.ndarray) -> tuple[float, float]:
     """Mean and standard deviation of all values, in float64."""
-    mean = sum(float(part.sum(dtype=np.float64)) for part in _parts(array)) / array.size
-    squares = sum(float(np.square(part.astype(np.float64) - mean).sum()) for part in _parts(array))
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = sum(float(part.sum(dtype=np.float64)) for part in _parts(array)) / array.size
+        squares = sum(float(np.square(part.astype(np.float64) - mean).sum()) for part in _parts(array))
+    if not np.isfinite(squares):
+        raise ValueError(f"the values of {name} are too large for a standard deviation in float64: scale them down")
     if not squares:
-        raise ValueError(f"all values of the data are {mean}: there is nothing to normalize")
+        raise ValueError(f"all values of {name} are {mean}: there is nothing to normalize")
     return mean, (squares / array.size) ** 0.5
 
 

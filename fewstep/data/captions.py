@@ -1,30 +1,31 @@
-"""Pictures and what is said of them, where they lie: folders with ``metadata.jsonl`` and Hugging Face data sets.
+"""Pictures and what is said of them, where they lie: folders and Hugging Face data sets.
 
 Nothing is decoded here: ``fewstep.encoding`` turns them into what a latent model trains on.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from fewstep.data.decode import Source
-from fewstep.data.pictures import (
-    class_folders,
-    find_columns,
-    find_pictures,
-    open_hugging_face,
-    read_column,
-    undecoded,
+from fewstep.data.folders import Folder, open_folder, stamp
+from fewstep.data.metadata import (
+    CAPTIONS,
+    METADATA,
+    SIDECARS,
+    caption_in,
+    captions_in,
+    checked,
+    metadata_files,
+    sidecars,
+    text_of,
 )
-from fewstep.errors import unknown
-
-# Columns that are taken for captions where none is named.
-CAPTIONS = ("text", "caption", "prompt")
-_METADATA = "metadata.jsonl"
+from fewstep.data.tables import PICTURE_KINDS, find_columns, held_by, open_table, read_column, undecoded
 
 
 @dataclass(frozen=True)
@@ -60,45 +61,75 @@ class Captioned:
         return self._list()
 
 
-def image_folder(name: str | Path, caption: str | None = None, labels: bool = True, captions: bool = True) -> Captioned:
-    """The pictures of a folder and those below it.
+def image_folder(
+    name: str | Path,
+    caption: str | None = None,
+    labels: bool = True,
+    captions: bool = True,
+    split: str | None = None,
+) -> Captioned:
+    """The pictures of a folder and those below it, with their captions.
 
-    Where there is a ``metadata.jsonl`` (one in each sub-folder, if one likes), its rows are the pictures: ``file_name``
-    beside it, and the caption in ``text`` (else ``caption`` or ``prompt``). Otherwise all pictures are taken, without
-    captions, and two or more sub-folders are classes.
+    Where there is a ``metadata.jsonl``, ``.csv`` or ``.parquet`` (one in each sub-folder, if one likes), its rows are
+    the pictures: ``file_name`` beside it, and the caption in ``text`` (else ``caption`` or ``prompt``). Otherwise all
+    pictures are taken, the caption of ``0.png`` is in ``0.txt`` or ``0.caption``, and sub-folders are classes as in
+    ``fewstep.data.pictures.image_folder``.
 
     Args:
-        caption: the column of the captions. labels: whether sub-folders are classes.
-        captions: whether captions are wanted; otherwise ``metadata.jsonl`` is not read.
+        caption: the column of the captions, or ``txt`` or ``caption`` for files of that suffix. labels: whether
+            sub-folders are classes. captions: whether captions are wanted; otherwise they are not read.
+        split: which part of the folder is used: see ``fewstep.data.folders.open_folder``.
 
     Raises:
-        FileNotFoundError: no such folder, no pictures in it, or a picture that is not there.
+        FileNotFoundError: no such folder, or no pictures in it.
         ValueError: an unknown column, or a line that is no row.
     """
-    root = Path(name).expanduser()
-    names = find_pictures(root)
-    lists = sorted(root.rglob(_METADATA)) if captions else []
-    if not lists:
-        if captions and caption is not None:
-            raise ValueError(f"caption: {caption} names a column of {_METADATA}, and there is none in {root}")
-        classes = class_folders(names, root) if labels else []
-        number = {name: k for k, name in enumerate(classes)}
-        rows = Rows(
-            [str(root / name) for name in names],
-            [root / name for name in names].__getitem__,
-            labels=[number[name.split("/")[0]] for name in names] if classes else None,
-            classes=tuple(classes),
-        )
-        identity = identity_of("folder", [_stat(root, name) for name in names], rows.labels)
-        return Captioned(str(root), identity, lambda: rows)
+    folder = open_folder(Path(name).expanduser(), split)
+    if captions and (files := metadata_files(folder)):
+        return _of_rows(folder, files, caption)
+    texts = _beside(folder, caption) if captions else None
+    said, problems = (None, {}) if texts is None else checked(texts)
+    classes, numbers = folder.classes() if labels else ([], [])
+    paths = [folder.root / name for name in folder.names]
+    rows = Rows([*map(str, paths)], paths.__getitem__, said, numbers if classes else None, tuple(classes), problems)
+    what = rows.labels if said is None else [rows.labels, said]
+    identity = identity_of("folder", [stamp(folder.root, name) for name in folder.names], what)
+    return Captioned(str(folder.root), identity, lambda: rows)
 
-    listed: list[tuple[str, str | None]] = []
-    for file in lists:
-        listed += _metadata(file, root, caption)
-    texts, problems = checked([text for _, text in listed])
-    files = [root / name for name, _ in listed]
-    rows = Rows([str(file) for file in files], files.__getitem__, texts, problems=problems)
-    identity = identity_of("folder", [_stat(root, name) for name, _ in listed], texts)
+
+def _beside(folder: Folder, caption: str | None) -> list[str | None] | None:
+    """The captions in files beside the pictures; None where there are no such files."""
+    kinds = [kind for kind in SIDECARS if caption in (None, kind.removeprefix("."))]
+    files = sidecars(folder, kinds)
+    if any(files):
+        return [caption_in(file) for file in files]
+    if caption is not None:
+        raise ValueError(
+            f"caption: {caption} names a column of {METADATA[0]}, and there is none in {folder.root} "
+            f"(nor {', '.join(METADATA[1:])}; txt or caption names files beside the pictures)"
+        )
+    return None
+
+
+def _of_rows(folder: Folder, files: Sequence[str], caption: str | None) -> Captioned:
+    """The pictures that files of rows name."""
+    root, used = folder.root, set(folder.names)
+    listed = [row for file in files for row in captions_in(root / file, root, caption)]
+    # A file above the folders of a split names the pictures of all of them.
+    listed = [(name, text, why) for name, text, why in listed if name in used or why or not folder.depth]
+    if not listed:
+        raise ValueError(f"{root / files[0]} names no picture that is used")
+    if unnamed := used.difference(name for name, _, _ in listed):
+        warnings.warn(
+            f"{len(unnamed)} pictures such as {min(unnamed)} of {root} are named in no {files[0].rpartition('/')[2]} "
+            "and left out",
+            stacklevel=4,
+        )
+    texts, problems = checked([text for _, text, _ in listed])
+    problems |= {i: why for i, (_, _, why) in enumerate(listed) if why}
+    paths = [root / name for name, _, _ in listed]
+    rows = Rows([*map(str, paths)], paths.__getitem__, texts, problems=problems)
+    identity = identity_of("folder", [stamp(root, name) for name, _, _ in listed], texts)
     return Captioned(str(root), identity, lambda: rows)
 
 
@@ -124,17 +155,17 @@ def hugging_face(
         FileNotFoundError: the data set cannot be had. ValueError: an unknown split or column, or no pictures.
     """
     source = str(name).removeprefix("hf:")
-    table = open_hugging_face(source, split, config)
+    table = open_table(source, split, config)
     kinds, image, label = find_columns(table, source, image, label, caption)
-    if image is None or kinds[image] != "Image":
-        held = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
-        raise ValueError(f"{source} has no column of pictures{f' {image}' if image else ''}, only {held}")
+    if image is None or kinds[image] not in PICTURE_KINDS:
+        raise ValueError(f"{source} has no column of pictures{f' {image}' if image else ''}, only {held_by(kinds)}")
     texts = [
-        c for c, feature in table.features.items() if getattr(feature, "dtype", None) in ("string", "large_string")
+        c for c, f in table.features.items() if c != image and getattr(f, "dtype", None) in ("string", "large_string")
     ]
-    caption = caption or next((c for c in CAPTIONS if c in kinds), texts[0] if len(texts) == 1 else None)
+    known = (c for c in CAPTIONS if c in kinds and c != image)
+    caption = caption or next(known, texts[0] if len(texts) == 1 else None)
     caption = caption if captions else None
-    read = undecoded(table, image)
+    read = undecoded(table, image, kinds[image])
 
     def rows() -> Rows:
         said, problems = (None, {}) if caption is None else checked(map(text_of, read_column(table, caption)))
@@ -149,51 +180,6 @@ def hugging_face(
 
     identity = identity_of("hugging-face", table._fingerprint, [image, caption, label, labels])
     return Captioned(str(name), identity, rows)
-
-
-def _metadata(file: Path, root: Path, caption: str | None) -> Iterator[tuple[str, str | None]]:
-    """The pictures of one ``metadata.jsonl`` by their names under the root, and their captions."""
-    column = caption
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"line {number} of {file}"
-        try:
-            row = json.loads(line)
-            inner = PurePosixPath(row["file_name"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{where} is no row: {{"file_name": "0001.png", "text": "a cat"}} is one') from None
-        if inner.is_absolute() or ".." in inner.parts:
-            raise ValueError(f"{where}: file_name {row['file_name']} is not beside {_METADATA}")
-        if not (file.parent / inner).is_file():
-            raise FileNotFoundError(f"{where}: there is no picture {file.parent / inner}")
-        if column is None:
-            column = next((name for name in CAPTIONS if name in row), None)
-            if column is None:
-                raise ValueError(
-                    f"{where} has no caption ({', '.join(CAPTIONS)}), only {', '.join(row)}: say caption: COLUMN"
-                )
-        elif number == 1 and column not in row:
-            raise unknown(f"column of {file}", column, row)
-        yield (file.parent / inner).relative_to(root).as_posix(), text_of(row.get(column))
-
-
-def text_of(value: Any) -> str | None:
-    """A caption; the first, where there are several."""
-    if isinstance(value, list) and value:
-        value = value[0]
-    return value if isinstance(value, str) else None
-
-
-def checked(texts: Iterable[str | None]) -> tuple[list[str], dict[int, str]]:
-    """Captions, and which rows have none."""
-    texts = list(texts)
-    return [text or "" for text in texts], {i: "it has no caption" for i, text in enumerate(texts) if text is None}
-
-
-def _stat(root: Path, name: str) -> list[Any]:
-    found = (root / name).stat()
-    return [name, found.st_size, found.st_mtime_ns]
 
 
 def identity_of(kind: str, *what: Any) -> str:

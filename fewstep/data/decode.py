@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
-import struct
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,14 @@ import numpy as np
 from fewstep import errors
 from fewstep.cache import cache_folder
 from fewstep.disk import replace_folder
+from fewstep.data.formats import formats
+from fewstep.reading import briefly, no_file
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _DECODER = 1  # part of the cache's key: count up when the same options give other pixels
+# A small file can unfold to any size. Pictures of many pixels are decoded one after another, for their memory.
+_MOST_PIXELS, _MANY_PIXELS = 1 << 26, 1 << 24
+_ONE_AT_A_TIME = Lock()
 
 Source = Path | str | bytes
 Read = Callable[[slice], Sequence[Source]]
@@ -112,37 +118,72 @@ def _write_header(file: Any, shape: tuple[int, ...]) -> None:
 
 
 def decode(source: Source, size: int | None, channels: int) -> np.ndarray | str:
-    """One picture as (C, H, W) uint8, its middle square of this size, or why it cannot be read."""
-    from PIL import Image, ImageOps
+    """One picture as (C, H, W) uint8, its middle square of this size, or why it cannot be read. Of an animation it is
+    the first frame."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not isinstance(source, bytes) and (why := no_file(Path(source))):
+        return why
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as picture:
+            if size is not None:
+                # lets JPEG decode a large photograph at a fraction of its size
+                picture.draft(None, (2 * size, 2 * size))
+            pixels = picture.width * picture.height
+            if pixels > _MOST_PIXELS:
+                return f"it has {picture.width} x {picture.height} pixels, and more than 67 million are not decoded"
+            with _ONE_AT_A_TIME if pixels > _MANY_PIXELS else nullcontext():
+                ImageOps.exif_transpose(picture, in_place=True)  # cameras turn the picture by a note beside it
+                picture = _to_mode(picture, channels)
+                if size is not None:
+                    picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+                array = np.asarray(picture)
+    except UnidentifiedImageError:
+        return "its content is no picture" if source else "it is empty"
+    except Exception as error:  # on damaged files Pillow's decoders raise whatever they stumble over
+        return briefly(error)
+    return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+
+
+def is_decodable(content: bytes) -> bool:
+    """Whether some bytes begin as a picture does."""
+    from PIL import Image
 
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            if size is not None:
-                opened.draft(
-                    None, (2 * size, 2 * size)
-                )  # lets JPEG decode a large photograph at a fraction of its size
-            picture = ImageOps.exif_transpose(opened)  # cameras turn the picture by a note beside it
-            picture = _to_mode(picture, channels)
-    # Pillow's decoders raise all of these for damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        return str(error).replace("\n", " ") or type(error).__name__
-    if size is not None:
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(picture)
-    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+        with Image.open(BytesIO(content), formats=formats()):
+            return True
+    except Exception:
+        return False
 
 
 def _to_mode(picture: Any, channels: int) -> Any:
     from PIL import Image
 
+    if picture.mode == "F":
+        raise ValueError("its pixels are floats, and which of them are black and white is not known")
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8))
+        values = np.asarray(picture)
+        if values.min() < 0 or values.max() >= 1 << 16:
+            raise ValueError(f"its pixels are whole numbers from {values.min()} to {values.max()}, not of 16 bits")
+        picture = Image.fromarray((values >> 8).astype(np.uint8))
     if channels < 4 and picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert(_MODES[channels])
+        picture = _on_white(picture)
+    mode = _MODES[channels]
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _on_white(picture: Any) -> Any:
+    """A transparent picture on white as RGB, a strip at a time: a large one would take its memory four times."""
+    from PIL import Image
+
+    flat = Image.new("RGB", picture.size)
+    for top in range(0, picture.height, 256):
+        strip = picture.crop((0, top, picture.width, min(top + 256, picture.height))).convert("RGBA")
+        flat.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, top))
+    return flat
 
 
 def unreadable(name: str, why: str) -> ValueError:
     """The error for a picture that cannot be read."""
+    name = " ".join(name.split())
     return ValueError(f"{name} cannot be read ({why}): mend or remove it, or say on_error: skip to leave it out")

@@ -2,8 +2,7 @@
 shards that are memory-mapped."""
 
 import hashlib
-import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.data.batch import Batch
+from fewstep.reading import briefly, no_file, parse_json, read_text
 
 FACTS, INDEX, TEXTS, NULL = "encoded.json", "index.json", "texts.json", "null.safetensors"
 CAPTIONS = "captions.jsonl"  # the texts themselves, for those who read; a line each
 FORMAT = 1
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+# What facts of folders may be, where they have them.
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "shape": lambda value: isinstance(value, list) and bool(value) and all(map(_is_count, value)),
+    "count": _is_count,
+    "shard": _is_count,
+    "command": lambda value: isinstance(value, str),
+    "classes": lambda value: value is None or (isinstance(value, list) and all(isinstance(n, str) for n in value)),
+}
 
 
 class Encoded:
@@ -43,18 +57,20 @@ class Encoded:
         go_on = f"the command that made the folder goes on with it: {self.facts['command']}"
         if not (self.folder / INDEX).is_file():
             raise FileNotFoundError(f"{self.folder} is not whole: {go_on}")
-        files = json.loads((self.folder / INDEX).read_text())
         try:
+            files = read_index(self.folder)
             for name, kept in files.items():
                 check_size(self.folder / name, kept)
             latents = [name for name in files if name.startswith("latents")]
             self._shards = [read_shard(self.folder / name) for name in latents]
-            self.texts = Texts(self.folder) if self.facts["text"] else None
+            for name, shard in zip(latents, self._shards, strict=True):
+                _check_rows(self.folder / name, shard, (files[name]["rows"], *self.shape), self.facts)
+            self.texts = Texts(self.folder) if self.facts.get("text") else None
         except ValueError as error:
             raise ValueError(f"{error}: {go_on}") from None
         self._starts = torch.tensor([0, *(files[name]["rows"] for name in latents)]).cumsum(0)
         self.size: int | None = int(self._starts[-1])
-        self.classes = tuple(self.facts["classes"] or ())
+        self.classes = tuple(self.facts.get("classes") or ())
         if "class_labels" in self._shards[0]:
             self.cond = {"class_labels": torch.cat([shard["class_labels"] for shard in self._shards])}
 
@@ -90,7 +106,7 @@ class Encoded:
         Raises:
             ValueError: one is damaged; names it.
         """
-        for name, kept in json.loads((self.folder / INDEX).read_text()).items():
+        for name, kept in read_index(self.folder).items():
             if not is_whole(self.folder / name, kept):
                 raise ValueError(f"{self.folder / name} is damaged: {self.facts['command']} makes it anew")
 
@@ -157,20 +173,55 @@ def read_facts(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none. ValueError: it is of another format, or no JSON.
     """
     missing = f"nothing encoded in {folder}: there is no {FACTS}; `fewstep encode` makes one"
-    return facts_in(folder / FACTS, FORMAT, missing, "encode the data anew")
+    facts = facts_in(folder / FACTS, FORMAT, missing, "encode the data anew")
+    if absent := [key for key in ("shape", "command") if key not in facts]:
+        raise ValueError(f"{folder / FACTS} says nothing of {absent[0]}: encode the data anew")
+    return facts
 
 
 def facts_in(file: Path, wanted: int, missing: str, way_out: str) -> dict[str, Any]:
     """The facts of a folder in a file of the ``wanted`` format; what is said where it is missing, or of another."""
     if not file.is_file():
         raise FileNotFoundError(missing)
-    try:
-        facts = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
+    facts = parse_json(read_text(file), str(file))
+    if not isinstance(facts, dict):
+        raise ValueError(f"{file} is no mapping of facts: {way_out}")
     if facts.get("format") != wanted:
-        raise ValueError(f"{file} has format {facts.get('format')}, this fewstep reads {wanted}: {way_out}")
+        raise ValueError(f"{file} has format {str(facts.get('format'))[:40]}, this fewstep reads {wanted}: {way_out}")
+    for key, check in _CHECKS.items():
+        if key in facts and not check(facts[key]):
+            raise ValueError(f"{file} has {key}: {str(facts[key])[:60]}, which cannot be: {way_out}")
     return facts
+
+
+def read_index(folder: Path) -> dict[str, dict[str, Any]]:
+    """The shards of an encoded folder by name, and what each is known by.
+
+    Raises:
+        ValueError: the file is damaged, or names something that is no shard of the folder.
+    """
+    file = folder / INDEX
+    index = parse_json(read_text(file), str(file))
+    for name, kept in index.items() if isinstance(index, dict) else [("", {})]:
+        if Path(name).name != name or not _is_note(kept):
+            raise ValueError(f"{file} is damaged: {name[:60]!r} is no shard with its rows, bytes and sha256")
+    if not any(name.startswith("latents") for name in index):
+        raise ValueError(f"{file} is damaged: it names no latents")
+    return index
+
+
+def _is_note(kept: Any) -> bool:
+    kinds = {"rows": int, "bytes": int, "sha256": str}
+    return isinstance(kept, dict) and all(type(kept.get(k)) is kind for k, kind in kinds.items()) and kept["rows"] >= 0
+
+
+def _check_rows(file: Path, shard: dict[str, Tensor], shape: tuple[int, ...], facts: dict[str, Any]) -> None:
+    """That a shard has the rows that it should have, and what is said of each."""
+    found = {name: tuple(value.shape) for name, value in shard.items()}
+    wanted = {"latents": shape}
+    wanted |= {name: shape[:1] for name, key in (("text", "text"), ("class_labels", "labels")) if facts.get(key)}
+    if found != wanted:
+        raise ValueError(f"{file} holds {str(found)[:120]} and not {wanted}")
 
 
 def read_texts(folder: Path) -> dict[str, Any]:
@@ -179,10 +230,11 @@ def read_texts(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there are none. ValueError: the file is damaged.
     """
-    try:
-        return json.loads((folder / TEXTS).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / TEXTS} is damaged ({error})") from None
+    file = folder / TEXTS
+    known = parse_json(read_text(file), str(file))
+    if not isinstance(known, dict) or not all(_is_count(known.get(key)) for key in ("count", "shard")):
+        raise ValueError(f"{file} is damaged: it has no count and shard")
+    return known
 
 
 def text_files(folder: Path, texts: dict[str, Any]) -> list[Path]:
@@ -210,10 +262,12 @@ def read_shard(file: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: it is damaged.
     """
+    if why := no_file(file):
+        raise ValueError(f"{file} is damaged ({why})")
     try:
         return load_file(file)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{file} is damaged ({error})") from None
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({briefly(error)})") from None
 
 
 def is_whole(file: Path, kept: dict[str, Any]) -> bool:

@@ -5,9 +5,9 @@ condition ``class_labels``; ``labels=False`` leaves them out. ``flip`` mirrors r
 floats to mean 0 and standard deviation 1 (see ``ArrayData``).
 """
 
+import gzip
 import math
 import os
-import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +16,8 @@ import numpy as np
 
 from fewstep import errors
 from fewstep.data.arrays import ArrayData, channels_first
+from fewstep.data.numpy_files import is_archive, map_array, open_archive, read_member
+from fewstep.reading import briefly, check_memory, no_file
 
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -70,15 +72,15 @@ def idx(
     """
     path = Path(path).expanduser()
     images = _idx_images(path, split) if path.is_dir() else path
-    if not images.is_file():
-        raise FileNotFoundError(f"no IDX file or folder at {path}")
+    if why := no_file(images):
+        raise FileNotFoundError(f"no IDX file or folder at {path}: {why}")
     array = channels_first(_read_idx(images), None, str(images))
     cond = None
     if labels and "images" in images.name:
         name = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
         found = [file for file in _plain_or_gz(images.parent, name) if file.is_file()]
         cond = {"class_labels": _read_idx(found[0])} if found else None
-    return ArrayData(array, cond, flip, normalize, classes)
+    return ArrayData(array, cond, flip, normalize, classes, str(images))
 
 
 def npy(
@@ -104,36 +106,29 @@ def npy(
         ValueError: a damaged file, pickled objects (never loaded), a key that is not there.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}")
-    try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"cannot read {path} as a NumPy array: {error}") from error
-    if isinstance(loaded, np.ndarray):
+    if why := no_file(path):
+        raise FileNotFoundError(f"no file at {path}: {why}")
+    if not is_archive(path):
         if key is not None or label is not None or conditions:
             raise ValueError(f"{path} holds one array without a name: key, label and conditions are for .npz files")
-        return ArrayData(channels_first(loaded, channels_last, str(path)), None, flip, normalize)
+        array = channels_first(map_array(path), channels_last, str(path))
+        return ArrayData(array, None, flip, normalize, name=str(path))
 
-    with loaded:
-        names = loaded.files
+    with open_archive(path) as archive:
+        names = archive.files
         for wanted in (key, label, *conditions):
             if wanted is not None and wanted not in names:
                 raise errors.unknown(f"array in {path}", wanted, names)
         label = label or next((k for k in _LABEL_KEYS if k in names and k != key), None)
         key = key or next((k for k in names if k not in (label, *conditions)), None)
         if key is None:
-            raise ValueError(f"{path} holds no array of data, only {', '.join(names) or 'nothing'}")
-        try:
-            array = loaded[key]
-            pictures = {name: loaded[name] for name in conditions}
-            cond = {
-                n: channels_first(v, channels_last, f"{n} in {path}") if v.ndim > 2 else v for n, v in pictures.items()
-            }
-            cond |= {"class_labels": loaded[label]} if label and labels else {}
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"cannot read {path}: {error}") from error
-    return ArrayData(channels_first(array, channels_last, f"{key} in {path}"), cond, flip, normalize)
+            raise ValueError(f"{path} holds no array of data, only {', '.join(names)[:200] or 'nothing'}")
+        array = read_member(archive, key, path)
+        pictures = {name: read_member(archive, name, path) for name in conditions}
+        cond = {n: channels_first(v, channels_last, f"{n} in {path}") if v.ndim > 2 else v for n, v in pictures.items()}
+        cond |= {"class_labels": read_member(archive, label, path)} if label and labels else {}
+    name = f"{key} in {path}"
+    return ArrayData(channels_first(array, channels_last, name), cond, flip, normalize, name=name)
 
 
 def cifar_binary(path: str | Path, split: str = "train", flip: bool = False, labels: bool = True) -> ArrayData:
@@ -145,7 +140,7 @@ def cifar_binary(path: str | Path, split: str = "train", flip: bool = False, lab
     patterns = {"train": "data_batch_*.bin", "test": "test_batch.bin"}
     if split not in patterns:
         raise errors.unknown("split", split, patterns)
-    files = sorted(folder.glob(patterns[split]))
+    files = sorted(file for file in folder.glob(patterns[split]) if file.is_file())
     if not files:
         hint = (
             ". Its files are the pickled python version: get the one named 'binary version'"
@@ -154,16 +149,17 @@ def cifar_binary(path: str | Path, split: str = "train", flip: bool = False, lab
         )
         raise FileNotFoundError(f"no {patterns[split]} in {folder}{hint}")
     batches = []
+    check_memory(folder, 2 * sum(file.stat().st_size for file in files), "is that CIFAR-10?")
     for file in files:
-        data = np.fromfile(file, np.uint8)
-        if not data.size or data.size % 3073:
-            raise ValueError(f"{file} has {data.size} bytes, which is no whole number of records of 3073 bytes")
-        batches.append(data.reshape(-1, 3073))
+        size = file.stat().st_size
+        if not size or size % 3073:
+            raise ValueError(f"{file} has {size} bytes, which is no whole number of records of 3073 bytes")
+        batches.append(np.fromfile(file, np.uint8).reshape(-1, 3073))
         if batches[-1][:, 0].max() > 9:
             raise ValueError(f"{file} is no CIFAR-10 batch: it has the label {batches[-1][:, 0].max()}")
     records = np.concatenate(batches)
     pictures = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)
-    return ArrayData(pictures, {"class_labels": records[:, 0]} if labels else None, flip, classes=_CIFAR)
+    return ArrayData(pictures, {"class_labels": records[:, 0]} if labels else None, flip, False, _CIFAR, str(folder))
 
 
 def _data_home(name: str) -> list[Path]:
@@ -203,28 +199,35 @@ _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    content = _read_maybe_gz(path)
     # The magic number: two zeros, the type, the number of axes; then each axis as a big-endian 32-bit number.
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _IDX_TYPES or not content[3]:
-        raise ValueError(f"{path} is no IDX file: it starts with the bytes {content[:4].hex(' ') or '(none)'}")
-    header = 4 + 4 * content[3]
-    dtype = np.dtype(_IDX_TYPES[content[2]])
-    shape = tuple(int(n) for n in np.frombuffer(content[4:header].ljust(header - 4, b"\0"), ">u4"))
+    head = _first(path, 4 + 4 * 255)
+    if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _IDX_TYPES or not head[3]:
+        raise ValueError(f"{path} is no IDX file: it starts with the bytes {head[:4].hex(' ') or '(none)'}")
+    header = 4 + 4 * head[3]
+    dtype = np.dtype(_IDX_TYPES[head[2]])
+    shape = tuple(int(n) for n in np.frombuffer(head[4:header].ljust(header - 4, b"\0"), ">u4"))
     expected = header + math.prod(shape) * dtype.itemsize
+    # No more is read than the file can hold, whatever its header says, and no more than that, whatever it unpacks to.
+    content = _first(path, min(expected, 1032 * path.stat().st_size) + 1)
     if len(content) != expected:
-        raise ValueError(f"{path} is damaged: expected {expected} bytes for shape {shape}, it has {len(content)}")
+        has = "it has more" if len(content) > expected else f"it has {len(content)}"
+        raise ValueError(f"{path} is damaged: expected {expected} bytes for shape {str(shape)[:80]}, {has}")
     return np.frombuffer(content, dtype, offset=header).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
 
 
-def _read_maybe_gz(path: Path) -> bytes:
-    content = path.read_bytes()
-    parts = []
-    # Not the module gzip: of a file cut short this keeps all there is, and the header tells how much is missing.
-    while content[:2] == b"\x1f\x8b":
-        member = zlib.decompressobj(wbits=31)
+def _first(path: Path, most: int) -> bytes:
+    """The first bytes of a file, unpacked where it is gzipped; of one that is cut short all that there is."""
+    with path.open("rb") as plain:
+        if plain.read(2) != b"\x1f\x8b":
+            plain.seek(0)
+            return plain.read(most)
+    content = bytearray()
+    with gzip.open(path) as packed:
         try:
-            parts.append(member.decompress(content))
-        except zlib.error as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        content = member.unused_data
-    return b"".join(parts) if parts else content
+            while len(content) < most and (part := packed.read1(min(1 << 20, most - len(content)))):
+                content += part
+        except EOFError:
+            pass
+        except (OSError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged: {briefly(error)}") from error
+    return bytes(content)

@@ -10,9 +10,12 @@ from fewstep.randomness import generator
 _ORDER = 0x6F72646572  # "order" in ASCII: keeps these generators apart from those of noise and times
 
 
-@lru_cache(maxsize=4)
+# Two are kept, since a batch may end one epoch and begin the next.
+@lru_cache(maxsize=2)
 def _permutation(size: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(size, generator=generator(seed, epoch, _ORDER))
+    """The order of an epoch, in the smallest of torch's numbers that holds it: it is kept for as long as it lasts."""
+    order = torch.randperm(size, generator=generator(seed, epoch, _ORDER))
+    return order.to(torch.int32) if size <= 1 << 31 else order
 
 
 def epoch_indices(size: int, seed: int, start: int, count: int) -> Tensor:
@@ -25,6 +28,5 @@ def epoch_indices(size: int, seed: int, start: int, count: int) -> Tensor:
     end = start + count
     epochs = range(start // size, (end - 1) // size + 1)
     # cat copies, so that writing to the answer cannot spoil the kept permutation.
-    return torch.cat(
-        [_permutation(size, seed, e)[max(start - e * size, 0) : min(end - e * size, size)] for e in epochs]
-    )
+    parts = [_permutation(size, seed, e)[max(start - e * size, 0) : min(end - e * size, size)] for e in epochs]
+    return torch.cat(parts).long()

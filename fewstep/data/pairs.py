@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.data.batch import Batch
 from fewstep.data.encoded import Texts, facts_in
+from fewstep.data.encoded import read_shard as read_tensors
 
 FACTS = "pairs.json"
 FORMAT = 1
@@ -90,7 +89,10 @@ def read_facts(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none. ValueError: it is of another format, or no JSON.
     """
     missing = f"no pairs in {folder}: there is no {FACTS}; `fewstep reflow MODEL` makes one"
-    return facts_in(folder / FACTS, FORMAT, missing, "make the pairs anew")
+    facts = facts_in(folder / FACTS, FORMAT, missing, "make the pairs anew")
+    if absent := [key for key in ("count", "shard", "shape", "labels", "command") if key not in facts]:
+        raise ValueError(f"{folder / FACTS} says nothing of {absent[0]}: make the pairs anew")
+    return facts
 
 
 def shard_files(folder: Path, facts: dict[str, Any]) -> list[Path]:
@@ -110,10 +112,7 @@ def read_shard(folder: Path, facts: dict[str, Any], shard: int) -> dict[str, Ten
         ValueError: it is damaged or holds something else.
     """
     file, rows = shard_files(folder, facts)[shard], len(shard_rows(facts, shard))
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error})") from None
+    tensors = read_tensors(file)
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     wanted = {"noise": (rows, *facts["shape"]), "data": (rows, *facts["shape"])}
     if facts["labels"] is not None:
@@ -121,5 +120,5 @@ def read_shard(folder: Path, facts: dict[str, Any], shard: int) -> dict[str, Ten
     if facts.get("prompts"):
         wanted["text"] = (rows,)
     if found != wanted:
-        raise ValueError(f"{file} holds {found} and not {wanted}")
+        raise ValueError(f"{file} holds {str(found)[:120]} and not {wanted}")
     return tensors

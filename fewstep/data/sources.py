@@ -1,5 +1,6 @@
 """Where pictures with captions come from, found by name."""
 
+import os
 from collections.abc import Callable, Mapping
 from inspect import signature
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 from fewstep.data import encoded, pairs
 from fewstep.data.captions import Captioned, hugging_face, image_folder
-from fewstep.data.pictures import is_saved_to_disk, open_hugging_face
+from fewstep.data.tables import PICTURE_KINDS, is_saved_to_disk, kind_of, open_table
 from fewstep.data.tars import is_shards, webdataset
 from fewstep.errors import unknown
+from fewstep.options import arguments
 
 # Files of folders that are other data.
 _OTHERS = (pairs.FACTS, encoded.FACTS, "*idx3-ubyte*", "*_batch*.bin")
@@ -20,8 +22,11 @@ def is_pictures(name: str | Path, options: Mapping[str, Any]) -> bool:
     load = opener(name)
     if load is not hugging_face:
         return load is not None
-    table = open_hugging_face(str(name).removeprefix("hf:"), options.get("split", "train"), options.get("config"))
-    return any(type(feature).__name__ == "Image" for feature in table.features.values())
+    known = {option: options[option] for option in ("split", "config") if option in options}
+    known = arguments("data", hugging_face, known, given=("name",))
+    table = open_table(str(name).removeprefix("hf:"), known["split"], known["config"])
+    column = options.get("image")
+    return any(kind_of(table, c) in PICTURE_KINDS for c in table.features if column in (None, c))
 
 
 def listed(name: str | Path, captions: bool = True, /, **options: Any) -> Captioned:
@@ -33,8 +38,8 @@ def listed(name: str | Path, captions: bool = True, /, **options: Any) -> Captio
     load = opener(name)
     if load is None:
         path = Path(name).expanduser()
-        if not path.exists() and ("/" in str(name) or path.suffix):
-            raise FileNotFoundError(f"no data at {name}: there is no such file or folder")
+        if not os.path.exists(path) and ("/" in str(name) or path.suffix):
+            raise FileNotFoundError(f"no data at {str(name)[:200]}: there is no such file or folder")
         raise ValueError(
             f"{name} is no data of pictures that can be encoded: a folder, hf:NAME, what save_to_disk wrote, or "
             "webdataset shards (.tar) are"
@@ -43,7 +48,7 @@ def listed(name: str | Path, captions: bool = True, /, **options: Any) -> Captio
     for option in options:
         if option not in takes:
             raise unknown(f"option of {name}", option, [*takes, "size", "dtype", "on_error"])
-    return load(name, captions=captions, **options)
+    return load(name, captions=captions, **arguments("data", load, options, given=("name", "captions")))
 
 
 def opener(name: str | Path) -> Callable[..., Captioned] | None:
@@ -53,7 +58,7 @@ def opener(name: str | Path) -> Callable[..., Captioned] | None:
     path = Path(name).expanduser()
     if path.name.endswith(".tar"):
         return webdataset
-    if not path.is_dir() or any(any(path.glob(pattern)) for pattern in _OTHERS):
+    if not os.path.isdir(path) or any(any(path.glob(pattern)) for pattern in _OTHERS):
         return None
     if is_saved_to_disk(path):
         return hugging_face

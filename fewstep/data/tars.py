@@ -1,16 +1,17 @@
 """Pictures and captions in webdataset shards: plain tar files, read by the places of the files in them."""
 
 import glob
-import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fewstep.data.captions import CAPTIONS, Captioned, Rows, checked, identity_of, text_of
-from fewstep.data.pictures import SUFFIXES
+from fewstep.data.captions import Captioned, Rows, identity_of
+from fewstep.data.formats import PICTURES, is_picture
+from fewstep.data.metadata import CAPTIONS, checked, text_of
+from fewstep.reading import briefly, no_file, parse_json
 
 _LONGEST = 1 << 20  # bytes of a caption: more is none
 
@@ -34,39 +35,42 @@ def webdataset(name: str | Path, caption: str | None = None, labels: bool = True
 
 
 def _tar_files(name: str) -> list[Path]:
-    """The shards that a name stands for, in order."""
+    """The shards that a name stands for, in order. Of millions of names the first that is not there ends it."""
     path = Path(name).expanduser()
-    if path.is_dir():
-        return sorted(path.glob("*.tar"))
-    if path.is_file():
-        return [path]
+    if os.path.isdir(path):
+        return sorted(file for file in path.glob("*.tar") if file.is_file())
+    if os.path.exists(path):
+        names = iter([str(path)])
+    else:
+        names = (found for one in _braces(str(path)) for found in (sorted(glob.glob(one)) or [one]))
     found = []
-    for one in _braces(str(path)):
-        matching = sorted(glob.glob(one)) if glob.has_magic(one) else [one]
-        found += matching
-        if not matching or not Path(matching[0]).is_file():
-            raise FileNotFoundError(f"no shard {one}: shards are files here, fetch those that lie elsewhere")
-    return [Path(one) for one in found]
+    for one in names:
+        if why := no_file(Path(one)):
+            raise FileNotFoundError(
+                f"no shard {one[:200]}: shards are files here, fetch those that lie elsewhere ({why})"
+            )
+        found.append(Path(one))
+    if not found:
+        raise FileNotFoundError(f"{name[:200]} stands for no shard: ranges run upwards, as in {{000..099}}")
+    return found
 
 
-def _braces(text: str) -> list[str]:
+def _braces(text: str) -> Iterator[str]:
     """``a{0..2}`` as a0, a1, a2, and ``{x,y}`` as x, y; numbers keep their zeros."""
-    parts = re.split(r"\{([^{}]*)\}", text)
-    choices = []
-    for inner in parts[1::2]:
-        run = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
-        if run is None:
-            choices.append(inner.split(","))
-        else:
-            choices.append([f"{i:0{len(run[1])}d}" for i in range(int(run[1]), int(run[2]) + 1)])
-    fixed = parts[::2]
-    return ["".join(a + b for a, b in zip(fixed, [*chosen, ""], strict=True)) for chosen in product(*choices)]
+    before, inner, after = re.fullmatch(r"([^{}]*)(?:\{([^{}]*)\})?(.*)", text, re.DOTALL).groups()  # pyright: ignore
+    if inner is None:
+        yield text
+        return
+    run = re.fullmatch(r"([0-9]{1,15})\.\.([0-9]{1,15})", inner)
+    words = inner.split(",") if run is None else (f"{i:0{len(run[1])}d}" for i in range(int(run[1]), int(run[2]) + 1))
+    for word in words:
+        yield from (f"{before}{word}{rest}" for rest in _braces(after))
 
 
 def is_shards(folder: Path) -> bool:
     """Whether a folder holds shards, and no pictures beside them."""
     names = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    return any(path.suffix == ".tar" for path in names) and not any(path.suffix.lower() in SUFFIXES for path in names)
+    return any(path.suffix == ".tar" for path in names) and not any(is_picture(path.name) for path in names)
 
 
 def _shard_rows(files: Sequence[Path], caption: str | None, labels: bool, captions: bool) -> Rows:
@@ -83,7 +87,7 @@ def _shard_rows(files: Sequence[Path], caption: str | None, labels: bool, captio
             texts.append(_caption_of(row, caption, names[-1]) if captions else None)
             classes.append(int(row["cls"]) if labels and str(row.get("cls", "")).strip().isdigit() else None)
     if not names:
-        raise ValueError(f"no pictures ({', '.join(SUFFIXES)}) in {files[0]}{' and others' if len(files) > 1 else ''}")
+        raise ValueError(f"no pictures ({PICTURES}) in {files[0]}{' and others' if len(files) > 1 else ''}")
 
     def read(part: slice) -> list[bytes]:
         found = []
@@ -102,6 +106,7 @@ def _shard_rows(files: Sequence[Path], caption: str | None, labels: bool, captio
 def _grouped(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The files of a shard by their name before the first dot: where the picture is, and what is said of it."""
     key, row = "", {}
+    there = file.stat().st_size
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
@@ -114,13 +119,16 @@ def _grouped(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                         yield key, row
                     key, row = now, {}
                 kind = kind.lower()
-                if f".{kind}" in SUFFIXES:
+                if member.offset_data + member.size > there:
+                    raise ValueError(f"{member.name[:80]!r} should have {member.size} bytes, which are not there")
+                if is_picture(f"picture.{kind}"):
                     row["picture"] = member.offset_data, member.size
                 elif kind in ("txt", "json", "cls") and member.size <= _LONGEST:
                     content = tar.extractfile(member)
                     row[kind] = content.read().decode(errors="replace") if content else ""
-    except tarfile.TarError as error:
-        raise ValueError(f"{file} cannot be read ({error}): it is damaged, or compressed (unpack it first)") from None
+    except Exception as error:  # a damaged header may say anything
+        why = briefly(error)
+        raise ValueError(f"{file} cannot be read ({why}): it is damaged, or compressed (unpack it first)") from None
     if row:
         yield key, row
 
@@ -128,10 +136,7 @@ def _grouped(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _caption_of(row: dict[str, Any], caption: str | None, name: str) -> str | None:
     if caption in (None, "txt") and "txt" in row:
         return text_of(row["txt"].strip())
-    try:
-        said = json.loads(row.get("json", "{}"))
-    except ValueError:
-        raise ValueError(f"the .json of {name} is not JSON") from None
+    said = parse_json(row.get("json", "{}"), f"the .json of {name[:200]}")
     if not isinstance(said, dict):
         return None
     return text_of(said.get(caption or next((c for c in CAPTIONS if c in said), "")))

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def swiss_roll(noise: float = 0.5) -> Toy:
     return Toy(draw)
 
 
-def silhouette(image: "Picture | None" = None, threshold: float = 0.5) -> Toy:
+def silhouette(image: Any = None, threshold: float = 0.5) -> Toy:
     """Uniform on the shape in a picture: its opaque pixels where it has transparent ones, else its dark ones.
 
     The picture keeps its proportions, so the two variances have mean 1 and need not be equal.

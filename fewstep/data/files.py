@@ -195,13 +195,14 @@ def _idx_images(folder: Path, split: str) -> Path:
     raise FileNotFoundError(f"no {names[0]}(.gz) in {folder}, which holds: {held}")
 
 
+_MOST_AXES = 32  # those of a NumPy array, in its older versions
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
 def _read_idx(path: Path) -> np.ndarray:
     # The magic number: two zeros, the type, the number of axes; then each axis as a big-endian 32-bit number.
-    head = _first(path, 4 + 4 * 255)
-    if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _IDX_TYPES or not head[3]:
+    head = _first(path, 4 + 4 * _MOST_AXES)
+    if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _IDX_TYPES or not 1 <= head[3] <= _MOST_AXES:
         raise ValueError(f"{path} is no IDX file: it starts with the bytes {head[:4].hex(' ') or '(none)'}")
     header = 4 + 4 * head[3]
     dtype = np.dtype(_IDX_TYPES[head[2]])

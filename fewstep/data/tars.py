@@ -14,6 +14,7 @@ from fewstep.data.metadata import CAPTIONS, checked, text_of
 from fewstep.reading import briefly, no_file, parse_json
 
 _LONGEST = 1 << 20  # bytes of a caption: more is none
+_MOST_BRACES = 16
 
 
 def webdataset(name: str | Path, caption: str | None = None, labels: bool = True, captions: bool = True) -> Captioned:
@@ -37,6 +38,8 @@ def webdataset(name: str | Path, caption: str | None = None, labels: bool = True
 def _tar_files(name: str) -> list[Path]:
     """The shards that a name stands for, in order. Of millions of names the first that is not there ends it."""
     path = Path(name).expanduser()
+    if name.count("{") > _MOST_BRACES:
+        raise ValueError(f"{name[:200]} has more than {_MOST_BRACES} pairs of braces")
     if os.path.isdir(path):
         return sorted(file for file in path.glob("*.tar") if file.is_file())
     if os.path.exists(path):

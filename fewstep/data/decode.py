@@ -16,8 +16,8 @@ import numpy as np
 
 from fewstep import errors
 from fewstep.cache import cache_folder
-from fewstep.disk import replace_folder
 from fewstep.data.formats import formats
+from fewstep.disk import replace_folder
 from fewstep.reading import briefly, no_file
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}

@@ -149,7 +149,7 @@ class Texts:
         with (self._folder / CAPTIONS).open(encoding="utf-8") as lines:
             for number, line in enumerate(lines):
                 if number in wanted:
-                    found[number] = str(json.loads(line))
+                    found[number] = str(parse_json(line, f"line {number + 1} of {CAPTIONS}"))
         return [found.get(number, "") for number in index.tolist()]
 
 

@@ -177,7 +177,7 @@ def test_other_settings_in_the_folder_are_refused(field: GaussianField, tmp_path
     with pytest.raises(ValueError, match=r"pairs\.json has format 2, this fewstep reads 1"):
         Pairs(tmp_path)
     (tmp_path / "pairs.json").write_text("{")
-    with pytest.raises(ValueError, match=r"pairs\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"pairs\.json is not JSON"):
         Pairs(tmp_path)
 
 

@@ -4,11 +4,13 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fewstep import __version__, commands
-from fewstep.errors import TrainingError
+from fewstep.errors import TrainingError, unknown
 from fewstep.trust import trusting
 from fewstep.write_errors import NEVER_OF_READING, WriteError, write_error
 
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     usual, warnings.formatwarning = warnings.formatwarning, _note
     try:
         rest, overrides = _split(argv)
-        args = _parser().parse_args(rest)
+        args = _parsed(rest)
         args.argv = argv
         with trusting(getattr(args, "trust", False)):
             return args.command(args, overrides)
@@ -41,15 +43,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, OSError) and error.errno in NEVER_OF_READING:
             error = write_error(error) or error
-        # What Python calls resume=False and overwrite=True are flags here.
-        text = " ".join(str(error).split()).replace("resume=False", "--fresh").replace("overwrite=True", "--overwrite")
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {_as_flags(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, TrainingError | WriteError) else 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
     finally:
         warnings.formatwarning = usual
+
+
+def _as_flags(text: str) -> str:
+    """An error in one line; what Python calls resume=False, overwrite=True and trust=True are flags here."""
+    text = " ".join(text.split())
+    for python, flag in (("resume=False", "--fresh"), ("overwrite=True", "--overwrite")):
+        text = text.replace(f"{python} ({flag})", flag).replace(python, flag)
+    return text
 
 
 def _note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
@@ -80,8 +88,56 @@ def _split(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     return rest, overrides
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """One whose complaints are errors like all others: a line that says what is meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    """The words of the command line as the parser takes them; a slip of a command or an option names what is meant."""
+    parser, known = _parser()
+    if argv and argv[0] not in known and not argv[0].startswith("-"):
+        raise unknown("command", argv[0], known)
+    if argv and argv[0] in known:
+        argv = [argv[0], *_positionals_first(known[argv[0]], argv[1:])]
+    args, rest = parser.parse_known_args(argv)
+    for word in rest:
+        if word.startswith("--"):
+            raise unknown(f"option of {args.name}", word.partition("=")[0], known[args.name]._option_string_actions)
+    if rest:
+        raise ValueError(f"{args.name} does not know what {rest[0]!r} is for (see fewstep {args.name} --help)")
+    return args
+
+
+def _positionals_first(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
+    """The words with those of options last, as `evaluate --steps 1 2 RUN` is meant: numbers end at what is none."""
+    first, options = [], []
+    while words:
+        word, *words = words
+        action = parser._option_string_actions.get(word)
+        if action is None:
+            (options if word.startswith("-") else first).append(word)
+            continue
+        count = 0 if action.nargs == 0 else len(words) if action.nargs == "+" else 1
+        is_value = partial(_is_value, action)
+        taken = list(takewhile(is_value, words[:count]))
+        options += [word, *taken]
+        words = words[len(taken) :]
+    return [*first, *options]
+
+
+def _is_value(action: argparse.Action, word: str) -> bool:
+    """Whether a word is one of an option's values, as far as it can be told."""
+    if action.nargs != "+" or action.type is not int:
+        return not word.startswith("--")
+    return word.lstrip("-").isdigit()
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of the commands by name."""
+    parser = _Parser(
         prog="fewstep",
         description="Turn a diffusion or flow model into a generator that needs 1 to 8 network calls.",
         epilog="--debug, anywhere, shows the traceback of an error. Start: fewstep distill checkerboard-itvm",
@@ -283,4 +339,4 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("recipes", commands.run_recipes, "list the recipes that come along")
     p.add_argument("recipe", nargs="?", help="print this one, to start your own from")
-    return parser
+    return parser, dict(known.choices)

@@ -108,7 +108,13 @@ def known_recipes() -> dict[str, Path]:
     package = Path(__file__).parent
     # A wheel has them inside the package, a checkout beside it.
     folder = next((place for place in (package / "recipes", package.parent / "recipes") if place.is_dir()), package)
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml")) if _has_its_code(path)}
+
+
+def _has_its_code(recipe: Path) -> bool:
+    """Whether the files of code that a recipe names are there: a checkout has examples, a wheel has none."""
+    files = [name.rpartition(":")[0] for name in code_in(read_yaml(recipe)).values()]
+    return all((recipe.parent / file).is_file() for file in files if file.endswith(".py"))
 
 
 def describe(recipe: Path) -> str:

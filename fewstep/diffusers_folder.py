@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fewstep.fields import DiffusionField, schedule_of
@@ -47,6 +48,38 @@ def load_field(folder: Path) -> DiffusionField:
     model = load_weights(getattr(diffusers, found.class_name), found.model)
     field = DiffusionField(FAMILIES[found.class_name](model), found.scheduler)
     field.latents, field.text, field.class_names = found.latents, found.text, class_names_in(folder)
+    return field
+
+
+def field_of_pipeline(pipeline: Any) -> DiffusionField:
+    """The model of a pipeline of diffusers in memory, as :func:`load_field` reads one from its folder. Its prompts are
+    encoded where the pipeline was loaded from a folder.
+
+    Raises:
+        ValueError: no pipeline, or one that :func:`look_into` would refuse.
+    """
+    import diffusers
+
+    if not isinstance(pipeline, diffusers.DiffusionPipeline):
+        raise ValueError(
+            f"a {type(pipeline).__name__} is no folder, name or pipeline: of a model and a scheduler, "
+            "DiffusionField(network, scheduler) makes a field"
+        )
+    parts: dict[str, Any] = {name: part for name, part in pipeline.components.items() if part is not None}
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        for name in ("unet", "transformer", "scheduler", "vae", "vqvae"):
+            if name in parts:
+                parts[name].save_config(folder / name)
+        found = look_into(folder)
+    model = parts.get("unet") or parts["transformer"]
+    field = DiffusionField(FAMILIES[found.class_name](model), parts["scheduler"])
+    if found.latents is not None:
+        field.latents = Latents(parts.get("vae") or parts["vqvae"])
+    home = Path(str(pipeline.config.get("_name_or_path") or ""))
+    if (home / "model_index.json").is_file():
+        field.text = Prompts(home) if knows_prompts(home) else None
+        field.class_names = class_names_in(home)
     return field
 
 

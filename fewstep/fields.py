@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewstep.errors import unknown
 from fewstep.networks import FAMILIES
 from fewstep.paths import KINDS, Linear, Path, Scaling, as_times, expand, scaling
-from fewstep.schedules import schedule_of
+from fewstep.schedules import kind_of, schedule_of
 
 if TYPE_CHECKING:
     from fewstep.latents import Latents
@@ -63,7 +63,8 @@ class NetworkField(VelocityField):
         network: any module; its time is that of its own path (``native.network_time``: t itself on the continuous
             paths, the step k on a tabulated schedule).
         native: the path the network was trained on.
-        prediction: what it predicts there: velocity, data, noise, v, score, or flow (diffusers' reversed velocity).
+        prediction: what it predicts there: velocity, data, noise, v, score, or flow (diffusers' reversed velocity);
+            diffusers' names do too: sample, epsilon, v_prediction, flow_prediction.
         path: the path of the velocity wanted, the native one if not given.
 
     >>> field = NetworkField(my_vit, Linear(), prediction="data")
@@ -74,6 +75,7 @@ class NetworkField(VelocityField):
         self, network: nn.Module, native: Path | None = None, prediction: str = "velocity", *, path: Path | None = None
     ) -> None:
         super().__init__()
+        prediction = kind_of(prediction, native or Linear())
         if prediction not in KINDS:
             raise unknown("prediction kind", prediction, KINDS)
         name = type(network).__name__
@@ -117,6 +119,29 @@ class NetworkField(VelocityField):
 
     def extra_repr(self) -> str:
         return f"native={self.native}, prediction={self.prediction!r}, path={self.path}"
+
+
+def check_field(field: Any, what: str) -> None:
+    """That something is a velocity field.
+
+    Raises:
+        ValueError: it is a bare network, a pipeline or something else; says what makes a field of it.
+    """
+    if isinstance(field, VelocityField):
+        return
+    name = type(field).__name__
+    if name in FAMILIES and type(field).__module__.startswith("diffusers."):
+        way = (
+            f"fewstep.load(FOLDER) reads a pipeline with its scheduler; of a model in memory, "
+            f"DiffusionField(fewstep.networks.{FAMILIES[name].__name__}(model), scheduler)"
+        )
+    elif hasattr(field, "velocity"):
+        way = "a flow map is what is trained; name the field that it was made from"
+    elif isinstance(field, str) or hasattr(field, "scheduler"):
+        way = "fewstep.load makes one of it"
+    else:
+        way = "NetworkField(network, path, prediction) makes one of a network called network(x, t)"
+    raise ValueError(f"{what} is a {name}, and a VelocityField is needed: {way}")
 
 
 def checked(prediction: Any, x: Tensor, network: nn.Module) -> Tensor:

@@ -12,7 +12,7 @@ from fewstep.console import progress_bar
 from fewstep.data.batch import Data
 from fewstep.disk import replace_file
 from fewstep.drawing import Model, draw
-from fewstep.evaluation.evaluate import Evaluation, compare, evaluate
+from fewstep.evaluation.evaluate import Evaluation, alike, compare, evaluate
 from fewstep.evaluation.extractor import trained_classifier
 from fewstep.evaluation.inception import inception
 from fewstep.evaluation.measure import possible_metrics
@@ -101,34 +101,45 @@ def judge(
     return found
 
 
-def compare_runs(evaluations: dict[str, Evaluation], out: Path) -> tuple[list[str], list[list[Any]]]:
-    """The table of several runs, and ``compare.html`` with a plot a metric in the folder ``out``.
+Table = tuple[str, list[str], list[list[Any]]]
 
-    Raises:
-        ValueError: they were measured differently.
-    """
-    columns, rows = compare(evaluations)
-    lines = [
-        {**row, "model": name if row["model"] == "student" else f"teacher of {name}"}
-        for name, evaluation in evaluations.items()
-        for row in evaluation.rows
-    ]
-    if "teacher" in columns:  # one and the same for all
-        first = next(iter(evaluations))
-        lines = [row for row in lines if not row["model"].startswith("teacher")] + [
-            {**row, "model": "teacher"} for row in evaluations[first].rows if row["model"] == "teacher"
-        ]
-    figures = [
-        (LABELS[metric], png(quality_figure(lines, metric), out / f"{metric}.png")) for metric in _plotted(lines)
-    ]
+
+def compare_runs(evaluations: dict[str, Evaluation], out: Path) -> list[Table]:
+    """The tables of several runs, and ``compare.html`` with them and a plot a metric in the folder ``out``. Runs that
+    were measured alike share a table; a caption says what sets them apart from the others."""
+    tables, figures = [], []
+    for number, group in enumerate(groups := alike(evaluations)):
+        facts = next(iter(group.values())).facts
+        says = f"samples of {' x '.join(map(str, facts['shape']))}, {facts['count']} of them"
+        caption = "Side by side" if len(groups) == 1 else f"{', '.join(group)}: {says}"
+        columns, rows = compare(group)
+        tables.append((caption, columns, rows))
+        lines = _lines(group, "teacher" in columns)
+        for metric in _plotted(lines):
+            name = metric if number == 0 else f"{metric}-{number + 1}"
+            label = LABELS[metric] if len(groups) == 1 else f"{LABELS[metric]}: {', '.join(group)}"
+            figures.append((label, png(quality_figure(lines, metric), out / f"{name}.png")))
     write_report(
         out / "compare.html",
         title=" · ".join(evaluations),
         recipe_text="\n".join(f"{name}: {evaluation.facts}" for name, evaluation in evaluations.items()),
         figures=figures,
-        tables=[("Side by side", columns, rows)],
+        tables=tables,
     )
-    return columns, rows
+    return tables
+
+
+def _lines(group: dict[str, Evaluation], is_one_teacher: bool) -> list[dict[str, Any]]:
+    """The rows of runs that were measured alike, as their plot names them."""
+    rows = [(name, row) for name, evaluation in group.items() for row in evaluation.rows]
+    students = [{**row, "model": name} for name, row in rows if row["model"] == "student"]
+    first = next(iter(group))
+    teachers = [
+        {**row, "model": "teacher" if is_one_teacher else f"teacher of {name}"}
+        for name, row in rows
+        if row["model"] == "teacher" and (name == first or not is_one_teacher)
+    ]
+    return students + teachers
 
 
 def next_commands(out: Path, recipe: Recipe, is_map: bool) -> list[str]:

@@ -1,12 +1,13 @@
 """Models from disk: a diffusers folder, an export or a run of fewstep's, as a velocity field or a flow map."""
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from fewstep.converted import is_converted, load_converted
 from fewstep.described import made_again
-from fewstep.diffusers_folder import HUB_FILES, load_field, look_into
+from fewstep.diffusers_folder import HUB_FILES, field_of_pipeline, load_field, look_into
 from fewstep.disk import put_right
 from fewstep.errors import unknown
 from fewstep.fields import NetworkField, VelocityField
@@ -24,7 +25,7 @@ from fewstep.writing import check_text, moments_in
 _PLAIN_WEIGHTS = "model.safetensors"
 
 
-def load(source: str | Path, *, device: str = "cpu", trust: bool = False) -> VelocityField | FlowMap:
+def load(source: Any, *, device: str = "cpu", trust: bool = False) -> VelocityField | FlowMap:
     """A model from a folder, in evaluation mode.
 
     Args:
@@ -36,7 +37,8 @@ def load(source: str | Path, *, device: str = "cpu", trust: bool = False) -> Vel
             * an export of fewstep's, as what was exported, or what ``fewstep.convert`` wrote, as what was converted;
             * a run folder, as what was trained;
             * ``fewstep:NAME``, a model that comes with fewstep;
-            * ``owner/name``, a diffusers model on the Hugging Face hub.
+            * ``owner/name``, a diffusers model on the Hugging Face hub;
+            * a pipeline of diffusers in memory, whose model and VAE are used as they are.
         device: where it goes.
         trust: whether code may run that the recipe of a run names, where this user's fewstep did not write that run:
             see ``fewstep.trust``. Nothing else has code that is run.
@@ -51,6 +53,8 @@ def load(source: str | Path, *, device: str = "cpu", trust: bool = False) -> Vel
     """
     from fewstep.origin import is_run
 
+    if not isinstance(source, str | Path):
+        return field_of_pipeline(source).to(device).eval()
     folder = _find(source)
     if is_run(folder):
         from fewstep.runs import load_run
@@ -100,6 +104,11 @@ def _find(source: str | Path, weights: bool = True) -> Path:
         raise FileNotFoundError(f"{name} is a file: a model is loaded from its folder")
     if isinstance(source, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         raise FileNotFoundError(f"no folder {name}")
+    if (above := folder.parent).is_dir() or above.name == "runs":  # meant as a path, not as a name on the hub
+        beside = sorted(other.name for other in above.glob("*/")) if above.is_dir() else []
+        near = get_close_matches(folder.name, beside, n=1, cutoff=0.5)
+        holds = f"{above} holds {', '.join(beside[:8]) or 'no folders'}"
+        raise FileNotFoundError(f"no folder {name}: {f'did you mean {above / near[0]}?' if near else holds}")
     # The configurations first: what fewstep cannot use is refused before its weights are fetched.
     configurations = _from_hub(name, "*.json")
     if not weights:

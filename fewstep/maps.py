@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fewstep.fields import NetworkField, VelocityField, checked, unguided
+from fewstep.fields import NetworkField, VelocityField, check_field, checked, unguided
 from fewstep.networks import with_second_time
 from fewstep.paths import Path, as_times, expand, scaling
 
@@ -50,7 +50,7 @@ class FlowMap(nn.Module):
         super().__init__()
         field = NetworkField(network, native, prediction, path=path)  # checks, and the rules of the conversion
         self.network = network
-        self.native, self.prediction, self.path, self.bare = field.native, prediction, field.path, field.bare
+        self.native, self.prediction, self.path, self.bare = field.native, field.prediction, field.path, field.bare
 
     @classmethod
     def from_field(
@@ -80,6 +80,7 @@ class FlowMap(nn.Module):
         Raises:
             ValueError: if a network is needed and not given, or has no place for one of the teacher's weights.
         """
+        check_field(field, "what a student starts from")
         field = unguided(field)
         if any(hasattr(module, "lora_A") for module in field.modules()):  # whose layers have names of their own
             raise ValueError("the field has an adapter: start from merge_lora(field), which has it in its weights")

@@ -32,7 +32,7 @@ from fewstep.networks.unet import set_size, with_image
 from fewstep.objectives import OBJECTIVES
 from fewstep.objectives.base import Objective
 from fewstep.options import arguments, find_object
-from fewstep.paths import KINDS, Linear, Reversed, Trigonometric, VariancePreserving
+from fewstep.paths import Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.paths import Path as Trajectory
 from fewstep.prompts import TEXT_CONDITIONS
 from fewstep.randomness import generator
@@ -242,8 +242,6 @@ def _wrap(
         native, prediction = Reversed(1000.0), section.prediction or "flow"
     if start is not None:
         native, prediction = start.native, start.prediction
-    if prediction not in KINDS:
-        raise unknown("prediction kind", prediction, KINDS)
     field = NetworkField(network, native, prediction, path=path)
     try:
         if is_map and not gains_second_time(network):

@@ -19,6 +19,13 @@ _ON_THE_LINE = {"flow_prediction": "flow", "epsilon": "noise", "sample": "data"}
 _NO_SIGNAL = (0.0, 2**-24)
 
 
+def kind_of(prediction: str, native: Path) -> str:
+    """fewstep's name of what a network predicts, for diffusers' name of it: ``epsilon``, ``sample``, ``v_prediction``,
+    ``flow_prediction``; any other as it is."""
+    known = _ON_EDM if isinstance(native, Preconditioned) else {**_ON_A_TABLE, "flow_prediction": "flow"}
+    return known.get(prediction, prediction)
+
+
 def schedule_of(scheduler: Any) -> tuple[Path, str]:
     """The path and the prediction kind of the network that a diffusers scheduler belongs to.
 

@@ -19,6 +19,7 @@ from fewstep import judge, runs, watch
 from fewstep.cli import main
 from fewstep.config import load_recipe
 from fewstep.errors import TrainingError
+from fewstep.evaluation.evaluate import Evaluation, compare
 from fewstep.judge import next_commands
 
 TINY = [
@@ -238,9 +239,9 @@ def test_arrays_come_back_in_the_units_of_the_data(
 
 def test_evaluate_and_compare(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distill", "checkerboard-lmd", *TINY, "--out", "runs/two", "--evaluation.count", "0"]) == 0
-    assert "runs/two has not been evaluated: fewstep evaluate runs/two" in refused(
-        capsys, "compare", "runs/one", "runs/two"
-    )
+    assert "runs/two has not been evaluated: fewstep evaluate runs/two" in refused(capsys, "compare", "runs/two")
+    assert main(["compare", "runs/one", "runs/two", "--out", "one"]) == 0
+    assert "note: runs/two has not been evaluated, and is left out" in capsys.readouterr().err
     for run in ("runs/one", "runs/two"):
         assert main(["evaluate", run, "--steps", "1", "2", "--teacher-steps", "2", "--count", "20"]) == 0
     assert "sliced_w2" in capsys.readouterr().out
@@ -249,7 +250,16 @@ def test_evaluate_and_compare(here: Path, capsys: pytest.CaptureFixture[str]) ->
     assert all(word in out for word in ("one", "two", "teacher", "rmse"))
     assert {f.name for f in (here / "side").iterdir()} == {"compare.html", "rmse.png", "sliced_w2.png"}
     assert main(["evaluate", "runs/two", "--count", "10"]) == 0
-    assert "evaluate both alike" in refused(capsys, "compare", "runs/one", "runs/two")
+    assert main(["compare", "runs/one", "runs/two", "--out", "apart"]) == 0
+    said = capsys.readouterr()
+    assert "one: samples of 2, 20 of them" in said.out
+    assert "two: samples of 2, 10 of them" in said.out
+    assert "not measured alike" in said.err
+    assert {f.name for f in (here / "apart").glob("rmse*.png")} == {"rmse.png", "rmse-2.png"}
+    with pytest.raises(ValueError, match="evaluate both alike"):
+        compare(
+            {name: Evaluation.from_json((here / "runs" / name / "quality.json").read_text()) for name in ("one", "two")}
+        )
 
 
 def test_an_export_carries_its_table_and_is_sampled(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,13 @@
 """The recipe: what it takes, what it refuses and how, and that it reads back as it was written."""
 
 import inspect
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from fewstep import config
 from fewstep.config import describe, find_recipe, known_recipes, load_recipe
 from fewstep.recipe import Recipe, Training
 from fewstep.training.fit import fit
@@ -200,3 +202,16 @@ GUIDED = {"scale": 2.0, "null": {"class_labels": 10}}
 def test_what_would_come_to_nothing_is_refused(tree: dict[str, dict[str, object]], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         load_recipe({**SMALL, **tree})
+
+
+def test_a_recipe_whose_code_is_not_there_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout has examples beside its recipes, a wheel has none."""
+    assert "mnist-vit-itvm" in known_recipes()
+    monkeypatch.chdir(tmp_path)  # they are found from anywhere
+    assert load_recipe("mnist-vit-itvm").student.network.endswith("examples/mnist_vit.py:student")
+    shutil.copytree(Path(config.__file__).parent.parent / "recipes", tmp_path / "fewstep" / "recipes")
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "fewstep" / "config.py"))
+    assert "checkerboard-itvm" in known_recipes()
+    assert "mnist-vit-itvm" not in known_recipes()
+    with pytest.raises(FileNotFoundError, match="there is no recipe 'mnist-vit-itvm'"):
+        load_recipe("mnist-vit-itvm")

@@ -123,8 +123,8 @@ def test_the_score_of_a_mixture_is_the_gradient_of_its_log_density(points):
 
 
 def test_network_errors(points):
-    with pytest.raises(ValueError, match="unknown prediction kind 'epsilon'"):
-        NetworkField(MLP(2), prediction="epsilon")
+    with pytest.raises(ValueError, match="unknown prediction kind 'eps'"):
+        NetworkField(MLP(2), prediction="eps")
     with pytest.raises(ValueError, match="one time a sample"):
         NetworkField(MLP(2))(points.float(), torch.zeros(3))
     field = NetworkField(Oracle(GaussianField(torch.zeros(2), torch.eye(2)), Linear(), "velocity"))

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from first_hour import write_ddpm, write_photos
 
+import fewstep
+from fewstep.cli import _as_flags, _parsed, main
 from fewstep.config import load_recipe
 from fewstep.options import read_yaml
 from fewstep.runs import build
@@ -101,3 +103,54 @@ def test_what_to_type_next_says_all_of_the_data(home: Path) -> None:
 def test_a_flag_that_is_not_known_names_the_one_that_is_meant(flag: str, meant: str) -> None:
     with pytest.raises(ValueError, match=rf"unknown recipe key '{flag}': did you mean '{meant}'\?"):
         load_recipe("checkerboard-itvm", {flag: "1"})
+
+
+def test_a_slip_of_a_command_or_an_option_names_what_is_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    for line, meant in (
+        ("distil checkerboard-itvm", "unknown command 'distil': did you mean 'distill'?"),
+        ("sample x --step 2", "unknown option of sample '--step': did you mean '--steps'?"),
+        (
+            "evaluate x --teacher_steps 2",
+            "unknown option of evaluate '--teacher_steps': did you mean '--teacher-steps'?",
+        ),
+        ("sample", "the following arguments are required: model (see fewstep sample --help)"),
+        ("evaluate x --steps two", "argument --steps: expected at least one argument (see fewstep evaluate --help)"),
+    ):
+        assert main(line.split()) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert meant in said
+        assert len(said) < 600
+
+
+def test_what_is_no_option_may_come_last() -> None:
+    assert _parsed(["evaluate", "--steps", "1", "2", "4", "runs/x"]).run == Path("runs/x")
+    assert _parsed(["evaluate", "--steps", "1", "2", "4", "runs/x"]).steps == [1, 2, 4]
+    assert _parsed(["compare", "--seeds", "0", "1", "--out", "c", "runs/x", "runs/y"]).runs == [
+        Path("runs/x"),
+        Path("runs/y"),
+    ]
+    assert _parsed(["sample", "--prompt", "a cat", "a dog", "--seed", "-1", "--out", "x.png", "m"]).model == "m"
+    assert _parsed(["sample", "m", "--prompt", "a cat", "a dog"]).prompt == ["a cat", "a dog"]
+
+
+def test_a_path_that_is_not_there_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^no folder runs/nothing: runs holds no folders$"):
+        fewstep.load("runs/nothing")
+    (tmp_path / "runs" / "photos-train").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"did you mean runs/photos-train\?"):
+        fewstep.load("runs/photo-train")
+    with pytest.raises(FileNotFoundError, match="Hugging Face hub"):
+        fewstep.load("google/nothing")
+
+
+def test_a_run_without_evaluation_has_no_report(home: Path) -> None:
+    done = typed("fewstep distill checkerboard-itvm --steps 1 --evaluation.count 0", cwd=home)
+    assert "report.html" not in done.stdout
+    assert "fewstep evaluate runs/checkerboard-itvm measures it" in done.stdout
+
+
+@pytest.mark.parametrize("python", ["resume=False (--fresh)", "resume=False", "overwrite=True"])
+def test_a_flag_is_named_once(python: str) -> None:
+    assert _as_flags(f"use\n{python} for it") == f"use {'--overwrite' if 'overwrite' in python else '--fresh'} for it"

@@ -239,8 +239,8 @@ def test_errors_of_a_network_that_does_not_fit():
         FlowMap.from_field(NetworkField(MLP(2, width=8)), wide)
     # Nothing was loaded on the way to the error.
     assert all(torch.equal(a, b) for a, b in zip(wide.parameters(), kept.parameters(), strict=True))
-    with pytest.raises(ValueError, match="unknown prediction kind 'epsilon'"):
-        FlowMap(MLP(2, times=2), prediction="epsilon")
+    with pytest.raises(ValueError, match="unknown prediction kind 'eps'"):
+        FlowMap(MLP(2, times=2), prediction="eps")
     with pytest.raises(ValueError, match="one time a sample"):
         FlowMap(MLP(2, times=2))(torch.zeros(4, 2), torch.zeros(4), torch.zeros(3))
 

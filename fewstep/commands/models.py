@@ -10,6 +10,7 @@ from fewstep.model_files import read_json
 
 def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.exporting import export
+    from fewstep.lora import DIFFUSERS_FILE
     from fewstep.writing import moments_in
 
     if args.format != "diffusers":
@@ -17,7 +18,8 @@ def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
     folder = args.folder or args.model / ("adapter" if args.adapter else "model")
     folder = export(args.model, folder, overwrite=args.overwrite, adapter=args.adapter)
     if args.adapter:
-        print(f"{folder} is an adapter: fewstep.lora.load_adapter, diffusers' load_lora_weights or peft read it")
+        others = "diffusers' load_lora_weights reads" if (folder / DIFFUSERS_FILE).is_file() else "peft reads"
+        print(f"{folder} is an adapter: fewstep.lora.load_adapter reads it, and {others} it too")
         say_next([shlex.join(["fewstep", "export", str(args.model), f"{args.model.name}-export"])])
         return 0
     print(f"{folder} is a model of its own; its README.md says how to use it")

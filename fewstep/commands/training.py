@@ -50,7 +50,10 @@ def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     if not environment().is_main:
         return 0
     print_evaluation(done.evaluation)
-    print(f"{out / 'report.html'} shows it all")
+    if (out / "report.html").is_file():
+        print(f"{out / 'report.html'} shows it all")
+    else:
+        print(f"{out} has its checkpoints and samples; fewstep evaluate {shlex.quote(str(out))} measures it")
     say_next(next_commands(out, recipe, isinstance(done.result.student, FlowMap)))
     return 0
 
@@ -81,15 +84,26 @@ def run_compare(args: argparse.Namespace, _: dict[str, str]) -> int:
 
     if args.methods:
         return _compare_methods(args)
-    found = {}
+    found, others = {}, []
     for run in args.runs:
-        file = run / "quality.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{run} has not been evaluated: fewstep evaluate {shlex.quote(str(run))}")
-        found[run.name if run.name not in found else str(run)] = Evaluation.from_json(file.read_text())
-    print_table(*compare_runs(found, args.out))
+        if (run / "quality.json").is_file():
+            name = run.name if run.name not in found else str(run)
+            found[name] = Evaluation.from_json((run / "quality.json").read_text())
+        else:
+            others.append(run)
+    if not found:
+        raise FileNotFoundError(f"{others[0]} has not been evaluated: fewstep evaluate {shlex.quote(str(others[0]))}")
+    for run in others:
+        say(f"note: {run} has not been evaluated, and is left out: fewstep evaluate {shlex.quote(str(run))}")
+    for caption, columns, rows in (tables := compare_runs(found, args.out)):
+        if len(tables) > 1:
+            print(caption)
+        print_table(columns, rows)
+    if len(tables) > 1:
+        say("note: what was not measured alike is in tables of its own")
     print(f"{args.out / 'compare.html'} shows it with plots")
-    say_next([shlex.join(["fewstep", "export", str(args.runs[0]), f"{args.runs[0].name}-export"])])
+    best = next(run for run in args.runs if run not in others)
+    say_next([shlex.join(["fewstep", "export", str(best), f"{best.name}-export"])])
     return 0
 
 

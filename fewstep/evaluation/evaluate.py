@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch, Data
+from fewstep.data.given import as_data
 from fewstep.data.toy import Toy
 from fewstep.evaluation.measure import METRICS, Judge, choose_metrics, possible_metrics
 from fewstep.exact import ExactField
@@ -70,7 +70,7 @@ def evaluate(
     model: FlowMap | VelocityField,
     *,
     teacher: VelocityField | None = None,
-    data: Data | Tensor | None = None,
+    data: Any = None,
     steps: Sequence[int] = (1, 2, 4, 8),
     teacher_steps: Sequence[int] | None = None,
     count: int = 10_000,
@@ -98,7 +98,7 @@ def evaluate(
     Args:
         model: the student, or a field to be solved by Euler steps; runs where it is, in eval mode.
         teacher: what it was made from.
-        data: a ``Data`` or a tensor (N, ...); by default the data of an exact teacher. ``count`` rows of it are
+        data: as :func:`fewstep.fit` takes it; by default the data of an exact teacher. ``count`` rows of it are
             taken, at random, or all where it has fewer.
         steps, teacher_steps: step counts; by default the teacher takes those of the student, and 100.
         count: samples for each. Values at different counts cannot be compared.
@@ -168,6 +168,19 @@ def evaluate(
     return Evaluation(rows, floor, facts, {**samples, "data": judge.shown}, captions)
 
 
+# What decides the numbers of an evaluation: with other values they say nothing beside each other.
+_DECISIVE = ("shape", "count", "data", "extractor")
+
+
+def alike(evaluations: Mapping[str, Evaluation]) -> list[dict[str, Evaluation]]:
+    """The evaluations in groups that :func:`compare` takes: of one shape, count, data and extractor each."""
+    groups: dict[str, dict[str, Evaluation]] = {}
+    for name, evaluation in evaluations.items():
+        key = json.dumps([evaluation.facts.get(fact) for fact in _DECISIVE])
+        groups.setdefault(key, {})[name] = evaluation
+    return list(groups.values())
+
+
 def compare(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[list[Any]]]:
     """Several students side by side: columns ``metric``, ``nfe``, one for each name, and one for the teacher, or one
     for each teacher where they differ. A row is a metric at a number of network calls; None where it was not measured.
@@ -178,7 +191,7 @@ def compare(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[list
     """
     (base, one), *others = evaluations.items()
     for name, other in others:
-        for fact in ("shape", "count", "data", "extractor"):
+        for fact in _DECISIVE:
             if one.facts.get(fact) != other.facts.get(fact):
                 has, differs = one.facts.get(fact), other.facts.get(fact)
                 raise ValueError(
@@ -270,15 +283,13 @@ def _ends(teacher: VelocityField, noise: Tensor, cond: dict[str, Any], tick: Cal
     return ends
 
 
-def _as_data(data: Data | Tensor | None, teacher: VelocityField | None) -> Data:
-    if isinstance(data, Tensor):
-        return ArrayData(data)
+def _as_data(data: Any, teacher: VelocityField | None) -> Data:
     if data is None and isinstance(teacher, ExactField):
         exact = deepcopy(teacher).cpu()  # data are drawn on the CPU, like all that is random
         return Toy(exact.data, tuple(exact.data(1, generator(0)).shape[1:]))
     if data is None:
         raise ValueError("evaluate needs data, to hold samples against: only an exact teacher brings its own")
-    return data
+    return as_data(data)
 
 
 def _check(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fewstep.data.batch import Batch
 from fewstep.errors import unknown
-from fewstep.fields import VelocityField
+from fewstep.fields import VelocityField, check_field
 from fewstep.maps import FlowMap
 from fewstep.randomness import Generators, chunk_rows, normal
 from fewstep.times import DISTRIBUTIONS
@@ -44,6 +44,8 @@ class Objective(nn.Module):
 
     def __init__(self, teacher: VelocityField | None = None) -> None:
         super().__init__()
+        if teacher is not None:
+            check_field(teacher, f"the teacher of {type(self).__name__}")
         # In a tuple, nn.Module does not see it: the teacher is neither trained nor checkpointed with the objective.
         self._teacher = (teacher.eval().requires_grad_(False),) if teacher is not None else ()
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fewstep import console, threads
 from fewstep.data.batch import Data
+from fewstep.data.given import as_data
 from fewstep.errors import unknown
 from fewstep.objectives.base import Objective
 from fewstep.training import checkpoints, distributed, folder, interrupt, trackers
@@ -45,7 +46,7 @@ PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def fit(
     student: nn.Module,
     objective: Objective,
-    data: Data | Tensor,
+    data: Any,
     steps: int | None = None,
     max_seconds: float | None = None,
     seed: int = 0,
@@ -87,7 +88,8 @@ def fit(
 
     Args:
         student, objective: see ``fewstep.objectives.base``; both are moved to the device.
-        data: a ``Data``, or a tensor (N, ...) of rows.
+        data: what ``fewstep.load_data`` gives, or any other ``Data``; a tensor or numpy array (N, ...) of rows; a
+            ``TensorDataset``, a map-style ``Dataset`` or its ``DataLoader``, of which the batches are not used.
         steps, max_seconds: where to stop, at least one of them; progress is the larger of the two shares. A run
             bounded by time depends on the clock and cannot be repeated bit for bit. The time counts everything: data,
             callbacks, checkpoints, and what earlier parts of a resumed run took.
@@ -146,7 +148,7 @@ def fit(
     world = distributed.environment()
     device = distributed.choose_device(device, world)
     half = _half_precision(precision, device)
-    data = _as_data(data)
+    data = as_data(data)
     chunk = chunk or default_chunk(batch)
     batches = Batches(data, batch, chunk, seed, accumulate, world.rank, world.size)
     out = None if out is None else Path(out)
@@ -155,6 +157,9 @@ def fit(
         "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup, "clip": clip, "ema": ema,
         "ema_warmup": ema_warmup, "precision": precision,
     }  # fmt: skip
+    if data.size is not None and data.size < batch and not quiet and world.is_main:
+        each = f"{batch / data.size:.2g} times"
+        console.say(f"note: {data.size} rows of data and batch={batch}: each update sees each row about {each}")
     identity = _identity(settings, student, objective, data) | folder.flat(fingerprint or {})
     found = None if out is None else folder.open_run(out, identity, resume)
 
@@ -307,14 +312,6 @@ def _compile(*models: Any) -> None:
     for model in models:
         if model is not None:
             model.network.compile()
-
-
-def _as_data(data: Data | Tensor) -> Data:
-    if isinstance(data, Tensor):
-        from fewstep.data.arrays import ArrayData
-
-        return ArrayData(data)
-    return data
 
 
 def _identity(settings: dict[str, Any], student: nn.Module, objective: Objective, data: Data) -> dict[str, Any]:

@@ -30,6 +30,9 @@ from fewstep.networks.held import HOLD
 KINDS = ("velocity", "data", "noise", "v", "score", "flow", "edm")
 
 
+_FULL = (torch.float32, torch.float64)
+
+
 def as_times(t: Tensor | float, x: Tensor) -> Tensor:
     """Times as a tensor (B,) beside x (B, ...): a number or 0-d tensor is repeated; float32 at least, float64 with x.
 
@@ -37,6 +40,8 @@ def as_times(t: Tensor | float, x: Tensor) -> Tensor:
         ValueError: if t has a shape other than () or (B,), or is a number outside [0, 1] (tensors are not looked into:
             that would stall a GPU).
     """
+    if isinstance(t, Tensor) and t.dtype is x.dtype in _FULL and t.shape == x.shape[:1] and t.device == x.device:
+        return t
     if isinstance(t, int | float) and not 0 <= t <= 1:
         raise ValueError(f"the time {t} is outside [0, 1]: t = 0 is noise and t = 1 is data")
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -233,6 +238,12 @@ class Linear(Path):
 
     def same_as(self, other: Path) -> bool:
         return isinstance(other, Linear)
+
+    def sample(self, noise: Tensor, data: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        if noise.shape != data.shape:
+            return super().sample(noise, data, t)
+        t = expand(as_times(t, data), data)
+        return t * data + (1 - t) * noise, data - noise
 
 
 @dataclass(frozen=True)

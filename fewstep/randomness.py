@@ -46,6 +46,8 @@ def _draw(kind: str, shape: tuple[int, ...], generators: Generators, dtype: torc
     draw = getattr(torch, kind)
     if isinstance(generators, torch.Generator):
         return draw(shape, generator=generators, dtype=dtype, device=generators.device)
+    if len(generators) == 1:
+        return draw(shape, generator=generators[0], dtype=dtype, device=generators[0].device)
     rows, extra = divmod(shape[0], len(generators))
     if extra:
         raise ValueError(f"{shape[0]} rows cannot be shared equally by {len(generators)} generators")

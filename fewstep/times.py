@@ -45,8 +45,10 @@ def draw_pairs(
         s = s * (1 - length) / (1 - (t - s)).clamp(min=1e-9)
         t = s + length
     if ends > 0:
-        s = torch.where(uniform(rows, generators) < ends, (t - longest).clamp(min=0.0), s)
-        t = torch.where(uniform(rows, generators) < ends, (s + longest).clamp(max=1.0), t)
+        first = (t - longest).clamp(min=0.0) if longest < 1 else 0.0
+        s = torch.where(uniform(rows, generators) < ends, first, s)
+        last = (s + longest).clamp(max=1.0) if longest < 1 else 1.0
+        t = torch.where(uniform(rows, generators) < ends, last, t)
     return s, t
 
 

@@ -74,9 +74,29 @@ def test_rows_are_shared_out_within_each_chunk():
 def test_every_row_has_one_part_and_shares_are_met(shares: tuple[float, ...]):
     names = dict(zip("abc", shares, strict=False))
     parts = split_rows(53, names, generator(0))
-    assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(53))
+    rows = {name: torch.arange(53)[part] for name, part in parts.items()}  # slices, as there is one chunk
+    assert sorted(torch.cat(list(rows.values())).tolist()) == list(range(53))
     for name, share in names.items():
-        assert abs(len(parts[name]) - 53 * share / sum(shares)) <= 1
+        assert abs(len(rows[name]) - 53 * share / sum(shares)) <= 1
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_slices_and_indices_of_rows_give_the_same_bits(gaussian: GaussianField, name: str, monkeypatch):
+    def of() -> tuple[float, Tensor, dict]:
+        student = perturbed(gaussian)
+        loss = loss_of(ALL[name](gaussian), student, batch_of(gaussian, 64))
+        return value(loss), gradient(loss, student), loss.times
+
+    total, slope, times = of()
+
+    def indices(rows, shares, generators, device="cpu"):
+        return {name: torch.arange(rows)[part] for name, part in split_rows(rows, shares, generators, device).items()}
+
+    monkeypatch.setattr("fewstep.objectives.two_time.split_rows", indices)
+    again, same_slope, same_times = of()
+    assert total == again
+    assert torch.equal(slope, same_slope)
+    assert all(torch.equal(same_times[term], rows) for term, rows in times.items())
 
 
 def test_a_part_that_would_get_no_row_is_an_error(gaussian: GaussianField):

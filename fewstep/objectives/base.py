@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from fewstep.fields import VelocityField, check_field
 from fewstep.maps import FlowMap
 from fewstep.randomness import Generators, chunk_rows, normal
 from fewstep.times import DISTRIBUTIONS
+
+# Some rows of a batch: those of a slice, or these (n,).
+Index = slice | Tensor
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,9 @@ def noise_of(batch: Batch, generator: Generators) -> Tensor:
 
 def split_rows(
     rows: int, shares: dict[str, float], generator: Generators, device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
-    """The rows of a batch shared out to named parts: their indices (n,), n = 0 for a part with no share.
+) -> dict[str, Index]:
+    """The rows of a batch shared out to named parts: a slice of them where there is one chunk, else their indices (n,);
+    n = 0 for a part with no share.
 
     Each part takes a run of every chunk (the rows that share a generator). So the split needs no random number, is the
     same on any number of processes, and gives every network call a fixed shape.
@@ -141,21 +146,28 @@ def split_rows(
     Raises:
         ValueError: if a chunk has so few rows that a part with a share gets none: its term would never be trained.
     """
-    chunk = chunk_rows(rows, generator)
+    return dict(_split(rows, chunk_rows(rows, generator), tuple(shares.items()), torch.device(device)))
+
+
+@lru_cache(maxsize=64)
+def _split(rows: int, chunk: int, shares: tuple[tuple[str, float], ...], device: torch.device) -> dict[str, Index]:
     place = torch.arange(rows) % chunk
-    parts, edge, total = {}, 0.0, sum(shares.values())
-    for name, share in shares.items():
+    parts: dict[str, Index] = {}
+    edge, total = 0.0, sum(share for _, share in shares)
+    for name, share in shares:
         first, edge = edge, edge + share / total * chunk
         if share > 0 and round(first) == round(edge):
             raise ValueError(
                 f"{name!r} has {share / total:.3g} of the rows, which is none in chunks of {chunk}: use larger chunks, "
                 "such as a batch that is a multiple of 64"
             )
-        parts[name] = ((place >= round(first)) & (place < round(edge))).nonzero().flatten().to(device)
+        run = slice(round(first), round(edge))
+        inside = (place >= run.start) & (place < run.stop)
+        parts[name] = run if chunk == rows else inside.nonzero().flatten().to(device)
     return parts
 
 
-def rows_of(cond: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+def rows_of(cond: dict[str, Tensor], rows: Index) -> dict[str, Tensor]:
     """The conditions of some of the rows."""
     return {name: value[rows] for name, value in cond.items()}
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
-from fewstep.objectives.base import check_decay, check_options, squared_error
+from fewstep.objectives.base import Index, check_decay, check_options, squared_error
 from fewstep.objectives.two_time import Now, Rows, ToTheEnd, TwoTime
 from fewstep.solvers import heun_step
 
@@ -47,7 +47,7 @@ class ConsistencyDistillation(_Consistency):
             raise ValueError("ConsistencyDistillation's gap is 0: a step of no length teaches nothing, take 0.1")
         self.gap, self.huber, self.ema = gap, huber, check_decay("ConsistencyDistillation", ema)
 
-    def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Tensor], now: Now) -> dict[str, Tensor]:
+    def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Index], now: Now) -> dict[str, Tensor]:
         near = rows.s + self.gap * (1 - rows.s)
         with torch.no_grad():
             x = heun_step(lambda x, t: self.teacher(x, t, **rows.cond), rows.x, rows.s, near)
@@ -82,7 +82,7 @@ class ConsistencyTraining(_Consistency):
         """``q^-k`` at this progress."""
         return self.q ** -min(1 + int(progress * self.stages), self.stages)
 
-    def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Tensor], now: Now) -> dict[str, Tensor]:
+    def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Index], now: Now) -> dict[str, Tensor]:
         gap = self.gap(now.progress) * (1 - rows.s)
         near = rows.s + gap
         with torch.no_grad():

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fewstep.maps import FlowMap
-from fewstep.objectives.base import check_options, squared_error
+from fewstep.objectives.base import Index, check_options, squared_error
 from fewstep.objectives.two_time import Now, Rows, TwoTime, warmed
 from fewstep.randomness import Generators, uniform
 from fewstep.times import draw_pairs
@@ -49,7 +49,7 @@ class FMM(TwoTime):
         is_swapped = uniform(rows, generator) < 0.5
         return torch.where(is_swapped, t, s), torch.where(is_swapped, s, t)
 
-    def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Tensor], now: Now) -> dict[str, Tensor]:
+    def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Index], now: Now) -> dict[str, Tensor]:
         # The rows are drawn at s; here the path is at t.
         x, dx = student.path.sample(rows.noise, rows.data, rows.t)
         start = student(x, rows.t, rows.s, **rows.cond)

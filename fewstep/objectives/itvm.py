@@ -90,7 +90,8 @@ class ITVM(TwoTime):
         x, s, t, cond = rows.x, rows.s, rows.t, rows.cond
         match rows.part:
             case "interval":
-                return through_middle(now.target, rows, 0.5 + (rows.fraction - 0.5) * self.middle)
+                part = 0.5 + (rows.fraction - 0.5) * self.middle if self.middle else 0.5
+                return through_middle(now.target, rows, part)
             case "integral":
                 m = s + rows.fraction * (t - s)
                 return self.teacher(now.target(x, s, m, **cond), m, **cond)

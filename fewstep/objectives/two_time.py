@@ -4,7 +4,7 @@ A method says what ``u(x, s, t)`` is to be (``goal``), or which residual is to v
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,16 @@ from fewstep.errors import unknown
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.networks.second_time import sinusoidal
-from fewstep.objectives.base import Loss, Objective, check_options, noise_of, rows_of, split_rows, squared_error
+from fewstep.objectives.base import (
+    Index,
+    Loss,
+    Objective,
+    check_options,
+    noise_of,
+    rows_of,
+    split_rows,
+    squared_error,
+)
 from fewstep.objectives.derivative import MODES, derivative, time_derivative
 from fewstep.paths import as_times, expand
 from fewstep.randomness import Generators, uniform
@@ -40,10 +49,10 @@ class Rows:
     fraction: Tensor
     cond: dict[str, Tensor]
 
-    def take(self, part: str, index: Tensor) -> "Rows":
-        """Some of the rows, (n,) indices."""
-        tensors = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name not in ("part", "cond")}
-        return Rows(part=part, cond=rows_of(self.cond, index), **tensors)
+    def take(self, part: str, index: Index) -> "Rows":
+        """Some of the rows."""
+        numbers = (self.x, self.dx, self.s, self.t, self.noise, self.data, self.fraction)
+        return Rows(part, *(values[index] for values in numbers), cond=rows_of(self.cond, index))
 
     def __len__(self) -> int:
         return len(self.x)
@@ -172,39 +181,42 @@ class TwoTime(Objective):
         now = Now(target, progress, step)
         rows, parts = self._draw(student, batch, generator, now)
         errors = self.errors(student, rows, parts, now)
-        index = {name: parts[name if name in parts else self.term] for name in errors}
-        times = {name: torch.stack([rows.s, rows.t], dim=1)[rows_of_term] for name, rows_of_term in index.items()}
-        diagonal, others = [], []
-        for name, error in errors.items():
-            weighed = self.weigh(error, times[name][:, 0], times[name][:, 1], now)
-            (diagonal if name == self.diagonal_term else others).append(weighed)
-        total = torch.stack(
-            [w * torch.cat(part).mean() for w, part in zip(self.weights, (diagonal, others), strict=True) if part]
-        ).sum()
-        return Loss(
-            total,
-            {name: error.detach().mean() for name, error in errors.items()},
-            times,
-        )
+        pairs = torch.stack([rows.s, rows.t], dim=1)
+        times = {name: pairs[parts[name if name in parts else self.term]] for name in errors}
+        weighed = {name: self.weigh(error, times[name][:, 0], times[name][:, 1], now) for name, error in errors.items()}
+        means = {name: error.mean() for name, error in errors.items()}
 
-    def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Tensor], now: Now) -> dict[str, Tensor]:
+        def mean(names: list[str]) -> Tensor:
+            if len(names) == 1 and weighed[names[0]] is errors[names[0]]:
+                return means[names[0]]
+            return torch.cat([weighed[name] for name in names]).mean()
+
+        sides = ([name for name in errors if (name == self.diagonal_term) is side] for side in (True, False))
+        terms = [w * mean(names) for w, names in zip(self.weights, sides, strict=True) if names]
+        return Loss(sum(terms[1:], terms[0]), {name: value.detach() for name, value in means.items()}, times)
+
+    def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Index], now: Now) -> dict[str, Tensor]:
         """The squared error of each row, by term: (n,) each. A term that is no part is of the rows off the diagonal."""
         some = {name: rows.take(name, index) for name, index in parts.items()}
         if type(self).residual is not TwoTime.residual:
             residuals = {name: self._residual(student, part, now) for name, part in some.items()}
             return {
-                name: squared_error(value, torch.zeros_like(value)) * self._unit(student, some[name])
+                name: self._in_unit(squared_error(value, torch.zeros_like(value)), student, some[name])
                 for name, value in residuals.items()
             }
         # Full precision at least: under autocast, or with a bf16 student, goals and x differ in type.
-        goal = torch.empty_like(rows.x, dtype=torch.promote_types(rows.x.dtype, torch.float32))
+        dtype = torch.promote_types(rows.x.dtype, torch.float32)
         with torch.no_grad():
-            for name, part in some.items():
-                value = self.velocity(part) if name == self.diagonal_term else self.goal(student, part, now)
-                goal[parts[name]] = value.to(goal.dtype)
+            goals = [
+                (self.velocity(part) if name == self.diagonal_term else self.goal(student, part, now)).to(dtype)
+                for name, part in some.items()
+            ]
+            goal = torch.cat(goals)
+            if scattered := [index for index in parts.values() if isinstance(index, Tensor)]:
+                goal = torch.empty_like(goal).index_copy_(0, torch.cat(scattered), goal)  # in the order of the rows
         # One call for all rows; each goal was made of its own rows alone, so that no call is wasted.
         error = squared_error(student.average_velocity(rows.x, rows.s, rows.t, **rows.cond), goal)
-        return {name: error[index] * self._unit(student, some[name]) for name, index in parts.items()}
+        return {name: self._in_unit(error[index], student, some[name]) for name, index in parts.items()}
 
     def weigh(self, error: Tensor, s: Tensor, t: Tensor, now: Now) -> Tensor:
         """The errors of rows (n,) with their weights."""
@@ -222,14 +234,14 @@ class TwoTime(Objective):
             velocity = self.velocity(rows)
         return student.velocity(rows.x, rows.s, **rows.cond) - velocity
 
-    def _unit(self, student: FlowMap, rows: Rows) -> Tensor:
-        """The weight (n,) that turns errors of velocities into those of data, where they are wanted so."""
+    def _in_unit(self, error: Tensor, student: FlowMap, rows: Rows) -> Tensor:
+        """Errors of velocities (n,) as those of data, where they are wanted so."""
         in_data = self.error_in == "data" or (self.error_in == "auto" and student.prediction == "data")
         if not in_data or (self.velocity_at is None and rows.part == self.term):
-            return torch.ones_like(rows.s)
-        return (1 - (rows.t if self.velocity_at == "t" else rows.s)).square()
+            return error
+        return error * (1 - (rows.t if self.velocity_at == "t" else rows.s)).square()
 
-    def _draw(self, student: FlowMap, batch: Batch, generator: Generators, now: Now) -> tuple[Rows, dict[str, Tensor]]:
+    def _draw(self, student: FlowMap, batch: Batch, generator: Generators, now: Now) -> tuple[Rows, dict[str, Index]]:
         """The rows of a batch, and which of them belong to which term."""
         count, noise = len(batch), noise_of(batch, generator)
         shared = split_rows(count, self.shares, generator, noise.device)
@@ -241,7 +253,7 @@ class TwoTime(Objective):
         s[diagonal] = t[diagonal] = start[diagonal]
         x, dx = student.path.sample(noise, batch.data, s)
         rows = Rows("all", x, dx, s, t, noise, batch.data, fraction, cond)
-        return rows, {name: index for name, index in shared.items() if len(index)}
+        return rows, {name: index for name, index in shared.items() if self.shares[name]}
 
 
 class ToTheEnd(TwoTime):
@@ -274,14 +286,14 @@ class LearnedWeight(nn.Module):
         return self.last(hidden)[:, 0]
 
 
-def through_middle(model: FlowMap, rows: Rows, part: Tensor) -> Tensor:
-    """The average velocity from s to t by way of m = s + part (t - s), part (n,):
+def through_middle(model: FlowMap, rows: Rows, part: Tensor | float) -> Tensor:
+    """The average velocity from s to t by way of m = s + part (t - s), part (n,) or one for all:
     ``part u(x, s, m) + (1 - part) u(X_{s,m}(x), m, t)``. Two calls."""
     x, s, t = rows.x, rows.s, rows.t
     m = s + part * (t - s)
     first = model.average_velocity(x, s, m, **rows.cond)
     second = model.average_velocity(x + expand(m - s, x) * first, m, t, **rows.cond)
-    weight = expand(part, x)
+    weight = expand(part, x) if isinstance(part, Tensor) else part
     return weight * first + (1 - weight) * second
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +14,16 @@ from torch import nn
 from training_toys import Broken, Gaussian, Matching, Rows, Student
 
 from fewstep.console import Pace, duration, progress_bar
+from fewstep.data.order import epoch_indices
 from fewstep.errors import TrainingError
+from fewstep.exact import GaussianField
+from fewstep.maps import FlowMap
+from fewstep.networks import MLP
+from fewstep.objectives import ITVM
 from fewstep.objectives.base import Loss
 from fewstep.randomness import generator
 from fewstep.training import trackers
+from fewstep.training.adamw import AdamW
 from fewstep.training.batches import Batches, default_chunk
 from fewstep.training.ema import Ema
 from fewstep.training.fit import fit
@@ -88,6 +95,31 @@ def test_the_average_of_half_precision_weights_is_float32_and_its_buffers_are_co
     torch.testing.assert_close(ema.module[0].weight, expected, rtol=0, atol=1e-7)
     assert ema.module[1].running_mean.tolist() == [3.0] * 4
     assert ema.module[1].num_batches_tracked == 7
+
+
+def test_the_optimizer_has_the_bits_of_torchs(tmp_path):
+    def run(make):
+        network = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2), nn.Linear(2, 2))
+        with torch.no_grad():
+            for n, p in enumerate(network.parameters()):
+                p.copy_(torch.randn(p.shape, generator=generator(n)))
+        optimizer = make(list(network.parameters()), lr=0.1, betas=(0.8, 0.99), weight_decay=0.3, fused=True)
+        for step in range(6):
+            layers = network if step % 2 else network[:2]  # some have no gradient, from the start on
+            layers(torch.ones(4, 3)).square().sum().backward()
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 3:  # as one that goes on
+                saved, optimizer = optimizer.state_dict(), make(list(network.parameters()), fused=True)
+                optimizer.load_state_dict(saved)
+        return [*network.parameters()], optimizer.state_dict()
+
+    (ours, state), (theirs, their_state) = run(AdamW), run(torch.optim.AdamW)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert state["param_groups"] == their_state["param_groups"]
+    for index, values in their_state["state"].items():
+        assert all(torch.equal(state["state"][index][name], value) for name, value in values.items())
 
 
 # Rows and noise of a step
@@ -223,16 +255,63 @@ def test_lines_hold_the_means_of_every_step(tmp_path):
     assert [line["loss"] for line in lines(tmp_path / "four")] == pytest.approx([sum(ones[:4]) / 4, sum(ones[4:]) / 4])
 
 
+@pytest.mark.parametrize("chunk", [64, 16])
+def test_it_has_the_bits_of_a_loop_written_by_hand(chunk):
+    """Distilling a Gaussian by ITVM with torch alone: draws, loss, clipping, AdamW and both averages."""
+    teacher = GaussianField(torch.zeros(2), torch.tensor([[0.5, 0.2], [0.2, 1.0]]))
+    data = torch.randn(64, 2, generator=generator(1))
+    copies = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        copies.append(FlowMap.from_field(teacher, MLP(2, width=16, depth=2, times=2)))
+    fitted, student = copies
+    options = {"steps": 5, "seed": 3, "batch": 64, "chunk": chunk, "lr": 0.01, "ema": 0.9, "quiet": True}
+    result = fit(fitted, ITVM(teacher, ends=0.1), data, ema_warmup=False, **options)
+
+    slow, average = deepcopy(student), deepcopy(student)
+    parameters = list(student.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0, fused=True)
+    first = torch.arange(64) % chunk < chunk // 2  # the rows on the diagonal
+    for step in range(5):
+        order = epoch_indices(64, 3, 64 * step, 64)
+        draws = [generator(3, step, n, 2) for n in range(64 // chunk)]
+        noise = torch.cat([torch.randn(chunk, 2, generator=g) for g in draws])
+        a, b, to_zero, to_one, start, _ = (torch.cat([torch.rand(chunk, generator=g) for g in draws]) for _ in range(6))
+        s, t = torch.minimum(a, b).where(to_zero >= 0.1, 0.0), torch.maximum(a, b).where(to_one >= 0.1, 1.0)
+        s, t = torch.where(first, start, s), torch.where(first, start, t)
+        x = s[:, None] * data[order] + (1 - s)[:, None] * noise
+        with torch.no_grad():
+            goal = torch.empty(64, 2)
+            goal[first] = teacher(x[first], s[first])
+            far, near, end = x[~first], s[~first], t[~first]
+            middle = near + 0.5 * (end - near)
+            half = slow.network(far, near, middle)
+            rest = slow.network(far + (middle - near)[:, None] * half, middle, end)
+            goal[~first] = 0.5 * half + 0.5 * rest
+        error = (student.network(x, s, t) - goal).square().mean(1)
+        (error[first].mean() + error[~first].mean()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.param_groups[0]["lr"] = 0.01 * schedule_factor("cosine", step / 5)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for copy, decay in ((slow, 0.9), (average, 0.9)):
+                torch._foreach_lerp_(list(copy.parameters()), parameters, 1 - decay)
+    for ours, theirs in ((fitted, student), (result.ema, average)):
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(mine, other)
+
+
 def test_clipping_bounds_the_gradient(monkeypatch):
     norms = []
 
-    class Recording(torch.optim.AdamW):
+    class Recording(AdamW):
         def step(self, closure=None):
             grads = [p.grad for group in self.param_groups for p in group["params"]]
             norms.append(torch.nn.utils.get_total_norm(grads).item())
             return super().step(closure)
 
-    monkeypatch.setattr(torch.optim, "AdamW", Recording)
+    monkeypatch.setattr("fewstep.training.step.AdamW", Recording)
     train(clip=0.01, steps=3)
     train(clip=None, steps=3)
     assert norms[:3] == pytest.approx([0.01] * 3, rel=1e-3)

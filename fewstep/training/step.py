@@ -16,6 +16,7 @@ from fewstep.data.batch import Batch
 from fewstep.errors import TrainingError
 from fewstep.objectives.base import Objective
 from fewstep.randomness import Generators, mix
+from fewstep.training.adamw import AdamW
 from fewstep.training.distributed import World
 
 _DROPOUT = 3  # after the words of the rows (1) and the noise (2) of a step
@@ -82,7 +83,7 @@ def adamw(
         if not parameters:
             raise ValueError(f"{player!r} has no parameter with requires_grad: there is nothing to train")
     fused = device.type in ("cpu", "cuda")  # three times as fast as foreach on small networks
-    return {player: torch.optim.AdamW(parameters, fused=fused, **options) for player, parameters in groups.items()}
+    return {player: AdamW(parameters, fused=fused, **options) for player, parameters in groups.items()}
 
 
 def update(

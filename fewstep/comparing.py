@@ -17,6 +17,7 @@ from fewstep.data.batch import Batch, Data
 from fewstep.disk import replace_file
 from fewstep.errors import TrainingError
 from fewstep.evaluation.evaluate import Evaluation
+from fewstep.locks import owned
 from fewstep.objectives import FlowMatching
 from fewstep.options import parse_value
 from fewstep.randomness import generator
@@ -25,7 +26,7 @@ from fewstep.runs import Built, build, run
 from fewstep.side_by_side import Comparison, MethodCost, Training
 from fewstep.training import checkpoints
 from fewstep.training.distributed import choose_device, environment
-from fewstep.training.folder import MAY_DIFFER, differences, flat
+from fewstep.training.folder import MAY_DIFFER, check_ours, check_recipe, flat
 from fewstep.training.trackers import read_metrics
 
 STEPS = (1, 2, 4, 8, 16)
@@ -105,47 +106,49 @@ def compare_methods(
     out, chosen = Path(out), [parse_method(text) for text in methods]
     _check(chosen, seeds, steps, seconds)
 
-    def recipe_of(method: Method, seed: int, steps: int | None) -> Recipe:
-        length = {} if steps is None else {"steps": str(steps), "training.max_seconds": "null"}
-        fixed = {
-            "objective": json.dumps({"name": method.name, **method.options}),
-            "seed": str(seed),
-            "name": method.folder(seed),
-            "training.quiet": "true",
-        }
-        usual = {"evaluation.steps": str(list(STEPS)), "evaluation.every": str(10**9)}
-        return load_recipe(recipe, {**usual, **(overrides or {}), **length, **fixed})
+    with owned(out, "filled"):
 
-    first = {m.label: recipe_of(m, seeds[0], steps or (None if seconds is None else 1)) for m in chosen}
-    for method in chosen:
-        for seed in seeds:
-            _check_folder(out / method.folder(seed), recipe_of(method, seed, steps or 1))
-    built = {label: build(found) for label, found in first.items()}
-    costs = _costs(first, built, out / "budget.json", say)
-    del built
+        def recipe_of(method: Method, seed: int, steps: int | None) -> Recipe:
+            length = {} if steps is None else {"steps": str(steps), "training.max_seconds": "null"}
+            fixed = {
+                "objective": json.dumps({"name": method.name, **method.options}),
+                "seed": str(seed),
+                "name": method.folder(seed),
+                "training.quiet": "true",
+            }
+            usual = {"evaluation.steps": str(list(STEPS)), "evaluation.every": str(10**9)}
+            return load_recipe(recipe, {**usual, **(overrides or {}), **length, **fixed})
 
-    def planned(method: Method, seed: int) -> Recipe:
-        per_step = costs[method.label].seconds
-        return recipe_of(
-            method, seed, steps if seconds is None or per_step is None else max(1, round(seconds / per_step))
-        )
-
-    for method in chosen:
-        for seed in seeds:
-            _check_length(out / method.folder(seed), planned(method, seed))
-    trained = []
-    for seed in seeds:
+        first = {m.label: recipe_of(m, seeds[0], steps or (None if seconds is None else 1)) for m in chosen}
         for method in chosen:
-            cost, folder = costs[method.label], out / method.folder(seed)
-            if cost.seconds is None:
-                done = Training(method.label, seed, folder, failed=cost.failed)
-            else:
-                done = _train(method.label, planned(method, seed), folder)
-            trained.append(done)
-            say(done.line(max(len(m.label) for m in chosen)))
-    found = Comparison(trained, costs)
-    found.write(out, planned(chosen[0], seeds[0]))
-    return found
+            for seed in seeds:
+                _check_folder(out / method.folder(seed), recipe_of(method, seed, steps or 1))
+        built = {label: build(found) for label, found in first.items()}
+        costs = _costs(first, built, out / "budget.json", say)
+        del built
+
+        def planned(method: Method, seed: int) -> Recipe:
+            per_step = costs[method.label].seconds
+            return recipe_of(
+                method, seed, steps if seconds is None or per_step is None else max(1, round(seconds / per_step))
+            )
+
+        for method in chosen:
+            for seed in seeds:
+                _check_length(out / method.folder(seed), planned(method, seed))
+        trained = []
+        for seed in seeds:
+            for method in chosen:
+                cost, folder = costs[method.label], out / method.folder(seed)
+                if cost.seconds is None:
+                    done = Training(method.label, seed, folder, failed=cost.failed)
+                else:
+                    done = _train(method.label, planned(method, seed), folder)
+                trained.append(done)
+                say(done.line(max(len(m.label) for m in chosen)))
+        found = Comparison(trained, costs)
+        found.write(out, planned(chosen[0], seeds[0]))
+        return found
 
 
 def _check(methods: Sequence[Method], seeds: Sequence[int], steps: int | None, seconds: float | None) -> None:
@@ -163,12 +166,8 @@ def _check(methods: Sequence[Method], seeds: Sequence[int], steps: int | None, s
 
 def _check_folder(folder: Path, recipe: Recipe) -> None:
     """Raise if a run of another recipe is there: before any other is trained."""
-    if not checkpoints.steps_in(folder / "checkpoints"):
-        return
-    if differing := differences(flat(load_recipe(folder).fingerprint()), flat(recipe.fingerprint())):
-        raise ValueError(
-            f"the run in {folder} belongs to another recipe: {'; '.join(differing[:3])}. Use another --out"
-        )
+    check_ours(folder)
+    check_recipe(folder, recipe.fingerprint())
 
 
 def _check_length(folder: Path, recipe: Recipe) -> None:

@@ -55,10 +55,15 @@ def create_file(path: Path, content: bytes) -> bool:
     return True
 
 
+def is_part(name: str) -> bool:
+    """Whether a file of this name is one that is being written, or was when its process was killed."""
+    return _PART.fullmatch(name) is not None
+
+
 def sweep(folder: Path) -> None:
     """Remove the parts of files that killed processes left in a folder."""
     names = os.listdir(folder) if folder.is_dir() else []
-    for file in (folder / name for name in names if _PART.fullmatch(name)):
+    for file in (folder / name for name in names if is_part(name)):
         with suppress(OSError), file.open("rb") as stream:
             if _is_abandoned(stream, file):
                 file.unlink()

@@ -47,6 +47,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def as_yaml(tree: Mapping[str, Any]) -> str:
+    """The text of a YAML file, which ``read_yaml`` reads back as the same."""
+    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+
+
 def parse_value(key: str, text: str) -> Any:
     """A value as YAML reads it: ``0.99``, ``1e-3``, ``[1, 2]``, ``null``, ``true``, text."""
     try:

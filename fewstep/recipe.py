@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fewstep.options import as_yaml
 
 Count = Annotated[int, Field(gt=0)]
 Above = Annotated[float, Field(gt=0)]
@@ -238,7 +239,7 @@ class Recipe(Section):
 
     def as_yaml(self) -> str:
         """The text of ``recipe.yaml``, which ``load_recipe`` reads back as the same recipe."""
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+        return as_yaml(self.as_dict())
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes two runs one: all but the name and the evaluation."""

@@ -1,7 +1,7 @@
 """Whole runs: from a recipe to a trained model in its folder, and from the folder back to the model."""
 
-import shutil
 import warnings
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +13,12 @@ from fewstep.config import find_objective, load_recipe
 from fewstep.couplings import uncoupled
 from fewstep.data.batch import Data
 from fewstep.data.conditions import Dropped
-from fewstep.disk import replace_file
+from fewstep.disk import sweep
 from fewstep.drawing import Model, classes_of, shape_of
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.judge import judge, prepare
+from fewstep.locks import BusyError, owned
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Objective
 from fewstep.options import in_one_line, read_yaml
@@ -42,7 +43,7 @@ from fewstep.recipe import Recipe
 from fewstep.training import checkpoints, distributed, folder
 from fewstep.training.distributed import World
 from fewstep.training.fit import fit
-from fewstep.training.leaving import STUDENT, is_from_python, student_of
+from fewstep.training.leaving import is_from_python, student_of
 from fewstep.training.run import Result, frozen, put_back
 from fewstep.trust import check_folder, code_in, remember, trusting
 from fewstep.watch import Watch
@@ -123,17 +124,24 @@ def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
         ValueError: parts that do not fit, or a folder of something else; before anything is computed or overwritten.
         TrainingError: see ``fewstep.fit``.
     """
-    folder.open_run(out, {}, resume=False)  # refuses a folder that is no run
+    folder.check_ours(out)
+    is_main = distributed.environment().is_main
     if is_from_python(out) and not fresh:
         raise ValueError(
             f"the run in {out} was started by fewstep.fit in Python, and the same call goes on with it: use another "
             "folder (--out), or --fresh to throw that run away"
         )
+    with owned(out, "trained") if is_main else nullcontext():
+        return _run(recipe, out, fresh, is_main)
+
+
+def _run(recipe: Recipe, out: Path, fresh: bool, is_main: bool) -> Finished:
     built = build(recipe, out, fresh)
     recipe = built.recipe
+    if not fresh:
+        folder.check_recipe(out, recipe.fingerprint())
     if recipe.evaluation.count:
         prepare(recipe, uncoupled(built.data), built.student)
-    is_main = distributed.environment().is_main
     if is_main:
         _begin(out, recipe, fresh)
     if built.teacher is not None:  # an objective without a teacher would leave it where it is
@@ -170,8 +178,24 @@ def evaluate_run(
     Args:
         teacher, data: what it is held against, where that has moved, or never had a name.
         changes: keys of ``evaluation``, and ``seed``.
+
+    Raises:
+        BusyError: another process judges it. A training may go on the while, which judges the run once more at its end.
     """
     run = open_run(path)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(owned(path, "evaluated"))
+            sweep(path)
+        except BusyError as busy:
+            if busy.doing != "trained":
+                raise
+        return _evaluate(run, path, device, teacher, data, **changes)
+
+
+def _evaluate(
+    run: Trained, path: Path, device: str | None, teacher: str | None, data: str | None, **changes: Any
+) -> Evaluation | None:
     tree = run.recipe.as_dict()
     tree["seed"] = changes.pop("seed", tree["seed"])
     tree["evaluation"] |= changes
@@ -214,6 +238,8 @@ def _opened(path: str | Path) -> Trained:
     if found is None:
         raise FileNotFoundError(f"the run in {path} has no checkpoint yet: `fewstep train {path}` goes on with it")
     recipe, saved = recipe_of(path), checkpoints.load(found)
+    if not is_from_python(path):
+        folder.check_kept(path, saved.state["fingerprint"], recipe.fingerprint())
     shape = tuple(saved.state["fingerprint"]["data_shape"])
     with warnings.catch_warnings():
         # That some weights are new in the student was said when it was made, and they are loaded here.
@@ -293,18 +319,15 @@ def _held_against(recipe: Recipe, teacher: VelocityField | None, data: Data) -> 
 def _begin(out: Path, recipe: Recipe, fresh: bool) -> None:
     """Write the recipe of a run that starts. One that goes on keeps its own until ``fit`` has compared the two."""
     if fresh:
-        for name in ("samples", "teacher-samples"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("teacher-samples.npz", "quality.json", "quality.png", "report.html", STUDENT):
-            (out / name).unlink(missing_ok=True)
-    if fresh or not checkpoints.steps_in(out / "checkpoints"):
+        folder.throw_away(out)
+    if not checkpoints.steps_in(out / "checkpoints"):
+        folder.begin(out)
         _write_recipe(out, recipe)
 
 
 def _write_recipe(out: Path, recipe: Recipe) -> None:
-    file = out / "recipe.yaml"
-    replace_file(file, recipe.as_yaml().encode())
-    remember(out, file, code_in(recipe.as_dict()))
+    folder.write_recipe(out, recipe.as_dict())
+    remember(out, out / "recipe.yaml", code_in(recipe.as_dict()))
 
 
 @torch.no_grad()

@@ -140,10 +140,11 @@ def test_checkpoints_that_are_gone_are_no_silent_restart(out):
     with pytest.raises(FileNotFoundError, match="the run had reached step 12"):
         train(out)
     shutil.rmtree(out / "checkpoints")
-    with pytest.raises(ValueError, match="holds no fewstep run"):
-        train(out)
-    (out / "recipe.yaml").write_text("")
     with pytest.raises(FileNotFoundError, match=r"checkpoints is missing, though .*step 12"):
+        train(out)
+    for name in ("run.json", "recipe.yaml", "student.json"):
+        (out / name).unlink()
+    with pytest.raises(ValueError, match="holds no fewstep run"):
         train(out)
 
 

@@ -80,8 +80,9 @@ def test_killed_at_any_instant_it_ends_with_the_same_bits(tmp_path):
     for reached in (20, 80, 160):
         assert kill_when(start(script, out), f"step {reached}", draw.uniform(0, 0.03)) == -signal.SIGKILL
     # In a checkpoint: half a file is written; all files are, but not renamed; the old one is half removed.
-    # (The first rename is that of metrics.jsonl at the start, the first removal that of what the kill before left.)
-    for kind, call, left in (("save_file", 3, ".tmp-"), ("replace", 2, ".tmp-"), ("rmtree", 2, ".old-")):
+    # (The first renames are those of run.json and metrics.jsonl at the start, the first removal that of what the kill
+    # before left.)
+    for kind, call, left in (("save_file", 3, ".tmp-"), ("replace", 3, ".tmp-"), ("rmtree", 2, ".old-")):
         before = max(p.name for p in folder.glob("step-*"))
         assert kill_when(start(script, out, kind, call), "inside") == -signal.SIGKILL
         aside = next(p for p in folder.iterdir() if p.name.startswith(left))

@@ -75,7 +75,8 @@ def test_a_run_leaves_a_whole_folder(tmp_path: Path) -> None:
     done = run(load_recipe(POINTS, {"evaluation.every": "2"}), out)
     assert done.result.stopped == "done"
     assert sorted(f.name for f in out.iterdir()) == [
-        "checkpoints", "metrics.jsonl", "quality.json", "quality.png", "recipe.yaml", "report.html", "samples",
+        "checkpoints", "metrics.jsonl", "quality.json", "quality.png", "recipe.yaml", "report.html", "run.json",
+        "samples",
     ]  # fmt: skip
     assert [f.name for f in sorted((out / "samples").iterdir())] == [f"step-0000000{n}.png" for n in (2, 4, 6)]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -17,6 +17,8 @@ from fewstep.cli import main
 from fewstep.config import load_recipe
 from fewstep.options import find_object
 from fewstep.runs import open_run, run
+from fewstep.training.checkpoints import _seal
+from fewstep.training.folder import _SEEN, flat
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -82,7 +84,13 @@ def received(honest: Path, home: Path) -> Callable[..., Path]:
         folder = home / name
         shutil.copytree(honest, folder)
         tree = yaml.safe_load((folder / "recipe.yaml").read_text())
-        (folder / "recipe.yaml").write_text(yaml.safe_dump({**tree, **changes}))
+        tree |= changes
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+        for file in folder.glob("checkpoints/*/state.json"):  # which says so too
+            state = json.loads(file.read_text())["state"]
+            seen = {key: value for key, value in state["fingerprint"].items() if key in _SEEN}
+            said = flat({key: value for key, value in tree.items() if key not in ("name", "evaluation", "coupling")})
+            file.write_text(_seal({**state, "fingerprint": {**seen, **said}}))
         return folder
 
     return make

@@ -142,6 +142,11 @@ def clear(folder: Path) -> None:
     (folder / "reached").unlink(missing_ok=True)
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a folder has the state of a checkpoint, as it was written."""
+    return not isinstance(_unseal(path / "state.json"), str)
+
+
 def is_ours(folder: Path) -> bool:
     """Whether nothing but checkpoints of this library, and hidden files, lies in ``folder``."""
     known = lambda name: name == "reached" or name.startswith(".") or _WHOLE.fullmatch(name)  # noqa: E731

@@ -18,6 +18,7 @@ from fewstep import console, threads
 from fewstep.data.batch import Data
 from fewstep.data.given import as_data
 from fewstep.errors import unknown
+from fewstep.locks import owned
 from fewstep.objectives.base import Objective
 from fewstep.training import checkpoints, distributed, folder, interrupt, trackers
 from fewstep.training.batches import Batches, default_chunk
@@ -129,7 +130,8 @@ def fit(
     Raises:
         ValueError: arguments that cannot be, a run folder of something else; before anything is computed.
         FileNotFoundError: the checkpoints of the run in ``out`` are gone.
-        TrainingError: a damaged checkpoint, a loss that is not finite, a full disk.
+        BusyError: another process trains in ``out``. WriteError: a disk that is full or cannot be written.
+        TrainingError: a damaged checkpoint, a loss that is not finite.
     """
     # Everything that can be refused is refused here, before a file is touched or anything computed.
     _check_positive(
@@ -161,15 +163,20 @@ def fit(
         each = f"{batch / data.size:.2g} times"
         console.say(f"note: {data.size} rows of data and batch={batch}: each update sees each row about {each}")
     identity = _identity(settings, student, objective, data) | folder.flat(fingerprint or {})
-    found = None if out is None else folder.open_run(out, identity, resume)
+    if out is not None:
+        folder.open_run(out, identity, resume)
 
     with ExitStack() as stack:
+        if out is not None and world.is_main:
+            stack.enter_context(owned(out, "trained"))
         stack.enter_context(distributed.join(world, device))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         signal = stack.enter_context(interrupt.catch())
-        world.barrier()  # all have looked at the folder before the main process changes it
+        world.barrier()  # from here on nobody else changes the folder
+        found = None if out is None else folder.open_run(out, identity, resume)
+        world.barrier()  # all have looked at it before the main process changes it
         if out is not None and world.is_main:
-            folder.prepare(out, resume)
+            folder.prepare(out, identity, resume)
             if fingerprint is None:  # no recipe says what the run is made of
                 length = {"steps": steps, "max_seconds": max_seconds}
                 of_run = {name: value for name, value in settings.items() if name != "seed"}

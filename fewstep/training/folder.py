@@ -1,23 +1,40 @@
-"""The run folder: whose it is, and whether the command at hand may go on in it."""
+"""The run folder: whose it is, what fewstep writes there, and whether the command at hand may go on in it."""
 
 import json
 import os
-import shutil
+import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import fewstep
+from fewstep.disk import is_part, replace_file, sweep
+from fewstep.locks import LOCK
+from fewstep.options import as_yaml, read_yaml
 from fewstep.training import checkpoints
 from fewstep.training.trackers import read_metrics
 
-# What may change between a run and its continuation: how long it is, and what only shows, keeps or places it.
+# Written at the start: that the folder is a run, and of what.
+MARK, RECIPE = "run.json", "recipe.yaml"
+# What may differ between a run and its continuation: how long it is, and what only shows, keeps or places it.
 MAY_DIFFER = frozenset({"data_classes", "data_moments"}) | frozenset(
     f"training.{name}"
     for name in (
-        "steps", "max_seconds", "checkpoint_every", "keep", "log_every", "track", "quiet", "out", "resume", "device",
-        "accumulate", "gradient_checkpointing",
+        "steps", "max_seconds", "checkpoint_every", "checkpoint_minutes", "keep", "log_every", "track", "quiet", "out",
+        "resume", "device", "accumulate", "gradient_checkpointing",
     )
 )  # fmt: skip
+# What ``fit`` sees of the parts themselves, and no recipe says.
+_SEEN = frozenset(
+    {"objective_class", "student_class", "student_parameters", "training.seed"}
+    | {f"data_{name}" for name in ("shape", "size", "classes", "moments")}
+)
+# What a run leaves beside its checkpoints and its recipe: all that is taken away when it is thrown away.
+_LEFT = re.compile(
+    r"metrics\.jsonl|student\.json|quality\.(json|png)|report\.html|failed\.json|samples/step-\d{8,}\.png|teacher-samples\.npz"
+    r"|teacher-samples/(pairs|texts|null|captions)[\w-]*\.(jsonl?|safetensors)|tensorboard/events\.out\.tfevents\..*"
+)
 
 
 def open_run(out: Path, fingerprint: Mapping[str, Any], resume: bool) -> Path | None:
@@ -28,10 +45,7 @@ def open_run(out: Path, fingerprint: Mapping[str, Any], resume: bool) -> Path | 
         FileNotFoundError: the run had checkpoints and they are gone.
         TrainingError: the newest checkpoint is damaged.
     """
-    if not _is_run(out):
-        raise ValueError(
-            f"the output folder {out} is not empty and holds no fewstep run: nothing in it is overwritten, use another"
-        )
+    check_ours(out)
     if not resume:
         return None
     folder = out / "checkpoints"
@@ -40,20 +54,119 @@ def open_run(out: Path, fingerprint: Mapping[str, Any], resume: bool) -> Path | 
             f"{folder} is missing, though {out / 'metrics.jsonl'} shows that the run had reached step "
             f"{lines[-1]['step']}: put it back, or start again with another output folder or resume=False (--fresh)"
         )
-    if (path := checkpoints.latest(folder)) is not None:
-        _compare(out, checkpoints.read_state(path)["fingerprint"], flat(fingerprint))
+    path = checkpoints.latest(folder)
+    if (saved := fingerprint_of(out)) is not None:
+        _compare(out, saved, flat(fingerprint))
     return path
 
 
-def prepare(out: Path, resume: bool) -> None:
+def check_ours(out: Path) -> None:
+    """Refuse a folder that holds anything and that fewstep cannot prove to be a run of its own.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if is_ours(out):
+        return
+    if (out / RECIPE).is_file():
+        raise ValueError(
+            f"{out / RECIPE} was not written by fewstep, and a run there would write its own over it: nothing is "
+            f"overwritten, say another folder for the run (--out runs/{out.resolve().name})"
+        )
+    raise ValueError(
+        f"the output folder {out} is not empty and holds no fewstep run: nothing in it is overwritten, use another"
+    )
+
+
+def check_recipe(out: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run of another recipe, as far as recipes say it: before the parts are made.
+
+    Raises:
+        ValueError: it is one; says what differs. TrainingError: the newest checkpoint is damaged.
+    """
+    if (saved := fingerprint_of(out)) is not None:
+        _compare(out, {key: value for key, value in saved.items() if key not in _SEEN}, flat(fingerprint))
+
+
+def fingerprint_of(out: Path) -> dict[str, Any] | None:
+    """What makes the run in a folder this run and no other; None where nothing was trained yet."""
+    steps = checkpoints.steps_in(out / "checkpoints")
+    if steps and (path := checkpoints.latest(out / "checkpoints")):
+        return checkpoints.read_state(path)["fingerprint"]
+    return _mark_of(out).get("fingerprint")
+
+
+def begin(out: Path, fingerprint: Mapping[str, Any] | None = None) -> None:
+    """Mark a folder as that of a run, of this fingerprint where it is known."""
+    facts = {"_fewstep_run": fewstep.__version__, "fingerprint": fingerprint}
+    replace_file(out / MARK, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def prepare(out: Path, fingerprint: Mapping[str, Any], resume: bool) -> None:
     """Make the folder, and take away what a killed run left half done (all of it where it is not to be resumed)."""
     folder = out / "checkpoints"
+    if not resume:
+        throw_away(out)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints.clean(folder)
-    if not resume:
+    for place in (out, out / "samples"):
+        sweep(place)
+    begin(out, fingerprint)
+
+
+def throw_away(out: Path) -> None:
+    """Remove all that fewstep wrote of the run in a folder, and nothing else.
+
+    Killed at any point, it leaves a run that can still be gone on with, or none: the mark forgets what the run is
+    first, and the recipe, which says what checkpoints are of, stays until there are none.
+    """
+    if not out.is_dir():
+        return
+    begin(out)
+    if (folder := out / "checkpoints").is_dir():
+        checkpoints.clean(folder)
         checkpoints.clear(folder)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(out / "tensorboard", ignore_errors=True)
+    for place in (out, *(out / name for name in ("samples", "teacher-samples", "tensorboard"))):
+        for name in os.listdir(place) if place.is_dir() else []:
+            file = place / name
+            if file.is_file() and _LEFT.fullmatch(file.relative_to(out).as_posix()):
+                file.unlink()
+        if place != out and place.is_dir() and not place.is_symlink() and not os.listdir(place):
+            place.rmdir()
+
+
+def write_recipe(out: Path, tree: Mapping[str, Any]) -> None:
+    """Write the recipe of a run. A file that says the same stays as it is, and one that somebody wrote is set aside."""
+    file = out / RECIPE
+    if file.is_file():
+        with suppress(ValueError):
+            if read_yaml(file) == tree:
+                return
+        if not _is_resolved(file):
+            file.rename(next(f for n in range(1, 10**6) if not (f := out / f"recipe-{n}.yaml").exists()))
+    replace_file(file, as_yaml(tree).encode())
+
+
+def check_kept(out: Path, trained: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
+    """Refuse to read a run whose recipe is no longer the one that its checkpoint was trained by.
+
+    Args:
+        trained: the fingerprint of the checkpoint. resolved: that of the recipe in the folder, as it is read today.
+
+    Raises:
+        ValueError: the recipe is another; says what differs.
+    """
+    # As it was written: what a key that came later would be, or where a file is found today, is no difference.
+    written = {key: value for key, value in read_yaml(out / RECIPE).items() if key in resolved}
+    now, then = flat(written), {key: value for key, value in trained.items() if key not in _SEEN}
+    today = flat(resolved)
+    now |= {key: today.get(key) for key in then.keys() - now.keys()}
+    if differing := _differing(then, now):
+        raise ValueError(
+            f"{out / RECIPE} is not what the checkpoint of the run was trained by: {_few(differing)}. Put it back as "
+            "it was; another recipe is another run, in a folder of its own (--out), or in this one from its start "
+            "(--fresh)"
+        )
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -67,11 +180,25 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _is_run(out: Path) -> bool:
-    if not out.exists() or (out.is_dir() and not os.listdir(out)):
+def is_ours(out: Path) -> bool:
+    """Whether fewstep can prove that it wrote what is in a folder, or there is nothing."""
+    if not out.exists():
         return True
+    if not out.is_dir():
+        return False
+    names = {name for name in os.listdir(out) if name != LOCK and not is_part(name)}
+    if not names or "_fewstep_run" in _mark_of(out):
+        return True
+    # Runs of before there was a mark: by a checkpoint, by names that are fewstep's alone, or by their recipe.
     folder = out / "checkpoints"
-    return (out / "recipe.yaml").exists() or (folder.is_dir() and checkpoints.is_ours(folder))
+    if any(checkpoints.is_sealed(folder / f"step-{step:08d}") for step in checkpoints.steps_in(folder)):
+        return True
+    if folder.is_dir() and checkpoints.is_ours(folder) and ((folder / "reached").is_file() or names <= _NAMES):
+        return True
+    return (out / RECIPE).is_file() and _is_resolved(out / RECIPE)
+
+
+_NAMES = {"checkpoints", "metrics.jsonl", "samples", "teacher-samples", "teacher-samples.npz", "tensorboard"}
 
 
 def differences(
@@ -87,10 +214,48 @@ def differences(
     ]
 
 
-def _compare(out: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    if differing := differences(saved, now):
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+def _differing(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The differences of two fingerprints; what was moved is at another place, and the same."""
+    moved = {key for key in _PLACES if now.get(key) and _is_gone(saved.get(key))}
+    return differences(saved, now, MAY_DIFFER | moved)
+
+
+# Where the parts of a run are from.
+_PLACES = ("teacher.source", "teacher.guidance.weak", "student.start", "data.name")
+
+
+def _is_gone(place: Any) -> bool:
+    """Whether a path is no longer there; names are not paths."""
+    return isinstance(place, str) and "/" in place and ":" not in place and not Path(place).expanduser().exists()
+
+
+def _compare(out: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if differing := _differing(saved, now):
         raise ValueError(
-            f"the run in {out} belongs to another recipe: {'; '.join(differing[:3])}{more}. Use another output folder "
+            f"the run in {out} belongs to another recipe: {_few(differing)}. Use another output folder "
             "(--out), or resume=False (--fresh) to throw that run away and start again"
         )
+
+
+def _few(differing: list[str]) -> str:
+    return "; ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
+
+
+def _mark_of(out: Path) -> dict[str, Any]:
+    """What the mark of a run says; nothing where there is none."""
+    try:
+        facts = json.loads((out / MARK).read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) and "_fewstep_run" in facts else {}
+
+
+def _is_resolved(file: Path) -> bool:
+    """Whether a recipe is as fewstep writes it, with every key and without a comment."""
+    try:
+        tree = read_yaml(file)
+        return {"name", "teacher", "student", "data", "objective", "training", "seed"} <= tree.keys() and as_yaml(
+            tree
+        ) == file.read_text()
+    except (OSError, ValueError):
+        return False

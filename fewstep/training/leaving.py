@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 import fewstep
 from fewstep.data.batch import Around, Data
 from fewstep.described import describe, made_again
+from fewstep.disk import replace_file
 from fewstep.fields import Guided, VelocityField, unguided
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Objective
+from fewstep.training.folder import write_recipe
 from fewstep.training.run import frozen
 
 STUDENT = "student.json"
@@ -46,9 +47,9 @@ def leave(
         "training": {name: list(value) if isinstance(value, tuple) else value for name, value in training.items()},
         "seed": seed,
     }
-    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120))
+    write_recipe(out, recipe)
     facts = {"_fewstep_version": fewstep.__version__, **described, **({"lacks": why} if why else {})}
-    (out / STUDENT).write_text(json.dumps(facts, indent=2) + "\n")
+    replace_file(out / STUDENT, (json.dumps(facts, indent=2) + "\n").encode())
 
     lacks = []
     if why:

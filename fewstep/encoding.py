@@ -227,7 +227,7 @@ def _columns(model: Model, rows: Rows, name: str) -> tuple[dict[str, Tensor], li
         if rows.captions is None:
             raise ValueError(
                 f"the model is conditioned on text, and {name} has no captions: a folder has them in metadata.jsonl, "
-                'a line a picture, {"file_name": "0001.png", "text": "a cat"}'
+                'a line a picture, {"file_name": "0001.png", "text": "a cat"}, or in 0001.txt beside 0001.png'
             )
         columns["text"] = torch.tensor([captions.setdefault(caption, len(captions)) for caption in rows.captions])
     if classes:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.data import ArrayData, Data, epoch_indices, load_data
+from fewstep import randomness
+from fewstep.data import ArrayData, Data, epoch_indices, load_data, order
 
 
 def generator(seed=0):
@@ -155,6 +156,18 @@ def test_any_cut_into_batches_gives_the_same_stream(batch):
     assert torch.equal(torch.cat(parts), whole)
     # Far into the run without having been anywhere before.
     assert torch.equal(epoch_indices(10, seed=1, start=187, count=5), whole[187:])
+
+
+def test_two_orders_are_kept_in_half_of_their_bits():
+    order._permutation.cache_clear()
+    size = 1000
+    for start in range(0, 5 * size, 300):
+        epoch_indices(size, seed=4, start=start, count=300)
+    kept = order._permutation.cache_info()
+    assert (kept.maxsize, kept.misses) == (2, 6)  # each epoch was drawn once
+    assert order._permutation(size, 4, 0).dtype == torch.int32
+    first = torch.randperm(size, generator=randomness.generator(4, 0, order._ORDER))
+    assert torch.equal(epoch_indices(size, seed=4, start=0, count=size), first)
 
 
 def test_writing_to_an_order_does_not_change_the_next():

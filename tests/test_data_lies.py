@@ -227,6 +227,14 @@ def test_samples_of_a_teacher_that_are_damaged_say_how_to_draw_them_anew(tmp_pat
         drawn(file)._array  # noqa: B018
 
 
+def test_a_silhouette_of_what_is_no_picture(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"x\.png cannot be read as a picture: it is a pipe"):
+        load_data("silhouette", image=str(tmp_path / "x.png"))
+    with pytest.raises(ValueError, match=r"gone\.png cannot be read as a picture: there is no such file"):
+        load_data("silhouette", image=str(tmp_path / "gone.png"))
+
+
 def test_odd_names_in_a_shard_are_only_names(tmp_path: Path) -> None:
     file = io.BytesIO()
     picture(0).save(file, "PNG")

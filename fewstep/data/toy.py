@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewstep import exact
 from fewstep.data.batch import Batch
+from fewstep.data.decode import decode
 from fewstep.exact import CheckerboardField
 
 if TYPE_CHECKING:
@@ -110,11 +111,11 @@ def silhouette(image: Any = None, threshold: float = 0.5) -> Toy:
     The picture keeps its proportions, so the two variances have mean 1 and need not be equal.
 
     Args:
-        image: a PIL image or a file; a heart without one. Pictures over 512 pixels a side are made smaller.
+        image: a PIL image, or a path; a heart without one. Pictures over 512 pixels a side are made smaller.
         threshold: opaque is an alpha from here on, dark a brightness below, both in [0, 1].
 
     Raises:
-        ValueError: there is no such pixel.
+        ValueError: there is no such pixel, or the file cannot be read.
     """
     mask = _heart() if image is None else _shape_of(image, threshold)
     down, right = mask.nonzero().double().unbind(1)
@@ -143,8 +144,12 @@ def _shape_of(image: "Picture", threshold: float) -> Tensor:
     import numpy as np
     from PIL import Image
 
-    picture = image if isinstance(image, Image.Image) else Image.open(image)
-    picture = picture.convert("RGBA")
+    if not isinstance(image, Image.Image):
+        pixels = decode(Path(image).expanduser(), None, 4)
+        if isinstance(pixels, str):
+            raise ValueError(f"{str(image)[:200]} cannot be read as a picture: {pixels}")
+        image = Image.fromarray(pixels.transpose(1, 2, 0))
+    picture = image.convert("RGBA")
     picture.thumbnail((512, 512))
     alpha = torch.from_numpy(np.array(picture.getchannel("A"))) / 255
     opaque = alpha >= threshold

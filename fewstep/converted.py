@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fewstep.distilled import distilled_as
 from fewstep.fields import DiffusionField
 from fewstep.latents import Latents
 from fewstep.model_files import class_names_in, load_weights, read_json
@@ -51,7 +52,7 @@ def load_converted(folder: Path) -> DiffusionField:
     vaes = [folder / name for name in ("vae", "vqvae") if (folder / name / "config.json").is_file()]
     field.latents = Latents(vaes[0]) if vaes else None
     field.text = Prompts(folder) if knows_prompts(folder) else None
-    field.class_names = class_names_in(folder)
+    field.class_names, field.distilled = class_names_in(folder), distilled_as(folder, part, scheduler)
     return field
 
 

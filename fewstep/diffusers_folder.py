@@ -1,11 +1,13 @@
 """diffusers folders: a pipeline, or a bare model and its scheduler, as a velocity field on the linear path."""
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from fewstep.distilled import distilled_as
 from fewstep.fields import DiffusionField, schedule_of
 from fewstep.latents import Latents
 from fewstep.model_files import WEIGHT_FILES, WEIGHTS, class_names_in, load_weights, read_json
@@ -32,6 +34,7 @@ class Found:
     scheduler: Any
     latents: Latents | None
     text: Prompts | None
+    distilled: str
 
 
 def load_field(folder: Path) -> DiffusionField:
@@ -48,6 +51,13 @@ def load_field(folder: Path) -> DiffusionField:
     model = load_weights(getattr(diffusers, found.class_name), found.model)
     field = DiffusionField(FAMILIES[found.class_name](model), found.scheduler)
     field.latents, field.text, field.class_names = found.latents, found.text, class_names_in(folder)
+    field.distilled = found.distilled
+    if found.distilled:
+        warnings.warn(
+            f"the model in {folder} is {found.distilled}. It is read as a velocity here, and is none: draw from it "
+            "with diffusers and its own scheduler, and distil the model that it was made from",
+            stacklevel=3,
+        )
     return field
 
 
@@ -102,7 +112,8 @@ def look_into(folder: Path) -> Found:
     schedule_of(scheduler)
     latents = _latents(folder, models[0], class_name, config)
     text = Prompts(folder) if knows_prompts(folder) else None
-    return Found(models[0], class_name, scheduler, latents, text)
+    distilled = distilled_as(folder, models[0], scheduler)
+    return Found(models[0], class_name, scheduler, latents, text, distilled)
 
 
 def _model_config(model: Path) -> tuple[str, dict[str, Any]]:

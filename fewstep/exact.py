@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.special import erfcx
 
 from fewstep.fields import VelocityField
-from fewstep.paths import Linear, Path, as_times
+from fewstep.paths import Linear, Path, Tabulated, as_times
 from fewstep.randomness import normal, uniform
 from fewstep.solvers import integrate
 
@@ -19,9 +19,19 @@ class ExactField(VelocityField):
     """A field known in closed form, with its flow map and samples of its data."""
 
     def flow(self, x: Tensor, s: float, t: float, *, tolerance: float = 1e-9) -> Tensor:
-        """The exact flow map ``X_{s,t}(x)``, (B, ...): here by an adaptive solve in float64."""
+        """The exact flow map ``X_{s,t}(x)``, (B, ...): here by an adaptive solve in float64.
+
+        On a tabulated path, whose rates jump at every step, it is solved on the straight one, which goes through the
+        same states up to their scale at the times of the same alpha / sigma.
+        """
         times = torch.tensor([s, t], dtype=torch.float64, device=x.device)
-        return integrate(self, x.double(), times, "adaptive", tolerance=tolerance).to(x.dtype)
+        if not isinstance(self.path, Tabulated):
+            return integrate(self, x.double(), times, "adaptive", tolerance=tolerance).to(x.dtype)
+        straight, alpha, sigma = Linear(), self.path.alpha(times), self.path.sigma(times)
+        at = straight.time_of(alpha, sigma)
+        scale = torch.hypot(straight.alpha(at), straight.sigma(at)) / torch.hypot(alpha, sigma)
+        end = integrate(self.on(straight), x.double() * scale[0], at, "adaptive", tolerance=tolerance) / scale[1]
+        return end.to(x.dtype)
 
     def data(self, count: int, generator: torch.Generator) -> Tensor:
         """Samples of the data, (count, ...)."""

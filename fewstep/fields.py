@@ -5,7 +5,7 @@ A field gives ``v_t(x) = E[dx_t given x_t = x]``, the marginal velocity of its p
 another (:class:`Guided`), or in closed form (``fewstep.exact``).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from fewstep.prompts import Prompts
 
 
+# What is known of a field, and goes with it into those that are made of it.
+KNOWN = ("latents", "text", "class_names", "moments", "source", "distilled")
+
+
 class VelocityField(nn.Module):
     """A velocity ``v_t(x)`` on a ``path``: ``field(x, t, **cond)``, x (B, ...), t (B,) or a number -> (B, ...).
 
@@ -30,9 +34,12 @@ class VelocityField(nn.Module):
         moments: mean and standard deviation of the data that it was trained on, where these were brought to 0 and 1
             (``data.normalize``): ``std * x + mean`` are its samples in the units of the data.
         source: what ``fewstep.load`` read it from, or the name of an exact field; None for one without a name.
+        distilled: what it was distilled into, a model for a few steps that is no velocity (``fewstep.distilled``);
+            empty for any other, and for one that is to be taken for a velocity all the same.
     """
 
     path: Path
+    distilled: str = ""
     source: str | None = None
     latents: "Latents | None" = None
     text: "Prompts | None" = None
@@ -41,6 +48,12 @@ class VelocityField(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         raise NotImplementedError
+
+    def known_as(self, field: "VelocityField") -> Self:
+        """This field, with all that is known of another beside its numbers."""
+        for name in KNOWN:
+            setattr(self, name, getattr(field, name))
+        return self
 
     def velocity(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """The field itself; the name under which a :class:`FlowMap` gives its own."""
@@ -112,10 +125,7 @@ class NetworkField(VelocityField):
         return expand(c.skip, x) * x + expand(c.out, x) * prediction
 
     def on(self, path: Path) -> "NetworkField":
-        moved = NetworkField(self.network, self.native, self.prediction, path=path)
-        moved.latents, moved.text, moved.class_names = self.latents, self.text, self.class_names
-        moved.moments, moved.source = self.moments, self.source
-        return moved
+        return NetworkField(self.network, self.native, self.prediction, path=path).known_as(self)
 
     def extra_repr(self) -> str:
         return f"native={self.native}, prediction={self.prediction!r}, path={self.path}"
@@ -228,8 +238,8 @@ class Guided(VelocityField):
             raise ValueError(f"the weak field is on {weak.path}, the field on {field.path}: use weak.on(field.path)")
         self.field, self.weak = field, weak
         self.scale, self.interval, self.null = scale, interval, null or {}
-        self.path, self.latents, self.text = field.path, field.latents, field.text
-        self.class_names, self.moments = field.class_names, field.moments
+        self.known_as(field)
+        self.path, self.source = field.path, None  # the field's own name does not say how it is guided
 
     def forward(self, x: Tensor, t: Tensor | float, *, guidance: Tensor | None = None, **cond: Any) -> Tensor:
         t = as_times(t, x)

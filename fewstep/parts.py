@@ -30,7 +30,7 @@ from fewstep.networks import MLP, UNet, gains_second_time
 from fewstep.networks.families import ConditionalUNet
 from fewstep.networks.unet import set_size, with_image
 from fewstep.objectives import OBJECTIVES
-from fewstep.objectives.base import Objective
+from fewstep.objectives.base import Objective, check_velocity
 from fewstep.options import arguments, find_object
 from fewstep.paths import Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.paths import Path as Trajectory
@@ -77,6 +77,18 @@ def make_teacher(section: Teacher, encoded: Path | None = None) -> VelocityField
         null = null_of(guidance.null, field, encoded)
         field = Guided(field, guidance.scale, guidance.interval, null=null, weak=weak)
     return field
+
+
+def check_teacher(recipe: Recipe, teacher: VelocityField) -> None:
+    """That what is distilled is a velocity, or the recipe says that it is to be taken for one.
+
+    Raises:
+        ValueError: it is a model that was distilled for a few steps.
+    """
+    if recipe.teacher is not None and recipe.teacher.distilled:
+        teacher.distilled = ""
+    if follows_teacher(recipe):
+        check_velocity(teacher)
 
 
 def check_told(source: str, field: VelocityField) -> None:

@@ -7,7 +7,7 @@ generator per chunk of rows gives several processes the rows that one process wo
 Numbers are drawn on the CPU, whatever the device of the result, so that a GPU sees the bits that a CPU sees.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -69,3 +69,13 @@ def uniform(rows: int, generators: Generators, dtype: torch.dtype = torch.float3
 def chunk_rows(rows: int, generators: Generators) -> int:
     """How many rows in a run share a generator: what is split by position within it is split alike on any machine."""
     return rows if isinstance(generators, torch.Generator) else rows // len(generators)
+
+
+def same_draws(device: torch.device) -> Callable[[], None]:
+    """A function that brings torch's own generator of a device, from which dropout draws, back to where it is now: what
+    is called after it sees the same dropout as what was called before it."""
+    if device.type == "cuda":
+        state = torch.cuda.get_rng_state(device)
+        return lambda: torch.cuda.set_rng_state(state, device)
+    state = torch.get_rng_state()
+    return lambda: torch.set_rng_state(state)

@@ -86,6 +86,9 @@ class Teacher(Section):
     )
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of that function")
     guidance: Guidance | None = Field(default=None, description="classifier-free guidance, folded into the student")
+    distilled: bool | None = Field(
+        default=None, description="a model for a few steps (LCM, Turbo, ...) is taken for a velocity all the same"
+    )
 
 
 class Lora(Section):

@@ -24,6 +24,7 @@ from fewstep.objectives.base import Objective
 from fewstep.options import in_one_line, read_yaml
 from fewstep.origin import is_run
 from fewstep.parts import (
+    check_teacher,
     data_of,
     encoded_folder,
     encoded_shape,
@@ -288,6 +289,7 @@ def _teacher(recipe: Recipe) -> VelocityField | None:
     if recipe.teacher is None:
         return None
     teacher, path = make_teacher(recipe.teacher, encoded_folder(recipe)), path_of(recipe.student)
+    check_teacher(recipe, teacher)
     return teacher if path is None or teacher.path.same_as(path) else teacher.on(path)
 
 

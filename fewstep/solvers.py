@@ -35,6 +35,7 @@ def heun_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tenso
 
 STEPS = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step}
 SOLVERS = (*STEPS, "adaptive")
+LONGEST = 20_000  # steps of the adaptive solver, of which smooth velocities take some tens or hundreds
 
 
 def integrate(velocity: Velocity, x: Tensor, times: Tensor, solver: str = "heun", *, tolerance: float = 1e-6) -> Tensor:
@@ -47,7 +48,7 @@ def integrate(velocity: Velocity, x: Tensor, times: Tensor, solver: str = "heun"
             relative and absolute).
 
     Raises:
-        ValueError: if the solver is not known or the grid has fewer than two times.
+        ValueError: if the solver is not known, the grid has fewer than two times, or the adaptive solver finds no end.
     """
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"a grid of two or more times is needed, not one of shape {tuple(times.shape)}")
@@ -57,7 +58,14 @@ def integrate(velocity: Velocity, x: Tensor, times: Tensor, solver: str = "heun"
         ends = times[[0, -1]].to(x.device)
         if ends[0] == ends[1]:
             return x
-        states: Any = odeint(lambda t, x: velocity(x, t.expand(len(x))), x, ends, rtol=tolerance, atol=tolerance)
+        within: Any = {"rtol": tolerance, "atol": tolerance, "options": {"max_num_steps": LONGEST}}
+        try:
+            states: Any = odeint(lambda t, x: velocity(x, t.expand(len(x))), x, ends, **within)
+        except AssertionError as error:  # as torchdiffeq says that its steps are too many, or of no length
+            raise ValueError(
+                f"the adaptive solver does not get from t = {float(ends[0]):g} to {float(ends[1]):g} at tolerance "
+                f"{tolerance:g} ({error}): the velocity jumps; take a larger tolerance, or heun"
+            ) from None
         return states[-1]
     if solver not in STEPS:
         raise unknown("solver", solver, SOLVERS)

@@ -20,7 +20,7 @@ from fewstep.latents import Latents
 from fewstep.loading import find_configurations
 from fewstep.model_files import read_json
 from fewstep.networks import FAMILIES
-from fewstep.parts import EXACT, check_told, make_data, make_teacher, path_of, settled
+from fewstep.parts import EXACT, check_teacher, check_told, make_data, make_teacher, path_of, settled
 from fewstep.prompts import SIZES
 from fewstep.randomness import generator
 from fewstep.recipe import Recipe, Teacher
@@ -56,6 +56,7 @@ def teacher_without_weights(recipe: Recipe) -> VelocityField | None:
     if recipe.teacher is None:
         return None
     teacher, path = _teacher(recipe.teacher), path_of(recipe.student)
+    check_teacher(recipe, teacher)
     return teacher if path is None or teacher.path.same_as(path) else teacher.on(path)
 
 
@@ -93,7 +94,7 @@ def field_without_weights(folder: Path) -> DiffusionField:
     with META:
         model = made.from_config(made.load_config(found.model))
     field = DiffusionField(FAMILIES[found.class_name](model), found.scheduler)
-    field.latents, field.text = found.latents, found.text
+    field.latents, field.text, field.distilled = found.latents, found.text, found.distilled
     return field.eval()
 
 

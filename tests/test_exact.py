@@ -17,6 +17,7 @@ from fewstep.exact import (
 )
 from fewstep.paths import Linear, Tabulated, Trigonometric, VariancePreserving
 from fewstep.randomness import generator
+from fewstep.sampling import count_calls
 from fewstep.solvers import integrate
 
 F64 = torch.float64
@@ -397,3 +398,23 @@ def test_errors():
 def test_nothing_of_an_exact_field_trains(gaussian):
     for field in (gaussian, mixture(), boxes()):
         assert not list(field.parameters())
+
+
+def test_the_flow_on_a_schedule_of_a_thousand_steps_ends():
+    """The rates of a table jump at every step: an adaptive solve there takes a thousand small ones, or finds no end."""
+    mean, x = torch.tensor([0.8, -0.4], dtype=torch.float64), torch.randn(64, 2, dtype=torch.float64)
+    gauss = GaussianField(mean, 0.09 * torch.eye(2, dtype=torch.float64), DDPM)
+    same = MixtureField(mean[None], torch.full((1,), 0.3, dtype=torch.float64), torch.ones(1), DDPM)
+    for s, t in ((0.0, 1.0), (0.2, 0.9), (1.0, 0.0)):
+        with count_calls(same) as counted:
+            found = same.flow(x, s, t)
+        torch.testing.assert_close(found, gauss.flow(x, s, t), atol=1e-7, rtol=1e-7)
+        assert counted.count < 1000
+
+
+def test_an_adaptive_solve_without_end_says_so():
+    def jumping(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x * torch.sign(torch.sin(1e7 * t))[:, None]
+
+    with pytest.raises(ValueError, match="adaptive solver does not get from t = 0 to 1 at tolerance 1e-12"):
+        integrate(jumping, torch.ones(1, 1, dtype=torch.float64), torch.tensor([0.0, 1.0]), "adaptive", tolerance=1e-12)

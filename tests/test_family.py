@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fewstep.data.batch import Batch
 from fewstep.exact import GaussianField, MixtureField
-from fewstep.fields import NetworkField, VelocityField
+from fewstep.fields import KNOWN, NetworkField, VelocityField
 from fewstep.objectives import (
     AYF,
     EMD,
@@ -47,7 +47,7 @@ from fewstep.objectives import (
     SplitMeanFlow,
     flow_matching,
 )  # fmt: skip
-from fewstep.paths import Trigonometric
+from fewstep.paths import Trigonometric, VariancePreserving
 
 # The default of many is other shares of the rows; here half of them are on the diagonal, for all that have one.
 HALF = {"diagonal": 0.5}
@@ -221,4 +221,8 @@ def test_contrastive_flow_matching_and_its_undoing(world: str, monkeypatch: pyte
     assert expected(learned).abs().max() < 1e-10
     assert expected(field).norm(dim=1).min() > 1e-3
     undone = Recentred(NetworkField(learned, field.path), weight, mean)
+    for other in (Trigonometric(), VariancePreserving(), undone.path):  # on another path it is the same model
+        y, t = torch.randn(33, 2, dtype=torch.float64), torch.linspace(0.02, 0.98, 33, dtype=torch.float64)
+        torch.testing.assert_close(undone.on(other)(y, t), field.on(other)(y, t), atol=1e-10, rtol=1e-10)
+    assert all(getattr(undone, name) == getattr(field, name) for name in KNOWN if name != "source")
     torch.testing.assert_close(undone(x, s), field(x, s), rtol=0, atol=1e-12)

@@ -26,7 +26,7 @@ class Oracle(nn.Module):
     def forward(self, x, time):
         t = time
         if isinstance(self.native, Tabulated):
-            t = 1 - time / (len(self.native.log_ratios) - 1)
+            t = 1 - time / (self.native.steps - 1)
         elif isinstance(self.native, Reversed):
             t = 1 - time / self.native.scale
         return self.native.from_velocity(self.truth(x, t), x, t, self.kind)
@@ -180,12 +180,12 @@ def test_zero_terminal_snr(gaussian, points, kind):
             DiffusionField(MLP(2), zero)
         return
     native, prediction = schedule_of(zero)
-    assert len(native.log_ratios) == 999
+    assert native.steps == 1000
     field = DiffusionField(Oracle(gaussian, native, prediction), zero)
     t = torch.linspace(0, 1, 64, dtype=F64)
     velocity = field(points, t)
     assert velocity.isfinite().all()
-    inside = (t > 0.01) & (t < 0.98)
+    inside = t < 0.98
     close(velocity[inside], gaussian(points, t)[inside], 1e-9)
 
 
@@ -194,7 +194,7 @@ def test_little_signal_is_signal(gaussian, points):
     cosine = scheduler("DDPMScheduler", beta_schedule="squaredcos_cap_v2")
     native, kind = schedule_of(cosine)
     assert len(native.log_ratios) == 1000
-    t = torch.linspace(1e-4, 0.98, 64, dtype=F64)
+    t = torch.linspace(1.01e-3, 0.98, 64, dtype=F64)  # before, the noise is held
     close(DiffusionField(Oracle(gaussian, native, kind), cosine)(points, t), gaussian(points, t), 1e-9)
     with pytest.raises(ValueError, match="EulerDiscreteScheduler has no signal"):
         schedule_of(scheduler("EulerDiscreteScheduler", rescale_betas_zero_snr=True))

@@ -16,7 +16,20 @@ from fewstep.data.batch import Batch
 from fewstep.exact import GaussianField
 from fewstep.fields import Guided, VelocityField
 from fewstep.maps import FlowMap
-from fewstep.objectives import AYF, FMM, ITVM, LMD, PSD, SCM, Objective, Shortcut, SplitMeanFlow, TwoTime
+from fewstep.objectives import (
+    AYF,
+    FMM,
+    ITVM,
+    LMD,
+    PSD,
+    SCM,
+    AlphaFlow,
+    ConsistencyTraining,
+    Objective,
+    Shortcut,
+    SplitMeanFlow,
+    TwoTime,
+)
 from fewstep.objectives.two_time import Now, Rows, normalized
 from fewstep.paths import Linear, Trigonometric
 from fewstep.randomness import generator
@@ -145,15 +158,55 @@ def test_scm_on_the_trigonometric_path_is_that_of_its_paper(gaussian: GaussianFi
     first, second = -(cos**2) * (paper_network(x, theta) - dx), -cos * sin * (x + slope)
     s, one = time(theta), torch.ones_like(theta)
     rows = Rows("consistency", x, x, s, one, x, x, s, {})
-    with torch.no_grad():
-        goal = SCM(field, ramp=ramp).goal(student, rows, Now(progress=1.0))
-        tangent = student.average_velocity(x, s, one) - goal
+    tangent = SCM(field, ramp=ramp).residual(student, rows, Now(progress=1.0)).detach()
     ours = (first + second) * math.pi / (2 * cos)
     # The ramp is not the paper's, which has it before all of the second: here it is before what vanishes at s = 1.
     plain = (student.average_velocity(x, s, one) - field(x, s)).detach()
     ours = plain + ramp * (ours - plain)
     assert ours.abs().max() > 0.5
     torch.testing.assert_close(tangent, normalized(ours), rtol=0, atol=1e-7)
+
+
+# Dropout
+
+
+class Dropping(nn.Module):
+    """A network of two times, half of whose output is dropped at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.size = nn.Dropout(0.5), nn.Parameter(torch.tensor(10.0, dtype=torch.float64))
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return self.drop(self.size * torch.ones_like(x) + 0 * (s + t)[:, None])
+
+
+@pytest.mark.parametrize("jvp", ["forward", "difference"])
+@pytest.mark.parametrize("make", [lambda v, **o: AYF(v, **o), lambda v, **o: SCM(v, **o)], ids=["AYF", "SCM"])
+def test_the_tangent_is_made_of_the_u_that_it_trains(make: Any, jvp: str):
+    """``u - sg[u] + g`` is g, and no row of g is above 1; two draws of dropout would leave their difference, of 20."""
+    field, student = GaussianField(torch.zeros(2), torch.eye(2)), FlowMap(Dropping()).train()
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 2, generator=draw, dtype=torch.float64)
+    s = torch.rand(64, generator=draw, dtype=torch.float64)
+    rows = Rows("map", x, x, s, torch.ones_like(s), x, x, s, {})
+    residual = make(field, jvp=jvp).residual(student, rows, Now(progress=1.0))
+    assert float(residual.detach().square().mean(1).max()) < 1
+    assert residual.requires_grad
+
+
+@pytest.mark.parametrize("method", [ConsistencyTraining(huber=0.0), AlphaFlow(adaptive=0.0)], ids=["CT", "AlphaFlow"])
+def test_a_goal_made_of_the_student_has_its_dropout(method: Objective):
+    """The student's output is one number or nothing, whatever the time: where both sides drop the same, nothing but the
+    data is left of the error, which the small step divides."""
+    student = FlowMap(Dropping()).train()
+    data = torch.zeros(64, 2, dtype=torch.float64)
+    noise = torch.zeros_like(data)
+    loss = method(student, Batch(data, {}, noise), progress=0.6, generator=generator(0))
+    found = float(next(value for name, value in loss.terms.items() if name != "tangent"))
+    # X differs by the step times u, and so does AlphaFlow's goal.
+    gap = method.gap(0.6) if isinstance(method, ConsistencyTraining) else method.alpha(0.6)  # pyright: ignore
+    assert found < 400 * gap
 
 
 # Guidance

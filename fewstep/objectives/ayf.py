@@ -16,6 +16,8 @@ VARIANTS = ("EMD", "LMD")
 class _Tangent(TwoTime):
     """``E |u - sg[u] + g|^2`` with ``g = normalized((u - v) - r (t - s) Du)``."""
 
+    goal_has_u = True
+
     def tangent_goal(self, student: FlowMap, rows: Rows, velocity: Tensor, ramp: float) -> Tensor:
         """``sg[u] - g``, (n, ...)."""
         u, u_dot = self.along_flow(student.average_velocity, rows, velocity)
@@ -67,7 +69,7 @@ class AYF(_Tangent):
         if variant == "LMD":
             if step_size == 0:
                 raise ValueError("AYF's step_size is 0: a step of no length teaches nothing, take 0.05")
-            self.ema, self.velocity_at = check_decay("AYF", ema), None
+            self.ema, self.velocity_at, self.goal_has_u = check_decay("AYF", ema), None, False
 
     def goal(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
         if self.variant == "EMD":

@@ -50,6 +50,7 @@ class Objective(nn.Module):
         super().__init__()
         if teacher is not None:
             check_field(teacher, f"the teacher of {type(self).__name__}")
+            check_velocity(teacher)
         # In a tuple, nn.Module does not see it: the teacher is neither trained nor checkpointed with the objective.
         self._teacher = (teacher.eval().requires_grad_(False),) if teacher is not None else ()
 
@@ -111,6 +112,19 @@ class Objective(nn.Module):
             raise ValueError(
                 f"the student is on {student.path}, the teacher on {self.teacher.path}: use teacher.on(student.path)"
             )
+
+
+def check_velocity(teacher: VelocityField) -> None:
+    """That a teacher is no model that was distilled for a few steps.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if teacher.distilled:
+        raise ValueError(
+            f"the teacher is {teacher.distilled}. It predicts where a trajectory ends and is no velocity to distil: "
+            "take the model that it was made from, or say teacher.distilled: true (from Python: teacher.distilled = '')"
+        )
 
 
 def check_decay(method: str, ema: float) -> float:

@@ -9,6 +9,7 @@ from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Index, check_decay, check_options, squared_error
 from fewstep.objectives.two_time import Now, Rows, ToTheEnd, TwoTime
+from fewstep.randomness import same_draws
 from fewstep.solvers import heun_step
 
 
@@ -60,8 +61,7 @@ class ConsistencyTraining(_Consistency):
     and easy consistency tuning, arXiv 2406.14548).
 
     ``s' = s + q^-k (1 - s)``, on the linear path a share of the noise level; k steps up from 1 to ``stages`` in equal
-    parts of the training. The bias is of order ``q^-k``. Current weights are the goal, with the same dropout in
-    principle; students with dropout see two draws of it.
+    parts of the training. The bias is of order ``q^-k``. Current weights are the goal, with the same dropout.
 
     Args:
         stages: the last k. q: the base.
@@ -84,10 +84,11 @@ class ConsistencyTraining(_Consistency):
 
     def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Index], now: Now) -> dict[str, Tensor]:
         gap = self.gap(now.progress) * (1 - rows.s)
-        near = rows.s + gap
+        near, again = rows.s + gap, same_draws(rows.x.device)
         with torch.no_grad():
             x, _ = student.path.sample(rows.noise, rows.data, near)
             end = student(x, near, rows.t, **rows.cond)
+        again()
         error = self.distance(student(rows.x, rows.s, rows.t, **rows.cond), end)
         return {self.term: error / gap.clamp(min=1e-4)}
 

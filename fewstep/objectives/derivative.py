@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fewstep.paths import expand
+from fewstep.randomness import same_draws
 
 MODES = ("forward", "float32", "difference")
 
@@ -51,22 +52,11 @@ def _difference(
             moving = direction.abs().clamp(min=1e-12)
             low = torch.maximum(low, torch.where(direction > 0, -time, time - 1) / moving)
             high = torch.minimum(high, torch.where(direction > 0, 1 - time, time) / moving)
-    state = _random_state(at[0].device)
+    again = same_draws(at[0].device)
     behind = function(*(x + expand(low, x) * dx for x, dx in zip(at, along, strict=True)))
-    _set_random_state(at[0].device, state)
+    again()
     ahead = function(*(x + expand(high, x) * dx for x, dx in zip(at, along, strict=True)))
     return (ahead + behind) / 2, (ahead - behind) / expand(high - low, ahead)
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
 
 
 @contextmanager

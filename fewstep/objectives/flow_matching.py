@@ -9,7 +9,7 @@ from fewstep.errors import unknown
 from fewstep.fields import VelocityField
 from fewstep.objectives.base import Batch, Loss, Objective, check_options, noise_of, squared_error
 from fewstep.objectives.two_time import ERRORS
-from fewstep.paths import Path, as_times, expand
+from fewstep.paths import Path, as_times, expand, scaling
 from fewstep.randomness import Generators, chunk_rows
 from fewstep.times import draw_times
 
@@ -107,16 +107,31 @@ class Recentred(VelocityField):
     Args:
         field: what :class:`ContrastiveFlowMatching` trained, noise and data of mean 0 and ``mean``. weight: its l.
         mean: the mean of the data, one sample's shape.
+        trained_on: the path of the training, that of the field if not given.
     """
 
     mean: Tensor
 
-    def __init__(self, field: VelocityField, weight: float, mean: Tensor) -> None:
+    def __init__(self, field: VelocityField, weight: float, mean: Tensor, *, trained_on: Path | None = None) -> None:
         super().__init__()
+        self.known_as(field)
         self.field, self.weight, self.path = field, weight, field.path
+        self.trained_on, self.source = trained_on or field.path, None
         self.register_buffer("mean", mean)
 
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         t = as_times(t, x)
-        drift = expand(self.path.alpha_dot(t), x) * self.mean.to(x)
-        return (1 - self.weight) * self.field(x, t, **cond) + self.weight * drift
+        return (1 - self.weight) * self.field(x, t, **cond) + self.weight * self._drift(x, t)
+
+    def _drift(self, x: Tensor, t: Tensor) -> Tensor:
+        """``E[dx_t]`` as a velocity on the path: a velocity on another becomes ``skip x + out`` times itself."""
+        native, mean = self.trained_on, self.mean.to(x)
+        if native.same_as(self.path):
+            return expand(native.alpha_dot(t), x) * mean
+        c = scaling(native, "velocity", self.path, t)
+        low, high = native.hold_range("velocity")
+        time = native.time_of(self.path.alpha(t), self.path.sigma(t)).clamp(low, high)
+        return expand(c.skip, x) * x + expand(c.out * native.alpha_dot(time), x) * mean
+
+    def on(self, path: Path) -> "Recentred":
+        return Recentred(self.field.on(path), self.weight, self.mean, trained_on=self.trained_on)

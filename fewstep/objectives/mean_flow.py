@@ -105,6 +105,7 @@ class AlphaFlow(_MeanFlow):
         diagonal, times, ends, options: see :class:`TwoTime`.
     """
 
+    goal_has_u = True
     sources = ("2510.20771", "2505.13447")
 
     def __init__(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from fewstep.data.batch import Batch
 from fewstep.errors import unknown
@@ -27,7 +28,7 @@ from fewstep.objectives.base import (
 )
 from fewstep.objectives.derivative import MODES, derivative, time_derivative
 from fewstep.paths import as_times, expand
-from fewstep.randomness import Generators, uniform
+from fewstep.randomness import Generators, same_draws, uniform
 from fewstep.times import draw_pairs, draw_times
 
 ERRORS = ("auto", "velocity", "data")
@@ -97,6 +98,9 @@ class TwoTime(Objective):
     term = "map"
     # Where the velocity is that errors off the diagonal are in: "s", "t", or nowhere, if they are errors of states.
     velocity_at: str | None = "s"
+    # Whether goals are made of u itself, as near as it gets: u and goal are then to see the same dropout, as two draws
+    # of it differ by more than what is to be learned.
+    goal_has_u = False
 
     def __init__(
         self,
@@ -134,8 +138,12 @@ class TwoTime(Objective):
         raise NotImplementedError
 
     def residual(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
-        """What is to vanish on these rows, (n, ...), with grad; by default ``u - goal``, in one call for all rows."""
-        raise NotImplementedError
+        """What is to vanish on these rows, (n, ...), with grad: by default ``u - goal``, both of one dropout."""
+        again = same_draws(rows.x.device)
+        with torch.no_grad():
+            goal = self.goal(student, rows, now)
+        again()
+        return student.average_velocity(rows.x, rows.s, rows.t, **rows.cond) - goal
 
     def pairs(self, rows: int, generator: Generators, now: Now) -> tuple[Tensor, Tensor]:
         """The times s, t of the rows off the diagonal, each (rows,)."""
@@ -198,7 +206,7 @@ class TwoTime(Objective):
     def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Index], now: Now) -> dict[str, Tensor]:
         """The squared error of each row, by term: (n,) each. A term that is no part is of the rows off the diagonal."""
         some = {name: rows.take(name, index) for name, index in parts.items()}
-        if type(self).residual is not TwoTime.residual:
+        if type(self).residual is not TwoTime.residual or (self.goal_has_u and drops(student)):
             residuals = {name: self._residual(student, part, now) for name, part in some.items()}
             return {
                 name: self._in_unit(squared_error(value, torch.zeros_like(value)), student, some[name])
@@ -301,6 +309,12 @@ def step_velocity(field: VelocityField, x: Tensor, s: Tensor, t: Tensor, cond: d
     """The mean velocity of one Heun step of a field from s to t: two calls, and no division by t - s."""
     here = field(x, s, **cond)
     return (here + field(x + expand(t - s, x) * here, t, **cond)) / 2
+
+
+def drops(student: nn.Module) -> bool:
+    """Whether a student has dropout, and is training."""
+    dropping = (m for m in student.modules() if isinstance(m, _DropoutNd | nn.MultiheadAttention) and m.training)
+    return any((m.p if isinstance(m, _DropoutNd) else m.dropout) > 0 for m in dropping)
 
 
 def near_the_end(model: FlowMap, field: VelocityField, rows: Rows, m: Tensor) -> Tensor:

@@ -227,6 +227,19 @@ def test_samples_of_a_teacher_that_are_damaged_say_how_to_draw_them_anew(tmp_pat
         drawn(file)._array  # noqa: B018
 
 
+def test_captions_of_a_shard_in_other_encodings(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as shard:
+        texts = ["a cat".encode("utf-8-sig"), "a dog".encode("utf-16"), "a caf\xe9".encode("latin-1")]
+        for i, text in enumerate(texts):
+            for kind, content in (("png", b"?"), ("txt", text)):
+                info = tarfile.TarInfo(f"{i}.{kind}")
+                info.size = len(content)
+                shard.addfile(info, io.BytesIO(content))
+    rows = listed(tmp_path / "x.tar").rows
+    assert rows.captions == ["a cat", "", "a caf\ufffd"]
+    assert rows.problems == {1: "it has no caption"}
+
+
 def test_a_silhouette_of_what_is_no_picture(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"x\.png cannot be read as a picture: it is a pipe"):

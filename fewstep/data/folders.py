@@ -75,8 +75,8 @@ def open_folder(root: Path, split: str | None = None) -> Folder:
     found, left_out = _files_below(root)
     names = [name for name in found if is_picture(name)]
     if not names:
-        held = f"{len(found)} files: {_counted(found, 8)}" if found else "no files"
-        raise FileNotFoundError(f"no pictures ({PICTURES}) in {root}, which holds {held}")
+        held = [f"{len(found)} files: {_counted(found, 8)}" if found else "no files", *left_out]
+        raise FileNotFoundError(f"no pictures ({PICTURES}) in {root}, which holds {'; '.join(held)}")
     above, used, unused = _split(root, names, split)
     if unused:
         sizes = Counter(name.removeprefix(above).split("/")[0] for name in names)

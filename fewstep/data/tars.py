@@ -128,7 +128,8 @@ def _grouped(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     row["picture"] = member.offset_data, member.size
                 elif kind in ("txt", "json", "cls") and member.size <= _LONGEST:
                     content = tar.extractfile(member)
-                    row[kind] = content.read().decode(errors="replace") if content else ""
+                    text = content.read().decode("utf-8-sig", errors="replace") if content else ""
+                    row |= {} if "\0" in text else {kind: text}  # another encoding is no text
     except Exception as error:  # a damaged header may say anything
         why = briefly(error)
         raise ValueError(f"{file} cannot be read ({why}): it is damaged, or compressed (unpack it first)") from None

@@ -1,23 +1,33 @@
 """A model in words: what it takes to make it anew, before its weights are loaded.
 
 The runs that ``fewstep.fit`` leaves from Python are opened by it, and exports of networks that diffusers does not have.
+A network of one's own is named by its class or function, ``FILE.py:NAME`` or ``MODULE:NAME``, and the options that this
+takes: those it was made with where a recipe named it, else its ``config``, a mapping, where it has one. Naming it is
+naming code: whoever reads a description that came with a folder asks ``fewstep.trust`` first (:func:`code_named`).
 """
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.errors import unknown
 from fewstep.fields import DiffusionField, NetworkField
 from fewstep.maps import FlowMap
-from fewstep.networks import FAMILIES, MLP, STUDENTS, two_times
+from fewstep.networks import FAMILIES, MLP, STUDENTS, two_times, with_second_time
 from fewstep.networks.unet import OfDiffusers, public_config
+from fewstep.options import find_object
 from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving
 from fewstep.paths import Path as Trajectory
+from fewstep.trust import is_code
 
+_MAKER = "_made_by"
+_CONFIG = "its {name} cannot be made anew from its config, the mapping network.config of what its class takes"
 # The networks of fewstep's own.
 NETWORKS: dict[str, type[nn.Module]] = {"MLP": MLP}
 _TRAJECTORIES: dict[str, type[Any]] = {
@@ -41,8 +51,25 @@ def describe(model: Any) -> dict[str, Any]:
         "prediction": model.prediction,
         "path": _trajectory(model.path),
         **({"gamma": model.gamma, "guidance": model.guidance} if is_map else {}),
+        **({"class_names": list(model.class_names)} if model.class_names else {}),
         **({"scheduler": _scheduler(model.scheduler)} if isinstance(model, DiffusionField) else {}),
     }
+
+
+def code_named(config: Mapping[str, Any]) -> dict[str, str]:
+    """The code that a description names, by its key."""
+    names = {key: str(config.get(key, {}).get("name", "")) for key in ("network", "native", "path")}
+    return {key: name for key, name in names.items() if is_code(name)}
+
+
+def set_maker(network: nn.Module, name: str, options: Mapping[str, Any], **second_time: Any) -> None:
+    """Note on a network what it was made by, and how it got its second time where fewstep gave it."""
+    vars(network)[_MAKER] = {"name": _in_full(name), "options": dict(options), **second_time}
+
+
+def maker_of(network: nn.Module) -> dict[str, Any] | None:
+    """What :func:`set_maker` noted; None where nothing did."""
+    return vars(network).get(_MAKER)
 
 
 def made_again(config: Mapping[str, Any]) -> FlowMap | NetworkField:
@@ -59,6 +86,7 @@ def made_again(config: Mapping[str, Any]) -> FlowMap | NetworkField:
     else:
         kind = FlowMap if is_map else NetworkField
         model = kind(network, _trajectory_of(native), config["prediction"], path=_trajectory_of(path))
+    model.class_names = tuple(config.get("class_names", ()))
     if isinstance(model, FlowMap):
         model.gamma, model.guidance = config.get("gamma", 0.0), config.get("guidance")
     return model
@@ -72,10 +100,53 @@ def _network(network: Any) -> dict[str, Any]:
         model: Any = network.model
         size = {"size": network.size} if hasattr(network, "size") else {}
         return {"name": name, "model": type(model).__name__, "config": _plain(public_config(model)), **size}
-    raise ValueError(f"{name} is neither a network of fewstep's nor one of diffusers' models")
+    if maker := maker_of(network):
+        return maker
+    options = getattr(network, "config", {})
+    options = dict(options) if isinstance(options, Mapping) else {}
+    try:
+        options = json.loads(json.dumps(options))
+    except TypeError:
+        raise ValueError(f"the config of its {name} is not of plain values, which can be written down") from None
+    found = {"name": _name_of(type(network)), "options": options}
+    try:
+        made = _own(found)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise ValueError(f"{_CONFIG.format(name=name)} ({' '.join(str(error).split())[:120]})") from None
+    if {k: v.shape for k, v in made.state_dict().items()} != {k: v.shape for k, v in network.state_dict().items()}:
+        raise ValueError(f"{_CONFIG.format(name=name)}, and has other weights")
+    return found
+
+
+def _own(config: Mapping[str, Any]) -> nn.Module:
+    """A network of one's own, made anew."""
+    with torch.random.fork_rng([]):
+        network = find_object(config["name"], nn.Module)(**config["options"])
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{config['name']!r} gave a {type(network).__name__}, not a network")
+    if "told_guidance" in config:
+        network = with_second_time(network, config["told_guidance"])
+    return network
+
+
+def _name_of(kind: type) -> str:
+    """The name that leads to a class: of its file, or of its module where that is part of a package."""
+    if kind.__module__ == "__main__" or "<locals>" in kind.__qualname__:
+        raise ValueError(f"its {kind.__name__} is made in the running script: put the class in a file of its own")
+    file = inspect.getfile(kind)
+    is_file = "." not in kind.__module__ and not file.endswith("__init__.py")
+    return f"{Path(file).resolve()}:{kind.__qualname__}" if is_file else f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _in_full(name: str) -> str:
+    """A name of code with the whole path of its file."""
+    file, _, inside = name.rpartition(":")
+    return f"{Path(file).expanduser().resolve()}:{inside}" if file.endswith(".py") else name
 
 
 def _network_of(config: Mapping[str, Any], is_map: bool) -> nn.Module:
+    if is_code(config["name"]):
+        return _own(config)
     if "model" not in config:
         if config["name"] not in NETWORKS:
             raise unknown("network", config["name"], NETWORKS)
@@ -107,16 +178,17 @@ def _scheduler_of(config: Mapping[str, Any]) -> Any:
 
 
 def _trajectory(path: Trajectory) -> dict[str, Any]:
-    if _TRAJECTORIES.get(type(path).__name__) is not type(path):
-        raise ValueError(f"its path {type(path).__name__} is none of fewstep's")
-    return {"name": type(path).__name__, "options": dataclasses.asdict(path)}  # pyright: ignore[reportArgumentType]
+    is_own = _TRAJECTORIES.get(type(path).__name__) is not type(path)
+    return {"name": _name_of(type(path)) if is_own else type(path).__name__, "options": dataclasses.asdict(path)}  # pyright: ignore[reportArgumentType]
 
 
 def _trajectory_of(config: Mapping[str, Any]) -> Trajectory:
-    if config["name"] not in _TRAJECTORIES:
-        raise unknown("path", config["name"], _TRAJECTORIES)
+    name = config["name"]
+    if not is_code(name) and name not in _TRAJECTORIES:
+        raise unknown("path", name, _TRAJECTORIES)
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in config["options"].items()}
-    return _TRAJECTORIES[config["name"]](**options)
+    made = find_object(name, Trajectory) if is_code(name) else _TRAJECTORIES[name]
+    return made(**options)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,18 +6,21 @@ The module is not called ``export``, as importing it would then hide the functio
 import inspect
 from dataclasses import replace
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import fewstep
-from fewstep.described import NETWORKS, describe
+from fewstep.described import NETWORKS, code_named, describe
 from fewstep.drawing import image_channels
 from fewstep.fields import DiffusionField, NetworkField, VelocityField
 from fewstep.loading import load
 from fewstep.lora import has_lora, merge_lora, save_adapter
 from fewstep.maps import FlowMap
 from fewstep.model_card import card
+from fewstep.model_files import read_json
 from fewstep.networks import FAMILIES, UNet
 from fewstep.networks.students import TwoTimeNetwork
+from fewstep.networks.unet import OfDiffusers
 from fewstep.origin import citation, is_run, origin_of
 from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
 from fewstep.paths import Path as Trajectory
@@ -50,7 +53,9 @@ def export(
       ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)``.
     * A velocity field of one: the stock model and scheduler, as a stock pipeline where one of diffusers can run it; the
       model card says where none can.
-    * One of an ``MLP``: weights and a configuration for :func:`fewstep.load`.
+    * One of an ``MLP`` or of a network of one's own: weights and a configuration for :func:`fewstep.load`. A network of
+      one's own is named by its class; where that is a file, the file is in the export, and runs with ``trust=True``
+      alone.
 
     Those of a latent model have its VAE, those of a model of text its tokenizers and text encoders. An export of a run
     has its recipe and pictures in ``training/``; ``fewstep.json`` marks each as fewstep's own. :func:`fewstep.load`
@@ -107,6 +112,14 @@ def _writer(model: FlowMap | VelocityField) -> Any:
         raise ValueError(f"a {type(model).__name__} has no network of its own to export: export the field inside it")
     name = type(model.network).__name__
     if name in NETWORKS:
+        return _write_plain
+    if not isinstance(model.network, OfDiffusers):
+        if model.latents is not None or model.text is not None:
+            raise ValueError(f"a {name} of one's own on the latents of a VAE cannot be exported: keep its run")
+        try:
+            describe(model)
+        except ValueError as error:
+            raise ValueError(f"this {type(model).__name__} cannot be exported: {error}") from None
         return _write_plain
     if not isinstance(model.network, TwoTimeNetwork if isinstance(model, FlowMap) else tuple(FAMILIES.values())):
         raise ValueError(
@@ -272,7 +285,31 @@ def _write_plain(model: FlowMap | NetworkField, folder: Path) -> None:
 
     state = {name: value.detach().cpu().contiguous() for name, value in model.network.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", {"_fewstep_version": fewstep.__version__, **describe(model)})
+    write_json(folder / "config.json", {"_fewstep_version": fewstep.__version__, **_carried(describe(model), folder)})
+    if code_named(read_json(folder / "config.json")):
+        try:
+            again = load(folder, trust=True)
+        except (ImportError, ValueError, TypeError, RuntimeError, FileNotFoundError) as error:
+            raise ValueError(
+                f"the code of the {type(model.network).__name__} does not make it again where it stands alone "
+                f"({' '.join(str(error).split())[:160]}): an export carries the file of its class alone, with "
+                "imports of what is installed"
+            ) from None
+        del again
+
+
+def _carried(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A description whose files of code are copied into the folder, and named as they are there."""
+    copied: dict[str, str] = {}
+    for key, name in code_named(config).items():
+        file, _, inside = name.rpartition(":")
+        if not file.endswith(".py"):
+            continue
+        if file not in copied:
+            copied[file] = f"network{len(copied) + 1 if copied else ''}.py"
+            copyfile(file, folder / copied[file])
+        config = {**config, key: {**config[key], "name": f"{copied[file]}:{inside}"}}
+    return config
 
 
 def _unet(model: FlowMap | NetworkField) -> Any:

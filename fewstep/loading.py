@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.converted import is_converted, load_converted
-from fewstep.described import made_again
+from fewstep.described import code_named, made_again
 from fewstep.diffusers_folder import HUB_FILES, field_of_pipeline, load_field, look_into
 from fewstep.disk import put_right
 from fewstep.errors import unknown
@@ -20,6 +20,7 @@ from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
 from fewstep.paths import Path as Trajectory
 from fewstep.prompts import Prompts
 from fewstep.schedules import PREDICTION_TYPES
+from fewstep.trust import check_folder, trusting
 from fewstep.writing import check_text, moments_in
 
 _PLAIN_WEIGHTS = "model.safetensors"
@@ -41,7 +42,7 @@ def load(source: Any, *, device: str = "cpu", trust: bool = False) -> VelocityFi
             * a pipeline of diffusers in memory, whose model and VAE are used as they are.
         device: where it goes.
         trust: whether code may run that the recipe of a run names, where this user's fewstep did not write that run:
-            see ``fewstep.trust``. Nothing else has code that is run.
+            see ``fewstep.trust``; and the code that an export of a network of one's own carries.
 
     Raises:
         FileNotFoundError: no such folder or hub model; a folder without model, scheduler, its VAE or safetensors
@@ -63,7 +64,8 @@ def load(source: Any, *, device: str = "cpu", trust: bool = False) -> VelocityFi
     elif index := _map_index(folder):
         model = _load_map(folder, index)
     elif config := _plain_config(folder):
-        model = _load_plain(folder, config)
+        with trusting(trust):
+            model = _load_plain(folder, config)
     elif is_converted(folder):
         model = load_converted(folder)
     else:
@@ -194,10 +196,21 @@ def _spoken(diffusion: dict[str, Any] | None, timesteps: float) -> tuple[Traject
     return Tabulated(tuple(diffusion["log_ratios"]), diffusion.get("ends_in_noise", False)), kinds[kind]
 
 
+def _beside(folder: Path, name: str) -> str:
+    """A name of code in a file of the folder, with the whole path."""
+    file, _, inside = name.rpartition(":")
+    return f"{folder.resolve() / file}:{inside}" if file.endswith(".py") else name
+
+
 def _load_plain(folder: Path, config: dict[str, Any]) -> FlowMap | NetworkField:
     """An export of a network that diffusers does not have."""
     from safetensors.torch import load_file
 
+    config = {
+        **config,
+        **{key: {**config[key], "name": _beside(folder, name)} for key, name in code_named(config).items()},
+    }
+    check_folder(folder, folder / "config.json", code_named(config))
     model = made_again(config)
     check_file(folder / _PLAIN_WEIGHTS)
     model.network.load_state_dict(load_file(folder / _PLAIN_WEIGHTS))

@@ -10,6 +10,7 @@ import yaml
 import fewstep
 from fewstep.drawing import classes_of, image_channels, shape_of
 from fewstep.maps import FlowMap
+from fewstep.networks import MLP
 from fewstep.networks.unet import OfDiffusers
 from fewstep.objectives import OBJECTIVES
 
@@ -39,7 +40,7 @@ _FEWSTEP_CODE = """\
 import torch
 import fewstep
 
-model = fewstep.load("{name}")
+model = fewstep.load("{name}"{trust})
 {given}samples = fewstep.sample(model, torch.randn({shape}), steps={steps}{cond}){decode}"""
 
 _DECODE = """
@@ -154,8 +155,10 @@ def fewstep_code(model: Any, name: str) -> str:
         given, cond = given + _image(model), f"{cond}, image=image"
     if model.text is not None:
         given, cond = given + _TEXT, f"{cond}, **text"
+    is_own = not isinstance(getattr(model, "network", None), MLP | OfDiffusers)  # the export carries its code
     return _FEWSTEP_CODE.format(
         name=name,
+        trust=", trust=True" if is_own else "",
         given=given,
         shape=_shape(model),
         steps=2 if isinstance(model, FlowMap) else 50,
@@ -203,7 +206,10 @@ def _shape(model: Any, channels: int | None = None, factor: int = 1) -> str:
         config, by = model.network.model.config, "" if factor == 1 else f" // {factor}"
         own, sizes = config["in_channels"] - image_channels(model), [f"height{by}", f"width{by}"]
     else:
-        own, *sizes = shape_of(model)
+        try:
+            own, *sizes = shape_of(model)
+        except ValueError:  # a network of one's own that does not say
+            return "4, ..."
     return ", ".join(map(str, [4, own if channels is None else channels, *sizes]))
 
 

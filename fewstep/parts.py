@@ -19,6 +19,7 @@ from fewstep.data.conditions import Dropped, Strengths
 from fewstep.data.decode import check_side
 from fewstep.data.encoded import NULL, read_null
 from fewstep.data.sources import is_pictures
+from fewstep.described import maker_of, set_maker
 from fewstep.drawing import Model, classes_of, needed_conditions, shape_of, takes
 from fewstep.encoders import kept_null
 from fewstep.encoding import check_model, encoded_once
@@ -240,6 +241,8 @@ def make_network(section: Student, shape: tuple[int, ...]) -> Any:
     network = function(**arguments("student.options", function, options))
     if not isinstance(network, nn.Module):
         raise ValueError(f"student.network: {section.network!r} gave a {type(network).__name__}, not a network")
+    if not isinstance(network, FlowMap | VelocityField):
+        set_maker(network, section.network, options)
     return network
 
 
@@ -272,7 +275,10 @@ def _wrap(
         ) from None
     if not is_map:
         return field
-    return FlowMap.from_field(field, guidance=bool(section.guidance), second_time=section.second_time or "t")
+    student = FlowMap.from_field(field, guidance=bool(section.guidance), second_time=section.second_time or "t")
+    if maker := maker_of(network):
+        set_maker(student.network, maker["name"], maker["options"], told_guidance=bool(section.guidance))
+    return student
 
 
 def make_objective(recipe: Recipe, teacher: VelocityField | None) -> Objective:

@@ -358,6 +358,9 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 class Own(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
     def forward(self, x: Tensor, *times: Tensor) -> Tensor:
         return x
 
@@ -367,7 +370,7 @@ class Own(nn.Module):
     [
         (CheckerboardField(), "CheckerboardField has no network"),
         (Guided(tiny_field("flow", 5), 2.0, null={"class_labels": 4}), "Guided has no network.*field inside"),
-        (FlowMap(Own()), r"FlowMap of a Own cannot be exported.*state_dict\(\)"),
+        (FlowMap(Own(3)), "FlowMap cannot be exported: its Own cannot be made anew from its config"),
         (NetworkField(UNet(tiny_unet()), Linear(), "data"), r"predicts data on Linear\(\).*Reversed\(\), 'flow'"),
         (NetworkField(UNet(tiny_unet()), Reversed(), "flow", path=Trigonometric()), "on the linear path"),
     ],

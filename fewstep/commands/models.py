@@ -9,6 +9,7 @@ from fewstep.model_files import read_json
 
 
 def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
+    from fewstep.described import code_named
     from fewstep.exporting import export
     from fewstep.lora import DIFFUSERS_FILE
     from fewstep.writing import moments_in
@@ -27,7 +28,10 @@ def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
         mean, std = moments
         print(f"outside `fewstep sample`, its samples are in the units of the data as samples * {std:g} + {mean:g}")
     prompt = ["--prompt", "a photo of a cat"] if read_json(folder / "model_index.json").get("text_encoder") else []
-    say_next([shlex.join(["fewstep", "sample", str(folder), "--steps", "2", *prompt, "--out", f"{folder.name}.png"])])
+    trust = ["--trust"] if code_named(read_json(folder / "config.json")) else []
+    say_next(
+        [shlex.join(["fewstep", "sample", str(folder), "--steps", "2", *trust, *prompt, "--out", f"{folder.name}.png"])]
+    )
     return 0
 
 

@@ -11,13 +11,14 @@ from torch import nn
 
 import fewstep
 from fewstep.data.batch import Around, Data
-from fewstep.described import describe, made_again
+from fewstep.described import code_named, describe, made_again
 from fewstep.disk import replace_file
 from fewstep.fields import Guided, VelocityField, unguided
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Objective
 from fewstep.training.folder import write_recipe
 from fewstep.training.run import frozen
+from fewstep.trust import check_folder, remember
 
 STUDENT = "student.json"
 # In the place of the name of data that have none.
@@ -50,6 +51,7 @@ def leave(
     write_recipe(out, recipe)
     facts = {"_fewstep_version": fewstep.__version__, **described, **({"lacks": why} if why else {})}
     replace_file(out / STUDENT, (json.dumps(facts, indent=2) + "\n").encode())
+    remember(out, out / STUDENT, code_named(facts))
 
     lacks = []
     if why:
@@ -79,6 +81,7 @@ def student_of(run: Path) -> Any:
     facts = json.loads((run / STUDENT).read_text())
     if why := facts.get("lacks"):
         raise ValueError(f"the run in {run} can only be gone on with, by the same call of fewstep.fit: {why}")
+    check_folder(run, run / STUDENT, code_named(facts))
     model: Any = made_again(facts)
     if facts["latents"]:
         from fewstep.latents import Latents

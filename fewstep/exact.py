@@ -196,34 +196,48 @@ def _truncated(x: Tensor, sides: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, 
     middle, width = (low + high) / 2, high - low
     # The noise that the middle would need, and the interval's width in units of the noise.
     z, d = (x - a * middle) / s, a * width / s
-
-    # Where the interval is narrow the differences below would cancel. There data = middle + width y has a density
-    # exp(d z y - d^2 y^2 / 2) on [-1/2, 1/2], so smooth that six Gauss-Legendre nodes are exact.
+    l, u = (x - a * high) / s, (x - a * low) / s
+    # Where the interval is narrow the differences of the wide form would cancel: few rows, but near t = 0.
     narrow = (d < 0.02) & (d * z.abs() < 2)
-    nodes, weights = x.new_tensor(_NODES) / 2, x.new_tensor(_NODE_WEIGHTS) / 2
-    tilt, bend = (torch.where(narrow, c, 0.0)[..., None] for c in (d * z, d * d))
+    rows = narrow.any(1).nonzero().flatten()
+    if not len(rows):
+        log, data, noise = _wide(l, u, z, d, middle, width)
+    elif narrow.all():
+        log, data, noise = _narrow(z, d, middle, width)
+    else:
+        log, data, noise = _wide(l.where(~narrow, -1.0), u.where(~narrow, 0.0), z, d.where(~narrow, 1.0), middle, width)
+        some = narrow[rows]
+        parts = _narrow(z[rows].where(some, 0.0), d[rows].where(some, 0.0), middle, width)
+        for whole, part in zip((log, data, noise), parts, strict=True):
+            whole[rows] = torch.where(some, part, whole[rows])
+    return width.log() + log, data.clamp(low, high), noise
+
+
+def _narrow(z: Tensor, d: Tensor, middle: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``_truncated`` where data = middle + width y has a density exp(d z y - d^2 y^2 / 2) on [-1/2, 1/2], so smooth
+    that six Gauss-Legendre nodes are exact."""
+    nodes, weights = z.new_tensor(_NODES) / 2, z.new_tensor(_NODE_WEIGHTS) / 2
+    tilt, bend = ((d * z)[..., None], (d * d)[..., None])
     density = torch.exp((tilt - 0.5 * bend * nodes) * nodes)
     mass = density @ weights
     y = density @ (weights * nodes) / mass
-    log_narrow = mass.log() - 0.5 * z * z - 0.5 * math.log(2 * math.pi)
+    return mass.log() - 0.5 * z * z - 0.5 * math.log(2 * math.pi), middle + width * y, z - d * y
 
-    # Elsewhere the noise is a Gaussian between l and u, mirrored so that l + u <= 0, where all is a finite multiple of
-    # phi(u): Phi(u) = scaled phi(u) sqrt(pi / 2). Beyond u = 9 it is 1, and the clamp keeps ``scaled`` finite.
-    l, u = (x - a * high) / s, (x - a * low) / s
+
+def _wide(l: Tensor, u: Tensor, z: Tensor, d: Tensor, middle: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``_truncated`` where the noise is a Gaussian between l and u: mirrored so that l + u <= 0, where all is a finite
+    multiple of phi(u), Phi(u) = scaled phi(u) sqrt(pi / 2). Beyond u = 9 it is 1, and the clamp keeps ``scaled``
+    finite."""
     flip = l + u > 0
     l, u = torch.where(flip, -u, l), torch.where(flip, -l, u)
-    l, u, d = torch.where(narrow, -1.0, l), torch.where(narrow, 0.0, u), torch.where(narrow, 1.0, d)
     log_rise = 0.5 * (u - l) * (u + l)  # log phi(l) / phi(u)
     top = u.clamp(max=9.0)
     scaled = erfcx(-top / math.sqrt(2))
     below = torch.exp(log_rise) * erfcx(-l / math.sqrt(2)) / scaled  # Phi(l) / Phi(u)
     noise = math.sqrt(2 / math.pi) / scaled * torch.expm1(log_rise) / (1 - below)
     noise = torch.where(flip, -noise, noise)
-    log_wide = torch.log(scaled / 2) - 0.5 * top * top + torch.log1p(-below) - d.log()
-
-    data = torch.where(narrow, middle + width * y, middle + width * (z - noise) / d)
-    noise = torch.where(narrow, z - a * width / s * y, noise)
-    return width.log() + torch.where(narrow, log_narrow, log_wide), data.clamp(low, high), noise
+    log = torch.log(scaled / 2) - 0.5 * top * top + torch.log1p(-below) - d.log()
+    return log, middle + width * (z - noise) / d, noise
 
 
 def checkerboard_boxes() -> Tensor:

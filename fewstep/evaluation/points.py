@@ -34,8 +34,6 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256, seed: int =
 
     The directions come from ``seed`` alone, so that all clouds are compared along the same ones.
     """
-    import ot
-
     x, y = _pair(x, y)
     directions = torch.randn(x.shape[1], projections, generator=generator(seed), dtype=torch.float64)
     directions = (directions / directions.norm(dim=0)).to(x.device)
@@ -45,6 +43,8 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256, seed: int =
             moved = (some @ x.T).sort(dim=1).values - (some @ y.T).sort(dim=1).values
             total += float(moved.square().mean()) * len(some)
         return (total / projections) ** 0.5
+    import ot  # a second, and rarely needed
+
     for some in directions.split(_PROJECTIONS, dim=1):
         distance = cast(Tensor, ot.sliced_wasserstein_distance(x, y, projections=some, p=2))
         total += float(distance) ** 2 * some.shape[1]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fewstep.errors import unknown
 from fewstep.fields import DiffusionField, NetworkField
 from fewstep.maps import FlowMap
-from fewstep.networks import FAMILIES, MLP, STUDENTS, two_times, with_second_time
+from fewstep.networks import FAMILIES, MLP, STUDENTS, with_second_time
 from fewstep.networks.unet import OfDiffusers, public_config
 from fewstep.options import find_object
 from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving
@@ -157,6 +157,8 @@ def _network_of(config: Mapping[str, Any], is_map: bool) -> nn.Module:
     family = FAMILIES.get(name.removeprefix("TwoTime"))
     if family is None:
         raise unknown("model of diffusers", name, FAMILIES)
+    from fewstep.networks import two_times
+
     made = getattr(two_times if name.startswith("TwoTime") else diffusers, name)
     network: Any = (STUDENTS[family] if is_map else family)(made.from_config(config["config"]))
     if "size" in config:

@@ -56,13 +56,13 @@ def idx(*sides: int) -> bytes:
     return struct.pack(f">BBBB{len(sides)}I", 0, 0, 8, len(sides), *sides)
 
 
-def png(width: int, height: int) -> bytes:
-    """A picture of one colour that unfolds to width x height pixels, of which few bytes are here."""
+def png(width: int, height: int, kind: int = 2) -> bytes:
+    """A picture that declares width x height pixels, RGB or of another kind of PNG's, and has few bytes of them."""
 
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + size + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
@@ -135,6 +135,8 @@ def with_the_file_there(attempt: Callable[[Path], Any], folder: Path) -> Callabl
 def test_pictures_of_too_many_pixels_are_not_decoded(tmp_path: Path) -> None:
     for side, why in ((12_000, "it has 12000 x 12000 pixels"), (50_000, "exceeds limit")):
         assert why in str(decode(write(tmp_path / "x.png", png(side, side)), 32, 3))
+    assert "more than 33,554,432 are not decoded" in str(decode(write(tmp_path / "x.png", png(8000, 8000, 6)), 32, 3))
+    assert "truncated" in str(decode(write(tmp_path / "x.png", png(8000, 8000)), 32, 3))
 
 
 def test_what_takes_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

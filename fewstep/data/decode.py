@@ -130,8 +130,9 @@ def decode(source: Source, size: int | None, channels: int) -> np.ndarray | str:
                 # lets JPEG decode a large photograph at a fraction of its size
                 picture.draft(None, (2 * size, 2 * size))
             pixels = picture.width * picture.height
-            if pixels > _MOST_PIXELS:
-                return f"it has {picture.width} x {picture.height} pixels, and more than 67 million are not decoded"
+            most = _MOST_PIXELS // (2 if picture.has_transparency_data else 1)  # a copy of it lies on white
+            if pixels > most:
+                return f"it has {picture.width} x {picture.height} pixels, and more than {most:,} are not decoded"
             with _ONE_AT_A_TIME if pixels > _MANY_PIXELS else nullcontext():
                 ImageOps.exif_transpose(picture, in_place=True)  # cameras turn the picture by a note beside it
                 picture = _to_mode(picture, channels)

@@ -3,6 +3,7 @@ names the file, in under a second and with little memory."""
 
 import gzip
 import io
+import json
 import os
 import struct
 import tarfile
@@ -20,7 +21,7 @@ from caption_toys import picture
 
 from fewstep import reading
 from fewstep.asked import read_lines
-from fewstep.data import load_data
+from fewstep.data import encoded, load_data, pairs
 from fewstep.data.decode import decode
 from fewstep.data.sources import listed
 from fewstep.exact import CheckerboardField
@@ -262,3 +263,63 @@ def test_odd_names_in_a_shard_are_only_names(tmp_path: Path) -> None:
     assert [name.partition(" in ")[0] for name in rows.names] == ["../../etc/0", "abs/1", "a\nb"]
     assert rows.read(slice(0, 3)) == [file.getvalue()] * 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.tar"]
+
+
+FACTS = {"format": 1, "shape": [2], "labels": None, "command": "x", "count": 4, "shard": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"shape": 3}, "has shape: 3, which cannot be"),
+        ({"shape": [2, -1]}, "has shape"),
+        ({"count": 0}, "has count: 0"),
+        ({"count": "4"}, "has count: 4"),
+        ({"shard": 0}, "has shard: 0"),
+        ({"shard": True}, "has shard: True"),
+        ({"command": None}, "has command: None"),
+        ({"format": [1] * 1000}, "has format"),
+    ],
+)
+def test_facts_that_cannot_be(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    for read, name in ((pairs.read_facts, pairs.FACTS), (encoded.read_facts, encoded.FACTS)):
+        (tmp_path / name).write_text(json.dumps(FACTS))
+        assert read(tmp_path) == FACTS
+        (tmp_path / name).write_text(json.dumps(FACTS | change))
+        with pytest.raises(ValueError, match=rf"{name} {said}.*anew") as raised:
+            read(tmp_path)
+        assert len(str(raised.value)) < 400
+        for key in change.keys() & {"shape", "command"}:
+            (tmp_path / name).write_text(json.dumps({k: v for k, v in FACTS.items() if k != key}))
+            with pytest.raises(ValueError, match=f"{name} says nothing of {key}"):
+                read(tmp_path)
+        (tmp_path / name).write_text("[1]")
+        with pytest.raises(ValueError, match=f"{name} is no mapping of facts"):
+            read(tmp_path)
+
+
+NOTE = {"rows": 3, "bytes": 10, "sha256": "0"}
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        [1],
+        {"latents-0": 3},
+        {"latents-0": {**NOTE, "rows": -1}},
+        {"latents-0": {**NOTE, "bytes": "10"}},
+        {"../latents-0": NOTE},
+        {"/etc/passwd": NOTE, "latents-0": NOTE},
+        {},
+        {"text-0": NOTE},
+    ],
+)
+def test_an_index_names_shards_of_its_folder_alone(tmp_path: Path, index: Any) -> None:
+    (tmp_path / encoded.INDEX).write_text(json.dumps({"latents-0": NOTE, "text-0": NOTE}))
+    assert list(encoded.read_index(tmp_path)) == ["latents-0", "text-0"]
+    (tmp_path / encoded.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json is damaged: "):
+        encoded.read_index(tmp_path)
+    (tmp_path / encoded.TEXTS).write_text(json.dumps({"count": 3, "shard": 0}))
+    with pytest.raises(ValueError, match=r"texts\.json is damaged: it has no count and shard"):
+        encoded.read_texts(tmp_path)

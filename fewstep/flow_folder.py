@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fewstep.model_card import fewstep_code
 from fewstep.model_files import read_json
 from fewstep.networks import UNet
 from fewstep.pipelines.source import whole
-from fewstep.writing import copy_part, save_part, write_json, write_vae
+from fewstep.writing import copy_part, is_whole_part, parts_in, save_part, write_json, write_vae
 
 # The pipeline of a model that comes without one.
 _PIPELINES = {
@@ -43,7 +42,7 @@ def place(field: NetworkField) -> dict[str, Any]:
     pipeline = str(index.get("_class_name") or usual)
     kind = getattr(diffusers, pipeline)
     wanted = inspect.signature(kind.__init__).parameters.values()
-    absent = [part for part in _parts(index) if source is not None and not _is_whole(source / part)]
+    absent = [part for part in parts_in(index) if source is not None and not is_whole_part(source / part)]
     left_out = [part for part in absent if part in kind._optional_components and not _is_of_text(part)]
     own = {"self", "unet", "transformer", "scheduler", *index, *([_vae_name(pipeline)] if field.latents else [])}
     missing = [part.name for part in wanted if part.default is part.empty and part.name not in own]
@@ -79,9 +78,9 @@ def write_folder(field: Any, conversion: Conversion, folder: Path) -> None:
 
     source, index = _source(field)
     part = "unet" if "UNet" in conversion.model else "transformer"
-    for name in _parts(index):
+    for name in parts_in(index):
         if source is not None and name not in (*conversion.missing, *conversion.left_out):
-            copy_part(source / name, folder / name)
+            copy_part(source / name, folder / name, source)
     index |= {name: [None, None] for name in conversion.left_out}
     if "safety_checker" in conversion.left_out:
         index["requires_safety_checker"] = False
@@ -131,23 +130,6 @@ def _source(field: Any) -> tuple[Path | None, dict[str, Any]]:
         return None, {}
     index = read_json(folder / "model_index.json")
     return folder, {name: value for name, value in index.items() if name not in ("_diffusers_version", "_name_or_path")}
-
-
-def _parts(index: dict[str, Any]) -> list[str]:
-    """The names of a pipeline's parts that are copied: all that it has but the network and the scheduler."""
-    return [
-        name
-        for name, value in index.items()
-        if isinstance(value, list) and value[0] and name not in ("unet", "transformer", "scheduler")
-    ]
-
-
-def _is_whole(part: Path) -> bool:
-    """Whether a part of a pipeline is there: its weights too where it is a model, which a ``config.json`` says."""
-    files = [file.name for file in part.iterdir()] if part.is_dir() else []
-    # A second dot marks a variant, such as fp16, that is not loaded unless it is asked for.
-    has_weights = any(re.fullmatch(r"[^.]+\.(safetensors|bin)", name) for name in files)
-    return bool(files) and (has_weights or "config.json" not in files)
 
 
 def _is_of_text(part: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from fewstep.lora import DIFFUSERS_FILE, PEFT_CONFIG
 from fewstep.model_files import read_json
 from fewstep.origin import is_run
+from fewstep.received import unlike_its_name
 
 # Names that files with secrets have, and their folders. "token" alone would catch tokenizers.
 _SECRETS = (
@@ -22,7 +23,7 @@ _SECRET_TEXT = re.compile(
     rb"\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{32,}|\bgh[opsur]_[A-Za-z0-9]{36}|\bgithub_pat_\w{22,}"
     rb"|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
-_READ = 1 << 20  # bytes of a file that are looked at
+_READ = 1 << 20  # bytes of a file that are looked at, at its start and at its end
 _PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".ckpt", ".bin", ".dill")
 # Left behind by tools, of use to nobody.
 _LEFT_OUT = (".git", ".cache", "__pycache__", ".DS_Store", "*.pyc", ".gitignore", "*~", "*.swp")
@@ -138,6 +139,8 @@ def check_folder(folder: Path) -> None:
                 f"{path} in {folder} is a pickle, which can run any code where it is loaded: remove it, weights belong "
                 "in safetensors"
             )
+        if why := _unlike(file):
+            raise ValueError(f"{path} in {folder} {why}, and nothing is uploaded: put the file itself there")
 
 
 def uploaded(folder: Path) -> list[Path]:
@@ -159,10 +162,19 @@ def _secret(file: Path, path: Path) -> str:
     """Why a file may hold a secret; empty where nothing says so."""
     if any(fnmatch(part.lower(), name) for part in path.parts for name in _SECRETS):
         return "has the name of a file with secrets"
-    if file.suffix in (".safetensors", ".onnx", ".data", ".pt2", ".png"):
-        return ""
     with file.open("rb") as content:
-        return "has what looks like a token or a key in it" if _SECRET_TEXT.search(content.read(_READ)) else ""
+        start = content.read(_READ)
+        # A picture may be followed by anything; the weights of a model fill what is between.
+        content.seek(max(0, file.stat().st_size - _READ))
+        found = _SECRET_TEXT.search(start) or _SECRET_TEXT.search(content.read())
+        return "has what looks like a token or a key in it" if found else ""
+
+
+def _unlike(file: Path) -> str:
+    """Why a file is not what it seems to be; empty where it is."""
+    if file.stat().st_nlink > 1:
+        return "has another name on this disk (a hard link)"
+    return unlike_its_name(file, file.suffix)
 
 
 def _is_pickle(file: Path) -> bool:

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
+from fewstep.received import no_link
 from fewstep.write_errors import cannot_write
 
 try:
@@ -98,7 +99,7 @@ def _locked(folder: Path, doing: str) -> IO[Any]:
     """The lock file of a folder, locked, with what other processes are told in it."""
     file = folder / LOCK
     while True:
-        stream = file.open("a+")
+        stream = open(file, "a+", opener=no_link)
         try:
             if not lock(stream):
                 raise _in_use(folder, file)

@@ -28,6 +28,16 @@ Model = TypeVar("Model", bound=nn.Module)
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
+# What an adapter may say of itself: how its layers are found, and what they compute.
+_OPTIONS = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
+    "use_rslora", "use_dora", "bias", "lora_bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern",
+    "modules_to_save",
+)  # fmt: skip
+_OF_NO_MATTER = (
+    "peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+    "init_lora_weights",
+)  # fmt: skip
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # Their fast paths compute with the weights of the layers inside, past any adapter around these.
 _CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -167,7 +177,7 @@ def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
     if (folder / DIFFUSERS_FILE).is_file():
         config, weights = _from_diffusers(network, folder / DIFFUSERS_FILE)
     elif (folder / PEFT_FILE).is_file() and (folder / PEFT_CONFIG).is_file():
-        config = peft.LoraConfig.from_pretrained(str(folder))
+        config = _config(json.loads((folder / PEFT_CONFIG).read_text()), folder / PEFT_CONFIG)
         weights = load_file(folder / PEFT_FILE)
     else:
         raise FileNotFoundError(f"no adapter in {folder}: {DIFFUSERS_FILE}, or {PEFT_FILE} and {PEFT_CONFIG}")
@@ -193,8 +203,6 @@ def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
 
 def _from_diffusers(network: nn.Module, file: Path) -> tuple["LoraConfig", dict[str, Tensor]]:
     """The adapter of a file of diffusers' form."""
-    from peft import LoraConfig
-
     prefix = _prefix(network)
     with safe_open(file, framework="pt") as opened:
         text = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
@@ -206,7 +214,25 @@ def _from_diffusers(network: nn.Module, file: Path) -> tuple["LoraConfig", dict[
     # Without metadata, as diffusers takes it: one rank, and a scale of 1.
     layers = sorted({name.partition(".lora_")[0] for name in weights})
     rank = weights[first].shape[0]
-    return LoraConfig(**{"r": rank, "lora_alpha": rank, "target_modules": layers, **options}), weights
+    return _config({"r": rank, "lora_alpha": rank, "target_modules": layers, **options}, file), weights
+
+
+def _config(options: dict[str, Any], file: Path) -> "LoraConfig":
+    """The configuration of an adapter, of the options that say what its layers compute.
+
+    Raises:
+        ValueError: another option that is not as it is by default: some change the weights that are adapted, and some
+            name a module that peft would import.
+    """
+    from peft import LoraConfig
+
+    usual = LoraConfig().to_dict()
+    for key in options.keys() - {*_OPTIONS, *_OF_NO_MATTER}:
+        if key in usual and options[key] not in (usual[key], None, False):
+            raise ValueError(f"{file} has {key}: {str(options[key])[:60]}, and fewstep reads {', '.join(_OPTIONS)}")
+    if (start := options.get("init_lora_weights", True)) not in (True, False, "gaussian"):
+        raise ValueError(f"{file} has init_lora_weights: {str(start)[:60]}, which changes the weights it is added to")
+    return LoraConfig(**{key: options[key] for key in _OPTIONS if key in options})
 
 
 def _check_bare(model: Any) -> None:

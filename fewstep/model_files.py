@@ -7,6 +7,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from fewstep.received import plain_name
+
 WEIGHTS = "diffusion_pytorch_model"
 # The weights of a diffusers model, whole or in pieces, without its other variants (fp16, non_ema).
 WEIGHT_FILES = (f"{WEIGHTS}.safetensors", f"{WEIGHTS}-?????-of-?????.safetensors")
@@ -72,6 +74,11 @@ def check_weights(model: Path, names: Sequence[str] = WEIGHT_FILES) -> None:
         raise FileNotFoundError(f"no weights in {model}: {names[0]} is missing")
     for file in files:
         check_file(file)
+    for listed in model.glob("*.safetensors.index.json"):
+        places = read_json(listed).get("weight_map")
+        for name in sorted(set(map(str, places.values() if isinstance(places, dict) else []))):
+            if not (model / plain_name(name, listed)).is_file():
+                raise FileNotFoundError(f"{model / name} is missing, which {listed.name} names: fetch it")
 
 
 def check_file(file: Path) -> None:

@@ -1,7 +1,7 @@
 """Where an export comes from: the run, its pictures and figures, and the model that it began as."""
 
 import re
-import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from fewstep.evaluation.evaluate import Evaluation
 from fewstep.fields import NetworkField
 from fewstep.maps import FlowMap
 from fewstep.model_card import Origin
+from fewstep.received import clean_png, own_file, without_places
+from fewstep.recipe import as_yaml
 
 # Where an export of a run keeps what it has of the run. Not beside the model: a folder with a recipe.yaml is a run.
 TRAINING = "training"
@@ -38,18 +40,18 @@ def origin_of(model: FlowMap | NetworkField, run: Path | None, export: Path) -> 
     found = {"samples.png": grids[-1:], "quality.png": [*run.glob("quality.png")]}
     captions = {"samples.png": "Samples at the end of the training", "quality.png": "Quality against network calls"}
     for name, files in found.items():
-        for file in files:
-            shutil.copyfile(file, export / TRAINING / name)
+        for packed in filter(None, (_picture(file, run) for file in files)):
+            (export / TRAINING / name).write_bytes(packed)
             pictures[f"{TRAINING}/{name}"] = captions[name]
-    shutil.copyfile(run / "recipe.yaml", export / TRAINING / "recipe.yaml")
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (export / TRAINING / "recipe.yaml").write_text(as_yaml(without_places(recipe)))
     method, teacher = recipe["objective"]["name"], (recipe.get("teacher") or {}).get("source", "")
     if not base:
         base = _base_of(Path(teacher).expanduser()) if teacher else {}
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", teacher) and not Path(teacher).exists():
         base = {**base, "base_model": teacher}  # a name on the hub
     return Origin(
-        method=method,
+        method=without_places(method),
         quality=_table_of(run),
         pictures=pictures,
         recipe=f"{TRAINING}/recipe.yaml",
@@ -58,22 +60,35 @@ def origin_of(model: FlowMap | NetworkField, run: Path | None, export: Path) -> 
     )
 
 
+def _picture(file: Path, run: Path) -> bytes | None:
+    """A picture of a run, packed anew; None, and a note, for what is none of its own."""
+    try:
+        if own_file(file, run).stat().st_nlink > 1:
+            raise ValueError(f"{file} has another name on this disk (a hard link)")
+        return clean_png(file)
+    except ValueError as error:
+        warnings.warn(f"{error}: it is left out of the export", stacklevel=2)
+        return None
+
+
 def citation(what: str) -> str | None:
-    """BibTeX of a run or method; None for one that names no papers, or cannot be read."""
+    """BibTeX of a run or method, without remarks; None for one that names no papers, or cannot be read."""
     from fewstep.citing import cite
 
     try:
         found = cite(what)
     except (OSError, ValueError, ImportError):
         return None
-    return found if "@" in found else None
+    return "\n\n".join(part for part in found.strip().split("\n\n") if "\n@" in part) or None
 
 
 def _table_of(run: Path) -> str | None:
     from fewstep.console import markdown
 
     file = run / "quality.json"
-    return markdown(*Evaluation.from_json(file.read_text()).table()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    return markdown(*Evaluation.from_json(own_file(file, run).read_text()).table())
 
 
 def _source(model: Any) -> Path | None:
@@ -87,7 +102,11 @@ def _source(model: Any) -> Path | None:
 def _base_of(folder: Path | None) -> dict[str, str]:
     """The license and the name of the base model that the model card of a folder has in its front matter."""
     file = None if folder is None else folder / "README.md"
-    if file is None or not file.is_file():
+    if file is None or folder is None or not file.is_file():
+        return {}
+    try:
+        own_file(file, folder)
+    except ValueError:
         return {}
     found = re.match(r"---\n(.*?)\n---\n", file.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
@@ -95,4 +114,5 @@ def _base_of(folder: Path | None) -> dict[str, str]:
     except yaml.YAMLError:
         return {}
     front = front if isinstance(front, dict) else {}
-    return {name: front[name] for name in _BASE if isinstance(front.get(name), str | list)}
+    said = {name: front[name] for name in _BASE if isinstance(front.get(name), str | list)}
+    return {name: value for name, value in said.items() if without_places(value) == value}

@@ -1,6 +1,7 @@
 """Prompts as the conditions of a text model, by its own text encoders and its pipeline's own ``encode_prompt``."""
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -147,6 +148,15 @@ def _is_told_sizes(config: dict[str, Any]) -> bool:
     return config.get("sample_size") == 128 if told is None else told
 
 
+# The classes of transformers that the pipelines of ``RETURNED`` have, and no others: one may name any.
+_ENCODERS = {
+    *("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "UMT5EncoderModel"),
+    *(f"{kind}Tokenizer{fast}" for kind in ("CLIP", "T5") for fast in ("", "Fast")),
+}
+# Keys of their configs by which transformers finds code in the folder, or kernels on the hub.
+_NAMES_CODE = ("auto_map", "attn_implementation", "_attn_implementation")
+
+
 def load_encoders(folder: Path, index: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
     """The tokenizers and text encoders of a pipeline's folder, by name.
 
@@ -158,8 +168,24 @@ def load_encoders(folder: Path, index: dict[str, Any], **kwargs: Any) -> dict[st
     parts = {}
     for name in text_parts(index):
         options = {"use_safetensors": True, **kwargs} if name.startswith("text_encoder") else {}
-        parts[name] = getattr(transformers, index[name][1]).from_pretrained(folder / name, **options)
+        kind = getattr(transformers, encoder_class(folder, index, name))
+        parts[name] = kind.from_pretrained(folder / name, **options)
     return parts
+
+
+def encoder_class(folder: Path, index: dict[str, Any], name: str) -> str:
+    """The class in transformers of a tokenizer or text encoder that a pipeline's index has.
+
+    Raises:
+        ValueError: one that no pipeline of ``RETURNED`` has, or a config that names code.
+    """
+    library, kind = index[name]
+    if library != "transformers" or kind not in _ENCODERS:
+        raise unknown(f"class of {name} in {folder / 'model_index.json'}", str(kind), _ENCODERS)
+    for file in ("config.json", "tokenizer_config.json"):
+        if named := [key for key in _NAMES_CODE if key in read_json(folder / name / file)]:
+            raise ValueError(f"{folder / name / file} names code ({named[0]}), which is not run: remove that key")
+    return kind
 
 
 def text_parts(index: dict[str, Any]) -> list[str]:
@@ -167,5 +193,5 @@ def text_parts(index: dict[str, Any]) -> list[str]:
     return [
         name
         for name, value in index.items()
-        if name.startswith(("text_encoder", "tokenizer")) and isinstance(value, list) and value[0] is not None
+        if re.fullmatch(r"(text_encoder|tokenizer)(_\d)?", name) and isinstance(value, list) and value[0] is not None
     ]

@@ -212,6 +212,8 @@ def _traced(program: Bare) -> Any:
 
 def _write_torch(traced: Any, file: Path) -> tuple[Run, int | None]:
     """Write what ``torch.export.load`` reads; returns the program as it is read back, and the most rows of a call."""
+    for node in traced.graph.nodes:
+        node.meta.pop("stack_trace", None)  # places on this machine
     content = BytesIO()  # where torch itself writes a file, a full disk ends the process
     torch.export.save(traced, content)
     file.write_bytes(content.getbuffer())
@@ -250,6 +252,8 @@ def _write_onnx(traced: Any, file: Path) -> tuple[Run, int | None]:
         for value in (*made.model.graph.inputs, *made.model.graph.outputs):
             value.shape[0] = "batch"
         made.model.graph.outputs[0].name = "output"
+        for part in (made.model, made.model.graph, *made.model.graph.all_nodes(), *made.model.functions.values()):
+            part.metadata_props.clear()  # what torch notes for itself, with places on this machine
         made.save(file)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     except OSError:  # of writing it

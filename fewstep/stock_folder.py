@@ -6,14 +6,11 @@ from typing import Any
 
 from fewstep.drawing import image_channels
 from fewstep.fields import DiffusionField, NetworkField
-from fewstep.model_files import WEIGHT_FILES, read_json
+from fewstep.model_files import read_json
 from fewstep.networks import SD3, Flux, Wan
 from fewstep.paths import Reversed
-from fewstep.writing import ENCODER_FILES, copy_part, save_part, write_json, write_vae
+from fewstep.writing import copy_part, is_whole_part, parts_in, save_part, write_json, write_vae
 
-# What of a part is copied: nothing that can run code when it is opened, and no variants (fp16, non_ema).
-_FILES = ("config.json", "*_config.json", "*tokens*.json", "vocab.json", "tokenizer.json", "*.txt", "*.model")
-_FILES += ("*.safetensors.index.json", *WEIGHT_FILES, *ENCODER_FILES)
 _CODE = """\
 import torch
 from diffusers import DiffusionPipeline
@@ -47,11 +44,10 @@ def write_stock(field: NetworkField, folder: Path) -> str:
     save_part(model, folder / part)
     save_part(scheduler, folder / "scheduler")
     source, index = _source(field)
-    others = [name for name, value in index.items() if isinstance(value, list) and value[0]]
-    others = [name for name in others if name not in (part, "scheduler")]
-    whole = [name for name in others if source is not None and _is_whole(source / name)]
+    others = parts_in(index)
+    whole = [] if source is None else [name for name in others if is_whole_part(source / name)]
     for name in whole:
-        copy_part(source / name, folder / name, _FILES)  # pyright: ignore[reportOptionalOperand]
+        copy_part(source / name, folder / name, source)  # pyright: ignore
     if field.latents is not None and "vae" not in whole:
         index["vae"] = write_vae(field.latents, folder / "vae")
     kind = getattr(diffusers, str(index.get("_class_name")), None)
@@ -80,12 +76,3 @@ def _source(field: NetworkField) -> tuple[Path | None, dict[str, Any]]:
         folder = field.latents.folder.parent
     index = {} if folder is None else read_json(folder / "model_index.json")
     return folder, {name: value for name, value in index.items() if name not in ("_diffusers_version", "_name_or_path")}
-
-
-def _is_whole(part: Path) -> bool:
-    """Whether a part of a pipeline is there: its weights too where it is a model, which a ``config.json`` says."""
-    if not part.is_dir():
-        return False
-    return not (part / "config.json").is_file() or any(
-        file for pattern in (*WEIGHT_FILES, *ENCODER_FILES) for file in part.glob(pattern)
-    )

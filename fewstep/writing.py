@@ -1,7 +1,7 @@
 """What folders of models are written with: whole or not at all, of new parts and of those that lie elsewhere."""
 
 import json
-import shutil
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +13,16 @@ import fewstep
 from fewstep.disk import put_right, replace_folder
 from fewstep.latents import Latents
 from fewstep.model_files import WEIGHT_FILES, WEIGHTS, check_weights, read_json
-from fewstep.prompts import Prompts, text_parts
+from fewstep.prompts import Prompts, encoder_class, text_parts
+from fewstep.received import copy_file, is_place
 
 # In every folder that fewstep writes: it alone says that the folder may be replaced.
 MARK = "fewstep.json"
 # The weights of a text encoder of transformers, whole or in pieces.
 ENCODER_FILES = tuple(file.replace(WEIGHTS, "model") for file in WEIGHT_FILES)
+# What of a pipeline's part is copied: nothing that can run code when it is opened, and no variants (fp16, non_ema).
+PART_FILES = ("config.json", "*_config.json", "*tokens*.json", "vocab.json", "tokenizer.json", "*.txt", "*.model")
+PART_FILES += ("*.safetensors.index.json", *WEIGHT_FILES, *ENCODER_FILES)
 
 
 def check_target(folder: Path, overwrite: bool, source: Any = None) -> None:
@@ -96,10 +100,7 @@ def moments_in(folder: Path) -> tuple[float, float] | None:
 def save_part(part: Any, folder: Path) -> None:
     """A model or scheduler, without the path that it was loaded from: that is the business of its maker."""
     part.save_pretrained(folder)
-    config = folder / part.config_name
-    values = json.loads(config.read_text())
-    values.pop("_name_or_path", None)
-    write_json(config, values)
+    _name_no_places(folder / part.config_name)
 
 
 def write_vae(latents: Latents, folder: Path) -> list[str]:
@@ -107,7 +108,9 @@ def write_vae(latents: Latents, folder: Path) -> list[str]:
     if latents.folder is None:
         save_part(latents.vae, folder)
     else:
-        copy_part(latents.folder, folder, ("*.json", *WEIGHT_FILES))
+        above = latents.folder.parent
+        root = above if (above / "model_index.json").is_file() else latents.folder
+        copy_part(latents.folder, folder, root, ("*.json", *WEIGHT_FILES))
     return ["diffusers", vae_config(latents)["_class_name"]]
 
 
@@ -118,15 +121,60 @@ def vae_config(latents: Latents) -> dict[str, Any]:
     return read_json(latents.folder / "config.json")
 
 
-def copy_part(source: Path, folder: Path, only: Sequence[str] = ("*",)) -> None:
-    """Copy the files of a pipeline's part into a new folder, without the path that it was loaded from."""
+def copy_part(source: Path, folder: Path, root: Path, only: Sequence[str] = PART_FILES) -> None:
+    """Copy the files of a pipeline's part into a new folder, without the path that it was loaded from.
+
+    Args:
+        root: the folder of the pipeline, out of which no link is followed.
+
+    Raises:
+        ValueError: a link out of it, or a file that is not what its name says.
+    """
     folder.mkdir()
-    for file in {file for pattern in only for file in source.glob(pattern) if file.is_file()}:
-        shutil.copyfile(file, folder / file.name)
-    for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
-        values = read_json(folder / name)
-        if values.pop(key, None) is not None:
-            write_json(folder / name, values)
+    for file in sorted({file for pattern in only for file in source.glob(pattern) if not file.is_dir()}):
+        copy_file(file, folder / file.name, root)
+    for config in (*folder.glob("config.json"), *folder.glob("*_config.json")):
+        _name_no_places(config)
+
+
+def _name_no_places(config: Path) -> None:
+    """Take out of a config where it was loaded from, and what else it says of places on this machine."""
+    values = json.loads(config.read_text())
+    gone = ("_name_or_path", "name_or_path")
+    kept = {k: v for k, v in values.items() if k not in gone and not (isinstance(v, str) and is_place(v))}
+    if kept != values:
+        write_json(config, kept)
+
+
+def parts_in(index: dict[str, Any]) -> list[str]:
+    """The names of a pipeline's parts but for the network and the scheduler, by its ``model_index.json``.
+
+    Raises:
+        ValueError: a name that is no word, or a part of another library than diffusers and transformers.
+    """
+    import diffusers
+
+    names = []
+    for name, value in index.items():
+        if name.startswith("_") or not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)):
+            continue
+        if not re.fullmatch(r"[A-Za-z]\w*", name):
+            raise ValueError(f"model_index.json names a part {name[:80]!r}: a word is needed, no path")
+        if value[0] not in ("diffusers", "transformers") and not hasattr(diffusers.pipelines, value[0]):
+            raise ValueError(
+                f"model_index.json has {name} from {value[0][:80]!r}: parts of diffusers and transformers are copied"
+            )
+        names.append(name)
+    return [name for name in names if name not in ("unet", "transformer", "scheduler")]
+
+
+def is_whole_part(part: Path) -> bool:
+    """Whether a part of a pipeline is there: its weights too where it is a model, which a ``config.json`` says."""
+    if not part.is_dir() or not any(part.iterdir()):
+        return False
+    return not (part / "config.json").is_file() or any(
+        file for pattern in (*WEIGHT_FILES, *ENCODER_FILES) for file in part.glob(pattern)
+    )
 
 
 def check_text(text: Prompts) -> None:
@@ -139,6 +187,7 @@ def check_text(text: Prompts) -> None:
         part = text.folder / name
         if not part.is_dir():
             raise FileNotFoundError(f"no {name} in {text.folder}, which its model_index.json names: fetch it")
+        encoder_class(text.folder, text.index, name)
         if name.startswith("text_encoder"):
             check_weights(part, ENCODER_FILES)
 
@@ -149,7 +198,7 @@ def write_text(text: Prompts, folder: Path) -> dict[str, Any]:
     for name in parts:
         files = ("config.json", "*.safetensors.index.json", *ENCODER_FILES)
         is_encoder = name.startswith("text_encoder")
-        copy_part(text.folder / name, folder / name, files if is_encoder else ("*.json", "*.txt", "*.model"))
+        copy_part(text.folder / name, folder / name, text.folder, files if is_encoder else PART_FILES)
     kept = {key: text.index[key] for key in ("force_zeros_for_empty_prompt",) if key in text.index}
     return {"text": {"pipeline": text.pipeline, **kept}, **{name: text.index[name] for name in parts}}
 

@@ -22,6 +22,7 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.pictures import check_out, claim, missing, picture_name, save_pictures, says, write
     from fewstep.placing import place
     from fewstep.prompts import TEXT_CONDITIONS
+    from fewstep.received import without_places
     from fewstep.sampling import count_calls
     from fewstep.sharing import gathered, shares
     from fewstep.training.distributed import choose_device, environment, join
@@ -62,7 +63,8 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
         progress = stack.enter_context(progress_bar("samples", not (world.is_main and sys.stderr.isatty())))
         for rows, samples in drawn:
             if is_folder:
-                texts = [{"model": args.model, **says(asked, i), "steps": steps, **options} for i in rows]
+                name = without_places(args.model)  # a picture goes to others
+                texts = [{"model": name, **says(asked, i), "steps": steps, **options} for i in rows]
                 save_pictures(samples, [out / picture_name(i, asked.count) for i in rows], texts)
             else:
                 parts.append(samples)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewstep.data.batch import Batch
 from fewstep.reading import briefly, no_file, parse_json, read_text
+from fewstep.received import plain_name
 
 FACTS, INDEX, TEXTS, NULL = "encoded.json", "index.json", "texts.json", "null.safetensors"
 CAPTIONS = "captions.jsonl"  # the texts themselves, for those who read; a line each
@@ -60,7 +61,7 @@ class Encoded:
         try:
             files = read_index(self.folder)
             for name, kept in files.items():
-                check_size(self.folder / name, kept)
+                check_size(self.folder / plain_name(name, self.folder / INDEX), kept)
             latents = [name for name in files if name.startswith("latents")]
             self._shards = [read_shard(self.folder / name) for name in latents]
             for name, shard in zip(latents, self._shards, strict=True):

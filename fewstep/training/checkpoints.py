@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.errors import TrainingError
+from fewstep.received import plain_name
 from fewstep.write_errors import WriteError, write_error
 
 _WHOLE = re.compile(r"step-(\d{8,})")
@@ -195,7 +196,10 @@ def _unseal(file: Path) -> dict[str, Any] | str:
 def _fault(path: Path, state: dict[str, Any]) -> str | None:
     """What is wrong with the first of the files that is not as it was written."""
     for name, expected in state["files"].items():
-        file = path / name
+        try:
+            file = path / plain_name(name, path / "state.json")
+        except ValueError as error:
+            return str(error)
         if not file.exists():
             return f"{file} is missing"
         if (size := file.stat().st_size) != expected["bytes"]:

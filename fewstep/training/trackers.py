@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from fewstep.disk import replace_file
 from fewstep.errors import unknown
+from fewstep.received import no_link
 from fewstep.write_errors import cannot_write
 
 _GOES_ON = "the same command goes on from the last checkpoint"
@@ -34,7 +35,7 @@ class JsonLines:
             replace_file(file, kept.encode())
         self._file = file
         with cannot_write(file):
-            self._stream = file.open("ab", buffering=0)  # so that closing has nothing left to write, and to fail at
+            self._stream = open(file, "ab", buffering=0, opener=no_link)  # so that closing has nothing left to write, and to fail at
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         line = memoryview(f"{json.dumps({'step': step, **values})}\n".encode())

@@ -13,10 +13,9 @@ from fewstep.drawing import image_channels
 from fewstep.exporting import diffusion_of, no_pipeline
 from fewstep.fields import NetworkField
 from fewstep.model_card import fewstep_code
-from fewstep.model_files import read_json
 from fewstep.networks import UNet
 from fewstep.pipelines.source import whole
-from fewstep.writing import copy_part, is_whole_part, parts_in, save_part, write_json, write_vae
+from fewstep.writing import copy_part, is_whole_part, parts_in, pipeline_of, save_part, write_json, write_vae
 
 # The pipeline of a model that comes without one.
 _PIPELINES = {
@@ -37,7 +36,7 @@ def place(field: NetworkField) -> dict[str, Any]:
 
     from fewstep.networks import flow_model
 
-    name, (source, index) = _class_of(field), _source(field)
+    name, (source, index) = _class_of(field), pipeline_of(field)
     usual = "LDMPipeline" if name == "UNet2DModel" and field.latents is not None else _PIPELINES[name]
     pipeline = str(index.get("_class_name") or usual)
     kind = getattr(diffusers, pipeline)
@@ -76,7 +75,7 @@ def write_folder(field: Any, conversion: Conversion, folder: Path) -> None:
 
     from fewstep.networks import flow_model
 
-    source, index = _source(field)
+    source, index = pipeline_of(field)
     part = "unet" if "UNet" in conversion.model else "transformer"
     for name in parts_in(index):
         if source is not None and name not in (*conversion.missing, *conversion.left_out):
@@ -117,19 +116,6 @@ def write_folder(field: Any, conversion: Conversion, folder: Path) -> None:
 
 def _class_of(field: Any) -> str:
     return type(field.network.model).__name__
-
-
-def _source(field: Any) -> tuple[Path | None, dict[str, Any]]:
-    """The folder of the pipeline that a field's VAE and text encoders are from, and its index; none for a field that
-    has neither, or a VAE alone."""
-    if field.text is not None:
-        folder = field.text.folder
-    elif field.latents is not None and field.latents.folder is not None:
-        folder = field.latents.folder.parent
-    else:
-        return None, {}
-    index = read_json(folder / "model_index.json")
-    return folder, {name: value for name, value in index.items() if name not in ("_diffusers_version", "_name_or_path")}
 
 
 def _is_of_text(part: str) -> bool:

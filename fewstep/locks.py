@@ -99,7 +99,7 @@ def _locked(folder: Path, doing: str) -> IO[Any]:
     """The lock file of a folder, locked, with what other processes are told in it."""
     file = folder / LOCK
     while True:
-        stream = open(file, "a+", opener=no_link)
+        stream = open(file, "a+", opener=no_link)  # noqa: SIM115
         try:
             if not lock(stream):
                 raise _in_use(folder, file)

@@ -11,8 +11,8 @@ from fewstep.evaluation.evaluate import Evaluation
 from fewstep.fields import NetworkField
 from fewstep.maps import FlowMap
 from fewstep.model_card import Origin
+from fewstep.options import as_yaml
 from fewstep.received import clean_png, own_file, without_places
-from fewstep.recipe import as_yaml
 
 # Where an export of a run keeps what it has of the run. Not beside the model: a folder with a recipe.yaml is a run.
 TRAINING = "training"

@@ -46,6 +46,19 @@ def own_file(file: Path, root: Path) -> Path:
     return real
 
 
+def own_folder(folder: Path, root: Path) -> None:
+    """That a folder in ``root`` lies there: what is removed from it would go elsewhere.
+
+    Raises:
+        ValueError: it is a link that leads out of there.
+    """
+    if folder.is_symlink() and not folder.resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"{folder} is a link out of {root}, and what is removed there would be somebody else's: put the whole run "
+            "there, and link to that"
+        )
+
+
 def no_link(path: str, flags: int) -> int:
     """Opens what fewstep writes on in a folder, ``open(file, "a", opener=no_link)``: the file of that name itself.
 

@@ -6,10 +6,9 @@ from typing import Any
 
 from fewstep.drawing import image_channels
 from fewstep.fields import DiffusionField, NetworkField
-from fewstep.model_files import read_json
 from fewstep.networks import SD3, Flux, Wan
 from fewstep.paths import Reversed
-from fewstep.writing import copy_part, is_whole_part, parts_in, save_part, write_json, write_vae
+from fewstep.writing import copy_part, is_whole_part, parts_in, pipeline_of, save_part, write_json, write_vae
 
 _CODE = """\
 import torch
@@ -43,7 +42,7 @@ def write_stock(field: NetworkField, folder: Path) -> str:
     scheduler = field.scheduler if isinstance(field, DiffusionField) else diffusers.FlowMatchEulerDiscreteScheduler()
     save_part(model, folder / part)
     save_part(scheduler, folder / "scheduler")
-    source, index = _source(field)
+    source, index = pipeline_of(field)
     others = parts_in(index)
     whole = [] if source is None else [name for name in others if is_whole_part(source / name)]
     for name in whole:
@@ -65,14 +64,3 @@ def write_stock(field: NetworkField, folder: Path) -> str:
         return ""
     given = '"a photo of a cat"' if field.text is not None else "class_labels=[0, 1]"
     return _CODE.format(name="{name}", missing=missing, given=given)
-
-
-def _source(field: NetworkField) -> tuple[Path | None, dict[str, Any]]:
-    """The folder of the pipeline that the text encoders or the VAE are from, and its index."""
-    folder = None
-    if field.text is not None:
-        folder = field.text.folder
-    elif field.latents is not None and field.latents.folder is not None:
-        folder = field.latents.folder.parent
-    index = {} if folder is None else read_json(folder / "model_index.json")
-    return folder, {name: value for name, value in index.items() if name not in ("_diffusers_version", "_name_or_path")}

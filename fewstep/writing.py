@@ -140,10 +140,26 @@ def copy_part(source: Path, folder: Path, root: Path, only: Sequence[str] = PART
 def _name_no_places(config: Path) -> None:
     """Take out of a config where it was loaded from, and what else it says of places on this machine."""
     values = json.loads(config.read_text())
-    gone = ("_name_or_path", "name_or_path")
-    kept = {k: v for k, v in values.items() if k not in gone and not (isinstance(v, str) and is_place(v))}
-    if kept != values:
+    if (kept := _without_places(values)) != values:
         write_json(config, kept)
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    gone = ("_name_or_path", "name_or_path")
+    return {k: v for k, v in config.items() if k not in gone and not (isinstance(v, str) and is_place(v))}
+
+
+def pipeline_of(model: Any) -> tuple[Path | None, dict[str, Any]]:
+    """The folder of the pipeline that a model's text encoders and VAE are from, and its index, without places; none for
+    a model that has neither, or a VAE that was given as an object."""
+    if model.text is not None:
+        folder = model.text.folder
+    elif model.latents is not None and model.latents.folder is not None:
+        folder = model.latents.folder.parent
+    else:
+        return None, {}
+    index = _without_places(read_json(folder / "model_index.json"))
+    return folder, {name: value for name, value in index.items() if name != "_diffusers_version"}
 
 
 def parts_in(index: dict[str, Any]) -> list[str]:

@@ -777,7 +777,7 @@ def test_the_command_fails_where_the_flow_is_not_the_model(
 ) -> None:
     field: Any = tiny_field("sample")
     field.scheduler = DDPMScheduler(prediction_type="sample", beta_end=0.012)
-    monkeypatch.setattr("fewstep.converting.load", lambda *_: field)
+    monkeypatch.setattr("fewstep.converting.load", lambda *_, **__: field)
     command = ["convert", "ddpm", "--out", str(tmp_path / "flow"), "--steps", "2", "--count", "2", "--device", "cpu"]
     assert main(command) == 1
     assert "NOT" in capsys.readouterr().out

@@ -12,11 +12,13 @@ import fewstep
 from fewstep.disk import is_part, replace_file, sweep
 from fewstep.locks import LOCK
 from fewstep.options import as_yaml, read_yaml
+from fewstep.received import own_folder
 from fewstep.training import checkpoints
 from fewstep.training.trackers import read_metrics
 
 # Written at the start: that the folder is a run, and of what.
 MARK, RECIPE = "run.json", "recipe.yaml"
+_FOLDERS = ("checkpoints", "samples", "teacher-samples", "tensorboard")
 # What may differ between a run and its continuation: how long it is, and what only shows, keeps or places it.
 MAY_DIFFER = frozenset({"data_classes", "data_moments"}) | frozenset(
     f"training.{name}"
@@ -66,6 +68,8 @@ def check_ours(out: Path) -> None:
     Raises:
         ValueError: it is not.
     """
+    for name in _FOLDERS:
+        own_folder(out / name, out)
     if is_ours(out):
         return
     if (out / RECIPE).is_file():
@@ -126,7 +130,7 @@ def throw_away(out: Path) -> None:
     if (folder := out / "checkpoints").is_dir():
         checkpoints.clean(folder)
         checkpoints.clear(folder)
-    for place in (out, *(out / name for name in ("samples", "teacher-samples", "tensorboard"))):
+    for place in (out, *(out / name for name in _FOLDERS[1:])):
         for name in os.listdir(place) if place.is_dir() else []:
             file = place / name
             if file.is_file() and _LEFT.fullmatch(file.relative_to(out).as_posix()):

@@ -35,7 +35,8 @@ class JsonLines:
             replace_file(file, kept.encode())
         self._file = file
         with cannot_write(file):
-            self._stream = open(file, "ab", buffering=0, opener=no_link)  # so that closing has nothing left to write, and to fail at
+            # Without a buffer, so that closing has nothing left to write, and to fail at.
+            self._stream = open(file, "ab", buffering=0, opener=no_link)  # noqa: SIM115
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         line = memoryview(f"{json.dumps({'step': step, **values})}\n".encode())

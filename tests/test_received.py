@@ -272,7 +272,7 @@ def test_so_are_those_of_encoded_data_and_of_weights_in_pieces(source: Path, tmp
     facts = {"format": 1, "shape": [4, 8, 8], "command": "x", "text": None, "classes": None}
     (folder / "encoded.json").write_text(json.dumps(facts))
     (folder / "index.json").write_text(json.dumps({"latents/../../secret": {"bytes": 1, "rows": 1}}))
-    with pytest.raises(ValueError, match=r"index\.json names the file"):
+    with pytest.raises(ValueError, match=r"index\.json (names the file|is damaged)"):
         Encoded(folder)
     shutil.copytree(source, tmp_path / "sd")
     listed = tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors.index.json"

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fewstep.errors import unknown
 from fewstep.options import arguments, find_object, in_one_line, parse_value, read_yaml
 from fewstep.recipe import NETWORKS, PATHS, Named, Recipe
+from fewstep.training.shares import check_shares, default_chunk
 from fewstep.trust import came_with, check_folder, code_in, is_code, trusting
 
 # The key that a section's short form gives: `teacher: checkerboard` is `teacher: {source: checkerboard}`.
@@ -63,7 +64,7 @@ def load_recipe(
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise in_one_line(error, Recipe, inside=_open_keys(tree)) from None
+        raise in_one_line(error, Recipe, inside=lambda: _open_keys(tree)) from None
     _find_names(recipe, base)
     with trusting(trust):
         if folder is not None and not look:
@@ -167,6 +168,8 @@ def _find_names(recipe: Recipe, base: Path) -> None:
         raise unknown("network", student.network, NETWORKS)
     if recipe.training.steps is None and recipe.training.max_seconds is None:
         raise ValueError("training.steps or training.max_seconds is needed: when is the training done?")
+    training = recipe.training
+    check_shares(training.batch, training.chunk or default_chunk(training.batch), training.accumulate)
 
     if teacher is not None:
         teacher.source = _beside(base, teacher.source)

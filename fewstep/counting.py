@@ -23,7 +23,7 @@ from fewstep.cost import Allocations, dropping_gradients
 from fewstep.data.batch import Batch
 from fewstep.objectives import Objective
 from fewstep.randomness import generator
-from fewstep.training.batches import default_chunk
+from fewstep.training.shares import default_chunk
 from fewstep.training.step import Step
 
 META = torch.device("meta")

@@ -162,12 +162,15 @@ def arguments(
 
 
 def in_one_line(
-    error: ValidationError, model: type[BaseModel], where: str = "", inside: Mapping[str, Iterable[str]] | None = None
+    error: ValidationError,
+    model: type[BaseModel],
+    where: str = "",
+    inside: Callable[[], Mapping[str, Iterable[str]]] = dict,
 ) -> ValueError:
     """The first of pydantic's complaints, with the dotted key; of an unknown key, the nearest and all known ones.
 
     Args:
-        inside: keys of sections that the model leaves open, by section; they are suggested too.
+        inside: gives the keys of sections that the model leaves open, by section; they are suggested too.
     """
     first = error.errors(include_url=False)[0]
     keys = [str(part) for part in first["loc"]]
@@ -175,7 +178,7 @@ def in_one_line(
     if first["type"] == "missing":
         return ValueError(f"{dotted} is needed and not given")
     if first["type"] == "extra_forbidden":
-        return _unknown_key(dotted, model, keys, inside or {})
+        return _unknown_key(dotted, model, keys, inside())
     said = first["msg"].removeprefix("Value error, ")
     return ValueError(f"{dotted} is {first['input']!r}: {said[0].lower()}{said[1:]}")
 

@@ -20,41 +20,20 @@ from fewstep.config import load_recipe
 from fewstep.counting import META, Counted, count_call, count_step
 from fewstep.data.batch import Batch
 from fewstep.fields import VelocityField
+from fewstep.gpus import GPUS
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Objective
 from fewstep.parts import make_objective, make_student, trains_map
 from fewstep.recipe import Recipe
-from fewstep.training.batches import Batches, default_chunk
 from fewstep.training.ema import Ema
 from fewstep.training.fit import PRECISIONS, use_checkpoints
+from fewstep.training.shares import default_chunk
 from fewstep.training.step import checkpoints_followed
 from fewstep.weightless import conditions, sample_of, teacher_without_weights
 
 GIB = 2**30
 # What is kept free of a GPU's memory: the context of CUDA and its libraries, and the part lost between blocks.
 CONTEXT, LOST = 1 * GIB, 0.05
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU: the peak of its matrix products in FLOP/s, dense, in half precision (sums in float32) and in float32."""
-
-    half: float
-    full: float
-
-    def speed(self, precision: str) -> float:
-        return self.full if precision == "float32" else self.half
-
-
-# From NVIDIA's data sheets, without sparsity: "Ada GPU Architecture" (RTX 4090: table 2), "A100 Tensor Core GPU" (both
-# sizes), "H100 Tensor Core GPU" (SXM), "H200 Tensor Core GPU" (SXM). float32 is that of the plain cores, as torch takes
-# TF32 for matrix products only where it is asked to.
-GPUS = {
-    "RTX 4090": Gpu(165.2e12, 82.6e12),
-    "A100": Gpu(312e12, 19.5e12),
-    "H100": Gpu(989e12, 67e12),
-    "H200": Gpu(989e12, 67e12),
-}
 
 
 @dataclass(frozen=True)
@@ -133,8 +112,6 @@ def plan(recipe: Recipe) -> Plan:
     >>> plan(load_recipe("sdxl-itvm", {"data": "./photos"})).fixed / GIB
     """
     training, run = recipe.training, _build(recipe)
-    nothing: Any = None
-    Batches(nothing, training.batch, _chunk(recipe), recipe.seed, training.accumulate)  # refuses what fit would
     step = run.counted(training.batch // training.accumulate)
     network = getattr(run.student.network, "model", run.student.network)
     one = run.batch(1)

@@ -24,12 +24,13 @@ from fewstep.objectives.base import Loss
 from fewstep.randomness import generator
 from fewstep.training import trackers
 from fewstep.training.adamw import AdamW
-from fewstep.training.batches import Batches, default_chunk
+from fewstep.training.batches import Batches
 from fewstep.training.ema import Ema
 from fewstep.training.fit import fit
 from fewstep.training.progress import Progress
 from fewstep.training.run import every
 from fewstep.training.schedules import schedule_factor
+from fewstep.training.shares import default_chunk
 
 
 def train(out=None, student=None, objective=None, data=None, **options):

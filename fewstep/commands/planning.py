@@ -22,7 +22,7 @@ _UNITS = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"), (0.
 def run_plan(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from fewstep.config import load_recipe
     from fewstep.errors import unknown
-    from fewstep.planning import GPUS, plan
+    from fewstep.gpus import GPUS
 
     if not 0 < args.utilization <= 1:
         raise ValueError(f"--utilization {args.utilization:g}: the share of its peak that a GPU reaches lies in (0, 1]")
@@ -32,6 +32,8 @@ def run_plan(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     if source is None:
         raise ValueError("fewstep plan needs a recipe, --teacher or --data: `fewstep recipes` lists recipes")
     recipe = load_recipe(source, overrides)
+    from fewstep.planning import plan  # and torch, once there is something to plan
+
     found = plan(recipe)
     print(title(found))
     print_table(*memory_table(found))

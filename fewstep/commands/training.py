@@ -13,10 +13,6 @@ _FROM_A_MODEL = "finetune"
 
 def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from fewstep.config import load_recipe
-    from fewstep.judge import next_commands
-    from fewstep.maps import FlowMap
-    from fewstep.runs import build, run
-    from fewstep.training.distributed import environment
 
     source, needed = args.recipe, DEFAULTS[args.name][0]
     if source is None:
@@ -28,6 +24,12 @@ def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     recipe = load_recipe(source, overrides)
     if args.name == "distill" and recipe.teacher is None:
         raise ValueError(f"{recipe.name} has no teacher to distill: fewstep train {source}, or --teacher FOLDER")
+    # And torch, once there is something to train.
+    from fewstep.judge import next_commands
+    from fewstep.maps import FlowMap
+    from fewstep.runs import build, run
+    from fewstep.training.distributed import environment
+
     out = args.out or (Path(source) if Path(source).is_dir() else Path("runs") / recipe.name)
     if args.dry_run:
         built = build(recipe)

@@ -7,13 +7,7 @@ import torch
 from fewstep.data.batch import Batch, Data
 from fewstep.data.order import epoch_indices
 from fewstep.randomness import generator
-
-_CHUNK = 64
-
-
-def default_chunk(batch: int) -> int:
-    """The largest divisor of ``batch`` up to 64: from the batch alone, never from the number of processes."""
-    return max(size for size in range(1, min(batch, _CHUNK) + 1) if batch % size == 0)
+from fewstep.training.shares import check_shares
 
 
 class Batches:
@@ -30,14 +24,7 @@ class Batches:
     def __init__(
         self, data: Data, batch: int, chunk: int, seed: int, accumulate: int = 1, rank: int = 0, processes: int = 1
     ) -> None:
-        share = chunk * processes * accumulate
-        if batch % share:
-            fits = max(1, round(batch / share)) * share
-            raise ValueError(
-                f"batch={batch} cannot be shared equally by {processes} process(es) x accumulate={accumulate} in "
-                f"chunks of {chunk} rows: it must be a multiple of {share}. Use batch={fits} with chunk={chunk}, or a "
-                "smaller chunk"
-            )
+        check_shares(batch, chunk, accumulate, processes)
         self.data, self.batch, self.chunk, self.seed = data, batch, chunk, seed
         self.accumulate, self.rows = accumulate, batch // (processes * accumulate)
         self._first = rank * accumulate * self.rows

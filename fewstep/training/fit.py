@@ -21,7 +21,7 @@ from fewstep.errors import unknown
 from fewstep.locks import owned
 from fewstep.objectives.base import Objective
 from fewstep.training import checkpoints, distributed, folder, interrupt, trackers
-from fewstep.training.batches import Batches, default_chunk
+from fewstep.training.batches import Batches
 from fewstep.training.distributed import World
 from fewstep.training.ema import Ema
 from fewstep.training.leaving import leave
@@ -29,6 +29,7 @@ from fewstep.training.logbook import Logbook
 from fewstep.training.meter import Meter
 from fewstep.training.run import Callback, Result, Run
 from fewstep.training.schedules import schedule_factor
+from fewstep.training.shares import default_chunk
 from fewstep.training.step import (
     Step,
     adamw,

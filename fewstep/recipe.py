@@ -177,6 +177,7 @@ class Training(Section):
     )
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1; else a GPU if there is one")
     checkpoint_every: Count = Field(default=1000, description="steps between checkpoints")
+    checkpoint_minutes: Above | None = Field(default=10.0, description="minutes after which there is one; null: none")
     keep: Count = Field(default=2, description="checkpoints kept")
     log_every: Count = Field(default=50, description="steps between lines of metrics.jsonl")
     track: tuple[str, ...] = Field(default=(), description="any of tensorboard, trackio, wandb")

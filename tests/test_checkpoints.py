@@ -216,3 +216,26 @@ def test_death_at_every_rename_and_removal_leaves_a_run_that_goes_on(tmp_path, m
     for a, b in zip(whole.ema.parameters(), again.ema.parameters(), strict=True):
         assert torch.equal(a, b)
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-00000012", "reached"}
+
+
+def test_checkpoints_come_by_time_too_and_change_no_bit(tmp_path):
+    """A second apart by the run's clock, wherever a kill falls: the weights and the losses are the same."""
+    whole = train(tmp_path / "whole", checkpoint_every=1000, log_every=3)
+    assert checkpoints.steps_in(tmp_path / "whole" / "checkpoints") == [12]
+    train(tmp_path / "often", steps=7, schedule="constant", checkpoint_every=1000, checkpoint_minutes=1e-9, keep=99)
+    assert checkpoints.steps_in(tmp_path / "often" / "checkpoints") == list(range(1, 8))
+
+    def stop(run):
+        if run.step == 8:
+            raise KeyboardInterrupt
+
+    timed = {"checkpoint_every": 1000, "checkpoint_minutes": 1e-9, "log_every": 3, "keep": 99}
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "timed", callbacks=[stop], **timed)
+    again = train(tmp_path / "timed", **timed)
+    for a, b in zip(whole.ema.parameters(), again.ema.parameters(), strict=True):
+        assert torch.equal(a, b)
+    lines = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("whole", "timed")
+    ]
+    assert lines[0] == lines[1]

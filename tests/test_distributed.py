@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -132,3 +133,66 @@ def test_where_the_launcher_put_us(monkeypatch):
         monkeypatch.setenv(name, value)
     assert environment() == World(2, 4, 0)
     assert not environment().is_main
+
+
+# A process that trains without end, until it is killed or alone.
+ENDLESS = """
+import sys
+import torch
+from training_toys import Matching, Rows, Student
+from fewstep.errors import TrainingError
+from fewstep.training.fit import fit
+
+def tick(run):
+    if run.step == 5:
+        print("going", flush=True)
+
+student = Student(dropout=0.0)
+student.unused = torch.nn.Linear(2, 2)  # else torch says that there is none
+try:
+    fit(student, Matching(), Rows(100), steps=10**6, batch=8, chunk=4, quiet=True, callbacks=[tick])
+except TrainingError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def by_hand(rank, port, patience):
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    world = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env = {**os.environ, **world, "FEWSTEP_PATIENCE": str(patience), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env["PYTHONPATH"] = os.pathsep.join(paths)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", ENDLESS], env=env, **pipes)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_a_process_whose_others_never_come_says_so():
+    ports = [free_port() for _ in range(2)]
+    alone = [by_hand(rank, port, 1) for rank, port in enumerate(ports)]
+    for rank, process in enumerate(alone):
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 1
+        assert len(said.splitlines()) == 1, said
+        assert said.startswith(f"error: process {rank} of 2: not all came to 127.0.0.1:{ports[rank]} within 1 seconds")
+        assert "unset RANK and WORLD_SIZE; FEWSTEP_PATIENCE=SECONDS waits longer" in said
+        assert len(said) < 400
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_survivor_of_a_process_that_is_killed_says_one_line(victim):
+    port = free_port()
+    both = [by_hand(rank, port, 100) for rank in (0, 1)]
+    assert both[0].stdout.readline() == "going\n"
+    both[victim].kill()
+    said = both[1 - victim].communicate(timeout=120)[1]
+    both[victim].communicate()
+    assert both[1 - victim].returncode == 1
+    assert len(said.splitlines()) == 1, said
+    assert said.startswith(f"error: process {1 - victim} of 2: another process of this run has ended, or cannot be")
+    assert "Start all of them again, by the same command" in said
+    assert len(said) < 400

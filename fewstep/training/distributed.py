@@ -2,15 +2,28 @@
 
 import atexit
 import os
+import re
+import socket
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Timer
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
+from fewstep.errors import TrainingError
+
+_SILENT = 10.0  # seconds of waiting before a word is said
 _PATIENCE = timedelta(seconds=5)  # with processes that may have died
+
+
+class LostProcessError(TrainingError):
+    """The processes of a run are not all there."""
 
 
 @dataclass(frozen=True)
@@ -97,24 +110,80 @@ def join(world: World, device: torch.device) -> Iterator[None]:
     """The process group of a run, made where there is none yet and kept until the process ends.
 
     Not until the run ends: a second group made at the same address may find what the first left there, and hang.
+
+    Raises:
+        LostProcessError: the others do not come in time, or one of them has ended.
     """
     if world.size > 1 and not dist.is_initialized():
-        os.environ.setdefault("MASTER_PORT", "29500")
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size)
+        _meet(world, device)
         atexit.register(_leave)
     try:
         yield
         world.barrier()  # the main process has written its last file
-    except BaseException:
+    except BaseException as error:
         atexit.unregister(_leave)  # the others may never come
         atexit.register(_drop)
+        if world.size > 1 and isinstance(error, RuntimeError) and (why := _of_the_others(error)):
+            raise LostProcessError(
+                f"process {world.rank} of {world.size}: another process of this run has ended, or cannot be reached "
+                f"({why}). Start all of them again, by the same command: it goes on with what was saved"
+            ) from error
         raise
+
+
+def _meet(world: World, device: torch.device) -> None:
+    """Wait for the other processes, no longer than $FEWSTEP_PATIENCE seconds, and make the group of all."""
+    where = [os.environ.setdefault("MASTER_ADDR", "127.0.0.1"), os.environ.setdefault("MASTER_PORT", "29500")]
+    patience, place = timedelta(seconds=float(os.environ.get("FEWSTEP_PATIENCE") or 600)), ":".join(where)
+    who = f"process {world.rank} of {world.size}"
+    note = Timer(_SILENT, lambda: print(f"{who} waits for the others at {place}", file=sys.stderr, flush=True))
+    note.daemon = True
+    note.start()
+    try:
+        if not world.is_main:
+            _reach(where[0], int(where[1]), patience.total_seconds())
+        store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=patience))
+        store.set(f"fewstep/{world.rank}", "here")
+        store.wait([f"fewstep/{rank}" for rank in range(world.size)], patience)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("fewstep", store), rank=world.rank, world_size=world.size
+        )
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:90]
+        raise LostProcessError(
+            f"{who}: not all came to {place} within {patience.total_seconds():g} seconds ({reason}). torchrun starts "
+            "all; for one alone, unset RANK and WORLD_SIZE; FEWSTEP_PATIENCE=SECONDS waits longer"
+        ) from error
+    finally:
+        note.cancel()
+
+
+def _reach(host: str, port: int, seconds: float) -> None:
+    """Wait until the main process listens: torch would fill the terminal with the frames of its code meanwhile."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
+def _of_the_others(error: RuntimeError) -> str | None:
+    """What an error of talking to the other processes says; None for any other."""
+    said = " ".join(str(error).split())
+    if not isinstance(error, dist.DistError) and not re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)", said):
+        return None
+    return re.sub(r"^\[[^\]]*\] ?", "", said).split(". ")[0][:90]
 
 
 def _leave() -> None:
     """Without a barrier before the end, some processes abort while others still talk to them."""
-    dist.barrier()
+    with suppress(RuntimeError):  # of those that were killed in the meantime
+        dist.barrier()
     dist.destroy_process_group()
 
 

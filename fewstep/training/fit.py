@@ -70,6 +70,7 @@ def fit(
     gradient_checkpointing: bool = False,
     device: torch.device | str | None = None,
     checkpoint_every: int = 1000,
+    checkpoint_minutes: float | None = 10.0,
     keep: int = 2,
     log_every: int = 50,
     callbacks: Sequence[Callback] = (),
@@ -112,7 +113,8 @@ def fit(
         gradient_checkpointing: a student of a diffusers model keeps few of its activations and computes the others
             again on the way back: less memory for about a third more time, and the same gradients.
         device: the default is the process's GPU if there is one, else the CPU.
-        checkpoint_every, keep: steps between checkpoints, and how many are kept.
+        checkpoint_every, checkpoint_minutes, keep: steps between checkpoints, and minutes after which there is one too
+            (None for no limit), and how many are kept. When they are taken changes nothing of the training.
         log_every: steps between lines in ``metrics.jsonl``; on a GPU also between checks that all is finite.
         callbacks: called after each step with the ``Run``, in the main process alone. They see to their own rhythm:
 
@@ -137,7 +139,7 @@ def fit(
     # Everything that can be refused is refused here, before a file is touched or anything computed.
     _check_positive(
         steps=steps, max_seconds=max_seconds, batch=batch, chunk=chunk, accumulate=accumulate, lr=lr, clip=clip,
-        checkpoint_every=checkpoint_every, keep=keep, log_every=log_every,
+        checkpoint_every=checkpoint_every, checkpoint_minutes=checkpoint_minutes, keep=keep, log_every=log_every,
     )  # fmt: skip
     if steps is None and max_seconds is None:
         raise ValueError("fit needs steps, max_seconds or both: when is the training done?")
@@ -210,7 +212,7 @@ def fit(
             torch.set_num_threads(run.threads)
         if compile:
             _compile(student, run.target)
-        saved, started = run.step, time.perf_counter() - run.seconds
+        saved, saved_at, started = run.step, run.seconds, time.perf_counter() - run.seconds
         book = stack.enter_context(Logbook(run, steps, track, world.is_main, quiet))
 
         while True:
@@ -249,8 +251,10 @@ def fit(
                 if not student.training:  # a callback that sampled from it
                     student.train()
                 book.write(run)
-            if run.step % checkpoint_every == 0:
-                saved = _save(run, book, world, keep)
+            # Of the main process's clock, as it was when all began this step: all see the same.
+            is_time = checkpoint_minutes is not None and run.seconds - saved_at >= 60 * checkpoint_minutes
+            if run.step % checkpoint_every == 0 or is_time:
+                saved, saved_at = _save(run, book, world, keep), run.seconds
 
         if run.step > saved:
             _save(run, book, world, keep)

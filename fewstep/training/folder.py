@@ -35,7 +35,7 @@ _SEEN = frozenset(
 # What a run leaves beside its checkpoints and its recipe: all that is taken away when it is thrown away.
 _LEFT = re.compile(
     r"metrics\.jsonl|student\.json|quality\.(json|png)|report\.html|failed\.json|samples/step-\d{8,}\.png|teacher-samples\.npz"
-    r"|teacher-samples/(pairs|texts|null|captions)[\w-]*\.(jsonl?|safetensors)|tensorboard/events\.out\.tfevents\..*"
+    r"|teacher-samples/(pairs|texts?|null|captions)[\w-]*\.(jsonl?|safetensors)|tensorboard/events\.out\.tfevents\..*"
 )
 
 

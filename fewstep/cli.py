@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fewstep import __version__, commands
-from fewstep.errors import TrainingError, unknown
+from fewstep.errors import OUT_OF_MEMORY, TrainingError, is_out_of_memory, shortened, shown, unknown
 from fewstep.trust import trusting
 from fewstep.write_errors import NEVER_OF_READING, WriteError, write_error
 
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = [word for word in argv if word != "--debug"]
     usual, warnings.formatwarning = warnings.formatwarning, _note
     try:
+        if empty := next((word for word in argv if word.startswith("--") and word.endswith("=--")), None):
+            raise ValueError(f"{shown(empty)}: -- is no value (a text that begins with a dash is --flag=-text)")
         rest, overrides = _split(argv)
         args = _parsed(rest)
         args.argv = argv
@@ -43,13 +45,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, OSError) and error.errno in NEVER_OF_READING:
             error = write_error(error) or error
-        print(f"error: {_as_flags(str(error))}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, TrainingError | WriteError) else 2
+    except (MemoryError, RuntimeError) as error:
+        if is_debug or not is_out_of_memory(error):
+            raise
+        print(f"error: {OUT_OF_MEMORY} ({shortened(str(error), 150) or 'MemoryError'})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
     finally:
         warnings.formatwarning = usual
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in a line that can be read."""
+    return shortened(_as_flags(str(error)))
 
 
 def _as_flags(text: str) -> str:
@@ -62,7 +74,7 @@ def _as_flags(text: str) -> str:
 
 def _note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
     """A warning as one line, without the place in the code."""
-    return f"note: {' '.join(str(message).split())}\n"
+    return f"note: {shortened(str(message))}\n"
 
 
 def _split(argv: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -107,7 +119,7 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         if word.startswith("--"):
             raise unknown(f"option of {args.name}", word.partition("=")[0], known[args.name]._option_string_actions)
     if rest:
-        raise ValueError(f"{args.name} does not know what {rest[0]!r} is for (see fewstep {args.name} --help)")
+        raise ValueError(f"{args.name} does not know what {shown(rest[0])} is for (see fewstep {args.name} --help)")
     return args
 
 

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+from fewstep.diffusers_folder import find_scheduler
 from fewstep.distilled import distilled_as
 from fewstep.fields import DiffusionField
 from fewstep.latents import Latents
+from fewstep.manifests import AGAIN, Diffusion
 from fewstep.model_files import class_names_in, load_weights, read_json
 from fewstep.networks import FAMILIES
 from fewstep.networks.unet import public_config
+from fewstep.parsing import checked
 from fewstep.paths import Tabulated
 from fewstep.prompts import Prompts, knows_prompts
 
@@ -39,16 +42,15 @@ def load_converted(folder: Path) -> DiffusionField:
     flow = load_weights(getattr(flow_model, _class_in(part)), part)
     name = _class_in(part).removeprefix("Flow")
     config = public_config(flow)
-    diffusion = config.pop("diffusion")
-    del config["flow_timesteps"]
+    diffusion = checked(Diffusion, config.pop("diffusion", None), part / "config.json", AGAIN)
+    config.pop("flow_timesteps", None)
     stock = getattr(diffusers, name).from_config(config)
     stock.load_state_dict(flow.state_dict(), assign=True)
-    original = read_json(folder / ORIGINAL / "scheduler_config.json")
-    scheduler = getattr(diffusers, original["_class_name"]).from_config(original)
+    scheduler = find_scheduler(folder / ORIGINAL)
     field = DiffusionField(FAMILIES[name](stock), scheduler)
-    if "log_ratios" in diffusion:
+    if diffusion.log_ratios is not None:
         # The table that the folder's own code goes by, not one computed anew.
-        field.native = Tabulated(tuple(diffusion["log_ratios"]), diffusion.get("ends_in_noise", False))
+        field.native = Tabulated(tuple(diffusion.log_ratios), diffusion.ends_in_noise)
     vaes = [folder / name for name in ("vae", "vqvae") if (folder / name / "config.json").is_file()]
     field.latents = Latents(vaes[0]) if vaes else None
     field.text = Prompts(folder) if knows_prompts(folder) else None

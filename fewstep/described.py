@@ -16,17 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import unknown
+from fewstep.errors import refused, shown, unknown
 from fewstep.fields import DiffusionField, NetworkField
+from fewstep.manifests import AGAIN, Described
 from fewstep.maps import FlowMap
+from fewstep.model_files import check_numbers
 from fewstep.networks import FAMILIES, MLP, STUDENTS, with_second_time
 from fewstep.networks.unet import OfDiffusers, public_config
-from fewstep.options import find_object
+from fewstep.options import arguments, find_object
+from fewstep.parsing import checked
 from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving
 from fewstep.paths import Path as Trajectory
 from fewstep.trust import is_code
 
-_MAKER = "_made_by"
+_MAKER, _WHERE = "_made_by", "the description of a model"
 _CONFIG = "its {name} cannot be made anew from its config, the mapping network.config of what its class takes"
 # The networks of fewstep's own.
 NETWORKS: dict[str, type[nn.Module]] = {"MLP": MLP}
@@ -56,6 +59,15 @@ def describe(model: Any) -> dict[str, Any]:
     }
 
 
+def check_description(config: Mapping[str, Any], where: str) -> None:
+    """That what a file says is a description.
+
+    Raises:
+        ValueError: it is none, by the first key that is wrong.
+    """
+    checked(Described, config, where, AGAIN)
+
+
 def code_named(config: Mapping[str, Any]) -> dict[str, str]:
     """The code that a description names, by its key."""
     names = {key: str(config.get(key, {}).get("name", "")) for key in ("network", "native", "path")}
@@ -72,20 +84,24 @@ def maker_of(network: nn.Module) -> dict[str, Any] | None:
     return vars(network).get(_MAKER)
 
 
-def made_again(config: Mapping[str, Any]) -> FlowMap | NetworkField:
+def made_again(config: Mapping[str, Any], where: str = _WHERE) -> FlowMap | NetworkField:
     """The model of a description, with weights that mean nothing yet.
 
+    Args:
+        where: the file that it is from, for errors.
+
     Raises:
-        ValueError: a class that fewstep does not know.
+        ValueError: a class that fewstep does not know, or what no class can be made with.
     """
+    check_description(config, where)
     is_map = config["_class_name"] == "FlowMap"
-    network, native, path = _network_of(config["network"], is_map), config["native"], config["path"]
+    network, native, path = _network_of(config["network"], is_map, where), config["native"], config["path"]
     model: FlowMap | NetworkField
     if config.get("scheduler"):
-        model = DiffusionField(network, _scheduler_of(config["scheduler"]), path=_trajectory_of(path))
+        model = DiffusionField(network, _scheduler_of(config["scheduler"], where), path=_trajectory_of(path, where))
     else:
         kind = FlowMap if is_map else NetworkField
-        model = kind(network, _trajectory_of(native), config["prediction"], path=_trajectory_of(path))
+        model = kind(network, _trajectory_of(native, where), config["prediction"], path=_trajectory_of(path, where))
     model.class_names = tuple(config.get("class_names", ()))
     if isinstance(model, FlowMap):
         model.gamma, model.guidance = config.get("gamma", 0.0), config.get("guidance")
@@ -144,13 +160,14 @@ def _in_full(name: str) -> str:
     return f"{Path(file).expanduser().resolve()}:{inside}" if file.endswith(".py") else name
 
 
-def _network_of(config: Mapping[str, Any], is_map: bool) -> nn.Module:
+def _network_of(config: Mapping[str, Any], is_map: bool, where: str) -> nn.Module:
     if is_code(config["name"]):
         return _own(config)
     if "model" not in config:
         if config["name"] not in NETWORKS:
             raise unknown("network", config["name"], NETWORKS)
-        return NETWORKS[config["name"]](**config["options"])
+        own = NETWORKS[config["name"]]
+        return own(**arguments(f"{where}: network.options", own, config["options"]))
     import diffusers
 
     name = config["model"]
@@ -160,7 +177,9 @@ def _network_of(config: Mapping[str, Any], is_map: bool) -> nn.Module:
     from fewstep.networks import two_times
 
     made = getattr(two_times if name.startswith("TwoTime") else diffusers, name)
-    network: Any = (STUDENTS[family] if is_map else family)(made.from_config(config["config"]))
+    check_numbers(config.get("config", {}), f"{where}: network.config")
+    with refused(f"{where}: diffusers cannot make the {name} that it describes", AGAIN):
+        network: Any = (STUDENTS[family] if is_map else family)(made.from_config(config["config"]))
     if "size" in config:
         network.size = tuple(config["size"]) if isinstance(config["size"], list) else config["size"]
     return network
@@ -170,13 +189,15 @@ def _scheduler(scheduler: Any) -> dict[str, Any]:
     return {"name": type(scheduler).__name__, "config": _plain(public_config(scheduler))}
 
 
-def _scheduler_of(config: Mapping[str, Any]) -> Any:
+def _scheduler_of(config: Mapping[str, Any], where: str) -> Any:
     import diffusers
 
     known = [name for name in dir(diffusers) if name.endswith("Scheduler")]
     if config["name"] not in known:
-        raise ValueError(f"diffusers has no scheduler {config['name']!r}: it was written by another version")
-    return getattr(diffusers, config["name"]).from_config(config["config"])
+        raise ValueError(f"diffusers has no scheduler {shown(config['name'])}: it was written by another version")
+    check_numbers(config["config"], f"{where}: scheduler.config")
+    with refused(f"{where}: diffusers cannot make the {config['name']} that it describes", AGAIN):
+        return getattr(diffusers, config["name"]).from_config(config["config"])
 
 
 def _trajectory(path: Trajectory) -> dict[str, Any]:
@@ -184,13 +205,13 @@ def _trajectory(path: Trajectory) -> dict[str, Any]:
     return {"name": _name_of(type(path)) if is_own else type(path).__name__, "options": dataclasses.asdict(path)}  # pyright: ignore[reportArgumentType]
 
 
-def _trajectory_of(config: Mapping[str, Any]) -> Trajectory:
+def _trajectory_of(config: Mapping[str, Any], where: str) -> Trajectory:
     name = config["name"]
     if not is_code(name) and name not in _TRAJECTORIES:
         raise unknown("path", name, _TRAJECTORIES)
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in config["options"].items()}
     made = find_object(name, Trajectory) if is_code(name) else _TRAJECTORIES[name]
-    return made(**options)
+    return made(**arguments(f"{where}: options of {name}", made, options))
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fewstep.distilled import distilled_as
+from fewstep.errors import refused, shortened
 from fewstep.fields import DiffusionField, schedule_of
 from fewstep.latents import Latents
-from fewstep.model_files import WEIGHT_FILES, WEIGHTS, class_names_in, load_weights, read_json
+from fewstep.model_files import WEIGHT_FILES, WEIGHTS, check_numbers, class_names_in, load_weights, read_json
 from fewstep.networks import FAMILIES, Flux
 from fewstep.prompts import Prompts, knows_prompts
 
@@ -108,7 +109,7 @@ def look_into(folder: Path) -> Found:
             "a run of fewstep's has recipe.yaml and checkpoints/"
         )
     class_name, config = _model_config(models[0])
-    scheduler = _scheduler(folder)
+    scheduler = find_scheduler(folder)
     schedule_of(scheduler)
     latents = _latents(folder, models[0], class_name, config)
     text = Prompts(folder) if knows_prompts(folder) else None
@@ -142,7 +143,7 @@ def _model_config(model: Path) -> tuple[str, dict[str, Any]]:
     return name, config
 
 
-def _scheduler(folder: Path) -> Any:
+def find_scheduler(folder: Path) -> Any:
     import diffusers
 
     folders = [f for f in (folder / "scheduler", folder) if (f / "scheduler_config.json").is_file()]
@@ -151,12 +152,17 @@ def _scheduler(folder: Path) -> Any:
             f"no scheduler in {folder}: scheduler_config.json says what the model was trained on. Save the scheduler "
             f"there (scheduler.save_pretrained({str(folder)!r})), or {BY_HAND}"
         )
-    name = read_json(folders[0] / "scheduler_config.json").get("_class_name", "of no class")
-    scheduler_class = getattr(diffusers, name, None)
+    config = read_json(folders[0] / "scheduler_config.json")
+    check_numbers(config, str(folders[0] / "scheduler_config.json"))
+    name = config.get("_class_name", "of no class")
+    scheduler_class = getattr(diffusers, str(name), None)
     if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, diffusers.SchedulerMixin):
-        raise ValueError(f"the scheduler in {folders[0]} is a {name}, which diffusers does not have: {BY_HAND}")
+        raise ValueError(
+            f"the scheduler in {folders[0]} is a {shortened(str(name), 60)}, which diffusers does not have: {BY_HAND}"
+        )
     made: Any = scheduler_class
-    return made.from_pretrained(folders[0])
+    with refused(f"diffusers cannot make a {name} of {folders[0] / 'scheduler_config.json'}", "fetch it again"):
+        return made.from_pretrained(folders[0])
 
 
 def _latents(folder: Path, model: Path, class_name: str, config: dict[str, Any]) -> Latents | None:

@@ -5,15 +5,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from fewstep.converted import is_converted, load_converted
-from fewstep.described import code_named, made_again
+from fewstep.described import check_description, code_named, made_again
 from fewstep.diffusers_folder import HUB_FILES, field_of_pipeline, load_field, look_into
 from fewstep.disk import put_right
 from fewstep.errors import unknown
 from fewstep.fields import NetworkField, VelocityField
 from fewstep.latents import Latents
+from fewstep.manifests import AGAIN, Diffusion, read_map_index, read_timesteps
 from fewstep.maps import FlowMap
-from fewstep.model_files import check_file, check_weights, class_names_in, read_json
+from fewstep.model_files import check_file, check_weights, class_names_in, put_in, read_json
 from fewstep.networks import FAMILIES
 from fewstep.networks.students import STUDENTS
 from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
@@ -140,7 +143,7 @@ def _map_index(folder: Path) -> dict[str, Any]:
     """The index of an export of a flow map; empty for any other folder."""
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name", "")
-    return index if (name[1] if isinstance(name, list) else name) == "FlowMapPipeline" else {}
+    return index if (name[-1:] if isinstance(name, list) else [name]) == ["FlowMapPipeline"] else {}
 
 
 def _plain_config(folder: Path) -> dict[str, Any]:
@@ -153,20 +156,20 @@ def _load_map(folder: Path, index: dict[str, Any]) -> FlowMap:
     """An export of a flow map of one of diffusers' families; no code of the folder is run."""
     from fewstep.pipelines.exported import has_part, load_network, network_folder
 
+    said = read_map_index(folder)
     check_weights(folder / network_folder(index))
-    if index.get("text"):
+    if said.text:
         text = Prompts(folder)
         check_text(text)
     else:
         text = None
-    timesteps = float(read_json(folder / "scheduler" / "scheduler_config.json")["num_train_timesteps"])
-    native, prediction = _spoken(index["diffusion"], timesteps)
+    native, prediction = _spoken(said.diffusion, read_timesteps(folder))
     network = _student(load_network(folder, index))
-    if hasattr(network, "size") and (shape := index.get("shape")):
+    if hasattr(network, "size") and said.shape:
         # What the config of the model does not say.
-        network.size = shape[1] if len(shape) == 3 else tuple(shape[1:])
+        network.size = said.shape[1] if len(said.shape) == 3 else said.shape[1:]
     model = FlowMap(network, native, prediction, path=Linear())
-    model.gamma, model.guidance, model.text = index.get("gamma", 0.0), index.get("guidance"), text
+    model.gamma, model.guidance, model.text = said.gamma, said.guidance, text
     model.class_names = class_names_in(folder)
     if has_part(index, "vae"):
         model.latents = Latents(folder / "vae")
@@ -179,21 +182,23 @@ def _student(model: Any) -> Any:
     return STUDENTS[FAMILIES[type(model).__name__.removeprefix("TwoTime")]](model)
 
 
-def _spoken(diffusion: dict[str, Any] | None, timesteps: float) -> tuple[Trajectory, str]:
+def _spoken(diffusion: Diffusion | None, timesteps: float) -> tuple[Trajectory, str]:
     """The native path of an export's network, and what it predicts there; ``fewstep.exporting.diffusion_of`` writes
     it."""
     if diffusion is None:
         return Reversed(timesteps), "flow"
-    kind = diffusion["prediction_type"]
+    kind = diffusion.prediction_type
     if kind == "velocity":
         return Forward(timesteps), "velocity"
-    if "sigma_data" in diffusion:
-        ends = (diffusion[name] for name in ("sigma_data", "sigma_min", "sigma_max"))
-        return Preconditioned(*ends), "v" if kind == "v_prediction" else "edm"
+    if diffusion.sigma_data and diffusion.sigma_min and diffusion.sigma_max:
+        native = Preconditioned(diffusion.sigma_data, diffusion.sigma_min, diffusion.sigma_max)
+        return native, "v" if kind == "v_prediction" else "edm"
     kinds = {name: kind for kind, name in PREDICTION_TYPES.items()}
-    if "timesteps" in diffusion:
-        return Reversed(diffusion["timesteps"]), kinds[kind]
-    return Tabulated(tuple(diffusion["log_ratios"]), diffusion.get("ends_in_noise", False)), kinds[kind]
+    if diffusion.timesteps is not None:
+        return Reversed(diffusion.timesteps), kinds[kind]
+    if diffusion.log_ratios is None:
+        raise ValueError(f"diffusion in model_index.json has no log_ratios, timesteps or sigmas: {AGAIN}")
+    return Tabulated(tuple(diffusion.log_ratios), diffusion.ends_in_noise), kinds[kind]
 
 
 def _beside(folder: Path, name: str) -> str:
@@ -204,14 +209,15 @@ def _beside(folder: Path, name: str) -> str:
 
 def _load_plain(folder: Path, config: dict[str, Any]) -> FlowMap | NetworkField:
     """An export of a network that diffusers does not have."""
-    from safetensors.torch import load_file
-
+    where = str(folder / "config.json")
+    check_description(config, where)
     config = {
         **config,
         **{key: {**config[key], "name": _beside(folder, name)} for key, name in code_named(config).items()},
     }
     check_folder(folder, folder / "config.json", code_named(config))
-    model = made_again(config)
+    model = made_again(config, where)
     check_file(folder / _PLAIN_WEIGHTS)
-    model.network.load_state_dict(load_file(folder / _PLAIN_WEIGHTS))
+    weights = load_file(folder / _PLAIN_WEIGHTS)
+    put_in(model.network, weights, f"the weights in {folder} are not those of its config.json")
     return model

@@ -1,50 +1,112 @@
 """The files that a model is kept in: read with care, and nothing in them is run."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
+from fewstep.errors import refused, shortened, shown
+from fewstep.reading import parse_json, read_text
 from fewstep.received import plain_name
 
 WEIGHTS = "diffusion_pytorch_model"
 # The weights of a diffusers model, whole or in pieces, without its other variants (fp16, non_ema).
 WEIGHT_FILES = (f"{WEIGHTS}.safetensors", f"{WEIGHTS}-?????-of-?????.safetensors")
+_MOST_CLASSES = _MOST_NUMBER = 1 << 20
+_MOST_LAYERS = 1000
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file, empty where there is none.
+    """The keys of a JSON file, none where there is no file.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: it is no JSON, or has no keys.
     """
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
+        value = parse_json(read_text(path), str(path))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): fetch or export the model again") from None
+        raise ValueError(f"{error}: fetch or export the model again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} has no keys, it is {shown(value)}: fetch or export the model again")
+    return value
 
 
-def load_weights(model_class: Any, folder: Path) -> Any:
+def load_weights(model_class: Any, folder: Path, **options: Any) -> Any:
     """A diffusers model with the weights in its folder, which are exactly its own.
+
+    Args:
+        options: of its ``from_pretrained``.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`check_weights`, or weights that are not those of its config.json.
     """
     check_weights(folder)
+    check_numbers(read_json(folder / "config.json"), str(folder / "config.json"))
+    options = {"output_loading_info": True, **plainly(model_class), **options}
     wrong = f"the weights in {folder} are not those of its config.json"
-    try:
-        model, report = model_class.from_pretrained(folder, output_loading_info=True, **plainly(model_class))
-    except RuntimeError as error:
-        raise ValueError(f"{wrong}: {' '.join(str(error).split('. ')[0].split())}") from None
+    report: Any
+    with refused(f"diffusers cannot load the {model_class.__name__} in {folder}"), quietly():
+        try:
+            model, report = model_class.from_pretrained(folder, **options)
+        except RuntimeError as error:
+            model, report = None, _first_line(error)
+    if model is None:
+        raise ValueError(f"{wrong}: {report}")
     # diffusers would leave what is missing as random numbers, with a warning.
     for what in ("missing", "unexpected"):
         if names := report[f"{what}_keys"]:
             raise ValueError(f"{wrong}: {len(names)} are {what}, one is {names[0]!r}")
     return model
+
+
+def check_numbers(config: Mapping[str, Any], where: str) -> None:
+    """That the numbers which a network or a schedule is made of are none that no machine could make: its code would go
+    on for hours, or ask for all memory, before it failed.
+
+    Raises:
+        ValueError: one is, by its key.
+    """
+    for key, value in config.items():
+        most = _MOST_LAYERS if "layers" in key or "blocks" in key else _MOST_NUMBER
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int) and abs(number) > most:
+                raise ValueError(f"{where}: {key} is {shown(value)}, and {most:,} is the most that fewstep makes")
+
+
+def put_in(model: nn.Module, weights: Mapping[str, Tensor], wrong: str) -> None:
+    """Load weights that were read from a file into a model, which they are to fit exactly.
+
+    Raises:
+        ValueError: they do not; ``wrong`` says of which they are not, and the first of them is named.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{wrong}: {_first_line(error)}") from None
+
+
+def _first_line(error: RuntimeError) -> str:
+    """The first of what torch has to say of weights that do not fit."""
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    return shortened(next((line for line in lines if not line.startswith("Error(s)")), lines[0]).split(". ")[0], 200)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without what diffusers and transformers log of weights that do not fit: what is wrong is raised."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def plainly(model_class: Any) -> dict[str, Any]:
@@ -58,7 +120,12 @@ def class_names_in(folder: Path) -> tuple[str, ...]:
     """What the classes of a pipeline are called, each at its number, as its index says (``id2label``); empty for those
     in between that it does not name."""
     said = read_json(folder / "model_index.json").get("id2label") or {}
-    names = {int(number): str(name) for number, name in said.items()}
+    try:
+        names = {int(number): str(name) for number, name in said.items()}
+    except (ValueError, AttributeError):
+        names = {-1: ""}
+    if not all(0 <= number < _MOST_CLASSES for number in names):
+        raise ValueError(f"id2label in {folder / 'model_index.json'} is {shown(said)}: names by number are needed")
     return tuple(names.get(number, "") for number in range(max(names, default=-1) + 1))
 
 
@@ -83,10 +150,10 @@ def check_weights(model: Path, names: Sequence[str] = WEIGHT_FILES) -> None:
 
 def check_file(file: Path) -> None:
     """That a safetensors file is there and whole."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: fetch or export the model again")
     try:
         with safe_open(file, framework="pt"):
             pass
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing: fetch or export the model again") from None
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} is damaged ({error}): fetch or export the model again") from None

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
@@ -14,22 +13,10 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from fewstep.errors import unknown
+from fewstep.errors import shown, unknown
+from fewstep.parsing import parse_yaml
 from fewstep.reading import read_text
 from fewstep.trust import check_code
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with floats as everybody writes them, where YAML 1.1 takes 1e-3 for text, and with null as a key: what YAML
-    takes for nothing is a name there, as in ``guidance: {scale: 3, null: text}``."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        return {"null" if key is None else key: value for key, value in super().construct_mapping(node, deep).items()}
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -38,10 +25,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not YAML, or holds something else.
     """
+    text = read_text(path)
     try:
-        tree = yaml.load(read_text(path), _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        tree = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path} is no recipe: a mapping with data, objective, ... is needed")
     return tree
@@ -55,9 +43,9 @@ def as_yaml(tree: Mapping[str, Any]) -> str:
 def parse_value(key: str, text: str) -> Any:
     """A value as YAML reads it: ``0.99``, ``1e-3``, ``[1, 2]``, ``null``, ``true``, text."""
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise ValueError(f"{key}: {text!r} cannot be read as a YAML value") from None
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{key}: {shown(text)} cannot be read as a YAML value ({error})") from None
 
 
 def find_object(spec: str, *kinds: type) -> Any:
@@ -180,7 +168,7 @@ def in_one_line(
     if first["type"] == "extra_forbidden":
         return _unknown_key(dotted, model, keys, inside())
     said = first["msg"].removeprefix("Value error, ")
-    return ValueError(f"{dotted} is {first['input']!r}: {said[0].lower()}{said[1:]}")
+    return ValueError(f"{dotted} is {shown(first['input'])}: {said[0].lower()}{said[1:]}")
 
 
 def _unknown_key(

@@ -5,14 +5,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.fields import NetworkField
 from fewstep.maps import FlowMap
 from fewstep.model_card import Origin
-from fewstep.options import as_yaml
+from fewstep.options import as_yaml, read_yaml
+from fewstep.parsing import parse_yaml
 from fewstep.received import clean_png, own_file, without_places
+from fewstep.recipe import Recipe
 
 # Where an export of a run keeps what it has of the run. Not beside the model: a folder with a recipe.yaml is a run.
 TRAINING = "training"
@@ -43,9 +43,10 @@ def origin_of(model: FlowMap | NetworkField, run: Path | None, export: Path) -> 
         for packed in filter(None, (_picture(file, run) for file in files)):
             (export / TRAINING / name).write_bytes(packed)
             pictures[f"{TRAINING}/{name}"] = captions[name]
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    (export / TRAINING / "recipe.yaml").write_text(as_yaml(without_places(recipe)))
-    method, teacher = recipe["objective"]["name"], (recipe.get("teacher") or {}).get("source", "")
+    said = read_yaml(run / "recipe.yaml")
+    (export / TRAINING / "recipe.yaml").write_text(as_yaml(without_places(said)))
+    recipe = Recipe.model_validate(said)  # which opening the run has checked
+    method, teacher = recipe.objective.name, recipe.teacher.source if recipe.teacher else ""
     if not base:
         base = _base_of(Path(teacher).expanduser()) if teacher else {}
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", teacher) and not Path(teacher).exists():
@@ -110,8 +111,8 @@ def _base_of(folder: Path | None) -> dict[str, str]:
         return {}
     found = re.match(r"---\n(.*?)\n---\n", file.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
-        front = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError:
+        front = parse_yaml(found[1]) if found else {}
+    except ValueError:
         return {}
     front = front if isinstance(front, dict) else {}
     said = {name: front[name] for name in _BASE if isinstance(front.get(name), str | list)}

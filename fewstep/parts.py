@@ -23,10 +23,11 @@ from fewstep.described import maker_of, set_maker
 from fewstep.drawing import Model, classes_of, needed_conditions, shape_of, takes
 from fewstep.encoders import kept_null
 from fewstep.encoding import check_model, encoded_once
-from fewstep.errors import unknown
+from fewstep.errors import refused, unknown
 from fewstep.exact import CheckerboardField, eight_gaussians, spiral
 from fewstep.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.maps import FlowMap
+from fewstep.model_files import check_numbers
 from fewstep.networks import MLP, UNet, gains_second_time
 from fewstep.networks.families import ConditionalUNet
 from fewstep.networks.unet import set_size, with_image
@@ -236,7 +237,10 @@ def make_network(section: Student, shape: tuple[int, ...]) -> Any:
             )
         size = {"sample_size": shape[1] if shape[1] == shape[2] else shape[1:]}
         fitting = {**size, "in_channels": shape[0], "out_channels": shape[0], **options}
-        return UNet(UNet2DModel(**arguments("student.options", UNet2DModel, fitting)))
+        fitting = arguments("student.options", UNet2DModel, fitting)
+        check_numbers(fitting, "student.options")
+        with refused("student.options: diffusers cannot make a UNet2DModel of these"):
+            return UNet(UNet2DModel(**fitting))
     function = find_object(section.network, nn.Module)
     network = function(**arguments("student.options", function, options))
     if not isinstance(network, nn.Module):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.errors import unknown
+from fewstep.errors import refused, unknown
 from fewstep.model_files import read_json
 from fewstep.pipelines.stock_prompts import RETURNED, encode
 
@@ -19,7 +19,7 @@ from fewstep.pipelines.stock_prompts import RETURNED, encode
 def knows_prompts(folder: Path) -> bool:
     """Whether a folder is a pipeline whose prompts fewstep can encode, with text encoders."""
     index = read_json(folder / "model_index.json")
-    return index.get("_class_name") in RETURNED and any(text_parts(index))
+    return str(index.get("_class_name")) in RETURNED and any(text_parts(index))
 
 
 class Prompts:
@@ -41,7 +41,8 @@ class Prompts:
         self.folder, self.dtype = Path(folder).expanduser(), dtype
         self.index = read_json(self.folder / "model_index.json")
         # An export of a flow map has a pipeline of its own, and says whose prompts these are.
-        self.index |= self.index.get("text") or {}
+        text = self.index.get("text")
+        self.index |= text if isinstance(text, dict) else {}
         self._class = str(self.index.get("pipeline") or self.index.get("_class_name", "of no class"))
         if self._class not in RETURNED:
             raise unknown("pipeline with text encoders", self._class, RETURNED)
@@ -77,7 +78,9 @@ class Prompts:
             if isinstance(part, torch.nn.Module):
                 part.to(device, self.dtype)
         parts = {"transformer": _Transformer(self._model_config), **self._encoders}
-        return {**encode(self._class, parts, list(prompts), device), **self._sizes(size, len(prompts), device)}
+        with refused(f"the text encoders in {self.folder} cannot encode prompts", "fetch them again"):
+            cond = encode(self._class, parts, list(prompts), device)
+        return {**cond, **self._sizes(size, len(prompts), device)}
 
     def null(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The conditions of no prompt, one sample's, as the pipeline takes them for guidance where no negative prompt
@@ -168,8 +171,9 @@ def load_encoders(folder: Path, index: dict[str, Any], **kwargs: Any) -> dict[st
     parts = {}
     for name in text_parts(index):
         options = {"use_safetensors": True, **kwargs} if name.startswith("text_encoder") else {}
-        kind = getattr(transformers, encoder_class(folder, index, name))
-        parts[name] = kind.from_pretrained(folder / name, **options)
+        kind = encoder_class(folder, index, name)
+        with refused(f"transformers cannot load the {kind} in {folder / name}", "fetch it again"):
+            parts[name] = getattr(transformers, kind).from_pretrained(folder / name, **options)
     return parts
 
 
@@ -193,5 +197,7 @@ def text_parts(index: dict[str, Any]) -> list[str]:
     return [
         name
         for name, value in index.items()
-        if re.fullmatch(r"(text_encoder|tokenizer)(_\d)?", name) and isinstance(value, list) and value[0] is not None
+        if re.fullmatch(r"(text_encoder|tokenizer)(_\d)?", name)
+        and isinstance(value, list)
+        and value[:1] not in ([], [None])
     ]

@@ -1,7 +1,9 @@
 """Whole runs: from a recipe to a trained model in its folder, and from the folder back to the model."""
 
 import warnings
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +17,7 @@ from fewstep.data.batch import Data
 from fewstep.data.conditions import Dropped
 from fewstep.disk import sweep
 from fewstep.drawing import Model, classes_of, shape_of
+from fewstep.errors import TrainingError
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.judge import judge, prepare
@@ -239,10 +242,13 @@ def _opened(path: str | Path) -> Trained:
     if found is None:
         raise FileNotFoundError(f"the run in {path} has no checkpoint yet: `fewstep train {path}` goes on with it")
     recipe, saved = recipe_of(path), checkpoints.load(found)
+    known = saved.state["fingerprint"]
+    if not known.get("data_shape"):
+        raise TrainingError(f"{found} does not say what it was trained on: put its state.json back as it was")
     if not is_from_python(path):
-        folder.check_kept(path, saved.state["fingerprint"], recipe.fingerprint())
-    shape = tuple(saved.state["fingerprint"]["data_shape"])
-    with warnings.catch_warnings():
+        folder.check_kept(path, known, recipe.fingerprint())
+    shape = tuple(known["data_shape"])
+    with _opening(path), warnings.catch_warnings():
         # That some weights are new in the student was said when it was made, and they are loaded here.
         warnings.simplefilter("ignore")
         if is_from_python(path):
@@ -250,7 +256,6 @@ def _opened(path: str | Path) -> Trained:
         else:
             model = make_student(recipe.student, shape, _teacher(recipe), trains_map(recipe), recipe.seed)
     put_back(model, frozen(model), saved, "ema" if "ema" in saved.tensors else "model")
-    known = saved.state["fingerprint"]
     model.class_names = tuple(known.get("data_classes") or model.class_names)
     if moments := known.get("data_moments"):
         model.moments = tuple(moments)
@@ -274,6 +279,26 @@ def recipe_of(path: Path, tree: dict[str, Any] | None = None) -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise in_one_line(error, Recipe) from None
+
+
+_OPENING: ContextVar[tuple[Path, ...]] = ContextVar("runs that are being opened", default=())
+
+
+@contextmanager
+def _opening(run: Path) -> Iterator[None]:
+    """While the models that a run was made from are opened, none of which it can be itself.
+
+    Raises:
+        ValueError: it is.
+    """
+    run = run.resolve()
+    if run in _OPENING.get():
+        raise ValueError(f"the run in {run} was made from itself, says its recipe: put recipe.yaml back as it was")
+    before = _OPENING.set((*_OPENING.get(), run))
+    try:
+        yield
+    finally:
+        _OPENING.reset(before)
 
 
 def load_run(path: str | Path, *, trust: bool = False) -> Model:

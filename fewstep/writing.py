@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import fewstep
 from fewstep.disk import put_right, replace_folder
 from fewstep.latents import Latents
+from fewstep.manifests import read_mark
 from fewstep.model_files import WEIGHT_FILES, WEIGHTS, check_weights, read_json
+from fewstep.options import read_yaml
 from fewstep.prompts import Prompts, encoder_class, text_parts
+from fewstep.reading import parse_json, read_text
 from fewstep.received import copy_file, is_place
 
 # In every folder that fewstep writes: it alone says that the folder may be replaced.
@@ -58,7 +59,7 @@ def is_ours(folder: Path) -> bool:
 def _said(file: Path) -> dict[str, Any]:
     """What a file says, which may be anybody's: nothing, if it is no JSON of keys."""
     try:
-        value = json.loads(file.read_text())
+        value = parse_json(read_text(file), str(file))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -69,14 +70,15 @@ def _needed_by(source: Any) -> list[tuple[str, Path]]:
     recipe = Path(source).expanduser() / "recipe.yaml" if isinstance(source, str | Path) else None
     if recipe is None or not recipe.is_file():
         return []
-    said = yaml.safe_load(recipe.read_text())
-    student, teacher = said.get("student") or {}, said.get("teacher") or {}
-    named = {
-        "student.start": student.get("start"),
-        "teacher.source": teacher.get("source"),
-        "teacher.guidance.weak": (teacher.get("guidance") or {}).get("weak"),
-    }
-    return [(key, Path(name).expanduser().resolve()) for key, name in named.items() if name]
+    said = read_yaml(recipe)
+    found = []
+    for key in ("student.start", "teacher", "teacher.source", "teacher.guidance.weak"):
+        value = said
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, str):
+            found.append((key, Path(value).expanduser().resolve()))
+    return found
 
 
 @contextmanager
@@ -93,8 +95,7 @@ def aside(folder: Path, moments: tuple[float, float] | None = None) -> Iterator[
 
 def moments_in(folder: Path) -> tuple[float, float] | None:
     """The moments that :func:`aside` kept."""
-    mean_and_std = read_json(folder / MARK).get("moments")
-    return None if mean_and_std is None else tuple(mean_and_std)
+    return read_mark(folder).moments
 
 
 def save_part(part: Any, folder: Path) -> None:

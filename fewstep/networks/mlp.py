@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from fewstep.networks.second_time import SecondTime, sinusoidal
 
+_WIDEST = 1 << 20
+
 
 class MLP(nn.Module):
     """``depth`` hidden layers of ``width``, with one time, ``net(x, t)``, or two, ``net(x, s, t)``.
@@ -16,13 +18,20 @@ class MLP(nn.Module):
         guidance: takes the strength of guidance as a condition ``guidance`` (B,); 1, which is none, if it is not given.
 
     Raises:
-        ValueError: when called with another number of times, or without the labels of its classes.
+        ValueError: no layer, or more and wider ones than fit anywhere; when called with another number of times, or
+            without the labels of its classes.
     """
 
     def __init__(
         self, dim: int, width: int = 256, depth: int = 4, times: int = 1, classes: int = 0, guidance: bool = False
     ) -> None:
         super().__init__()
+        for name, number, least, most in (
+            ("dim", dim, 1, _WIDEST), ("width", width, 1, _WIDEST), ("depth", depth, 1, 1000),
+            ("classes", classes, 0, _WIDEST),
+        ):  # fmt: skip
+            if not least <= number <= most:
+                raise ValueError(f"an MLP with {name} {number}: {least} to {most:,} can be made")
         self.config = {
             "dim": dim, "width": width, "depth": depth, "times": times, "classes": classes, "guidance": guidance,
         }  # fmt: skip

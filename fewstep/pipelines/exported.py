@@ -11,7 +11,7 @@ from diffusers import FlowMapEulerDiscreteScheduler, UNet2DModel
 
 from fewstep.errors import unknown
 from fewstep.latents import KNOWN_VAES
-from fewstep.model_files import plainly
+from fewstep.model_files import load_weights
 from fewstep.networks import two_times
 from fewstep.pipelines import flow_map
 
@@ -26,7 +26,8 @@ _BEFORE = {
 
 def has_part(index: dict[str, Any], name: str) -> bool:
     """Whether a ``model_index.json`` names a part; diffusers writes a pair of nulls for none."""
-    return (index.get(name) or (None, None))[1] is not None
+    part = index.get(name)
+    return isinstance(part, list) and len(part) == 2 and part[1] is not None
 
 
 def network_folder(index: dict[str, Any]) -> str:
@@ -41,6 +42,10 @@ def load_network(folder: Path, index: dict[str, Any], **kwargs: Any) -> Any:
         ValueError: a class that fewstep does not write.
     """
     part = network_folder(index)
+    if not has_part(index, part):
+        raise ValueError(
+            f"{folder / 'model_index.json'} names neither a unet nor a transformer: export the model again"
+        )
     name = index[part][1]
     known = {kind: getattr(two_times, kind) for kind in vars(two_times) if kind.startswith("TwoTime")}
     known |= {"UNet2DModel": UNet2DModel, **dict.fromkeys(_BEFORE, two_times.TwoTimeUNet2DModel)}
@@ -51,7 +56,7 @@ def load_network(folder: Path, index: dict[str, Any], **kwargs: Any) -> Any:
 
 def _loaded(kind: Any, folder: Path, options: dict[str, Any], **config: Any) -> Any:
     """A model of diffusers with the weights in its folder."""
-    model = kind.from_pretrained(folder, **{**plainly(kind), **options}, **config)
+    model = load_weights(kind, folder, **options, **config)
     dtype = options.get("dtype") or options.get("torch_dtype")
     # The plain way of loading leaves some as they are saved.
     return model if dtype is None or model.dtype == dtype else model.to(dtype)

@@ -7,19 +7,22 @@ that checkpoints that went missing are noticed.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.errors import TrainingError
+from fewstep.errors import TrainingError, shown
+from fewstep.reading import parse_json, read_text
 from fewstep.received import plain_name
 from fewstep.write_errors import WriteError, write_error
 
@@ -109,12 +112,15 @@ def load(path: Path) -> Checkpoint:
     state = read_state(path)
     if fault := _fault(path, state):
         raise TrainingError(_way_out(path, fault))
-    # Cloned out of the memory map: the file may be deleted while training goes on.
-    tensors = {
-        name.removesuffix(".safetensors"): {key: value.clone() for key, value in load_file(path / name).items()}
-        for name in state["files"]
-    }
-    return Checkpoint(path, state["step"], tensors, state)
+    return Checkpoint(path, state["step"], {Path(name).stem: _tensors(path / name) for name in state["files"]}, state)
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        # Cloned out of the memory map: the file may be deleted while training goes on.
+        return {key: value.clone() for key, value in load_file(file).items()}
+    except SafetensorError as error:  # whole, by its hash, and yet no safetensors
+        raise TrainingError(_way_out(file.parent, f"{file} is damaged ({error})")) from None
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -183,14 +189,56 @@ def _seal(state: dict[str, Any]) -> str:
 def _unseal(file: Path) -> dict[str, Any] | str:
     """The state, or what is wrong with it."""
     try:
-        sealed = json.loads(file.read_text())
-        if sealed == json.loads(_seal(sealed["state"])):
-            return sealed["state"]
+        sealed = parse_json(read_text(file), str(file))
+        if sealed != parse_json(_seal(sealed["state"]), ""):
+            return f"{file} is damaged"
+        return {"fingerprint": {}, **_State.model_validate(sealed["state"]).model_dump(exclude_unset=True)}
     except FileNotFoundError:
         return f"{file} is missing"
-    except (ValueError, KeyError, TypeError):
-        pass
-    return f"{file} is damaged"
+    except OSError as error:
+        return f"{file} cannot be read ({error.strerror})"
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        return f"{file} is damaged ({'.'.join(map(str, first['loc']))} is {shown(first['input'])})"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return f"{file} is damaged"
+
+
+class _Whole(BaseModel):
+    """What a checkpoint says of one of its files."""
+
+    bytes: int
+    sha256: str
+
+
+def _moments(moments: list[float]) -> list[float]:
+    if not (all(map(math.isfinite, moments)) and moments[1] > 0):
+        raise ValueError("a mean and a standard deviation are needed")
+    return moments
+
+
+class _Fingerprint(BaseModel):
+    """What decided a run: of its data, what the model has to know."""
+
+    model_config = ConfigDict(extra="allow")
+    data_shape: list[Annotated[int, Field(gt=0)]] | None = None
+    data_classes: list[str] | None = None
+    data_moments: Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_moments)] | None = None
+
+
+class _State(BaseModel):
+    """What every checkpoint says, of whatever version; the rest is for those who read it."""
+
+    model_config = ConfigDict(extra="allow")
+    step: int = Field(ge=0)
+    files: dict[str, _Whole]
+    seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    losses: dict[str, float] = {}
+    sums: dict[str, tuple[float, float]] = {}
+    optimizers: dict[str, list[dict[str, Any]]] = {}
+    scaler: dict[str, Any] = {}
+    fingerprint: _Fingerprint = _Fingerprint()
+    frozen: tuple[float, float] | None = None
 
 
 def _fault(path: Path, state: dict[str, Any]) -> str | None:
@@ -200,7 +248,7 @@ def _fault(path: Path, state: dict[str, Any]) -> str | None:
             file = path / plain_name(name, path / "state.json")
         except ValueError as error:
             return str(error)
-        if not file.exists():
+        if not file.is_file():
             return f"{file} is missing"
         if (size := file.stat().st_size) != expected["bytes"]:
             return f"{file} is damaged: it has {size} bytes where {expected['bytes']} were written"

@@ -11,10 +11,11 @@ from torch import nn
 
 import fewstep
 from fewstep.data.batch import Around, Data
-from fewstep.described import code_named, describe, made_again
+from fewstep.described import check_description, code_named, describe, made_again
 from fewstep.disk import replace_file
 from fewstep.fields import Guided, VelocityField, unguided
 from fewstep.maps import FlowMap
+from fewstep.model_files import read_json
 from fewstep.objectives.base import Objective
 from fewstep.training.folder import write_recipe
 from fewstep.training.run import frozen
@@ -78,19 +79,20 @@ def student_of(run: Path) -> Any:
     Raises:
         ValueError: what it lacked when it was started.
     """
-    facts = json.loads((run / STUDENT).read_text())
+    facts = read_json(run / STUDENT)
     if why := facts.get("lacks"):
         raise ValueError(f"the run in {run} can only be gone on with, by the same call of fewstep.fit: {why}")
+    check_description(facts, str(run / STUDENT))
     check_folder(run, run / STUDENT, code_named(facts))
-    model: Any = made_again(facts)
-    if facts["latents"]:
+    model: Any = made_again(facts, str(run / STUDENT))
+    if facts.get("latents"):
         from fewstep.latents import Latents
 
-        model.latents = Latents(facts["latents"])
-    if facts["text"]:
+        model.latents = Latents(str(facts["latents"]))
+    if facts.get("text"):
         from fewstep.prompts import Prompts
 
-        model.text = Prompts(facts["text"])
+        model.text = Prompts(str(facts["text"]))
     return model
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.errors import refused
+from fewstep.model_files import put_in
 from fewstep.objectives.base import Objective
 from fewstep.training import checkpoints
 from fewstep.training.checkpoints import Checkpoint, Tensors
@@ -90,16 +92,18 @@ class Run:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where the checkpoint was taken."""
         tensors, state = checkpoint.tensors, checkpoint.state
-        self.objective.load_state_dict(tensors.get("objective", {}))
         still = frozen(self.student)
         for group, model in self._models.items():
             put_back(model, still, checkpoint, group)
-        for player, optimizer in self.optimizers.items():
-            _unflatten(optimizer, tensors[f"optimizer-{player}"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds, self.losses = checkpoint.step, state["seconds"], state["losses"]
-        self.threads = state.get("threads") or torch.get_num_threads()  # that of a run from before it was kept
-        self.meter.sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
+        wrong = f"{checkpoint.path} is no checkpoint that this run can go on from"
+        with refused(wrong, "put the file back, or start again (resume=False)"):
+            self.objective.load_state_dict(tensors.get("objective", {}))
+            for player, optimizer in self.optimizers.items():
+                _unflatten(optimizer, tensors[f"optimizer-{player}"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.seconds, self.losses = checkpoint.step, state["seconds"], state["losses"]
+            self.threads = state.get("threads") or torch.get_num_threads()  # that of a run from before it was kept
+            self.meter.sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def put_back(model: nn.Module, still: Mapping[str, Tensor], checkpoint: Checkpoi
 
     Raises:
         ValueError: the weights that stood still are others than in the training, so that the rest is worth nothing.
-        RuntimeError: a weight is missing, not known, or of another shape, as ``load_state_dict`` says it.
+        ValueError: a weight is missing, not known, or of another shape.
     """
     if (expected := checkpoint.state.get("frozen")) is not None:
         norm = max(expected[0], 1e-12)
@@ -154,7 +158,8 @@ def put_back(model: nn.Module, still: Mapping[str, Tensor], checkpoint: Checkpoi
             )
     weights = checkpoint.tensors.get(group, {})
     own = model.state_dict()
-    model.load_state_dict({**{name: own[name] for name in still}, **weights})
+    wrong = f"the weights in {checkpoint.path} are not those of the student that the recipe describes"
+    put_in(model, {**{name: own[name] for name in still}, **weights}, wrong)
 
 
 def mark(weights: Iterable[Tensor]) -> list[float]:

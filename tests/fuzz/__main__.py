@@ -41,7 +41,9 @@ def main() -> int:
         start, faults = time.monotonic(), []
         for number, fault in bounds.run_all([drawn[i] for i in chosen], Path(place), args.jobs):
             if args.only is not None:
-                print(f"{cases.shown(drawn[chosen[number]])}\n{fault.kind if fault else 'good'}\n{fault and fault.said}\n")
+                print(
+                    f"{cases.shown(drawn[chosen[number]])}\n{fault.kind if fault else 'good'}\n{fault and fault.said}\n"
+                )
             if fault is not None:
                 faults.append((chosen[number], fault))
         if args.faults is not None:

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fuzz.cases import Case
-from fuzz.edits import apply
-
 import fewstep
 from fewstep import cli
+from fuzz.cases import Case
+from fuzz.edits import apply
 
 CPU = 10  # seconds
 MEMORY = 500  # megabytes
@@ -176,6 +175,8 @@ def judged(argv: list[str]) -> dict[str, Any]:
 def _is_own(error: BaseException) -> bool:
     """Whether fewstep raised it on purpose: by a ``raise`` of its own."""
     frames = traceback.extract_tb(error.__traceback__)
+    if not frames:  # made in the place of another
+        return True
     last = frames[-1]
     return Path(last.filename).is_relative_to(_CODE) and "raise " in linecache.getline(last.filename, last.lineno or 0)
 

@@ -41,18 +41,18 @@ def apply(edit: Edit) -> None:
         _seal(file)
 
 
-def kinds_for(file: str) -> list[str]:
-    """The edits that make sense for a file."""
-    kinds = ["text", "cut", "flip", "bytes", "empty", "gone", "folder", "pipe", "loop"]
+def kinds_for(file: str) -> list[list[str]]:
+    """The edits that make sense for a file, in groups that are as likely as each other."""
+    groups = [["text", "cut", "flip", "bytes", "empty", "gone", "folder", "pipe", "loop"]]
     suffix = Path(file).suffix
     if suffix in TREES:
         # Values above all: what is no tree any more is refused by its reader, and there is but one of those.
-        kinds += ["set", "set", "set", "set", "set", "set", "drop", "drop", "add", "rename", "wrap", "nest", "bomb"] * 2
+        groups += [["set"], ["set"], ["set"], ["set"], ["drop", "add", "rename", "wrap"], ["nest", "bomb"]]
     if suffix in TENSORS:
-        kinds += ["reshape", "cast", "poison", "lose", "extra", "lie"] * 3
+        groups += [["reshape", "cast", "poison", "lose", "extra", "lie"]] * 2
     if suffix in ARRAYS:
-        kinds += ["array"] * 6
-    return kinds
+        groups += [["array"]] * 2
+    return groups
 
 
 def _read(file: Path) -> Any:
@@ -83,7 +83,7 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
 def _in_tree(change: Callable[[Any, Any, Any], None]) -> Callable[[Path, int, Any], None]:
     def edit(file: Path, where: int, value: Any) -> None:
         tree = {"": _read(file)}
-        places = [place for place in _places(tree)][1:]
+        places = list(_places(tree))[1:]
         if places:
             change(*places[where % len(places)], value)
             _write(file, tree[""])
@@ -125,14 +125,20 @@ def _nest(file: Path, where: int, _: Any) -> None:
 
 
 def _bomb(file: Path, where: int, _: Any) -> None:
-    """Aliases (YAML) and merges that stand for a billion values, aliases that hold themselves, numbers of many digits."""
+    """Aliases and merges of YAML that stand for a billion values, aliases that hold themselves, odd numbers."""
     level = "[" + ", ".join(["*x{i}"] * 9) + "]"
     aliases = "x0: &x0 [lol]\n" + "".join(f"x{i + 1}: &x{i + 1} {level.format(i=i)}\n" for i in range(9))
     merges = "x0: &x0 {a: 1}\n" + "".join(
         f"x{i + 1}: &x{i + 1} {{<<: {level.format(i=i)}, b{i}: *x{i}}}\n" for i in range(9)
     )
     loops = "x: &x [*x]\n", "x: &x {<<: *x}\n", "&x {data: *x, name: *x}\n", "? &x [*x]\n: 1\n"
-    odd = f"name: {'9' * 5000}\n", "name: 2020-99-99\n", "name: !!binary '*'\n", "name: !!python/name:os.sep\n", "=: =\n"
+    odd = (
+        f"name: {'9' * 5000}\n",
+        "name: 2020-99-99\n",
+        "name: !!binary '*'\n",
+        "name: !!python/name:os.sep\n",
+        "=: =\n",
+    )
     bombs = [aliases, merges, *loops, *odd, f"name: {'1:' * 3000}1\n", f"{'a: ' * 50}", "name: !!timestamp x\n"]
     bomb = bombs[where % len(bombs)]
     file.write_text(bomb + (file.read_text() if where % 2 and file.suffix == ".yaml" else ""))

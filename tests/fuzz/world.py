@@ -69,7 +69,7 @@ RECIPES = {"points": _POINTS, "flow": _FLOW, "own": _OWN, "images": _IMAGES, "ma
 
 def build(folder: Path) -> None:
     """Fill an empty folder."""
-    with chdir(folder), open(os.devnull, "w") as nowhere:
+    with chdir(folder):
         _data(Path("data"))
         _models(Path("models"))
         Path("recipes").mkdir()
@@ -83,14 +83,14 @@ def build(folder: Path) -> None:
             "reflow runs/flow --count 8 --steps 1 --out data/pairs",
             "encode --teacher models/dit --data data/photos --size 16 --out data/encoded --device cpu",
         ):
-            if code := _quietly(words.split(), nowhere):
+            if code := _quietly(words.split()):
                 raise RuntimeError(f"fewstep {words} ended with {code}: fuzz.world does not stand")
 
 
-def _quietly(words: list[str], nowhere: Any) -> int:
-    """A command, its output thrown away unless it fails: what is written at a lower level than sys.stdout too."""
+def _quietly(words: list[str]) -> int:
+    """A command, its output thrown away unless it fails."""
     kept = os.dup(1), os.dup(2)
-    log = Path("log").open("w+")
+    log = Path("log").open("w+")  # noqa: SIM115
     try:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)

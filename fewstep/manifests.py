@@ -1,0 +1,111 @@
+"""What the files that fewstep writes beside a model's weights say, checked as they are read: they may come from
+anybody, and may have been changed."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fewstep.model_files import read_json
+from fewstep.parsing import checked
+
+AGAIN = "export the model again"
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Above = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0, le=1 << 24)]
+Part = tuple[str | None, str | None]
+
+
+class Said(BaseModel):
+    """The keys that fewstep reads; there may be others."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class Mark(Said):
+    """``fewstep.json``: the mark of a folder that fewstep wrote."""
+
+    moments: tuple[Finite, Above] | None = None
+
+
+class Diffusion(Said):
+    """What the network of an export speaks; ``fewstep.exporting.diffusion_of`` writes it."""
+
+    prediction_type: Literal["velocity", "epsilon", "sample", "v_prediction"]
+    timesteps: Above | None = None
+    ends_in_noise: bool = False
+    log_ratios: Annotated[list[Finite], Field(min_length=2, max_length=1_000_000)] | None = None
+    sigma_data: Above | None = None
+    sigma_min: Above | None = None
+    sigma_max: Above | None = None
+
+
+class MapIndex(Said):
+    """``model_index.json`` of a flow map."""
+
+    unet: Part | None = None
+    transformer: Part | None = None
+    vae: Part | None = None
+    diffusion: Diffusion | None = None
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.0
+    guidance: Finite | None = None
+    shape: Annotated[tuple[Count, ...], Field(min_length=2, max_length=4)] | None = None
+    text: dict[str, Any] | None = None
+
+
+class Made(Said):
+    """A class and what it was made with."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+
+class Network(Made):
+    """A network of fewstep's own by its options, or one around a model of diffusers by its class and config."""
+
+    model: str | None = None
+    config: dict[str, Any] = {}
+    size: int | tuple[int, ...] | None = None
+
+
+class Scheduler(Said):
+    name: str
+    config: dict[str, Any]
+
+
+class Described(Said):
+    """A model in words, as ``fewstep.described`` has it."""
+
+    class_name: Literal["FlowMap", "NetworkField"] = Field(alias="_class_name")
+    network: Network
+    native: Made
+    path: Made
+    prediction: str
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.0
+    guidance: Finite | None = None
+    scheduler: Scheduler | None = None
+
+
+class FlowTimes(Said):
+    """``scheduler_config.json`` of a flow."""
+
+    num_train_timesteps: Above
+
+
+def read_mark(folder: Path) -> Mark:
+    return _read(Mark, folder / "fewstep.json")
+
+
+def read_map_index(folder: Path) -> MapIndex:
+    return _read(MapIndex, folder / "model_index.json")
+
+
+def read_timesteps(folder: Path) -> float:
+    """How many timesteps the scheduler of an export counts."""
+    return _read(FlowTimes, folder / "scheduler" / "scheduler_config.json").num_train_timesteps
+
+
+def _read(kind: Any, file: Path) -> Any:
+    """Raises ``ValueError`` where a key is not what it should be, with its name."""
+    return checked(kind, read_json(file), file, AGAIN)

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # What is plotted, the first that there is heading the report.
-_PLOTTED = ("fid", "fd", "rmse", "sliced_w2")
+_PLOTTED = ("fid", "fd", "rmse", "error_median", "sliced_w2")
 # What a metric is called in reports.
 LABELS = {
     "rmse": "RMSE to the end points of the teacher's ODE",
+    "error_median": "median distance to the end points of the teacher's ODE",
     "sliced_w2": "sliced W2 to the data",
     "fd": "Frechet distance to the data",
     "fid": "FID",

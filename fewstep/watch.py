@@ -10,7 +10,7 @@ from torch import Tensor
 from fewstep.data.batch import Data
 from fewstep.evaluation.diagnostics import teacher_states
 from fewstep.evaluation.plots import image_grid, png, points_figure
-from fewstep.evaluation.points import rmse
+from fewstep.evaluation.points import error_quantiles, rmse
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.parts import strength_of
@@ -27,7 +27,8 @@ _SHARE, _FIRST = 0.05, 0.25  # of a training's time that pictures take; seconds 
 
 class Watch:
     """A callback of ``fit``: draws ``samples/step-XXXXXXXX.png`` and logs ``rmse@N``, the root mean squared distance of
-    N-step samples to the end points of the teacher's ODE, from the same noise.
+    N-step samples to the end points of the teacher's ODE, from the same noise; of points its median and 99 % quantile,
+    ``error_median@N`` and ``error_99@N``, too.
 
     Pictures are drawn of images with 1 or 3 channels (a row for each step count, the last the teacher's), of latents as
     their VAE decodes them, and of points in the plane; other samples are only measured.
@@ -75,7 +76,11 @@ class Watch:
             if self._ends is None:
                 some = {name: value[few] for name, value in cond.items()}
                 self._ends = teacher_states(self.teacher, noise[few], torch.ones(1), **some)[-1]
-            found = {f"rmse@{n}": rmse(samples[few], self._ends) for n, samples in drawn.items()}
+            for n, samples in drawn.items():
+                found[f"rmse@{n}"] = rmse(samples[few], self._ends)
+                if is_plane:  # where there are enough to say
+                    median, most = error_quantiles(samples[few], self._ends)
+                    found |= {f"error_median@{n}": median, f"error_99@{n}": most}
 
         file = self.out / "samples" / f"step-{step:08d}.png"
         if is_plane:

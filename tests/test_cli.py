@@ -248,7 +248,9 @@ def test_evaluate_and_compare(here: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["compare", "runs/one", "runs/two", "--out", "side"]) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("one", "two", "teacher", "rmse"))
-    assert {f.name for f in (here / "side").iterdir()} == {"compare.html", "rmse.png", "sliced_w2.png"}
+    assert {f.name for f in (here / "side").iterdir()} == {
+        "compare.html", "rmse.png", "error_median.png", "sliced_w2.png",
+    }  # fmt: skip
     assert main(["evaluate", "runs/two", "--count", "10"]) == 0
     assert main(["compare", "runs/one", "runs/two", "--out", "apart"]) == 0
     said = capsys.readouterr()

@@ -89,7 +89,7 @@ def test_two_methods_two_seeds_side_by_side_and_never_trained_twice(
     out = recipe.parent / "side"
     folders = ["ITVM-seed0", "ITVM-seed1", "LMD-ends=0.1-seed0", "LMD-ends=0.1-seed1"]
     files = ["budget.json", "compare.html", "compare.json", "compare.md"]
-    pictures = ["energy.png", "histogram_kl.png", "rmse.png", "sliced_w2.png"]
+    pictures = ["energy.png", "histogram_kl.png", "rmse.png", "sliced_w2.png", "error_99.png", "error_median.png"]
     assert sorted(f.name for f in out.iterdir()) == sorted([*folders, *files, *pictures])
     assert len(lines) == 5
     assert lines[1].startswith("ITVM          seed 0  3 steps  loss ")

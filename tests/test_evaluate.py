@@ -12,7 +12,8 @@ from fewstep.evaluation.evaluate import Evaluation, compare, evaluate
 from fewstep.evaluation.extractor import extract
 from fewstep.evaluation.features import FeatureStatistics, frechet_distance, precision_recall
 from fewstep.evaluation.inception import Inception
-from fewstep.evaluation.points import rmse
+from fewstep.evaluation.measure import ENDS
+from fewstep.evaluation.points import error_quantiles, rmse
 from fewstep.exact import GaussianField, eight_gaussians
 from fewstep.fields import Guided, NetworkField
 from fewstep.maps import FlowMap
@@ -80,6 +81,8 @@ def test_an_exact_map_is_exact_at_any_step_count_and_its_teacher_as_far_off_as_e
     noise = sample_noise((300, 2), sample_generators(0, range(300)))
     by_hand = rmse(noise + field(noise, 0.0), field.flow(noise, 0.0, 1.0))
     assert found.rows[2]["rmse"] == pytest.approx(by_hand, rel=1e-5)
+    ends = error_quantiles(noise + field(noise, 0.0), field.flow(noise, 0.0, 1.0))
+    assert [found.rows[2][name] for name in ENDS[1:]] == pytest.approx(ends, rel=1e-5)
     assert found.rows[3]["rmse"] < 0.5 * by_hand
     # The exact map is as good as data; one Euler step makes a single point of them (its velocity is mean - x).
     assert found.rows[0]["sliced_w2"] < 3 * found.floor["sliced_w2"] + 0.02
@@ -275,11 +278,12 @@ def test_json_table_and_comparison(field: GaussianField):
     assert (back.rows, back.floor, back.facts, back.samples) == (one.rows, one.floor, one.facts, {})
 
     columns, rows = one.table()
-    assert columns == ["model", "steps", "nfe", "rmse", "sliced_w2", "energy", "histogram_kl"]
+    assert columns == ["model", "steps", "nfe", *ENDS, "sliced_w2", "energy", "histogram_kl"]
     assert rows[0][:3] == ["student", 1, 1]
-    assert rows[-1] == ["data", None, None, None, *one.floor.values()]
+    assert rows[-1] == ["data", *[None] * 5, *one.floor.values()]
     assert two.table()[1][-1][0] == "teacher"  # rmse has no floor
 
+    assert set(ENDS) <= set(two.rows[0])  # RMSE never stands alone
     two.rows[2] = dict(one.rows[2])
     two.rows[3] = dict(one.rows[3])
     columns, rows = compare({"exact": one, "shifted": two})
@@ -316,7 +320,7 @@ def test_extractors_with_other_weights_are_not_compared():
         ({"count": 3}, "3 samples against 3 rows of data: at least 4"),
         ({"data": torch.zeros(2, 2)}, "against 2 rows of data"),
         ({"metrics": ["rsme"]}, "unknown metric 'rsme': did you mean 'rmse'"),
-        ({"metrics": ["fd"]}, "'fd' cannot be had here, only rmse, sliced_w2, energy, histogram_kl"),
+        ({"metrics": ["fd"]}, "'fd' cannot be had here, only rmse, error_median, error_99, sliced_w2"),
         ({"metrics": []}, "nothing to measure"),
         ({"teacher": None}, "evaluate needs data"),
         ({"teacher": nn.Identity(), "data": torch.zeros(9, 2)}, "the teacher is a VelocityField, not a Identity"),

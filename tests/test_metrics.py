@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fewstep.evaluation import points
-from fewstep.evaluation.points import energy_distance, histogram_kl, mmd, rmse, sliced_wasserstein
+from fewstep.evaluation.points import energy_distance, error_quantiles, histogram_kl, mmd, rmse, sliced_wasserstein
 
 
 def normal(rows: int, dims: int = 2, seed: int = 0) -> torch.Tensor:
@@ -16,6 +16,19 @@ def normal(rows: int, dims: int = 2, seed: int = 0) -> torch.Tensor:
 def quantiles(rows: int) -> torch.Tensor:
     """A normal sample without noise: one point in the middle of each of ``rows`` equally likely slices, (rows, 1)."""
     return torch.special.ndtri((torch.arange(rows, dtype=torch.float64) + 0.5) / rows)[:, None]
+
+
+def test_a_few_rows_that_are_far_off_rule_the_rmse_alone():
+    x, y = torch.zeros(1001, 2), torch.zeros(1001, 2)
+    y[:, 0] = torch.arange(1001) / 1e4
+    y[-5:, 0] = 4.0
+    assert rmse(x, y) > 0.28
+    assert error_quantiles(x, y) == pytest.approx([0.05, 0.099], abs=1e-6)
+    away = (x - y).double().norm(dim=1)
+    shares = [0.0, 0.123, 0.5, 0.99, 1.0]
+    expected = torch.quantile(away, torch.tensor(shares, dtype=torch.float64)).tolist()
+    assert error_quantiles(x, y, shares) == pytest.approx(expected, abs=1e-12)
+    assert error_quantiles(x[:1], y[:1] + 1) == pytest.approx([2**0.5] * 2)
 
 
 def test_rmse_sums_over_components():

@@ -80,7 +80,8 @@ def test_a_run_leaves_a_whole_folder(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [f.name for f in sorted((out / "samples").iterdir())] == [f"step-0000000{n}.png" for n in (2, 4, 6)]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "rmse@1" in line] == [2, 4, 6]
+    for name in ("rmse@1", "error_median@1", "error_99@1"):
+        assert [line["step"] for line in lines if name in line] == [2, 4, 6]
     assert load_recipe(out).student.options == {"width": 16, "depth": 2}
     assert done.evaluation is not None
     kept = Evaluation.from_json((out / "quality.json").read_text())

@@ -4,7 +4,7 @@ from fewstep.evaluation.diagnostics import Diagnosis, diagnose, endpoint_rmse, t
 from fewstep.evaluation.extractor import SmallClassifier, accuracy, extract, trained_classifier
 from fewstep.evaluation.features import FeatureStatistics, frechet_distance, kid, precision_recall
 from fewstep.evaluation.inception import inception
-from fewstep.evaluation.points import energy_distance, histogram_kl, mmd, rmse, sliced_wasserstein
+from fewstep.evaluation.points import energy_distance, error_quantiles, histogram_kl, mmd, rmse, sliced_wasserstein
 from fewstep.evaluation.report import write_report
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "diagnose",
     "endpoint_rmse",
     "energy_distance",
+    "error_quantiles",
     "extract",
     "frechet_distance",
     "histogram_kl",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fewstep.data.batch import Batch, Data
 from fewstep.data.given import as_data
 from fewstep.data.toy import Toy
-from fewstep.evaluation.measure import METRICS, Judge, choose_metrics, possible_metrics
+from fewstep.evaluation.measure import ENDS, METRICS, Judge, choose_metrics, possible_metrics
 from fewstep.exact import ExactField
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
@@ -128,7 +128,7 @@ def evaluate(
     names = choose_metrics(metrics, possible)
 
     solved = 0
-    if teacher is not None and "rmse" in names:
+    if teacher is not None and any(name in ENDS for name in names):
         is_dear = len(data.shape) == 3 and not isinstance(teacher, ExactField)
         solved = min(count, _SOLVED) if is_dear else count
     plan: list[tuple[str, FlowMap | VelocityField, int]] = [("student", model, n) for n in steps]
@@ -156,7 +156,7 @@ def evaluate(
                 values, shown = judge.measure(_sampled(role, who, n, starts.of(who, count), tick), names)
             rows.append({"model": role, "steps": n, "nfe": round(made.rows / count), **values})
             samples[f"{role} {n}"] = shown
-        floor, also = {}, [n for n in names if n != "rmse" and (n != "accuracy" or "class_labels" in known)]
+        floor, also = {}, [n for n in names if n not in ENDS and (n != "accuracy" or "class_labels" in known)]
         if len(second) == len(first):
             floor, _ = judge.measure(_gather(data, second, seed, 1, is_large), also)
     facts = {

@@ -11,9 +11,11 @@ from fewstep.errors import unknown
 from fewstep.evaluation.extractor import accuracy, extract
 from fewstep.evaluation.features import FeatureStatistics, frechet_distance, kid, precision_recall
 from fewstep.evaluation.inception import Inception
-from fewstep.evaluation.points import energy_distance, histogram_kl, sliced_wasserstein
+from fewstep.evaluation.points import energy_distance, histogram_kl, quantiles, sliced_wasserstein
 
-METRICS = ("rmse", "sliced_w2", "energy", "histogram_kl", "fd", "fid", "kid", "precision", "recall", "accuracy")
+# Of the distances to the end points, row by row: their root mean square, their median, and what 99 % are below.
+ENDS = ("rmse", "error_median", "error_99")
+METRICS = (*ENDS, "sliced_w2", "energy", "histogram_kl", "fd", "fid", "kid", "precision", "recall", "accuracy")
 _CLOUD = 16_000  # rows of a cloud that are sorted along every direction
 _PAIRS = 5_000  # rows of which all pairs are compared
 _SHOWN = 64
@@ -23,7 +25,7 @@ def possible_metrics(
     shape: Sequence[int], has_teacher: bool, extractor: nn.Module | None, has_labels: bool
 ) -> tuple[str, ...]:
     """The metrics that samples of this shape can have."""
-    names = ["rmse"] if has_teacher else []
+    names = [*ENDS] if has_teacher else []
     if len(shape) != 3:
         names += ["sliced_w2", "energy", "histogram_kl"] if tuple(shape) == (2,) else ["sliced_w2", "energy"]
     if extractor is not None:
@@ -48,7 +50,8 @@ def choose_metrics(metrics: Sequence[str] | None, possible: Sequence[str]) -> tu
                 "kid, precision and recall need images and an extractor (fid: FID's own), accuracy labels besides; "
                 "the others need points (histogram_kl: in the plane)"
             )
-    names = tuple(name for name in possible if metrics is None or name in metrics)
+    asked = possible if metrics is None else (*metrics, *(ENDS if "rmse" in metrics else ()))
+    names = tuple(name for name in possible if name in asked)
     if not names:
         raise ValueError("there is nothing to measure: give a teacher, or for images an extractor")
     return names
@@ -72,7 +75,7 @@ class Judge:
         self.decode = decode
         # As Any: whether it has ``classify`` was seen to when the metrics were chosen.
         self.extractor: Any = extractor
-        self.compares = any(name not in ("rmse", "accuracy") for name in names)
+        self.compares = any(name not in (*ENDS, "accuracy") for name in names)
         self.ends: Tensor | None = None
 
     def learn(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
@@ -90,20 +93,24 @@ class Judge:
 
     def measure(self, batches: Iterable[Batch], names: Sequence[str]) -> tuple[dict[str, float], Tensor]:
         """The metrics of samples, with what was asked of them as conditions; and the first of the samples."""
-        views, shown, squares, right, done = [], [], 0.0, 0.0, 0
+        views, shown, squares, away, right, done = [], [], 0.0, [], 0.0, 0
+        is_held = self.ends is not None and any(name in ENDS for name in names)
         for part in batches:
             x = part.data
             views += self._view(x)
-            if "rmse" in names and self.ends is not None:
+            if is_held:
                 ends = self.ends[done : done + len(x)]
-                squares += float((x[: len(ends)].cpu().double() - ends.double()).square().sum())
+                error = (x[: len(ends)].cpu().double() - ends.double()).square()
+                squares += float(error.sum())
+                away.append(error.flatten(1).sum(1).sqrt())
             if "accuracy" in names:
                 right += accuracy(self.extractor, self._seen(x), part.cond["class_labels"]) * len(x)
             shown += [x.cpu()] if done < _SHOWN else []
             done += len(x)
         values = self._distances(torch.cat(views), names) if views else {}
-        if "rmse" in names and self.ends is not None:
-            values["rmse"] = (squares / len(self.ends)) ** 0.5
+        if is_held:
+            median, most = quantiles(torch.cat(away), (0.5, 0.99))
+            values |= {"rmse": (squares / len(self.ends)) ** 0.5, "error_median": median, "error_99": most}
         if "accuracy" in names:
             values["accuracy"] = right / done
         return {name: values[name] for name in names}, torch.cat(shown)[:_SHOWN]

@@ -28,6 +28,21 @@ def rmse(x: Tensor, y: Tensor) -> float:
     return float((x - y).square().sum(dim=1).mean().sqrt())
 
 
+def error_quantiles(x: Tensor, y: Tensor, shares: Sequence[float] = (0.5, 0.99)) -> list[float]:
+    """The vector errors ``|x_i - y_i|`` below which these shares of the rows lie: by default the median and the 99 %
+    quantile. A few rows beside a separatrix, whose end points part for good, rule the :func:`rmse` and not these."""
+    if x.shape != y.shape:
+        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} must have the same shape")
+    x, y = _pair(x, y)
+    return quantiles((x - y).norm(dim=1), shares)
+
+
+def quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
+    """Below which values these shares of them lie, linear between two; of any number of values."""
+    ordered, places = values.sort().values, [share * (len(values) - 1) for share in shares]
+    return [float(torch.lerp(ordered[int(p)], ordered[min(int(p) + 1, len(values) - 1)], p - int(p))) for p in places]
+
+
 def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256, seed: int = 0) -> float:
     """Sliced 2-Wasserstein distance: the root of the mean, over random directions, of the squared W2 distance of the
     projected clouds (Bonneel et al. 2015; POT). Moving a cloud by d makes it ``|d| / sqrt(D)`` on average.

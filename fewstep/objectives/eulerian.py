@@ -27,7 +27,8 @@ class EMD(_Eulerian):
 
     Args:
         teacher: the frozen field.
-        full: the gradient runs through all of it (the first paper), or not through ``(grad X) v`` (the second).
+        full: the gradient runs through all of it (the first paper), or not through ``(grad X) v`` (the second), which
+            costs less and did not hold: ``docs/methods/emd.md``.
         diagonal, times, ends, options: see :class:`TwoTime`.
     """
 
@@ -36,7 +37,7 @@ class EMD(_Eulerian):
     def __init__(
         self,
         teacher: VelocityField,
-        full: bool = False,
+        full: bool = True,
         diagonal: float = 0.25,
         times: str = "uniform",
         ends: float = 0.0,

@@ -94,12 +94,12 @@ class Judge:
     def measure(self, batches: Iterable[Batch], names: Sequence[str]) -> tuple[dict[str, float], Tensor]:
         """The metrics of samples, with what was asked of them as conditions; and the first of the samples."""
         views, shown, squares, away, right, done = [], [], 0.0, [], 0.0, 0
-        is_held = self.ends is not None and any(name in ENDS for name in names)
+        where = self.ends if any(name in ENDS for name in names) else None
         for part in batches:
             x = part.data
             views += self._view(x)
-            if is_held:
-                ends = self.ends[done : done + len(x)]
+            if where is not None:
+                ends = where[done : done + len(x)]
                 error = (x[: len(ends)].cpu().double() - ends.double()).square()
                 squares += float(error.sum())
                 away.append(error.flatten(1).sum(1).sqrt())
@@ -108,9 +108,9 @@ class Judge:
             shown += [x.cpu()] if done < _SHOWN else []
             done += len(x)
         values = self._distances(torch.cat(views), names) if views else {}
-        if is_held:
+        if where is not None:
             median, most = quantiles(torch.cat(away), (0.5, 0.99))
-            values |= {"rmse": (squares / len(self.ends)) ** 0.5, "error_median": median, "error_99": most}
+            values |= {"rmse": (squares / len(where)) ** 0.5, "error_median": median, "error_99": most}
         if "accuracy" in names:
             values["accuracy"] = right / done
         return {name: values[name] for name in names}, torch.cat(shown)[:_SHOWN]

@@ -2,6 +2,7 @@
 where fewstep is not."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 # Before torch is imported, and for the processes that tests start: one thread, as bits and times of tests hang on it.
@@ -17,6 +18,8 @@ from fewstep.maps import FlowMap
 from fewstep.objectives import two_time
 
 torch.set_num_threads(1)
+# Ctrl-C is heard, by them too: what nohup or a shell's background starts is told to ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

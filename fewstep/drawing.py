@@ -4,7 +4,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -212,7 +212,7 @@ def draw_batches(
     Raises:
         ValueError: at once, a strength of guidance that the model is not told, and as ``fewstep.sample``.
     """
-    device = next((value.device for value in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    device = next((value.device for value in chain(model.parameters(), model.buffers())), torch.device("cpu"))
     encoded = None
     if model.text is not None and asked.prompts:
         uses = Counter(str(asked[row].prompt) for rows in batches for row in rows)

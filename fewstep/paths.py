@@ -19,10 +19,12 @@ edm         ``s x1 - a x0``                -v, on the path of EDM (arXiv 2206.00
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fewstep.errors import unknown
 from fewstep.networks.held import HOLD
@@ -113,11 +115,7 @@ class Path:
     def hold_range(self, kind: str) -> tuple[float, float]:
         """The times between which networks of this path are trained, and a prediction of this kind determines both
         noise and data."""
-        lo, hi = self.reach
-        lo = max(lo, -HOLD) if kind in ("noise", "score") else lo
-        hi = min(hi, HOLD) if kind == "data" else hi
-        ends = self.time_at(torch.tensor([lo, hi], dtype=torch.float64))
-        return float(ends[0]), float(ends[1])
+        return _hold_range(self, kind)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(alpha, sigma, alpha_dot, sigma_dot) at t."""
@@ -190,6 +188,15 @@ class Path:
                 "there, keep t away from that end"
             )
         return value
+
+
+@lru_cache(maxsize=256)
+def _hold_range(path: Path, kind: str) -> tuple[float, float]:
+    lo, hi = path.reach
+    lo = max(lo, -HOLD) if kind in ("noise", "score") else lo
+    hi = min(hi, HOLD) if kind == "data" else hi
+    ends = path.time_at(torch.tensor([lo, hi], dtype=torch.float64))
+    return float(ends[0]), float(ends[1])
 
 
 def _split_coefficients(path: Path, t: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -339,6 +346,10 @@ class Tabulated(Path):
         # At once: made at the first call, inside a derivative, it would be that derivative's, and no student with it
         # could be copied.
         vars(self)["_rising"] = table.flip(0)
+        vars(self)["_hash"] = hash((self.log_ratios, self.ends_in_noise))
+
+    def __hash__(self) -> int:
+        return vars(self)["_hash"]  # a thousand numbers are looked at once
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> "Tabulated":
@@ -523,6 +534,21 @@ def scaling(native: Path, kind: str, path: Path, t: Tensor) -> Scaling:
     Raises:
         ValueError: at t = 1 on a variance-preserving path, where the velocity is infinite.
     """
+    # A sampler asks for one time at all rows, and for the same times again: there that of one row is kept. On a GPU
+    # the number would have to be waited for.
+    is_plain = not torch.is_grad_enabled() and forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
+    if is_plain and t.device.type == "cpu" and t.stride() == (0,) and len(t):
+        kept = _scaling_at(native, kind, path, float(t[0]), t.dtype)
+        return Scaling(*(value.expand(len(t)) for value in (kept.into, kept.time, kept.skip, kept.out)))
+    return _scaling(native, kind, path, t)
+
+
+@lru_cache(maxsize=4096)
+def _scaling_at(native: Path, kind: str, path: Path, t: float, dtype: torch.dtype) -> Scaling:
+    return _scaling(native, kind, path, torch.tensor([t], dtype=dtype))
+
+
+def _scaling(native: Path, kind: str, path: Path, t: Tensor) -> Scaling:
     same = native.same_as(path)
     if same and kind in ("velocity", "flow"):
         one = torch.ones_like(t)

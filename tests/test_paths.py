@@ -520,3 +520,22 @@ def test_an_infinite_velocity_is_an_error():
 def test_unknown_kinds_are_named():
     with pytest.raises(ValueError, match="unknown prediction kind 'nois': did you mean 'noise'"):
         scaling(Linear(), "nois", Trigonometric(), torch.tensor([0.5]))
+
+
+def test_a_time_that_all_rows_share_is_scaled_once_and_to_the_same_numbers():
+    """Under no_grad, as samplers ask; a derivative in the time is never taken from what was kept."""
+    table = Tabulated(tuple(torch.linspace(4, -4, 100).tolist()))
+    for native, kind in ((VariancePreserving(), "noise"), (table, "v"), (Linear(), "data"), (Linear(), "flow")):
+        for time in (0.0, 0.3, 0.9):
+            asked = scaling(native, kind, Linear(), torch.full((3,), time))
+            with torch.no_grad():
+                kept = [scaling(native, kind, Linear(), torch.tensor(time).expand(3)) for _ in range(2)]
+                t = torch.tensor(time, dtype=torch.float64)
+                along = lambda t: scaling(native, kind, Linear(), t.expand(3)).out  # noqa: B023, E731
+                _, slope = torch.func.jvp(along, (t,), (torch.ones_like(t),))
+                along_rows = lambda t: scaling(native, kind, Linear(), t).out  # noqa: B023, E731
+                _, expected = torch.func.jvp(along_rows, (t.repeat(3),), (torch.ones(3, dtype=torch.float64),))
+            assert torch.equal(slope, expected)
+            for name in ("into", "time", "skip", "out"):
+                assert kept[0].out is not asked.out
+                torch.testing.assert_close(getattr(kept[1], name), getattr(asked, name), rtol=1e-6, atol=1e-7)

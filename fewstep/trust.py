@@ -67,7 +67,7 @@ def came_with(recipe: Path) -> Path | None:
     """The folder that a recipe file is a part of: a run, or an export of one; None for a file of its own."""
     for file in (recipe, recipe.resolve()):
         folder = file.parent
-        if any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+        if any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl", "run.json")):
             return folder
         export = folder.parent
         if folder.name == "training" and any((export / f).exists() for f in ("fewstep.json", "model_index.json")):
@@ -86,7 +86,8 @@ def check_code(name: str) -> None:
 
 
 def check_folder(folder: Path, recipe: Path, code: Mapping[str, str]) -> None:
-    """That the code which the recipe of a folder names may run; ``code`` is by its key, as :func:`code_in` gives it.
+    """That the code which a folder names may run, in its recipe or in another file ``recipe`` that says what is made;
+    ``code`` is by its key, as :func:`code_in` gives it.
 
     Raises:
         ValueError: nobody said so.
@@ -111,15 +112,15 @@ def remember(folder: Path, recipe: Path, code: Mapping[str, str]) -> None:
     places = [place for place in places if not _lies_in(place, folder)]
     if not places:
         return
-    home = folder.resolve()
-    _written[home] = {"folder": str(home), "recipe": _digest(recipe), "code": sorted(places)}
-    note = _note_of(home)
+    said = folder.resolve() / recipe.name
+    _written[said] = {"recipe": str(said), "sha256": _digest(recipe), "code": sorted(places)}
+    note = _note_of(said)
     try:
         note.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         aside = note.with_name(f".{note.name}.{os.getpid()}")
         aside.unlink(missing_ok=True)
         with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-            json.dump(_written[home], stream, indent=1)
+            json.dump(_written[said], stream, indent=1)
         aside.replace(note)
     except OSError as error:
         warnings.warn(
@@ -134,25 +135,26 @@ def _not_ours(folder: Path, recipe: Path, code: Mapping[str, str]) -> str:
     places = [_place(name) for name in code.values()]
     if any(_lies_in(place, folder) for place in places):
         return "it lies in that folder"
-    known = _known(folder.resolve())
+    known = _known(folder.resolve() / recipe.name)
     if known is None:
         return "the folder is not known to be written by you"
-    if known.get("recipe") != _digest(recipe):
+    if known.get("sha256") != _digest(recipe):
         return f"{recipe.name} is not as you wrote it"
     return "" if set(places) <= set(known.get("code", ())) else "it is not at the place where it was then"
 
 
-def _known(home: Path) -> dict[str, Any] | None:
+def _known(said: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(_note_of(home).read_text())
-    except (OSError, ValueError):
-        return _written.get(home)
-    return found if isinstance(found, dict) and found.get("folder") == str(home) else None
+        found = json.loads(_note_of(said).read_text())
+    except (OSError, ValueError, RecursionError):
+        return _written.get(said)
+    return found if isinstance(found, dict) and found.get("recipe") == str(said) else None
 
 
-def _note_of(home: Path) -> Path:
+def _note_of(said: Path) -> Path:
+    """The note of a recipe, by where it is: in a folder, under its name there."""
     state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
-    return state / "fewstep" / "runs" / f"{hashlib.sha256(str(home).encode()).hexdigest()[:32]}.json"
+    return state / "fewstep" / "runs" / f"{hashlib.sha256(str(said).encode()).hexdigest()[:32]}.json"
 
 
 def _place(name: str) -> str:

@@ -398,3 +398,17 @@ def test_bytecode_beside_a_file_is_not_what_runs(home: Path) -> None:
     kept.write_bytes(header + other)
     with pytest.raises(ValueError, match="is a str"):
         find_object(f"{file}:WHICH", fewstep.VelocityField)
+
+
+def test_each_file_of_a_folder_that_names_code_has_its_own_note(home: Path) -> None:
+    folder, code = home / "run", {"network": "theirs/code.py:network"}
+    folder.mkdir()
+    for name in ("recipe.yaml", "student.json"):
+        (folder / name).write_text(name)
+        trust.remember(folder, folder / name, code)
+    trust._written.clear()
+    for name in ("recipe.yaml", "student.json"):
+        trust.check_folder(folder, folder / name, code)
+    (folder / "config.json").write_text("")
+    with pytest.raises(ValueError, match="not known to be written by you"):
+        trust.check_folder(folder, folder / "config.json", code)

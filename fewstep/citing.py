@@ -140,7 +140,7 @@ def _recipe(recipe: Recipe) -> Iterator[Use]:
         yield "2106.09685", "the adapter that trains in the place of the weights (LoRA)"
     if recipe.student.image is not None:
         yield "2211.09800", "the image beside the state"
-    if recipe.coupling == "ot":
+    if recipe.coupling != "independent":
         yield "2302.00482", "the optimal-transport coupling"
     if (Path(recipe.data.name).expanduser() / FACTS).is_file():
         yield "2209.03003", "the pairs of noise and data that a model made (reflow)"

@@ -37,7 +37,16 @@ def couple(noise: Tensor, data: Tensor) -> Tensor:
     return noise[torch.from_numpy(columns).to(noise.device)]
 
 
-COUPLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ot": couple}
+def couple_within_labels(noise: Tensor, data: Tensor, labels: Tensor) -> Tensor:
+    """The same within the rows of each label (n,): so noise stays independent of the label, as sampling draws it."""
+    paired = torch.empty_like(noise)
+    for label in labels.unique():
+        rows = (labels == label).nonzero().flatten()
+        paired[rows] = couple(noise[rows], data[rows])
+    return paired
+
+
+COUPLINGS: dict[str, Callable[..., Tensor]] = {"ot": couple, "ot-within-labels": couple_within_labels}
 
 
 def uncoupled(data: Data) -> Data:
@@ -57,11 +66,12 @@ class Coupled(Around):
     said otherwise), so the assignment is within a chunk: results do not depend on how many processes share a batch,
     and a larger chunk couples better and costs more.
 
-    With conditions the pairing is biased: noise becomes dependent on the condition, and sampling draws it
-    independently. The score from a velocity (``VelocityField.score``) does not hold either way.
+    With conditions ``ot`` is biased: noise becomes dependent on the condition, and sampling draws it independently.
+    ``ot-within-labels`` pairs the rows of each class label alone: noise given a label stays normal, and much less is
+    straightened. The score from a velocity (``VelocityField.score``) does not hold either way.
 
     Args:
-        data: what is coupled. coupling: ``ot``, see :func:`couple`. ``independent`` needs no wrapper.
+        data: what is coupled. coupling: ``ot``, see :func:`couple`, or ``ot-within-labels``.
         group: rows assigned together at most; more, asked for at once, are assigned in groups of this size.
 
     Raises:
@@ -86,7 +96,12 @@ class Coupled(Around):
         if batch.noise is not None:
             raise self._paired()
         noise, assign = normal(batch.data, generator), COUPLINGS[self.coupling]
-        groups = zip(noise.split(self.group), batch.data.split(self.group), strict=True)
+        parts = [noise, batch.data]
+        if self.coupling == "ot-within-labels":
+            if "class_labels" not in batch.cond:
+                raise ValueError("coupling: ot-within-labels needs data with class labels: say ot, or independent")
+            parts.append(batch.cond["class_labels"])
+        groups = zip(*(part.split(self.group) for part in parts), strict=True)
         return Batch(batch.data, batch.cond, torch.cat([assign(*group) for group in groups]))
 
     def _paired(self) -> ValueError:

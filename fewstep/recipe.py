@@ -221,8 +221,9 @@ class Recipe(Section):
     teacher: Teacher | None = Field(default=None, description="what is distilled; none to train from data")
     student: Student = Field(default=Student.model_validate({}), description="what is trained")
     data: Named = Field(description="a data set by name or path, or `teacher`: its own samples stand in for data")
-    coupling: Literal["independent", "ot"] = Field(
-        default="independent", description="how noise is paired with data: ot, by optimal transport within a chunk"
+    coupling: Literal["independent", "ot", "ot-within-labels"] = Field(
+        default="independent",
+        description="how noise is paired with data: ot, by optimal transport (of a chunk, or within its labels)",
     )
     drop: Dropping | None = Field(default=None, description="conditions left out of some rows")
     objective: Named = Field(description="a method by name, or FILE.py:CLASS or MODULE:CLASS of one's own")

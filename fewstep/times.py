@@ -1,6 +1,7 @@
 """When: how training draws its times, and the grids that sampling steps along."""
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -8,28 +9,72 @@ from torch import Tensor
 from fewstep.errors import unknown
 from fewstep.randomness import Generators, uniform
 
-DISTRIBUTIONS = ("uniform", "logit-normal")
+# How times are distributed, and the numbers of each where none are said.
+_NUMBERS: dict[str, tuple[float, ...]] = {
+    "uniform": (), "logit-normal": (0.0, 1.0), "power": (1.0,), "mirrored-power": (1.0,), "gap": (0.0, 1.0),
+}  # fmt: skip
+DISTRIBUTIONS = tuple(_NUMBERS)
 GRIDS = ("uniform", "shifted", "quadratic")
 
 
+@cache
+def read_times(distribution: str) -> tuple[str, tuple[float, ...]]:
+    """The name and the numbers of a distribution, said as ``logit-normal`` or ``logit-normal(-0.4, 1)``.
+
+    Raises:
+        ValueError: it is not known, or not with these numbers.
+    """
+    name, bracket, rest = distribution.replace(" ", "").partition("(")
+    if name not in _NUMBERS:
+        raise unknown("distribution of times", distribution, DISTRIBUTIONS)
+    wanted = _NUMBERS[name]
+    try:
+        numbers = tuple(float(part) for part in rest.removesuffix(")").split(",")) if bracket else wanted
+    except ValueError:
+        numbers = ()
+    is_closed = bool(bracket) == rest.endswith(")")
+    spread = numbers[-1] if numbers else 1.0  # a deviation, or a power
+    if len(numbers) != len(wanted) or not is_closed or not all(map(math.isfinite, numbers)) or spread <= 0:
+        way = f"{name}({', '.join(f'{number:g}' for number in wanted)})" if wanted else name
+        raise ValueError(f"times {distribution!r}: say {way}, the last number above 0")
+    return name, numbers
+
+
 def draw_times(rows: int, generators: Generators, distribution: str = "uniform") -> Tensor:
-    """Times in [0, 1), shape (rows,): uniform, or logit-normal (arXiv 2403.03206: most of the weight in the middle).
+    """Times in [0, 1), shape (rows,):
+
+    * uniform;
+    * logit-normal(mean, deviation): ``sigmoid(mean + deviation z)``, most of the weight in the middle
+      (arXiv 2403.03206); mean > 0 is towards data, and noise levels that are lognormal(m, d) are logit-normal(-m, d)
+      on the linear path;
+    * power(k): density ``(k + 1) t^k``, towards data; mirrored-power(k): the same towards noise;
+    * gap(mean, deviation): says how long intervals are (:func:`draw_pairs`); single times are uniform.
 
     Raises:
         ValueError: if the distribution is not known.
     """
+    name, numbers = read_times(distribution)
     u = uniform(rows, generators)
-    if distribution == "uniform":
-        return u
-    if distribution == "logit-normal":
-        return torch.sigmoid(math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.999999, 0.999999)))
-    raise unknown("distribution of times", distribution, DISTRIBUTIONS)
+    match name:
+        case "logit-normal":
+            return _logit_normal(u, *numbers)
+        case "power":
+            return u ** (1 / (numbers[0] + 1))
+        case "mirrored-power":
+            return 1 - (1 - u) ** (1 / (numbers[0] + 1))
+    return u
+
+
+def _logit_normal(u: Tensor, mean: float, deviation: float) -> Tensor:
+    normal = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.999999, 0.999999))
+    return torch.sigmoid(mean + deviation * normal)
 
 
 def draw_pairs(
     rows: int, generators: Generators, distribution: str = "uniform", ends: float = 0.0, longest: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Pairs s <= t, each (rows,): two draws, sorted.
+    """Pairs s <= t, each (rows,): two draws, sorted; of ``gap(mean, deviation)`` first their length, logit-normal, then
+    their place, uniform (as in arXiv 2506.14603).
 
     Args:
         ends: with this probability s becomes 0, and with this one (of its own) t becomes 1: the times of one-step
@@ -39,7 +84,13 @@ def draw_pairs(
             the strip reaches.
     """
     first, second = (draw_times(rows, generators, distribution) for _ in range(2))
-    s, t = torch.minimum(first, second), torch.maximum(first, second)
+    name, numbers = read_times(distribution)
+    if name == "gap":
+        length = _logit_normal(first, *numbers)
+        s = second * (1 - length)
+        t = (s + length).clamp(max=1.0)
+    else:
+        s, t = torch.minimum(first, second), torch.maximum(first, second)
     if longest < 1:
         length = longest * (t - s)
         s = s * (1 - length) / (1 - (t - s)).clamp(min=1e-9)

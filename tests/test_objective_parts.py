@@ -25,6 +25,7 @@ from fewstep.objectives import (
     SCM,
     AlphaFlow,
     ConsistencyTraining,
+    ContrastiveFlowMatching,
     Objective,
     Shortcut,
     SplitMeanFlow,
@@ -261,3 +262,60 @@ def test_guidance_of_each_row_is_that_of_a_number(gaussian: GaussianField):
     ones = guided(x, t, guidance=torch.ones(12))
     assert torch.equal(ones, gaussian(x, t))
     assert not torch.allclose(guided(x, t), ones)
+
+
+# Contrast, and schedules of a
+
+
+def test_contrast_leaves_out_dropped_rows_and_takes_other_classes():
+    labels = torch.tensor([0, 0, 1, 9, 2, 2, 2, 9])
+    velocity = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise, data = torch.zeros(8, 2, dtype=torch.float64), torch.arange(16, dtype=torch.float64).reshape(8, 2)
+    t = torch.full((8,), 0.5, dtype=torch.float64)
+
+    def contrast(**options: Any) -> float:
+        method = ContrastiveFlowMatching(0.5, **options)
+        terms = method.more_terms(velocity, Linear(), noise, data, t, 4, {"class_labels": labels})
+        return float(terms["contrast"])
+
+    def by_hand(pairs: dict[int, int]) -> float:
+        return -0.5 * sum(float((velocity[i] - data[j]).square().mean()) for i, j in pairs.items()) / len(pairs)
+
+    before = {0: 3, 1: 0, 2: 1, 3: 2, 4: 7, 5: 4, 6: 5, 7: 6}
+    assert contrast() == pytest.approx(by_hand(before))
+    kept = {i: j for i, j in before.items() if labels[i] != 9}
+    assert contrast(null=9) == pytest.approx(by_hand(kept))
+    other = {0: 3, 1: 3, 2: 1, 3: 2, 4: 7, 5: 7, 6: 7, 7: 6}
+    assert contrast(other_classes=True) == pytest.approx(by_hand(other))
+    assert contrast(other_classes=True, null=9) == pytest.approx(by_hand({i: other[i] for i in kept}))
+    with pytest.raises(ValueError, match="needs data with class_labels"):
+        ContrastiveFlowMatching(null=9).more_terms(velocity, Linear(), noise, data, t, 4, {})
+
+
+def test_the_exponential_schedule_of_alpha_flow_never_takes_a_derivative():
+    method = AlphaFlow(schedule="exponential", last=1e-3)
+    assert [method.alpha(p) for p in (0.0, 1 / 3, 2 / 3, 1.0)] == pytest.approx([1.0, 0.1, 0.01, 1e-3])
+    assert AlphaFlow().alpha(1.0) == 0
+    for options, message in (({"schedule": "linear"}, "unknown schedule"), ({"last": 0.0}, "last is 0.0")):
+        with pytest.raises(ValueError, match=message):
+            AlphaFlow(**options)
+
+
+def test_steps_of_consistency_training_stretch_towards_data():
+    """Of easy consistency tuning: ``(1 + 8 sigmoid(-n)) / q^k`` of the way, and never more than all of it."""
+    seen: list[Tensor] = []
+
+    class Seen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.zero = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+            seen.append(s)
+            return x * self.zero
+
+    data = torch.zeros(64, 1, dtype=torch.float64)
+    ConsistencyTraining(stretch=8.0)(FlowMap(Seen()), Batch(data), progress=0.5, generator=generator(0))
+    near, s = seen
+    expected = torch.minimum((1 - s) * (1 + 8 * torch.sigmoid(-(1 - s) / s)) / 2**5, 1 - s)
+    torch.testing.assert_close(near - s, expected, atol=1e-9, rtol=1e-9)

@@ -114,3 +114,34 @@ def test_grid_errors():
             step_grid(steps)
     with pytest.raises(ValueError, match="unknown step grid 'uniforn': did you mean 'uniform'"):
         step_grid(4, "uniforn")
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(-0.8, 1.0), (1.1, 2.0)])
+def test_logit_normal_times_of_a_mean_and_a_deviation(mean, deviation):
+    t = draw_times(N, generator(2), f"logit-normal({mean}, {deviation})")
+    assert gap(t, lambda t: torch.special.ndtr((torch.logit(t) - mean) / deviation)) < GAP
+    assert torch.equal(draw_times(99, generator(2), "logit-normal(0, 1)"), draw_times(99, generator(2), "logit-normal"))
+
+
+@pytest.mark.parametrize("k", [0.5, 1.0, 3.0])
+def test_power_times_and_their_mirror(k):
+    assert gap(draw_times(N, generator(2), f"power({k})"), lambda t: t ** (k + 1)) < GAP
+    assert gap(draw_times(N, generator(2), f"mirrored-power({k})"), lambda t: 1 - (1 - t) ** (k + 1)) < GAP
+
+
+@pytest.mark.parametrize("longest", [1.0, 0.4])
+def test_pairs_whose_length_is_drawn_first(longest):
+    s, t = draw_pairs(N, generator(3), "gap(-0.6, 1.6)", longest=longest)
+    assert ((s >= 0) & (s <= t) & (t <= 1)).all()
+    inside = (t - s) / longest
+    assert gap(inside, lambda d: torch.special.ndtr((torch.logit(d.clamp(1e-9, 1 - 1e-9)) + 0.6) / 1.6)) < GAP
+    assert gap((s / (1 - (t - s))).clamp(0, 1), lambda u: u) < GAP
+    assert gap(draw_times(N, generator(2), "gap"), lambda t: t) < GAP
+
+
+@pytest.mark.parametrize(
+    "said", ["logit-normal(1)", "logit-normal(0, 0)", "power(x)", "power(-1)", "uniform(1)", "gap(0, 1", "gap(nan, 1)"]
+)
+def test_numbers_that_a_distribution_does_not_have(said):
+    with pytest.raises(ValueError, match=r"times .* say "):
+        draw_times(4, generator(0), said)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.batch import Batch
-from fewstep.errors import unknown
 from fewstep.fields import VelocityField, check_field
 from fewstep.maps import FlowMap
 from fewstep.randomness import Generators, chunk_rows, normal
-from fewstep.times import DISTRIBUTIONS
+from fewstep.times import read_times
 
 # Some rows of a batch: those of a slice, or these (n,).
 Index = slice | Tensor
@@ -136,8 +135,7 @@ def check_decay(method: str, ema: float) -> float:
 
 def check_options(method: str, times: str, **in_unit: float) -> None:
     """Raise for a distribution of times that is not known, or an option that does not lie in [0, 1]."""
-    if times not in DISTRIBUTIONS:
-        raise unknown("distribution of times", times, DISTRIBUTIONS)
+    read_times(times)
     for name, value in in_unit.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{method}'s {name} is {value}: it lies in [0, 1]")

@@ -66,17 +66,23 @@ class ConsistencyTraining(_Consistency):
     Args:
         stages: the last k. q: the base.
         huber: c of the pseudo-Huber distance, 0 for the squared error.
-        times: of s, see :class:`TwoTime`.
+        stretch: steps are ``1 + stretch sigmoid(-n)`` times as long where the noise is n beside the data, and never
+            longer than the way to t = 1 (n(t) of easy consistency tuning, where it is 8).
+        times: of s, see :class:`TwoTime`; lognormal noise levels are logit-normal times.
     """
 
     sources = ("2310.14189", "2406.14548", "2303.01469")
 
-    def __init__(self, stages: int = 8, q: float = 2.0, huber: float = 0.03, times: str = "uniform") -> None:
+    def __init__(
+        self, stages: int = 8, q: float = 2.0, huber: float = 0.03, times: str = "uniform", stretch: float = 0.0
+    ) -> None:
         super().__init__(diagonal=0.0, times=times)
         check_options("ConsistencyTraining", times, huber=huber)
         if stages < 1 or q <= 1:
             raise ValueError(f"ConsistencyTraining has stages={stages}, q={q}: at least one stage, and q above 1")
-        self.stages, self.q, self.huber = stages, q, huber
+        if stretch < 0:
+            raise ValueError(f"ConsistencyTraining's stretch is {stretch}: it is not negative")
+        self.stages, self.q, self.huber, self.stretch = stages, q, huber, stretch
 
     def gap(self, progress: float) -> float:
         """``q^-k`` at this progress."""
@@ -84,6 +90,9 @@ class ConsistencyTraining(_Consistency):
 
     def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Index], now: Now) -> dict[str, Tensor]:
         gap = self.gap(now.progress) * (1 - rows.s)
+        if self.stretch:
+            noise = student.path.sigma(rows.s) / student.path.alpha(rows.s).clamp(min=1e-9)
+            gap = torch.minimum(gap * (1 + self.stretch * torch.sigmoid(-noise)), 1 - rows.s)
         near, again = rows.s + gap, same_draws(rows.x.device)
         with torch.no_grad():
             x, _ = student.path.sample(rows.noise, rows.data, near)

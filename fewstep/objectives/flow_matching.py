@@ -20,7 +20,7 @@ class FlowMatching(Objective):
     Trains a ``VelocityField``, or the diagonal of a ``FlowMap``.
 
     Args:
-        times: uniform, or logit-normal, which images prefer (arXiv 2403.03206).
+        times: uniform, or logit-normal, which images prefer (arXiv 2403.03206), or see ``fewstep.times.draw_times``.
         error_in: velocity, data or auto, as in :class:`TwoTime`: the velocity of a network that predicts data is its
             output over 1 - t, and the rows near t = 1 would drown all others.
     """
@@ -53,13 +53,14 @@ class FlowMatching(Objective):
         if self.error_in == "data" or (self.error_in == "auto" and getattr(student, "prediction", None) == "data"):
             error = (1 - t).square() * error  # that of x + (1 - t) v
         terms = {"velocity": error.mean()}
-        terms |= self.more_terms(velocity, student.path, noise, batch.data, t, chunk_rows(len(batch), generator))
+        chunk = chunk_rows(len(batch), generator)
+        terms |= self.more_terms(velocity, student.path, noise, batch.data, t, chunk, batch.cond)
         total = torch.stack(list(terms.values())).sum()
         times = dict.fromkeys(terms, t[:, None].expand(-1, 2))
         return Loss(total, {name: term.detach() for name, term in terms.items()}, times)
 
     def more_terms(
-        self, velocity: Tensor, path: Path, noise: Tensor, data: Tensor, t: Tensor, chunk: int
+        self, velocity: Tensor, path: Path, noise: Tensor, data: Tensor, t: Tensor, chunk: int, cond: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """What else is in the loss, scalars, of the velocity (B, ...) at these states; ``chunk`` rows draw together."""
         return {}
@@ -80,25 +81,51 @@ class ContrastiveFlowMatching(FlowMatching):
     Args:
         weight: l, in [0, 1).
         times: see :class:`FlowMatching`.
+        null: the class label that stands for none: rows that have it are not contrasted, as in the authors' code.
+        other_classes: whether dx~ is of a row of another class; rows without one in their chunk are not contrasted.
     """
 
     sources = ("2506.05350", "2210.02747")
 
-    def __init__(self, weight: float = 0.05, times: str = "uniform") -> None:
+    def __init__(
+        self, weight: float = 0.05, times: str = "uniform", null: int | None = None, other_classes: bool = False
+    ) -> None:
         super().__init__(times, error_in="velocity")
         if not 0 <= weight < 1:
             raise ValueError(f"ContrastiveFlowMatching's weight is {weight}: it lies in [0, 1)")
-        self.weight = weight
+        self.weight, self.null, self.other_classes = weight, null, other_classes
 
     def more_terms(
-        self, velocity: Tensor, path: Path, noise: Tensor, data: Tensor, t: Tensor, chunk: int
+        self, velocity: Tensor, path: Path, noise: Tensor, data: Tensor, t: Tensor, chunk: int, cond: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         if chunk == 1:
             raise ValueError("ContrastiveFlowMatching sets rows of a chunk against each other, and chunks have one row")
         # The next row of the same chunk, the same on any number of processes; at this row's time.
-        noise, data = (x.reshape(-1, chunk, *x.shape[1:]).roll(1, dims=1).reshape(x.shape) for x in (noise, data))
-        _, other = path.sample(noise, data, t)
-        return {"contrast": -self.weight * squared_error(velocity, other).mean()}
+        if self.null is None and not self.other_classes:
+            noise, data = (x.reshape(-1, chunk, *x.shape[1:]).roll(1, dims=1).reshape(x.shape) for x in (noise, data))
+            _, other = path.sample(noise, data, t)
+            return {"contrast": -self.weight * squared_error(velocity, other).mean()}
+        if "class_labels" not in cond:
+            raise ValueError("ContrastiveFlowMatching with null or other_classes needs data with class_labels")
+        labels = cond["class_labels"]
+        negative, kept = _negatives(labels, chunk, self.other_classes)
+        if self.null is not None:
+            kept = kept & (labels != self.null)
+        _, other = path.sample(noise[negative], data[negative], t)
+        errors = squared_error(velocity, other) * kept
+        return {"contrast": -self.weight * errors.sum() / kept.sum().clamp(min=1)}
+
+
+def _negatives(labels: Tensor, chunk: int, other_classes: bool) -> tuple[Tensor, Tensor]:
+    """For each row the row before it in its chunk, or the nearest of another class, (B,); and whether there is one."""
+    rows = torch.arange(len(labels), device=labels.device)
+    start = rows - rows % chunk
+    negative, found = rows.clone(), torch.zeros_like(rows, dtype=torch.bool)
+    for back in range(1, chunk if other_classes else 2):
+        candidate = start + (rows - start - back) % chunk
+        fits = ~found & (labels[candidate] != labels) if other_classes else ~found
+        negative, found = torch.where(fits, candidate, negative), found | fits
+    return negative, found
 
 
 class Recentred(VelocityField):
@@ -106,7 +133,8 @@ class Recentred(VelocityField):
 
     Args:
         field: what :class:`ContrastiveFlowMatching` trained, noise and data of mean 0 and ``mean``. weight: its l.
-        mean: the mean of the data, one sample's shape.
+        mean: the mean of the data that it was set against: one sample's shape, or with ``other_classes``
+            (classes, ...), for each class the mean of the others.
         trained_on: the path of the training, that of the field if not given.
     """
 
@@ -121,11 +149,13 @@ class Recentred(VelocityField):
 
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         t = as_times(t, x)
-        return (1 - self.weight) * self.field(x, t, **cond) + self.weight * self._drift(x, t)
+        mean = self.mean.to(x)
+        mean = mean[cond["class_labels"]] if mean.ndim == x.ndim else mean
+        return (1 - self.weight) * self.field(x, t, **cond) + self.weight * self._drift(x, t, mean)
 
-    def _drift(self, x: Tensor, t: Tensor) -> Tensor:
+    def _drift(self, x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
         """``E[dx_t]`` as a velocity on the path: a velocity on another becomes ``skip x + out`` times itself."""
-        native, mean = self.trained_on, self.mean.to(x)
+        native = self.trained_on
         if native.same_as(self.path):
             return expand(native.alpha_dot(t), x) * mean
         c = scaling(native, "velocity", self.path, t)

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from fewstep.errors import unknown
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.objectives.two_time import Now, Rows, TwoTime
@@ -99,6 +100,9 @@ class AlphaFlow(_MeanFlow):
 
     Args:
         teacher: the frozen field, or None to train from data.
+        schedule: ``sigmoid``, or ``exponential``: a falls as ``last^progress`` from 1, never to 0, so that no
+            derivative is taken (as in SoFlow, arXiv 2512.15657).
+        last: a at the end of the exponential schedule.
         sharpness: how fast a falls around half of the training; 25 has it within 0.005 of its ends for the first and
             the last 29 %.
         adaptive: as for :class:`MeanFlow`.
@@ -112,6 +116,8 @@ class AlphaFlow(_MeanFlow):
         self,
         teacher: VelocityField | None = None,
         sharpness: float = 25.0,
+        schedule: str = "sigmoid",
+        last: float = 3e-4,
         diagonal: float = 0.5,
         times: str = "uniform",
         ends: float = 0.0,
@@ -123,10 +129,16 @@ class AlphaFlow(_MeanFlow):
         super().__init__(teacher, diagonal=diagonal, times=times, ends=ends, adaptive=power, error_in=error_in, jvp=jvp)
         if sharpness <= 0:
             raise ValueError(f"AlphaFlow's sharpness is {sharpness}: it is more than 0")
-        self.sharpness = sharpness
+        if schedule not in ("sigmoid", "exponential"):
+            raise unknown("schedule of AlphaFlow", schedule, ("sigmoid", "exponential"))
+        if not 0 < last <= 1:
+            raise ValueError(f"AlphaFlow's last is {last}: it lies in (0, 1]")
+        self.sharpness, self.schedule, self.last = sharpness, schedule, last
 
     def alpha(self, progress: float) -> float:
-        """a at this progress of the training: exactly 1 at first and 0 at last."""
+        """a at this progress of the training: exactly 1 at first, and with a sigmoid 0 at last."""
+        if self.schedule == "exponential":
+            return self.last**progress
         a = 1 / (1 + math.exp(self.sharpness * (progress - 0.5)))
         return 1.0 if a > 0.995 else 0.0 if a < 0.005 else a
 

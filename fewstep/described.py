@@ -147,9 +147,12 @@ def _own(config: Mapping[str, Any]) -> nn.Module:
 
 def _name_of(kind: type) -> str:
     """The name that leads to a class: of its file, or of its module where that is part of a package."""
-    if kind.__module__ == "__main__" or "<locals>" in kind.__qualname__:
+    try:
+        file = "" if kind.__module__ == "__main__" or "<locals>" in kind.__qualname__ else inspect.getfile(kind)
+    except (TypeError, OSError):  # made where there is no file
+        file = ""
+    if not file:
         raise ValueError(f"its {kind.__name__} is made in the running script: put the class in a file of its own")
-    file = inspect.getfile(kind)
     is_file = "." not in kind.__module__ and not file.endswith("__init__.py")
     return f"{Path(file).resolve()}:{kind.__qualname__}" if is_file else f"{kind.__module__}:{kind.__qualname__}"
 

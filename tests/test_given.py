@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import fewstep
+from fewstep.couplings import Coupled
 from fewstep.data.given import as_data
 from fewstep.fields import NetworkField
 from fewstep.maps import FlowMap
@@ -133,5 +134,6 @@ def test_a_pipeline_in_memory_is_loaded_as_from_its_folder(tmp_path: Path) -> No
 
 def test_arrays_of_pictures_have_their_channels_first() -> None:
     assert as_data(np.zeros((4, 8, 8), np.uint8)).shape == (1, 8, 8)
+    assert Coupled(ROWS).shape == (2,)  # around data that Python gives, too
     with pytest.raises(ValueError, match="channels last"):
         as_data(np.zeros((4, 8, 8, 3), np.uint8))

@@ -109,8 +109,11 @@ def test_what_does_not_stand_alone_is_said(home: Path, capsys: pytest.CaptureFix
     class Local(torch.nn.Linear):
         pass
 
-    with pytest.raises(ValueError, match="put the class in a file of its own"):
-        fewstep.export(fewstep.FlowMap(Local(2, 2)), "own")
+    nowhere: dict[str, Any] = {}
+    exec("import torch\nclass Typed(torch.nn.Identity): pass", nowhere)
+    for made in (Local(2, 2), nowhere["Typed"]()):
+        with pytest.raises(ValueError, match="put the class in a file of its own"):
+            fewstep.export(fewstep.FlowMap(made), "own")
     network = net(4)
     network.config = {"width": 7, "times": 2}
     with pytest.raises(ValueError, match="cannot be made anew from its config"):

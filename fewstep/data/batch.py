@@ -31,7 +31,10 @@ class Batch:
 class Around:
     """Data around other data: what it does not have itself (``cond``, ``classes``, ``denormalize``) is the other's."""
 
-    def __init__(self, data: "Data") -> None:
+    def __init__(self, data: Any) -> None:
+        from fewstep.data.given import as_data
+
+        data = as_data(data)
         self.data, self.shape, self.size = data, data.shape, data.size
 
     def __getattr__(self, name: str) -> Any:

@@ -31,9 +31,9 @@ class Dropped(Around):
             raise ValueError("conditions are dropped in favour of those for none: say null, as in {class_labels: 10}")
         super().__init__(data)
         self.share, self.null = share, dict(null)
-        has = getattr(data, "cond", None)
+        has = getattr(self.data, "cond", None)
         if has is None:
-            has = data.rows(torch.zeros(1, dtype=torch.long), torch.Generator()).cond
+            has = self.data.rows(torch.zeros(1, dtype=torch.long), torch.Generator()).cond
         if missing := sorted(set(null) - set(has)):
             raise ValueError(f"there is no condition {missing[0]!r} to drop, the data has {', '.join(has) or 'none'}")
 

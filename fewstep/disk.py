@@ -125,7 +125,11 @@ def _new_place(folder: Path) -> tuple[Path, IO[bytes]]:
     while True:
         place = folder.parent / f"{_beside(folder)}{secrets.token_hex(4)}"
         place.mkdir(mode=0o700)
-        stream = (place / LOCK).open("xb")
+        try:
+            stream = (place / LOCK).open("xb")
+        except OSError:
+            place.rmdir()
+            raise
         with suppress(NoLocksError):
             if not lock(stream):
                 continue

@@ -79,17 +79,19 @@ def owned(folder: Path, doing: str) -> Iterator[None]:
         yield
         return
     is_new = not folder.exists()
-    with cannot_write(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = _locked(folder, doing)
-    before = _owned.set(_owned.get() | {place})
     try:
-        yield
+        with cannot_write(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            stream = _locked(folder, doing)
+        before = _owned.set(_owned.get() | {place})
+        try:
+            yield
+        finally:
+            _owned.reset(before)
+            with suppress(OSError):
+                (folder / LOCK).unlink()
+            stream.close()
     finally:
-        _owned.reset(before)
-        with suppress(OSError):
-            (folder / LOCK).unlink()
-        stream.close()
         if is_new:
             with suppress(OSError):
                 folder.rmdir()  # where nothing was written
@@ -99,7 +101,7 @@ def _locked(folder: Path, doing: str) -> IO[Any]:
     """The lock file of a folder, locked, with what other processes are told in it."""
     file = folder / LOCK
     while True:
-        stream = open(file, "a+", opener=no_link)  # noqa: SIM115
+        stream = open(file, "ab+", buffering=0, opener=no_link)  # noqa: SIM115
         try:
             if not lock(stream):
                 raise _in_use(folder, file)
@@ -114,11 +116,15 @@ def _locked(folder: Path, doing: str) -> IO[Any]:
         if is_at(stream, file):
             break
         stream.close()
-    stream.truncate(0)
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     facts = {"doing": doing, "pid": os.getpid(), "host": platform.node(), "since": time.time(), "command": command}
-    stream.write(json.dumps(facts))
-    stream.flush()
+    try:
+        stream.truncate(0)
+        stream.write(json.dumps(facts).encode())
+    except OSError:
+        file.unlink()
+        stream.close()
+        raise
     return stream
 
 

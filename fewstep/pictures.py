@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from fewstep.asked import Asked
-from fewstep.disk import replace_file
+from fewstep.disk import create_file, replace_file, sweep
 from fewstep.evaluation.plots import image_grid, png, points_figure
 from fewstep.model_files import read_json
 from fewstep.training.folder import differences
@@ -95,15 +95,16 @@ def claim(out: Path, facts: Mapping[str, Any], asked: Asked) -> None:
     Raises:
         ValueError: it holds pictures of other facts.
     """
-    if (out / FACTS).exists():
+    sweep(out)
+    if not create_file(out / FACTS, (json.dumps(facts, indent=1) + "\n").encode()):
         if differing := differences(read_json(out / FACTS), json.loads(json.dumps(facts)), _MAY_DIFFER):
             raise ValueError(
                 f"--out {out} holds other pictures: {'; '.join(differing)}. Use another folder, or remove that one"
             )
-        return
+        if (out / LINES).exists():
+            return
     lines = ({"file_name": picture_name(i, asked.count), **says(asked, i)} for i in range(asked.count))
     replace_file(out / LINES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-    replace_file(out / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def says(asked: Asked, i: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fewstep.data.encoded import CAPTIONS, NULL, TEXTS, is_whole, text_files
-from fewstep.disk import replace_file
+from fewstep.disk import create_file, replace_file, sweep
 from fewstep.encoders import kept_null
 from fewstep.prompts import SIZES, Prompts
 from fewstep.training.distributed import World
@@ -103,11 +103,13 @@ def claim(file: Path, facts: dict[str, Any], kind: str, saved: Callable[[Path], 
     names = os.listdir(out) if out.is_dir() else []
     if file.name in names:
         refuse_others(out, facts, kind, saved(out))
+        sweep(out)
         return
     # Another process may be at it, with a file that is not yet renamed.
     if out.is_file() or any(file.name not in name for name in names):
         raise ValueError(f"{out} holds something else than {kind}: nothing in it is overwritten, use another folder")
-    replace_file(file, (json.dumps(facts, indent=1) + "\n").encode())
+    if not create_file(file, (json.dumps(facts, indent=1) + "\n").encode()):
+        refuse_others(out, facts, kind, saved(out))
 
 
 def refuse_others(out: Path, facts: dict[str, Any], kind: str, saved: dict[str, Any]) -> None:

@@ -254,7 +254,7 @@ def _opened(path: str | Path) -> Trained:
         if is_from_python(path):
             model: Model = student_of(path)
         else:
-            model = make_student(recipe.student, shape, _teacher(recipe), trains_map(recipe), recipe.seed)
+            model = make_student(recipe.student, shape, _teacher_of(path, recipe), trains_map(recipe), recipe.seed)
     put_back(model, frozen(model), saved, "ema" if "ema" in saved.tensors else "model")
     model.class_names = tuple(known.get("data_classes") or model.class_names)
     if moments := known.get("data_moments"):
@@ -308,6 +308,18 @@ def load_run(path: str | Path, *, trust: bool = False) -> Model:
 
     model = open_run(path, trust=trust).model
     return merge_lora(model).requires_grad_(False) if has_lora(model) else model
+
+
+def _teacher_of(path: Path, recipe: Recipe) -> VelocityField | None:
+    """The teacher of a run, without which its student is not made again."""
+    try:
+        return _teacher(recipe)
+    except FileNotFoundError as error:
+        source = recipe.teacher and recipe.teacher.source
+        raise FileNotFoundError(
+            f"{source} is the teacher of the run in {path}, and is not there ({str(error)[:100]}). Put it back, or say "
+            f"where it is now: teacher.source in {path / 'recipe.yaml'}"
+        ) from None
 
 
 def _teacher(recipe: Recipe) -> VelocityField | None:

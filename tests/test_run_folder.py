@@ -277,3 +277,25 @@ def test_killed_at_any_change_of_a_fresh_start_no_checkpoint_passes_as_another_r
     assert call > 12
     assert {((2, 4), "points"), ((4,), "points"), ((), "points"), ((), "other")} <= left
     assert run(other, out, fresh=True).result.step == 4
+
+
+def test_a_teacher_that_moved_is_named_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    teacher = {"name": "t", "data": "eight-gaussians", "objective": "FlowMatching", "student": POINTS["student"]}
+    run(load_recipe({**teacher, "training": POINTS["training"], "evaluation": POINTS["evaluation"]}), Path("m/teacher"))
+    recipe = {**POINTS, "teacher": "m/teacher", "student": "auto"}
+    run(load_recipe(recipe), Path("run"))
+    os.rename("m", "elsewhere")
+    with pytest.raises(FileNotFoundError, match="m/teacher is the teacher of the run in run, and is not there") as e:
+        open_run("run")
+    assert "say where it is now: teacher.source in run/recipe.yaml" in str(e.value)
+    assert len(str(e.value)) < 400
+    file = Path("run/recipe.yaml")
+    file.write_text(file.read_text().replace("m/teacher", "elsewhere/teacher"))
+    assert open_run("run").step == 4
+    assert run(load_recipe("run", {"steps": "6"}), Path("run")).result.step == 6
+    # While the old one is there, another is another.
+    shutil.copytree("elsewhere", "m")
+    file.write_text(file.read_text().replace("elsewhere/teacher", "m/teacher"))
+    with pytest.raises(ValueError, match=r"teacher.source is elsewhere/teacher there and m/teacher here"):
+        open_run("run")

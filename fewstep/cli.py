@@ -193,6 +193,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--utilization", type=float, default=0.4, metavar="U", help=share)
 
     model = "a run, an export, a diffusers folder or hub name, an exact field, or FILE.py:FUNCTION"
+    variant = "weights of a diffusers model, such as fp16 (default: the plain ones, or the only ones that there are)"
     p = command("sample", commands.run_sample, "draw samples")
     p.add_argument("model", help=model)
     p.add_argument("--steps", type=int, metavar="N", help="2 for a flow map, 50 for a velocity field")
@@ -236,12 +237,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "--dtype", default="float32", metavar="NAME", help="of the network: float32 (default), bf16, or fp16 on a GPU"
     )
     p.add_argument("--compile", action="store_true", help="compile the network (torch.compile), which takes a while")
+    p.add_argument("--variant", metavar="NAME", help=variant)
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
 
     p = command("ui", commands.run_ui, "try a model out on a page: few steps and the teacher side by side")
     p.add_argument("model", help=model)
     p.add_argument("--host", default="127.0.0.1", metavar="NAME", help="where it listens (default: this machine alone)")
     p.add_argument("--port", type=int, metavar="N", help="(default: the first that is free from 7860)")
+    p.add_argument("--variant", metavar="NAME", help=variant)
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
 
     p = command("evaluate", commands.run_evaluate, "measure quality against network calls")
@@ -291,6 +294,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--teacher", action="store_true", help="take the teacher of the run instead")
     p.add_argument("--batch", type=int, default=256, metavar="N", help="pairs drawn at once (default: 256)")
     p.add_argument("--shard", type=int, default=10_000, metavar="N", help="pairs in a file (default: 10000)")
+    p.add_argument("--variant", metavar="NAME", help=variant)
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
 
     p = command("encode", commands.run_encode, "encode pictures and captions for a latent model, once")
@@ -313,6 +317,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--split", metavar="NAME", help="of a Hugging Face data set (default: train)")
     p.add_argument("--config", metavar="NAME", help="of a Hugging Face data set")
     p.add_argument("--on-error", default="raise", metavar="DO", help="with a bad picture: raise (default) or skip")
+    p.add_argument("--variant", metavar="NAME", help=variant)
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
 
     p = command("export", commands.run_export, "write a model that diffusers loads")
@@ -344,6 +349,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help=text)
     p.add_argument("--no-check", action="store_true", help="write the flow without drawing samples")
     p.add_argument("--overwrite", action="store_true", help="replace a model that is there")
+    p.add_argument("--variant", metavar="NAME", help=variant)
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
 
     p = command("cite", commands.run_cite, "print BibTeX for what a run, recipe or method uses")

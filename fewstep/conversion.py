@@ -11,6 +11,7 @@ import torch
 from fewstep.agreement import Agreement, scheduler_of
 from fewstep.console import markdown
 from fewstep.fields import NetworkField
+from fewstep.networks.unet import OfDiffusers
 from fewstep.paths import Linear, Preconditioned, Tabulated
 from fewstep.paths import Path as Trajectory
 
@@ -139,7 +140,6 @@ def describe(field: NetworkField) -> dict[str, Any]:
         options |= {name: config[name] for name in _CHOICES if config.get(name) not in (None, 0, False)}
     steps = field.native.steps if isinstance(field.native, Tabulated) else None
     trained = "trained betas" if config.get("trained_betas") is not None else f"{config.get('beta_schedule')} betas"
-    out_channels = model.config.get("out_channels") or 0
     return {
         "model": type(model).__name__,
         "scheduler": type(scheduler).__name__,
@@ -148,7 +148,8 @@ def describe(field: NetworkField) -> dict[str, Any]:
         "log_snr": None if ends is None else (2 * ends[0], 2 * ends[1]),
         "zero_snr": isinstance(field.native, Tabulated) and field.native.ends_in_noise,
         "prediction": field.prediction,
-        "learned_variance": out_channels == 2 * model.config["in_channels"],
+        "learned_variance": isinstance(network, OfDiffusers)
+        and (model.config.get("out_channels") or 0) == 2 * network.channels,
         "options": options,
         "covered": (low, high),
         "outside": (low, 1 - high),

@@ -5,11 +5,11 @@ from pathlib import Path
 from fewstep.diffusers_folder import find_scheduler
 from fewstep.distilled import distilled_as
 from fewstep.fields import DiffusionField
-from fewstep.latents import Latents
+from fewstep.latents import VAE_FOLDERS, Latents
 from fewstep.manifests import AGAIN, Diffusion
 from fewstep.model_files import class_names_in, load_weights, read_json
 from fewstep.networks import FAMILIES
-from fewstep.networks.unet import public_config
+from fewstep.networks.unet import keep_facts, public_config
 from fewstep.parsing import checked
 from fewstep.paths import Tabulated
 from fewstep.prompts import Prompts, knows_prompts
@@ -45,13 +45,14 @@ def load_converted(folder: Path) -> DiffusionField:
     diffusion = checked(Diffusion, config.pop("diffusion", None), part / "config.json", AGAIN)
     config.pop("flow_timesteps", None)
     stock = getattr(diffusers, name).from_config(config)
+    keep_facts(stock, flow)
     stock.load_state_dict(flow.state_dict(), assign=True)
     scheduler = find_scheduler(folder / ORIGINAL)
     field = DiffusionField(FAMILIES[name](stock), scheduler)
     if diffusion.log_ratios is not None:
         # The table that the folder's own code goes by, not one computed anew.
         field.native = Tabulated(tuple(diffusion.log_ratios), diffusion.ends_in_noise)
-    vaes = [folder / name for name in ("vae", "vqvae") if (folder / name / "config.json").is_file()]
+    vaes = [folder / name for name in VAE_FOLDERS if (folder / name / "config.json").is_file()]
     field.latents = Latents(vaes[0]) if vaes else None
     field.text = Prompts(folder) if knows_prompts(folder) else None
     field.class_names, field.distilled = class_names_in(folder), distilled_as(folder, part, scheduler)

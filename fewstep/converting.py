@@ -42,6 +42,7 @@ def convert(
     device: str | None = None,
     overwrite: bool = False,
     trust: bool = False,
+    variant: str | None = None,
 ) -> Conversion:
     """Write a diffusion model as a flow-match one, and report how well the two agree.
 
@@ -61,7 +62,7 @@ def convert(
         cond: other conditions, (count, ...) each, by name.
         device: where the samples are drawn, a GPU by default if there is one; a field that is given goes back after.
         overwrite: whether a model that is in ``folder`` already is replaced.
-        trust: as for :func:`fewstep.load`.
+        trust, variant: as for :func:`fewstep.load`.
 
     Raises:
         ValueError: a model that cannot be converted, ``folder`` is something else than a model, labels or prompts that
@@ -74,7 +75,7 @@ def convert(
     """
     folder = Path(folder).expanduser().resolve()
     check_target(folder, overwrite, model)
-    field = _convertible(load(model, trust=trust) if isinstance(model, str | Path) else model)
+    field = _convertible(load(model, trust=trust, variant=variant) if isinstance(model, str | Path) else model)
     facts = {**describe(field), **place(field)}
     agreement = grid = None
     if check:

@@ -7,50 +7,94 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from fewstep.distilled import distilled_as
 from fewstep.errors import refused, shortened
-from fewstep.fields import DiffusionField, schedule_of
-from fewstep.latents import Latents
-from fewstep.model_files import WEIGHT_FILES, WEIGHTS, check_numbers, class_names_in, load_weights, read_json
+from fewstep.fields import DiffusionField
+from fewstep.latents import VAE_FOLDERS, Latents
+from fewstep.model_files import (
+    ENCODER_WEIGHTS,
+    WEIGHTS,
+    check_numbers,
+    class_names_in,
+    class_of,
+    has_weights,
+    load_weights,
+    read_json,
+    variant_in,
+    weight_files,
+)
 from fewstep.networks import FAMILIES, Flux
+from fewstep.networks.unet import keep_facts
+from fewstep.pipelines.arguments import side_step
 from fewstep.prompts import Prompts, knows_prompts
+from fewstep.schedules import schedule_of, todays_config
 
 BY_HAND = "wrap it by hand: DiffusionField(network, scheduler), or NetworkField(network, path, prediction)"
-# What is fetched of a model on the hub, after its configurations: weights as safetensors alone, without variants.
-HUB_FILES = (
-    *(f"{folder}{file}" for folder in ("", "unet/", "transformer/", "vae/", "vqvae/") for file in WEIGHT_FILES),
-    *(f"text_encoder{n}/{file.replace(WEIGHTS, 'model')}" for n in ("", "_2", "_3") for file in WEIGHT_FILES),
-    *(f"tokenizer{n}/*" for n in ("", "_2", "_3")),
-)
 # How the first DiTs and PixArts were saved: a class for both, told apart by its norm.
 _REMAPPED = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
 
+# The parts of a pipeline that have weights of diffusers' own.
+_WEIGHED = ("unet", "transformer", *VAE_FOLDERS)
+# The pipelines that put the image before the state: Marigold's, and GeoWizard's own.
+_IMAGE_FIRST = ("Marigold", "DepthNormalEstimation")
+# The parts of a pipeline that speak at each step, by the beginnings of their names; a prior is done before the first.
+_SPEAKERS = ("transformer", "unet", "controlnet", "adapter", "motion_adapter", "t2i_adapter", "decoder", "super_res")
+
+
+def hub_files(variant: str | None = None) -> list[str]:
+    """What is fetched of a model on the hub, after its configurations: weights of one variant, as safetensors alone."""
+    models, texts = weight_files(WEIGHTS, variant), weight_files(ENCODER_WEIGHTS, variant)
+    return [
+        *(f"{folder}{file}" for folder in ("", *(f"{part}/" for part in _WEIGHED)) for file in models),
+        *(f"text_encoder{n}/{file}" for n in ("", "_2", "_3") for file in texts),
+        *(f"tokenizer{n}/*" for n in ("", "_2", "_3")),
+    ]
+
+
+def lack_weights(folder: Path) -> bool:
+    """Whether a part of a pipeline is there without its weights."""
+    parts = [*_WEIGHED, *(f"text_encoder{n}" for n in ("", "_2", "_3"))]
+    return any((folder / part / "config.json").is_file() and not has_weights(folder / part) for part in parts)
+
+
 @dataclass(frozen=True)
 class Found:
-    """What a diffusers folder holds by its configurations; no weights are read for it."""
+    """What a diffusers folder holds by its configurations; no weights are read for it.
+
+    ``network`` is that of a field, on the meta device; it has been called there.
+    """
 
     model: Path
-    class_name: str
+    network: Any
     scheduler: Any
     latents: Latents | None
     text: Prompts | None
     distilled: str
 
 
-def load_field(folder: Path) -> DiffusionField:
+def load_field(folder: Path, variant: str | None = None) -> DiffusionField:
     """The model of a diffusers folder as a velocity on the linear path (arXiv 2506.02221).
+
+    Args:
+        variant: of the weights, such as fp16; parts that have it not are read as they are.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`look_into`, or weights that are missing, damaged or not the model's.
     """
-    import diffusers
-
-    found = look_into(folder)
+    found = look_into(folder, variant)
+    if variant is not None and variant_in(found.model, wanted=variant) != variant:
+        there = ", ".join(file.name for file in sorted(found.model.glob("*.safetensors"))[:4]) or "no safetensors"
+        raise FileNotFoundError(
+            f"no variant {variant} of the weights in {found.model}, which has {there}: leave it out"
+        )
     if found.latents is not None:
         found.latents.check()
-    model = load_weights(getattr(diffusers, found.class_name), found.model)
-    field = DiffusionField(FAMILIES[found.class_name](model), found.scheduler)
+    model = load_weights(type(found.network.model), found.model, variant)
+    keep_facts(model, found.network.model)
+    field = DiffusionField(type(found.network)(model), found.scheduler)
     field.latents, field.text, field.class_names = found.latents, found.text, class_names_in(folder)
     field.distilled = found.distilled
     if found.distilled:
@@ -79,14 +123,16 @@ def field_of_pipeline(pipeline: Any) -> DiffusionField:
     parts: dict[str, Any] = {name: part for name, part in pipeline.components.items() if part is not None}
     with TemporaryDirectory() as place:
         folder = Path(place)
-        for name in ("unet", "transformer", "scheduler", "vae", "vqvae"):
+        pipeline.save_config(folder)
+        for name in ("scheduler", *_WEIGHED):
             if name in parts:
                 parts[name].save_config(folder / name)
         found = look_into(folder)
     model = parts.get("unet") or parts["transformer"]
-    field = DiffusionField(FAMILIES[found.class_name](model), parts["scheduler"])
+    keep_facts(model, found.network.model)
+    field = DiffusionField(type(found.network)(model), parts["scheduler"])
     if found.latents is not None:
-        field.latents = Latents(parts.get("vae") or parts["vqvae"])
+        field.latents = Latents(next(parts[name] for name in VAE_FOLDERS if name in parts))
     home = Path(str(pipeline.config.get("_name_or_path") or ""))
     if (home / "model_index.json").is_file():
         field.text = Prompts(home) if knows_prompts(home) else None
@@ -94,27 +140,58 @@ def field_of_pipeline(pipeline: Any) -> DiffusionField:
     return field
 
 
-def look_into(folder: Path) -> Found:
-    """What is in a diffusers folder, known to fit together, before any weights are touched.
+def look_into(folder: Path, variant: str | None = None) -> Found:
+    """What is in a diffusers folder, known to fit together and to be callable, before any weights are touched.
 
     Raises:
         FileNotFoundError: no model, no scheduler, or a VAE that the folder's index names and that is not there.
-        ValueError: a model, scheduler or VAE that fewstep does not know, or a VAE with latents of other channels.
+        ValueError: a model, scheduler or VAE that fewstep does not know, a VAE with latents of other channels, a model
+            that cannot be called as its config says, or one of several that sample together.
     """
+    index = read_json(folder / "model_index.json")
     # In their own folders, or beside each other as in early repositories of diffusers.
     models = [f for f in (folder / "unet", folder / "transformer", folder) if (f / "config.json").is_file()]
     if not models:
+        parts = f", and this {class_of(index)} has {', '.join(_parts(index))}" if _parts(index) else ""
         raise FileNotFoundError(
-            f"no model in {folder}: a diffusers folder has unet/config.json, transformer/config.json or config.json, "
-            "a run of fewstep's has recipe.yaml and checkpoints/"
+            f"no model in {folder}: a diffusers folder has unet/config.json, transformer/config.json or config.json"
+            f"{parts}; a run of fewstep's has recipe.yaml and checkpoints/"
         )
+    _check_alone(folder, index, models[0])
     class_name, config = _model_config(models[0])
     scheduler = find_scheduler(folder)
     schedule_of(scheduler)
-    latents = _latents(folder, models[0], class_name, config)
-    text = Prompts(folder) if knows_prompts(folder) else None
+    latents = _latents(folder, index, variant)
+    is_flux = FAMILIES[class_name] is Flux
+    channels = _state_channels(models[0], config, scheduler, latents, patch=4 if is_flux else 1)
+    network = _on_meta(models[0], class_name)
+    if not is_flux and channels != network.channels:
+        network.model.register_to_config(_state_channels=channels)
+    if class_of(index).startswith(_IMAGE_FIRST) and channels < config["in_channels"]:
+        network.model.register_to_config(_image_first=True)
+    _check_call(network, models[0])
+    text = Prompts(folder, variant=variant) if knows_prompts(folder) else None
     distilled = distilled_as(folder, models[0], scheduler)
-    return Found(models[0], class_name, scheduler, latents, text, distilled)
+    return Found(models[0], network, scheduler, latents, text, distilled)
+
+
+def _parts(index: dict[str, Any]) -> list[str]:
+    """The parts of a pipeline by its index: those that are not nulls."""
+    return [name for name, value in index.items() if isinstance(value, list) and value[:1] not in ([], [None])]
+
+
+def _check_alone(folder: Path, index: dict[str, Any], model: Path) -> None:
+    """That a pipeline samples with one model."""
+    more = [name for name in _parts(index) if name.startswith(_SPEAKERS) and name not in (model.name, "scheduler")]
+    more = [name for name in more if not name.endswith("scheduler")]
+    if (folder / "transformer_2" / "config.json").is_file():  # Wan 2.2: an expert for the noisier half of the times
+        more = ["transformer_2"]
+    if more:
+        raise ValueError(
+            f"the {class_of(index)} in {folder} samples with {more[0]} too, and fewstep with one model alone, which "
+            f"would be another one: to take {model.name} by itself all the same, copy {model.name}/ and scheduler/ to "
+            "a folder of their own, without model_index.json"
+        )
 
 
 def _model_config(model: Path) -> tuple[str, dict[str, Any]]:
@@ -128,19 +205,78 @@ def _model_config(model: Path) -> tuple[str, dict[str, Any]]:
     if name not in FAMILIES:
         raise ValueError(f"the model in {model} is a {name}, and fewstep.load knows {', '.join(FAMILIES)}: {BY_HAND}")
     defaults = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
-    config = {**{p.name: p.default for p in defaults if p.default is not p.empty}, **config}
+    config = {"_class_name": name, **{p.name: p.default for p in defaults if p.default is not p.empty}, **config}
     embedding = config.get("time_embedding_type", "positional")
     if embedding != "positional":
         raise ValueError(f"the {name} in {model} has a {embedding} time embedding, not a positional: {BY_HAND}")
-    channels = config["in_channels"]
-    given = config["out_channels"] or channels
-    # A U-Net may take an image beside the state.
-    if given not in (channels, 2 * channels) and not (name.startswith("UNet2D") and given < channels):
+    return name, {**config, "_class_name": name}
+
+
+def _state_channels(model: Path, config: dict[str, Any], scheduler: Any, latents: Latents | None, patch: int) -> int:
+    """How many channels the state has, in patches of so many numbers. Where the VAE does not say, the scheduler may: a
+    variance that is learned comes out beside the mean.
+
+    Raises:
+        ValueError: a model that is not made for it.
+    """
+    name, takes = config["_class_name"], config["in_channels"]
+    gives = config["out_channels"] or takes
+    is_learned = str(scheduler.config.get("variance_type")).startswith("learned")
+    usual = gives // 2 if is_learned and gives % 2 == 0 else min(takes, gives)
+    state = usual if latents is None else latents.channels * patch
+    # An image may go into a U-Net beside the state.
+    fits = takes == state or (name.startswith("UNet2D") and takes > state)
+    if fits and gives in (state, 2 * state):
+        return state // patch
+    if latents is not None and state != min(takes, gives):
         raise ValueError(
-            f"the {name} in {model} takes {channels} channels and gives {given}, so it takes more than the sample: "
-            f"{BY_HAND} with a network that adds the other channels itself"
+            f"the {name} in {model} is for {min(takes, gives) // patch} channels, and the VAE in {latents.folder} has "
+            f"latents of {latents.channels}: they do not belong together"
         )
-    return name, config
+    raise ValueError(
+        f"the {name} in {model} takes {takes} channels and gives {gives}, so it takes more than the sample: {BY_HAND} "
+        "with a network that adds the other channels itself"
+    )
+
+
+def _on_meta(model: Path, class_name: str) -> Any:
+    """The network of a field by its config alone, on the meta device.
+
+    Raises:
+        ValueError: diffusers cannot make it.
+    """
+    import diffusers
+
+    made: Any = getattr(diffusers, class_name)
+    cannot = f"diffusers cannot make a {class_name} of {model / 'config.json'}"
+    with refused(cannot, "fetch it again"), torch.device("meta"):
+        return FAMILIES[class_name](made.from_config(made.load_config(model)).eval())
+
+
+@torch.no_grad()
+def _check_call(network: Any, model: Path) -> None:
+    """Call a network on the meta device, where nothing is computed, with all that it says it needs.
+
+    Raises:
+        ValueError: it cannot be called, or does not give what a field needs.
+    """
+    name, config = type(network.model).__name__, network.model.config
+    step = side_step(config)
+    shape = network.shape if network.has_size else (network.channels, 8 * step, 8 * step)
+    if any(side % step for side in shape[-2:]):
+        raise ValueError(
+            f"the {name} in {model} says that its samples are {' x '.join(map(str, shape[-2:]))}, and it takes sides "
+            f"that are multiples of {step}: write the sample_size that it was trained with into its config.json"
+        )
+    x, cond = torch.empty(1, *shape, device="meta"), network.blank(shape, 1, 8, "meta")
+    try:
+        given = tuple(network(x, torch.zeros(1, device="meta"), **cond).shape)
+        why = "" if given == (1, *shape) else f"it gives {given[1:]} for a sample {shape}"
+    except Exception as error:  # whatever a model's code makes of shapes that do not fit
+        why = shortened(f"{type(error).__name__}: {error}", 120)
+    if why:
+        told = f" with {', '.join(cond)}" if cond else ""
+        raise ValueError(f"the {name} in {model} cannot be called{told}, which its config asks for ({why}): {BY_HAND}")
 
 
 def find_scheduler(folder: Path) -> Any:
@@ -162,30 +298,22 @@ def find_scheduler(folder: Path) -> Any:
         )
     made: Any = scheduler_class
     with refused(f"diffusers cannot make a {name} of {folders[0] / 'scheduler_config.json'}", "fetch it again"):
-        return made.from_pretrained(folders[0])
+        return made.from_config(todays_config(config))
 
 
-def _latents(folder: Path, model: Path, class_name: str, config: dict[str, Any]) -> Latents | None:
-    """The latent space of a pipeline, once it is clear that the model lives in it; None for a model of images."""
-    index = read_json(folder / "model_index.json")
-    for name in ("vae", "vqvae"):
+def _latents(folder: Path, index: dict[str, Any], variant: str | None) -> Latents | None:
+    """The latent space of a pipeline; None for a model of images.
+
+    Raises:
+        FileNotFoundError: the index names a VAE that is not there.
+    """
+    for name in VAE_FOLDERS:
         library, named = index.get(name) or (None, None)
         if (folder / name / "config.json").is_file():
-            latents = Latents(folder / name)
-        elif library is not None:
+            return Latents(folder / name, variant)
+        if library is not None:
             raise FileNotFoundError(
                 f"no VAE in {folder / name}: the model works on the latents of the {named} that model_index.json "
                 f"names. Save it there (vae.save_pretrained({str(folder / name)!r}))"
             )
-        else:
-            continue
-        # An image may go in beside the state, and a variance come out: the state has the fewer of both.
-        channels = min(config["in_channels"], config["out_channels"] or config["in_channels"])
-        channels = channels // 4 if FAMILIES[class_name] is Flux else channels
-        if latents.channels != channels:
-            raise ValueError(
-                f"the {class_name} in {model} is for {channels} channels, and the VAE in {folder / name} has latents "
-                f"of {latents.channels}: they do not belong together"
-            )
-        return latents
     return None

@@ -14,7 +14,9 @@ from fewstep.asked import Asked, Encoded, Wanted
 from fewstep.exact import ExactField
 from fewstep.fields import Guided, VelocityField, unguided
 from fewstep.maps import FlowMap
-from fewstep.networks import MLP, ConditionalUNet, TwoTimeUNet, UNet
+from fewstep.networks import MLP
+from fewstep.networks.unet import OfDiffusers
+from fewstep.pipelines.arguments import side_step
 from fewstep.randomness import generator, sample_generators
 from fewstep.sampling import check_options, count_calls, sample, sample_noise
 
@@ -39,23 +41,26 @@ def shape_of(model: Model) -> tuple[int, ...]:
     )
 
 
-def sized(model: Model, shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, ...]:
+def sized(model: Model, shape: tuple[int, ...] | None, size: tuple[int, int]) -> tuple[int, ...]:
     """The shape of a model's samples, of images of ``size`` (height, width) in pixels and not of its own.
+
+    Args:
+        shape: of its own samples; None for a model that does not say.
 
     Raises:
         ValueError: samples that are no pictures, or a size that the VAE or the network does not take.
     """
-    said, config = f"size {size[0]}x{size[1]}", getattr(getattr(_inside(model), "model", None), "config", {})
-    kind = str(config.get("_class_name", "") or type(getattr(_inside(model), "model", None)).__name__)
+    said, inner = f"size {size[0]}x{size[1]}", _inside(model)
+    own = getattr(inner, "model", None)
+    kind, config = type(own).__name__, getattr(own, "config", {})
+    if shape is None:
+        is_free = isinstance(inner, OfDiffusers) and not inner.has_size
+        shape = (inner.channels, *size) if is_free else shape_of(model)
     if len(shape) < 3:
         raise ValueError(f"{said}: samples of shape {shape} are no pictures")
     height, width = size
     factor = 1 if model.latents is None else model.latents.factor
-    if "UNet2DModel" in kind:
-        step = 2 ** (len(config["block_out_channels"]) - 1)
-    else:
-        patch = 2 if "Flux" in kind else config.get("patch_size") or 1
-        step = patch if isinstance(patch, int) else patch[-1]
+    step = side_step(config)
     if min(size) < 1 or height % (factor * step) or width % (factor * step):
         raise ValueError(f"{said}: both sides must be multiples of {factor * step} pixels for this model")
     if "DiT" in kind and height != width:
@@ -75,10 +80,7 @@ def classes_of(model: Model) -> int:
 def image_channels(model: Model) -> int:
     """How many channels of an image a U-Net takes beside the state, as the condition ``image``; 0 for none."""
     inner = _inside(model)
-    if not isinstance(inner, UNet | TwoTimeUNet | ConditionalUNet):
-        return 0
-    channels = inner.model.config["in_channels"]
-    return channels - min(channels, inner.model.config["out_channels"] or channels)
+    return inner.image_channels if isinstance(inner, OfDiffusers) else 0
 
 
 def check_image(model: Model, cond: Mapping[str, Any]) -> None:
@@ -99,9 +101,11 @@ def needed_conditions(model: Model) -> list[str]:
     """The names of the conditions without which a model cannot be called; not all networks say so."""
     times = 2 if isinstance(model, FlowMap) else 1
     inner = _inside(model)
+    if isinstance(inner, OfDiffusers):
+        return [*inner.needed, *(["image"] if inner.image_channels else [])]
     taken = list(inspect.signature(inner.forward).parameters.values())[1 + times :]
     required = [p.name for p in taken if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return [*required, *(["image"] if image_channels(model) else [])]
+    return required
 
 
 def _inside(model: Model) -> Any:
@@ -270,8 +274,8 @@ def finished(model: Model, samples: Tensor) -> Tensor:
 def takes(model: Model, name: str) -> bool:
     """Whether a condition of this name may be given to a model."""
     inner = _inside(model)
-    if name == "image" and isinstance(inner, UNet | TwoTimeUNet | ConditionalUNet):
-        return image_channels(model) > 0
+    if name == "image" and isinstance(inner, OfDiffusers):
+        return inner.image_channels > 0
     if name == "guidance" and not getattr(inner, "takes_guidance", True):
         return False
     taken = inspect.signature(inner.forward).parameters

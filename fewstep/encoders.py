@@ -15,17 +15,20 @@ from fewstep.data.encoded import read_shard
 from fewstep.disk import replace_file
 from fewstep.drawing import Model
 from fewstep.latents import Latents
-from fewstep.model_files import WEIGHT_FILES, WEIGHTS, read_json
+from fewstep.model_files import ENCODER_WEIGHTS, class_of, read_json, weight_paths
 from fewstep.prompts import Prompts, text_parts
 
-_TEXT_FILES = (*(file.replace(WEIGHTS, "model") for file in WEIGHT_FILES), "*.json", "*.txt", "*.model")
+_TEXT_FILES = ("*.json", "*.txt", "*.model")
 # Keys of a config.json that say where it is from and by what it was written, not what the model is.
 _NOT_THE_MODEL = ("transformers_version", "torch_dtype", "dtype", "architectures", "name_or_path")
 
 
-def encoders_of(source: str | Path) -> Model:
+def encoders_of(source: str | Path, variant: str | None = None) -> Model:
     """A model for its VAE, its text encoders, its classes and the size of its samples alone: of a diffusers folder, the
     weights of the network are not read.
+
+    Args:
+        variant: of their weights, as for ``fewstep.load``.
 
     Raises:
         FileNotFoundError, ValueError: as ``fewstep.load``.
@@ -36,9 +39,10 @@ def encoders_of(source: str | Path) -> Model:
     from fewstep.weightless import field_without_weights
 
     folder = Path(source).expanduser()
-    index = read_json(folder / "model_index.json").get("_class_name")
-    is_pipeline = isinstance(index, str) and hasattr(diffusers, index)
-    return field_without_weights(folder) if is_pipeline else find_model(str(source))
+    is_pipeline = hasattr(diffusers, class_of(read_json(folder / "model_index.json")))
+    if is_pipeline:
+        return field_without_weights(folder, variant)
+    return find_model(str(source), {"variant": variant} if variant else None)
 
 
 def vae_identity(latents: Latents) -> str:
@@ -53,7 +57,7 @@ def vae_identity(latents: Latents) -> str:
     else:
         config = read_json(latents.folder / "config.json")
         name = config.get("_class_name", "")
-        for file in sorted(file for pattern in WEIGHT_FILES for file in latents.folder.glob(pattern)):
+        for file in weight_paths(latents.folder, variant=latents.variant):
             digest.update(f"{file.name} {_digest(file)}".encode())
     digest.update(_plain(config).encode())
     return f"{name} {digest.hexdigest()[:16]}"
@@ -63,7 +67,8 @@ def text_identity(text: Prompts) -> str | None:
     """The tokenizers and text encoders of a pipeline by its class and a hash of them; None where not all are here."""
     digest = hashlib.sha256(str(text.index.get("force_zeros_for_empty_prompt", True)).encode())
     for part in text_parts(text.index):
-        files = sorted({file for pattern in _TEXT_FILES for file in (text.folder / part).glob(pattern)})
+        said = {file for pattern in _TEXT_FILES for file in (text.folder / part).glob(pattern)}
+        files = sorted({*weight_paths(text.folder / part, ENCODER_WEIGHTS, text.variant), *said})
         if not files:
             return None
         for file in files:

@@ -216,9 +216,7 @@ def _write_map(model: FlowMap, folder: Path) -> None:
 
 def _shape(network: Any) -> list[int] | None:
     """That of one state; None where its config has no size."""
-    if network.model.config.get("sample_size", 0) is None:
-        return None
-    return list(network.shape)
+    return list(network.shape) if network.has_size else None
 
 
 def _write_field(model: NetworkField, folder: Path) -> None:
@@ -265,8 +263,9 @@ def no_pipeline(model: NetworkField, scheduler: Any = None) -> str:
         return "none gives it the image that it takes beside the state"
     if model.network.classes:  # pyright: ignore[reportAttributeAccessIssue]
         return "none tells it its class"
-    if not isinstance(_unet(model).config["sample_size"], int):
-        return "none knows the size of its samples"
+    size = _unet(model).config["sample_size"]
+    if size is None or (model.latents is not None and not isinstance(size, int)):
+        return "none knows the size of its samples" if size is None else "LDMPipeline draws squares alone"
     # Both pipelines begin at standard noise, but for what the scheduler tells the second.
     level = getattr(scheduler, "init_noise_sigma", None)
     if model.latents is None:

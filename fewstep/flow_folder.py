@@ -12,10 +12,21 @@ from fewstep.converted import FLOWS, ORIGINAL
 from fewstep.drawing import image_channels
 from fewstep.exporting import diffusion_of, no_pipeline
 from fewstep.fields import NetworkField
+from fewstep.latents import VAE_FOLDERS, Latents
 from fewstep.model_card import fewstep_code
+from fewstep.model_files import class_of
 from fewstep.networks import UNet
 from fewstep.pipelines.source import whole
-from fewstep.writing import copy_part, is_whole_part, parts_in, pipeline_of, save_part, write_json, write_vae
+from fewstep.writing import (
+    copy_part,
+    is_whole_part,
+    parts_in,
+    pipeline_of,
+    save_part,
+    variant_of,
+    write_json,
+    write_vae,
+)
 
 # The pipeline of a model that comes without one.
 _PIPELINES = {
@@ -25,6 +36,7 @@ _PIPELINES = {
     "PixArtTransformer2DModel": "PixArtAlphaPipeline",
     "SD3Transformer2DModel": "StableDiffusion3Pipeline",
     "FluxTransformer2DModel": "FluxPipeline",
+    "WanTransformer3DModel": "WanPipeline",
 }
 _CODE = "flow_model"
 
@@ -38,12 +50,19 @@ def place(field: NetworkField) -> dict[str, Any]:
 
     name, (source, index) = _class_of(field), pipeline_of(field)
     usual = "LDMPipeline" if name == "UNet2DModel" and field.latents is not None else _PIPELINES[name]
-    pipeline = str(index.get("_class_name") or usual)
+    pipeline = class_of(index) if hasattr(diffusers, class_of(index)) else usual
     kind = getattr(diffusers, pipeline)
     wanted = inspect.signature(kind.__init__).parameters.values()
     absent = [part for part in parts_in(index) if source is not None and not is_whole_part(source / part)]
     left_out = [part for part in absent if part in kind._optional_components and not _is_of_text(part)]
-    own = {"self", "unet", "transformer", "scheduler", *index, *([_vae_name(pipeline)] if field.latents else [])}
+    own = {
+        "self",
+        "unet",
+        "transformer",
+        "scheduler",
+        *index,
+        *([_vae_name(pipeline, field.latents)] if field.latents else []),
+    }
     missing = [part.name for part in wanted if part.default is part.empty and part.name not in own]
     missing += [part for part in absent if part not in left_out]
     is_flow = field.is_flow
@@ -79,13 +98,14 @@ def write_folder(field: Any, conversion: Conversion, folder: Path) -> None:
     part = "unet" if "UNet" in conversion.model else "transformer"
     for name in parts_in(index):
         if source is not None and name not in (*conversion.missing, *conversion.left_out):
-            copy_part(source / name, folder / name, source)
+            copy_part(source / name, folder / name, source, variant=variant_of(field))
     index |= {name: [None, None] for name in conversion.left_out}
     if "safety_checker" in conversion.left_out:
         index["requires_safety_checker"] = False
-    vae = _vae_name(conversion.pipeline)
-    if field.latents is not None and not (folder / vae).exists():
-        index[vae] = write_vae(field.latents, folder / vae)
+    latents: Any = field.latents
+    vae = "" if latents is None else _vae_name(conversion.pipeline, latents)
+    if vae and not (folder / vae).exists():
+        index[vae] = write_vae(latents, folder / vae)  # pyright: ignore[reportArgumentType]
 
     save_part(field.network.model, folder / part)
     scheduler, libraries = scheduler_of(field), {part: "diffusers", "scheduler": "diffusers"}
@@ -122,7 +142,10 @@ def _is_of_text(part: str) -> bool:
     return part.startswith(("text_encoder", "tokenizer"))
 
 
-def _vae_name(pipeline: str) -> str:
+def _vae_name(pipeline: str, latents: Latents) -> str:
+    """The part of a pipeline that its VAE is."""
+    if latents.folder is not None and latents.folder.name in VAE_FOLDERS:
+        return latents.folder.name
     return "vqvae" if pipeline.startswith("LDM") else "vae"
 
 

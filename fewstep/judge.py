@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fewstep.console import progress_bar
-from fewstep.data.batch import Data
+from fewstep.data.batch import Data, has_classes
 from fewstep.disk import replace_file
 from fewstep.drawing import Model, draw
 from fewstep.evaluation.evaluate import Evaluation, alike, compare, evaluate
@@ -79,7 +79,7 @@ def judge(
     extractor = _extractor(section.extractor, held_out if recipe.data.name == "teacher" else data, model)
     found, metrics = None, section.metrics
     if metrics is None and not follows_teacher(recipe):  # the teacher's end points are not where it should end
-        metrics = possible_metrics(data.shape, False, extractor, "class_labels" in getattr(held_out, "cond", {}))
+        metrics = possible_metrics(data.shape, False, extractor, has_classes(getattr(held_out, "cond", {})))
     if metrics != () and (teacher is not None or extractor is not None or len(data.shape) != 3):
         with progress_bar("evaluating", quiet) as progress:
             found = evaluate(
@@ -168,7 +168,7 @@ def _extractor(choice: str, data: Data, model: Model) -> nn.Module | None:
         return None
     if choice != "auto":
         found: nn.Module = inception(choice)
-    elif "class_labels" in getattr(data, "cond", {}) and min(data.shape[1:]) >= 8 and max(data.shape[1:]) <= 64:
+    elif has_classes(getattr(data, "cond", {})) and min(data.shape[1:]) >= 8 and max(data.shape[1:]) <= 64:
         with progress_bar("features of images: a small classifier, trained once", quiet=False) as progress:
             found = trained_classifier(data, progress=progress)
     else:

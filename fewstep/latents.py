@@ -9,20 +9,25 @@ from torch import Tensor
 
 from fewstep.errors import unknown
 from fewstep.model_files import check_weights, load_weights, read_json
+from fewstep.networks import FAMILIES
 
-KNOWN_VAES = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
+KNOWN_VAES = ("AutoencoderKL", "AutoencoderKLWan", "AutoencoderTiny", "VQModel")
+# Where pipelines have their VAE.
+VAE_FOLDERS = ("vae", "vqvae", "movq")
 # Images in one call of the decoder: its activations are large, those of the model it decodes for are not.
 _AT_ONCE = 4
 
 
 class Latents:
-    """Images (B, C, H, W) in [-1, 1] as latents (B, c, h, w) in the units of the model, and back.
+    """Images (B, C, H, W) in [-1, 1] as latents (B, c, h, w) in the units of the model, and back; of a video model,
+    videos (B, C, F, H, W) as (B, c, f, h, w).
 
     The VAE is loaded when it is first needed, and goes where the tensors are. Copies of a model share it.
 
     Args:
         source: the folder of a VAE, of a pipeline with one, or the VAE itself: diffusers' ``AutoencoderKL``,
-            ``AutoencoderTiny`` or ``VQModel``.
+            ``AutoencoderTiny`` or ``VQModel``, or of videos ``AutoencoderKLWan``.
+        variant: of the weights in the folder, such as fp16, where they are there (see ``model_files.variant_in``).
 
     Raises:
         FileNotFoundError: no VAE in the folder.
@@ -32,7 +37,8 @@ class Latents:
     >>> images = latents.decode(fewstep.sample(field, noise, steps=50))
     """
 
-    def __init__(self, source: str | Path | Any) -> None:
+    def __init__(self, source: str | Path | Any, variant: str | None = None) -> None:
+        self.variant = variant
         if isinstance(source, str | Path):
             self.folder = _vae_folder(Path(source).expanduser())
             config = read_json(self.folder / "config.json")
@@ -42,8 +48,19 @@ class Latents:
             self.vae = source.eval().requires_grad_(False)
         if self._class not in KNOWN_VAES:
             raise unknown("VAE", self._class, KNOWN_VAES)
-        self.channels: int = config.get("latent_channels", 4)
-        self.image_channels: int = config.get("in_channels", 3)
+        self.is_video = self._class == "AutoencoderKLWan"
+        # Kandinsky's has neither a scale nor, for what a model made, a codebook.
+        self._is_movq = config.get("norm_type") == "spatial"
+        # How many frames of a video, after the first, are one of its latents.
+        self._frames = 1
+        if self.is_video:
+            self.channels: int = config.get("z_dim", 16)
+            self.image_channels: int = config.get("in_channels", 3) // (config.get("patch_size") or 1) ** 2
+            self.factor: int = config.get("scale_factor_spatial") or 8
+            self._frames = config.get("scale_factor_temporal") or 4
+            return
+        self.channels = config.get("latent_channels", 4 if self._class != "VQModel" else 3)
+        self.image_channels = config.get("in_channels", 3)
         levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (64,)
         # How many pixels of an image are one of its latents, along each side.
         self.factor = 2 ** (len(levels) - 1)
@@ -54,7 +71,7 @@ class Latents:
         import diffusers
 
         assert self.folder is not None
-        return load_weights(getattr(diffusers, self._class), self.folder).eval().requires_grad_(False)
+        return load_weights(getattr(diffusers, self._class), self.folder, self.variant).eval().requires_grad_(False)
 
     def check(self) -> None:
         """That the weights of the VAE are there and whole, without loading them.
@@ -63,7 +80,7 @@ class Latents:
             FileNotFoundError, ValueError: they are not.
         """
         if self.folder is not None:
-            check_weights(self.folder)
+            check_weights(self.folder, variant=self.variant)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Latents":
         return self
@@ -74,7 +91,10 @@ class Latents:
         Raises:
             ValueError: an image that the VAE does not take.
         """
-        channels, height, width = image_shape
+        if len(image_shape) != 3 + self.is_video:
+            kind, axes = ("videos", "(C, F, H, W)") if self.is_video else ("images", "(C, H, W)")
+            raise ValueError(f"the VAE takes {kind} {axes}, these have the shape {image_shape}")
+        channels, *frames, height, width = image_shape
         if channels != self.image_channels:
             raise ValueError(f"the VAE takes images of {self.image_channels} channels, these have {channels}")
         if height % self.factor or width % self.factor:
@@ -82,11 +102,15 @@ class Latents:
                 f"images of {height} x {width}: the VAE makes one latent of {self.factor} x {self.factor} pixels, so "
                 f"both sides must be multiples of {self.factor}"
             )
-        return self.channels, height // self.factor, width // self.factor
+        if wrong := [count for count in frames if count % self._frames != 1]:
+            raise ValueError(f"videos of {wrong[0]} frames: the VAE takes a first one, and multiples of {self._frames}")
+        frames = [(count - 1) // self._frames + 1 for count in frames]
+        return self.channels, *frames, height // self.factor, width // self.factor
 
     def image_shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape (C, H, W) of the image of latents (c, h, w)."""
-        return self.image_channels, shape[1] * self.factor, shape[2] * self.factor
+        frames = [(count - 1) * self._frames + 1 for count in shape[1:-2]]
+        return self.image_channels, *frames, shape[-2] * self.factor, shape[-1] * self.factor
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -101,7 +125,7 @@ class Latents:
         self.shape_of(tuple(images.shape[1:]))
         vae = self.vae.to(images.device)
         encoded = vae.encode(images.to(vae.dtype))
-        if self._class != "AutoencoderKL":
+        if not hasattr(encoded, "latent_dist"):
             z = encoded.latents
         else:
             z = encoded.latent_dist.mode() if generator is None else encoded.latent_dist.sample(generator)
@@ -115,28 +139,35 @@ class Latents:
         Raises:
             ValueError: latents of another number of channels than the VAE's.
         """
-        if latents.ndim != 4 or latents.shape[1] != self.channels:
-            raise ValueError(f"latents of shape {tuple(latents.shape)}: this VAE decodes (B, {self.channels}, h, w)")
+        if latents.ndim != 4 + self.is_video or latents.shape[1] != self.channels:
+            axes = "f, h, w" if self.is_video else "h, w"
+            raise ValueError(f"latents of shape {tuple(latents.shape)}: this VAE decodes (B, {self.channels}, {axes})")
         vae = self.vae.to(latents.device)
         shift, scale = self._scaling(latents)
-        parts = [vae.decode((part / scale + shift).to(vae.dtype)).sample for part in latents.split(_AT_ONCE)]
+        options = {"force_not_quantize": True} if self._is_movq else {}
+        at_once = 1 if self.is_video else _AT_ONCE
+        parts = [vae.decode((part / scale + shift).to(vae.dtype), **options).sample for part in latents.split(at_once)]
         return torch.cat(parts).clamp(-1, 1).to(latents.dtype)
 
     def _scaling(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """What is taken from a VAE's own latents, and what the rest is multiplied by, for the units of the model."""
         config = self.vae.config
+        if self._is_movq:
+            return 0.0, 1.0
         scale = config.get("scaling_factor", 1.0)
         mean, deviation = config.get("latents_mean"), config.get("latents_std")
         if mean is None or deviation is None:
             return config.get("shift_factor") or 0.0, scale
-        mean, deviation = (torch.tensor(value, device=z.device).reshape(1, -1, 1, 1) for value in (mean, deviation))
+        each = (1, -1, *[1] * (z.ndim - 2))
+        mean, deviation = (torch.tensor(value, device=z.device).reshape(each) for value in (mean, deviation))
         return mean, scale / deviation
 
 
 def _vae_folder(folder: Path) -> Path:
-    for place in (folder, folder / "vae", folder / "vqvae"):
+    for place in (folder, *(folder / name for name in VAE_FOLDERS)):
         config = read_json(place / "config.json")
-        if config and (place != folder or "latent_channels" in config):
+        # What lies in the folder itself may be a bare network.
+        if config and (place != folder or config.get("_class_name") not in FAMILIES):
             return place
     raise FileNotFoundError(
         f"no VAE in {folder}: the folder of a VAE has config.json, that of a pipeline vae/config.json"

@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 
 from fewstep.converted import is_converted, load_converted
 from fewstep.described import check_description, code_named, made_again
-from fewstep.diffusers_folder import HUB_FILES, field_of_pipeline, load_field, look_into
+from fewstep.diffusers_folder import field_of_pipeline, hub_files, lack_weights, load_field, look_into
 from fewstep.disk import put_right
 from fewstep.errors import unknown
 from fewstep.fields import NetworkField, VelocityField
 from fewstep.latents import Latents
 from fewstep.manifests import AGAIN, Diffusion, read_map_index, read_timesteps
 from fewstep.maps import FlowMap
-from fewstep.model_files import check_file, check_weights, class_names_in, put_in, read_json
+from fewstep.model_files import check_file, check_weights, class_names_in, class_of, put_in, read_json
 from fewstep.networks import FAMILIES
 from fewstep.networks.students import STUDENTS
 from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
@@ -29,7 +29,9 @@ from fewstep.writing import check_text, moments_in
 _PLAIN_WEIGHTS = "model.safetensors"
 
 
-def load(source: Any, *, device: str = "cpu", trust: bool = False) -> VelocityField | FlowMap:
+def load(
+    source: Any, *, device: str = "cpu", trust: bool = False, variant: str | None = None
+) -> VelocityField | FlowMap:
     """A model from a folder, in evaluation mode.
 
     Args:
@@ -46,6 +48,8 @@ def load(source: Any, *, device: str = "cpu", trust: bool = False) -> VelocityFi
         device: where it goes.
         trust: whether code may run that the recipe of a run names, where this user's fewstep did not write that run:
             see ``fewstep.trust``; and the code that an export of a network of one's own carries.
+        variant: which weights of a diffusers model are read, such as fp16; by default the plain ones, or the only ones
+            that there are.
 
     Raises:
         FileNotFoundError: no such folder or hub model; a folder without model, scheduler, its VAE or safetensors
@@ -59,7 +63,10 @@ def load(source: Any, *, device: str = "cpu", trust: bool = False) -> VelocityFi
 
     if not isinstance(source, str | Path):
         return field_of_pipeline(source).to(device).eval()
-    folder = _find(source)
+    folder = _find(source, variant=variant)
+    is_folder = not (is_run(folder) or _map_index(folder) or _plain_config(folder) or is_converted(folder))
+    if variant is not None and not is_folder:
+        raise ValueError(f"variant {variant!r}: {source} has its weights once, and is no folder of diffusers' alone")
     if is_run(folder):
         from fewstep.runs import load_run
 
@@ -72,7 +79,7 @@ def load(source: Any, *, device: str = "cpu", trust: bool = False) -> VelocityFi
     elif is_converted(folder):
         model = load_converted(folder)
     else:
-        model = load_field(folder)
+        model = load_field(folder, variant)
     model.moments = moments_in(folder) or model.moments
     model.source = str(folder.resolve()) if Path(source).expanduser().is_dir() else str(source)
     return model.to(device).eval()
@@ -92,7 +99,7 @@ def find_configurations(source: str | Path) -> Path | None:
     return None if any(others) else folder
 
 
-def _find(source: str | Path, weights: bool = True) -> Path:
+def _find(source: str | Path, weights: bool = True, variant: str | None = None) -> Path:
     name = str(source)
     folder = Path(source).expanduser()
     if name.startswith("fewstep:"):
@@ -122,7 +129,11 @@ def _find(source: str | Path, weights: bool = True) -> Path:
         return _from_hub(name, "*.json", _PLAIN_WEIGHTS)
     if not is_converted(configurations) and not _map_index(configurations):
         look_into(configurations)
-    return _from_hub(name, "*.json", *HUB_FILES)
+    folder = _from_hub(name, "*.json", *hub_files(variant))
+    if lack_weights(folder):  # not of this variant: of any other, or the plain ones
+        others = hub_files("*" if variant is None else None)
+        folder = _from_hub(name, "*.json", *hub_files(variant), *others)
+    return folder
 
 
 def _from_hub(name: str, *patterns: str) -> Path:
@@ -142,8 +153,7 @@ def _from_hub(name: str, *patterns: str) -> Path:
 def _map_index(folder: Path) -> dict[str, Any]:
     """The index of an export of a flow map; empty for any other folder."""
     index = read_json(folder / "model_index.json")
-    name = index.get("_class_name", "")
-    return index if (name[-1:] if isinstance(name, list) else [name]) == ["FlowMapPipeline"] else {}
+    return index if class_of(index) == "FlowMapPipeline" else {}
 
 
 def _plain_config(folder: Path) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.fields import NetworkField
+from fewstep.lora_keys import read_adapter
 from fewstep.maps import FlowMap
+from fewstep.model_files import check_file
 from fewstep.networks import SecondTime, TwoTimeNetwork, new_parts
 from fewstep.write_errors import cannot_write
 
@@ -163,9 +164,11 @@ def _save(network: Any, folder: Path, for_diffusers: bool) -> None:
 
 
 def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
-    """Give a model the adapter of a folder, in place: its base frozen, the adapter as it was saved, and trainable.
+    """Give a model the adapter of a folder, or of one file of diffusers' form, in place: its base frozen, the adapter
+    as it was saved, and trainable.
 
-    Reads what :func:`save_adapter` writes, and adapters of diffusers' and peft's own in the same files.
+    Reads what :func:`save_adapter` writes, and adapters of diffusers' and peft's own in the same files, by whatever
+    names a version of diffusers gave their weights (``fewstep.lora_keys``).
 
     Raises:
         FileNotFoundError: no adapter in the folder.
@@ -174,13 +177,18 @@ def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
     """
     _check_bare(model)
     peft, network, folder = _peft(), _inner(model), Path(folder).expanduser()
-    if (folder / DIFFUSERS_FILE).is_file():
-        config, weights = _from_diffusers(network, folder / DIFFUSERS_FILE)
+    file = folder if folder.is_file() else folder / DIFFUSERS_FILE
+    if file.is_file() and file.suffix == ".safetensors":
+        check_file(file)
+        options, weights = read_adapter(file, dict(network.named_modules()), _prefix(network))
+        config = _config(options, file)
     elif (folder / PEFT_FILE).is_file() and (folder / PEFT_CONFIG).is_file():
         config = _config(json.loads((folder / PEFT_CONFIG).read_text()), folder / PEFT_CONFIG)
         weights = load_file(folder / PEFT_FILE)
     else:
-        raise FileNotFoundError(f"no adapter in {folder}: {DIFFUSERS_FILE}, or {PEFT_FILE} and {PEFT_CONFIG}")
+        is_pickle = file.suffix == ".bin" or file.with_suffix(".bin").is_file()
+        way = ". A .bin can run code when it is opened: load it with diffusers, and save it anew" if is_pickle else ""
+        raise FileNotFoundError(f"no adapter in {folder}: {DIFFUSERS_FILE}, or {PEFT_FILE} and {PEFT_CONFIG}{way}")
     weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
     whole = {name: weights.pop(name) for name in list(weights) if ".lora_" not in name}
     wrong = f"the adapter in {folder} is not one of this {type(network).__name__}"
@@ -199,22 +207,6 @@ def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
     except RuntimeError as error:
         raise ValueError(f"{wrong}: {' '.join(str(error).split())[:200]}") from None
     network.load_state_dict(whole, strict=False)
-
-
-def _from_diffusers(network: nn.Module, file: Path) -> tuple["LoraConfig", dict[str, Tensor]]:
-    """The adapter of a file of diffusers' form."""
-    prefix = _prefix(network)
-    with safe_open(file, framework="pt") as opened:
-        text = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
-    own = lambda group: {k.removeprefix(f"{prefix}."): v for k, v in group.items() if k.startswith(f"{prefix}.")}  # noqa: E731
-    options, weights = own(json.loads(text)), own(load_file(file))
-    first = next((name for name in weights if ".lora_A." in name), None)
-    if first is None:
-        raise ValueError(f"{file} has no adapter of peft's form for a {prefix}: load it with diffusers and save it")
-    # Without metadata, as diffusers takes it: one rank, and a scale of 1.
-    layers = sorted({name.partition(".lora_")[0] for name in weights})
-    rank = weights[first].shape[0]
-    return _config({"r": rank, "lora_alpha": rank, "target_modules": layers, **options}, file), weights
 
 
 def _config(options: dict[str, Any], file: Path) -> "LoraConfig":

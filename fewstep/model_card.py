@@ -203,8 +203,8 @@ def _shape(model: Any, channels: int | None = None, factor: int = 1) -> str:
         factor: what the height and width above are to be divided by, for a model without a size of its own.
     """
     if _has_any_size(model):
-        config, by = model.network.model.config, "" if factor == 1 else f" // {factor}"
-        own, sizes = config["in_channels"] - image_channels(model), [f"height{by}", f"width{by}"]
+        by = "" if factor == 1 else f" // {factor}"
+        own, sizes = model.network.channels, [f"height{by}", f"width{by}"]
     else:
         try:
             own, *sizes = shape_of(model)

@@ -1,6 +1,8 @@
 """The files that a model is kept in: read with care, and nothing in them is run."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,56 @@ from fewstep.reading import parse_json, read_text
 from fewstep.received import plain_name
 
 WEIGHTS = "diffusion_pytorch_model"
-# The weights of a diffusers model, whole or in pieces, without its other variants (fp16, non_ema).
-WEIGHT_FILES = (f"{WEIGHTS}.safetensors", f"{WEIGHTS}-?????-of-?????.safetensors")
 _MOST_CLASSES = _MOST_NUMBER = 1 << 20
 _MOST_LAYERS = 1000
+ENCODER_WEIGHTS = "model"  # of a text encoder, as transformers writes them
+
+
+def weight_files(name: str = WEIGHTS, variant: str | None = None) -> tuple[str, ...]:
+    """The files of a model's weights of one variant (fp16, non_ema), None for the plain ones: whole, or in pieces."""
+    if variant is None:
+        return f"{name}.safetensors", f"{name}-?????-of-?????.safetensors"
+    pieces = f"{name}.{variant}-?????-of-?????", f"{name}-?????-of-?????.{variant}"  # of today, and before
+    return tuple(f"{stem}.safetensors" for stem in (f"{name}.{variant}", *pieces))
+
+
+# The weights of a diffusers model, without its other variants.
+WEIGHT_FILES = weight_files()
+
+
+def weight_paths(folder: Path, name: str = WEIGHTS, variant: str | None = None) -> list[Path]:
+    """The files in a folder that the weights of a model are read from: see :func:`variant_in`."""
+    found = variant_in(folder, name, variant)
+    return sorted(file for pattern in weight_files(name, found) for file in folder.glob(pattern))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weights of a model or a text encoder, of whatever variant."""
+    return any(file for name in (WEIGHTS, ENCODER_WEIGHTS) for file in folder.glob(f"{name}*.safetensors"))
+
+
+def variant_in(folder: Path, name: str = WEIGHTS, wanted: str | None = None) -> str | None:
+    """Which variant of the weights in a folder is read: the one that is wanted, where it is there, else the plain ones
+    (None), else the only one that there is.
+
+    Raises:
+        FileNotFoundError: there are several, and none of them is wanted.
+    """
+    form = re.compile(rf"{name}(?:\.(\w+))?(?:-\d{{5}}-of-\d{{5}})?(?:\.(\w+))?\.safetensors")
+    matches = [form.fullmatch(file.name) for file in folder.glob(f"{name}*.safetensors")]
+    found = {match[1] or match[2] for match in matches if match}
+    if wanted in found:
+        return wanted
+    if None in found or not found:
+        return None
+    if len(found) == 1:
+        only = str(next(iter(found)))
+        warnings.warn(f"{folder} has its weights as the variant {only} alone: they are read", stacklevel=3)
+        return only
+    raise FileNotFoundError(
+        f"no {name}.safetensors in {folder}, which has its weights as {', '.join(sorted(map(str, found)))}: say one of "
+        f"them, variant={min(map(str, found))!r} of fewstep.load or --variant of a command"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -36,8 +84,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_weights(model_class: Any, folder: Path, **options: Any) -> Any:
-    """A diffusers model with the weights in its folder, which are exactly its own.
+def class_of(index: dict[str, Any]) -> str:
+    """The class of a pipeline by its index; one with code of its own has the file before it, ``["file", "Name"]``."""
+    name = index.get("_class_name", "of no class")
+    return str(name[-1] if isinstance(name, list) and name else name)
+
+
+def load_weights(model_class: Any, folder: Path, variant: str | None = None, **options: Any) -> Any:
+    """A diffusers model with the weights in its folder, of a variant if it is there, which are exactly its own.
 
     Args:
         options: of its ``from_pretrained``.
@@ -45,9 +99,10 @@ def load_weights(model_class: Any, folder: Path, **options: Any) -> Any:
     Raises:
         FileNotFoundError, ValueError: as :func:`check_weights`, or weights that are not those of its config.json.
     """
-    check_weights(folder)
+    check_weights(folder, variant=variant)
     check_numbers(read_json(folder / "config.json"), str(folder / "config.json"))
     options = {"output_loading_info": True, **plainly(model_class), **options}
+    options["variant"] = variant_in(folder, wanted=variant)
     wrong = f"the weights in {folder} are not those of its config.json"
     report: Any
     with refused(f"diffusers cannot load the {model_class.__name__} in {folder}"), quietly():
@@ -129,16 +184,16 @@ def class_names_in(folder: Path) -> tuple[str, ...]:
     return tuple(names.get(number, "") for number in range(max(names, default=-1) + 1))
 
 
-def check_weights(model: Path, names: Sequence[str] = WEIGHT_FILES) -> None:
-    """That a model's weights are there, as safetensors, and whole; ``names`` are those of diffusers' models."""
-    files = sorted(file for pattern in names for file in model.glob(pattern))
+def check_weights(model: Path, name: str = WEIGHTS, variant: str | None = None) -> None:
+    """That a model's weights are there, as safetensors, and whole; ``name`` is how their files begin."""
+    files = weight_paths(model, name, variant)
     if not files and list(model.glob("*.bin")):
         raise FileNotFoundError(
             f"{model} has its weights in .bin files only, and a .bin can run code when it is opened: if you trust it, "
             "open it with diffusers and write it anew, model.save_pretrained(folder, safe_serialization=True)"
         )
     if not files:
-        raise FileNotFoundError(f"no weights in {model}: {names[0]} is missing")
+        raise FileNotFoundError(f"no weights in {model}: {name}.safetensors is missing")
     for file in files:
         check_file(file)
     for listed in model.glob("*.safetensors.index.json"):

@@ -137,7 +137,7 @@ def find_model(source: str, options: dict[str, Any] | None = None) -> Any:
         return model
     from fewstep.loading import load
 
-    return load(source)
+    return load(source, **arguments("teacher.options", load, options or {}, given=("source", "device", "trust")))
 
 
 def make_student(
@@ -451,8 +451,11 @@ def given_by(recipe: Recipe, model: Model, count: int, first: int = 0, text: boo
         first: the row to begin with; they go around.
         text: whether those of a text model are wanted too, which prompts give otherwise.
     """
-    others = {"class_labels"} if text or model.text is None else {"class_labels", *TEXT_CONDITIONS}
-    is_needed = set(needed_conditions(model)) - others or (text and model.text is not None)
+    others = {"guidance", *(() if text or model.text is None else TEXT_CONDITIONS)}
+    needed = set(needed_conditions(model))
+    if classes_of(model) or "class_labels" not in needed:  # else they are vectors or times
+        others.add("class_labels")
+    is_needed = needed - others or (text and model.text is not None)
     if recipe.data.name == "teacher" or not (is_needed or recipe.data.options.get("conditions")):
         return {}
     data = data_of(recipe.data, model)

@@ -133,7 +133,7 @@ class Playground:
         self.box = self._extent() if self.is_plane else None
 
     @classmethod
-    def open(cls, source: str, device: torch.device | str = "cpu") -> "Playground":
+    def open(cls, source: str, device: torch.device | str = "cpu", variant: str | None = None) -> "Playground":
         """Of a run, or of whatever else ``fewstep sample`` takes.
 
         Raises:
@@ -142,7 +142,7 @@ class Playground:
         from fewstep.runs import open_run
 
         run = open_run(source) if is_run(Path(source).expanduser()) else None
-        model = find_model(source) if run is None else run.model
+        model = find_model(source, {"variant": variant} if variant else None) if run is None else run.model
         teacher, given = None, {}
         if run is not None:
             teacher = make_teacher(run.recipe.teacher).to(device).eval() if run.recipe.teacher else None

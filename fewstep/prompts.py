@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import refused, unknown
-from fewstep.model_files import read_json
+from fewstep.model_files import ENCODER_WEIGHTS, class_of, read_json, variant_in
 from fewstep.pipelines.stock_prompts import RETURNED, encode
 
 
 def knows_prompts(folder: Path) -> bool:
     """Whether a folder is a pipeline whose prompts fewstep can encode, with text encoders."""
     index = read_json(folder / "model_index.json")
-    return str(index.get("_class_name")) in RETURNED and any(text_parts(index))
+    return class_of(index) in RETURNED and any(text_parts(index))
 
 
 class Prompts:
@@ -28,6 +28,7 @@ class Prompts:
     Args:
         folder: of a Stable Diffusion 1, 2, XL or 3, PixArt or Flux pipeline.
         dtype: of the encoders and of what they give.
+        variant: of the encoders' weights, such as fp16, where they are there (see ``model_files.variant_in``).
 
     Raises:
         ValueError: a pipeline of another class.
@@ -37,13 +38,13 @@ class Prompts:
     >>> latents = fewstep.sample(field, torch.randn(2, 4, 64, 64), steps=50, **cond)
     """
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        self.folder, self.dtype = Path(folder).expanduser(), dtype
+    def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> None:
+        self.folder, self.dtype, self.variant = Path(folder).expanduser(), dtype, variant
         self.index = read_json(self.folder / "model_index.json")
         # An export of a flow map has a pipeline of its own, and says whose prompts these are.
         text = self.index.get("text")
         self.index |= text if isinstance(text, dict) else {}
-        self._class = str(self.index.get("pipeline") or self.index.get("_class_name", "of no class"))
+        self._class = str(self.index.get("pipeline") or class_of(self.index))
         if self._class not in RETURNED:
             raise unknown("pipeline with text encoders", self._class, RETURNED)
 
@@ -97,7 +98,8 @@ class Prompts:
     def _sizes(self, size: tuple[int, int] | None, rows: int, device: torch.device) -> dict[str, Tensor]:
         """What the model is told of the image: uncropped, of the size that is wanted."""
         config, factor = self._model_config, self._factor
-        height, width = size or (factor * config.get("sample_size", 128),) * 2
+        own = config.get("sample_size") or 128
+        height, width = size or (factor * side for side in ((own, own) if isinstance(own, int) else own))
         if self._class == "StableDiffusionXLPipeline":
             told = {"time_ids": [height, width, 0, 0, height, width]}
         elif self._class.startswith("PixArt") and _is_told_sizes(config):
@@ -130,7 +132,7 @@ class Prompts:
                     f"no {name} in {self.folder}, which its model_index.json names: fetch it, or pass the conditions "
                     "of the text yourself"
                 )
-        return load_encoders(self.folder, self.index)
+        return load_encoders(self.folder, self.index, self.variant)
 
 
 class _Transformer:
@@ -160,17 +162,21 @@ _ENCODERS = {
 _NAMES_CODE = ("auto_map", "attn_implementation", "_attn_implementation")
 
 
-def load_encoders(folder: Path, index: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+def load_encoders(folder: Path, index: dict[str, Any], variant: str | None = None, **kwargs: Any) -> dict[str, Any]:
     """The tokenizers and text encoders of a pipeline's folder, by name.
 
     Args:
+        variant: of the weights, where it is there.
         kwargs: of ``from_pretrained`` of the encoders.
     """
     import transformers
 
     parts = {}
     for name in text_parts(index):
-        options = {"use_safetensors": True, **kwargs} if name.startswith("text_encoder") else {}
+        options: dict[str, Any] = {}
+        if name.startswith("text_encoder"):
+            found = variant_in(folder / name, ENCODER_WEIGHTS, variant)
+            options = {"use_safetensors": True, "variant": found, **kwargs}
         kind = encoder_class(folder, index, name)
         with refused(f"transformers cannot load the {kind} in {folder / name}", "fetch it again"):
             parts[name] = getattr(transformers, kind).from_pretrained(folder / name, **options)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from fewstep.config import find_objective, load_recipe
 from fewstep.couplings import uncoupled
-from fewstep.data.batch import Data
+from fewstep.data.batch import Data, has_classes
 from fewstep.data.conditions import Dropped
 from fewstep.disk import sweep
 from fewstep.drawing import Model, classes_of, shape_of
@@ -378,6 +378,11 @@ def _check_fit(who: str, model: Model, name: str, data: Data) -> None:
     classes, labels = classes_of(model), cond.get("class_labels")
     if classes and labels is None:
         raise ValueError(f"the {who} has {classes} classes, and the data {name!r} has no class_labels")
+    if classes and labels is not None and not has_classes(cond):
+        raise ValueError(
+            f"the {who} has {classes} classes, and the data {name!r} has class_labels of {labels.dtype} and shape "
+            f"{tuple(labels.shape)}: whole numbers are needed, one a row"
+        )
     if classes and labels is not None and int(labels.max()) >= classes and not isinstance(data, Dropped):
         last = int(labels.max())
         raise ValueError(f"the data {name!r} has class_labels up to {last}, the {who} only 0 to {classes - 1}")
@@ -397,7 +402,8 @@ def _check_fit(who: str, model: Model, name: str, data: Data) -> None:
     if why:
         conditions = f" and conditions {', '.join(rows)}" if rows else ""
         raise ValueError(
-            f"the {who} does not take the data {name!r} of shape {tuple(data.shape)}{conditions}: {_wants(model)}{why}"
+            f"the {who} does not take the data {name!r} of shape {tuple(data.shape)}{conditions}: "
+            f"{_wants(model, tuple(data.shape))}{why}"
         )
 
 
@@ -419,8 +425,10 @@ def _hint(model: Model, data: Data, has_needless_labels: bool) -> str:
     return ""
 
 
-def _wants(model: Model) -> str:
+def _wants(model: Model, data_shape: tuple[int, ...]) -> str:
+    """What it is made for; a convolutional student takes the size of its data for its own."""
     try:
-        return f"it is for samples of shape {shape_of(model)}. "
+        shape = shape_of(model)
     except ValueError:
         return ""
+    return "" if shape == data_shape else f"it is for samples of shape {shape}. "

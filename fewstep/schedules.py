@@ -26,6 +26,26 @@ def kind_of(prediction: str, native: Path) -> str:
     return known.get(prediction, prediction)
 
 
+# What the first versions of diffusers called a key of a scheduler's config: those of today pass it over in silence.
+_TIMESTEPS, _PREDICTS_NOISE = "timesteps", "predict_epsilon"
+
+
+def todays_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a scheduler with the keys of the first versions of diffusers under their names of today.
+
+    ``timesteps`` (0.0.x) is ``num_train_timesteps``, and ``predict_epsilon: false`` (to 0.12) the prediction type
+    "sample", where the key of today says nothing, or what it says by default.
+    """
+    unsaid = config.get("_use_default_values", ())  # what diffusers has put in by itself
+    config = {key: value for key, value in config.items() if key not in ("_use_default_values", *unsaid)}
+    steps, is_noise = config.pop(_TIMESTEPS, None), config.pop(_PREDICTS_NOISE, None)
+    if steps is not None:
+        config.setdefault("num_train_timesteps", steps)
+    if is_noise is False and config.get("prediction_type", "epsilon") == "epsilon":
+        config["prediction_type"] = "sample"
+    return config
+
+
 def schedule_of(scheduler: Any) -> tuple[Path, str]:
     """The path and the prediction kind of the network that a diffusers scheduler belongs to.
 
@@ -40,6 +60,7 @@ def schedule_of(scheduler: Any) -> tuple[Path, str]:
             step has no signal at all (zero terminal SNR) beside a noise prediction, which says nothing there.
     """
     name, config = type(scheduler).__name__, scheduler.config
+    _check_heard(name, config)
     prediction = config.get("prediction_type", "epsilon")
     steps = float(config.get("num_train_timesteps", 1000))
     if "FlowMatch" in name or "FlowMap" in name:
@@ -85,6 +106,17 @@ def _has_flow_sigmas(scheduler: Any) -> bool:
     """Whether it goes by flow sigmas: configs keep keys of other classes, of which a class makes nothing."""
     known = inspect.signature(type(scheduler).__init__).parameters
     return "use_flow_sigmas" in known and bool(scheduler.config.use_flow_sigmas)
+
+
+def _check_heard(name: str, config: Any) -> None:
+    """That diffusers made a scheduler of all that its config says."""
+    said = todays_config(config)
+    heard = {"num_train_timesteps": 1000, "prediction_type": "epsilon", **config}
+    if wrong := [key for key in ("num_train_timesteps", "prediction_type") if said.get(key, heard[key]) != heard[key]]:
+        raise ValueError(
+            f"the config of this {name} says {wrong[0]} {said[wrong[0]]!r} under an old name, and diffusers passed "
+            f"over it: {name}.from_config(fewstep.schedules.todays_config(scheduler.config))"
+        )
 
 
 def _kind(prediction: str, known: dict[str, str]) -> str:

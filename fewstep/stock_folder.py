@@ -6,9 +6,20 @@ from typing import Any
 
 from fewstep.drawing import image_channels
 from fewstep.fields import DiffusionField, NetworkField
+from fewstep.latents import VAE_FOLDERS
+from fewstep.model_files import class_of
 from fewstep.networks import SD3, Flux, Wan
 from fewstep.paths import Reversed
-from fewstep.writing import copy_part, is_whole_part, parts_in, pipeline_of, save_part, write_json, write_vae
+from fewstep.writing import (
+    copy_part,
+    is_whole_part,
+    parts_in,
+    pipeline_of,
+    save_part,
+    variant_of,
+    write_json,
+    write_vae,
+)
 
 _CODE = """\
 import torch
@@ -46,10 +57,10 @@ def write_stock(field: NetworkField, folder: Path) -> str:
     others = parts_in(index)
     whole = [] if source is None else [name for name in others if is_whole_part(source / name)]
     for name in whole:
-        copy_part(source / name, folder / name, source)  # pyright: ignore
-    if field.latents is not None and "vae" not in whole:
+        copy_part(source / name, folder / name, source, variant=variant_of(field))  # pyright: ignore
+    if field.latents is not None and not any(name in whole for name in VAE_FOLDERS):
         index["vae"] = write_vae(field.latents, folder / "vae")
-    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    kind = getattr(diffusers, class_of(index), None)
     if kind is None:
         return ""
     gone = [name for name in others if name not in whole and name != "vae"]

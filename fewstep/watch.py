@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.data.batch import Data
+from fewstep.data.batch import Data, has_classes
 from fewstep.evaluation.diagnostics import teacher_states
 from fewstep.evaluation.plots import image_grid, png, points_figure
 from fewstep.evaluation.points import error_quantiles, rmse
@@ -102,7 +102,7 @@ class Watch:
             cond = self.data.rows(torch.arange(count) % (self.data.size or count), generator(self.seed)).cond
         picked = {}
         for name, value in cond.items():
-            classes = value.unique() if name == "class_labels" else value
+            classes = value.unique() if name == "class_labels" and has_classes(cond) else value
             picked[name] = classes[torch.arange(count) % len(classes)].to(device)
         if self.strength is not None:
             picked["guidance"] = torch.full((count,), self.strength, device=device)

@@ -19,9 +19,9 @@ from fewstep.fields import DiffusionField, Guided, VelocityField, unguided
 from fewstep.latents import Latents
 from fewstep.loading import find_configurations
 from fewstep.model_files import read_json
-from fewstep.networks import FAMILIES
+from fewstep.networks.unet import OfDiffusers
 from fewstep.parts import EXACT, check_teacher, check_told, make_data, make_teacher, path_of, settled
-from fewstep.prompts import SIZES
+from fewstep.prompts import SIZES, TEXT_CONDITIONS
 from fewstep.randomness import generator
 from fewstep.recipe import Recipe, Teacher
 from fewstep.trust import is_code
@@ -81,19 +81,17 @@ def _teacher(section: Teacher) -> VelocityField:
     return Guided(field, guidance.scale, guidance.interval, null=null, weak=weak)
 
 
-def field_without_weights(folder: Path) -> DiffusionField:
+def field_without_weights(folder: Path, variant: str | None = None) -> DiffusionField:
     """The model of a diffusers folder as ``fewstep.load`` makes it, its network on the meta device.
+
+    Args:
+        variant: of the weights of its VAE and text encoders.
 
     Raises:
         FileNotFoundError, ValueError: as ``fewstep.diffusers_folder.look_into``.
     """
-    import diffusers
-
-    found = look_into(folder)
-    made: Any = getattr(diffusers, found.class_name)
-    with META:
-        model = made.from_config(made.load_config(found.model))
-    field = DiffusionField(FAMILIES[found.class_name](model), found.scheduler)
+    found = look_into(folder, variant)
+    field = DiffusionField(found.network, found.scheduler)
     field.latents, field.text, field.distilled = found.latents, found.text, found.distilled
     return field.eval()
 
@@ -150,38 +148,25 @@ def conditions(recipe: Recipe, model: Any, rows: int, shape: tuple[int, ...]) ->
     if channels := (recipe.student.image or image_channels(model)):
         cond["image"] = _numbers(rows, channels, *shape[1:])
     guidance = recipe.teacher.guidance if recipe.teacher else None
-    is_told = guidance is not None and (guidance.told or guidance.range is not None)
-    if is_told or _config(model).get("guidance_embeds"):
+    if guidance is not None and (guidance.told or guidance.range is not None):
         cond["guidance"] = _numbers(rows)
-    return cond
+    others = {name: _numbers(rows, *shape) for name, shape in _told(model).items() if name not in cond}
+    return cond | others
 
 
 def text_conditions(model: Any, rows: int) -> dict[str, Tensor]:
     """What the text encoders of a model give for prompts, (rows, ...) on the meta device; nothing for a model without
     text."""
-    config, tokens = _config(model), _tokens(model)
-    cond: dict[str, Tensor] = {}
-    match _class(model):
-        case "UNet2DConditionModel":
-            width = config["encoder_hid_dim"] or config["cross_attention_dim"]
-            cond["encoder_hidden_states"] = _numbers(rows, tokens, width if isinstance(width, int) else width[0])
-            if config["addition_embed_type"] == "text_time":
-                told = 6 * config["addition_time_embed_dim"]
-                cond["text_embeds"] = _numbers(rows, config["projection_class_embeddings_input_dim"] - told)
-                cond["time_ids"] = _numbers(rows, 6)
-        case "PixArtTransformer2DModel":
-            cond["encoder_hidden_states"] = _numbers(rows, tokens, config["caption_channels"])
-            cond["encoder_attention_mask"] = torch.ones(rows, tokens, dtype=torch.long, device=META)
-            if "resolution" in unguided(model).network.needed:
-                cond |= {"resolution": _numbers(rows, 2), "aspect_ratio": _numbers(rows, 1)}
-        case "SD3Transformer2DModel" | "FluxTransformer2DModel":
-            cond["encoder_hidden_states"] = _numbers(rows, tokens, config["joint_attention_dim"])
-            cond["pooled_projections"] = _numbers(rows, config["pooled_projection_dim"])
-        case "WanTransformer3DModel":
-            cond["encoder_hidden_states"] = _numbers(rows, tokens, config["text_dim"])
-            if config["image_dim"] is not None:
-                cond["encoder_hidden_states_image"] = _numbers(rows, 257, config["image_dim"])
+    cond = {name: _numbers(rows, *shape) for name, shape in _told(model).items() if name in TEXT_CONDITIONS}
+    if _class(model) == "PixArtTransformer2DModel":
+        cond["encoder_attention_mask"] = torch.ones(rows, _tokens(model), dtype=torch.long, device=META)
     return cond
+
+
+def _told(model: Any) -> dict[str, tuple[int, ...]]:
+    """A row of each condition that a model of diffusers needs; nothing of another one."""
+    network = getattr(unguided(model), "network", None)
+    return network.told(_tokens(model)) if isinstance(network, OfDiffusers) else {}
 
 
 def _tokens(model: Any) -> int:
@@ -198,11 +183,6 @@ def _class(model: Any) -> str:
     """The class in diffusers that a model's network is of; nothing for another network."""
     inner = getattr(getattr(unguided(model), "network", None), "model", None)
     return type(inner).__name__.removeprefix("TwoTime")
-
-
-def _config(model: Any) -> dict[str, Any]:
-    inner = getattr(getattr(unguided(model), "network", None), "model", None)
-    return dict(getattr(inner, "config", {}))
 
 
 def _numbers(*shape: int) -> Tensor:

@@ -11,7 +11,17 @@ import fewstep
 from fewstep.disk import put_right, replace_folder
 from fewstep.latents import Latents
 from fewstep.manifests import read_mark
-from fewstep.model_files import WEIGHT_FILES, WEIGHTS, check_weights, read_json
+from fewstep.model_files import (
+    ENCODER_WEIGHTS,
+    WEIGHT_FILES,
+    WEIGHTS,
+    check_weights,
+    has_weights,
+    read_json,
+    variant_in,
+    weight_files,
+    weight_paths,
+)
 from fewstep.options import read_yaml
 from fewstep.prompts import Prompts, encoder_class, text_parts
 from fewstep.reading import parse_json, read_text
@@ -20,8 +30,9 @@ from fewstep.received import copy_file, is_place
 # In every folder that fewstep writes: it alone says that the folder may be replaced.
 MARK = "fewstep.json"
 # The weights of a text encoder of transformers, whole or in pieces.
-ENCODER_FILES = tuple(file.replace(WEIGHTS, "model") for file in WEIGHT_FILES)
-# What of a pipeline's part is copied: nothing that can run code when it is opened, and no variants (fp16, non_ema).
+ENCODER_FILES = weight_files(ENCODER_WEIGHTS)
+# What of a pipeline's part is copied: nothing that can run code when it is opened, and of weights the plain
+# ones (of variants see `copy_part`).
 PART_FILES = ("config.json", "*_config.json", "*tokens*.json", "vocab.json", "tokenizer.json", "*.txt", "*.model")
 PART_FILES += ("*.safetensors.index.json", *WEIGHT_FILES, *ENCODER_FILES)
 
@@ -111,7 +122,7 @@ def write_vae(latents: Latents, folder: Path) -> list[str]:
     else:
         above = latents.folder.parent
         root = above if (above / "model_index.json").is_file() else latents.folder
-        copy_part(latents.folder, folder, root, ("*.json", *WEIGHT_FILES))
+        copy_part(latents.folder, folder, root, ("*.json", *WEIGHT_FILES), latents.variant)
     return ["diffusers", vae_config(latents)["_class_name"]]
 
 
@@ -122,11 +133,15 @@ def vae_config(latents: Latents) -> dict[str, Any]:
     return read_json(latents.folder / "config.json")
 
 
-def copy_part(source: Path, folder: Path, root: Path, only: Sequence[str] = PART_FILES) -> None:
-    """Copy the files of a pipeline's part into a new folder, without the path that it was loaded from.
+def copy_part(
+    source: Path, folder: Path, root: Path, only: Sequence[str] = PART_FILES, variant: str | None = None
+) -> None:
+    """Copy the files of a pipeline's part into a new folder, without the path that it was loaded from. Weights that are
+    read as a variant (see ``model_files.variant_in``) are the plain ones there.
 
     Args:
         root: the folder of the pipeline, out of which no link is followed.
+        variant: of the weights, where it is there.
 
     Raises:
         ValueError: a link out of it, or a file that is not what its name says.
@@ -134,6 +149,9 @@ def copy_part(source: Path, folder: Path, root: Path, only: Sequence[str] = PART
     folder.mkdir()
     for file in sorted({file for pattern in only for file in source.glob(pattern) if not file.is_dir()}):
         copy_file(file, folder / file.name, root)
+    for name in (WEIGHTS, ENCODER_WEIGHTS):
+        if (found := variant_in(source, name, variant)) is not None:
+            _copy_plainly(source, folder, root, name, found)
     for config in (*folder.glob("config.json"), *folder.glob("*_config.json")):
         _name_no_places(config)
 
@@ -189,9 +207,24 @@ def is_whole_part(part: Path) -> bool:
     """Whether a part of a pipeline is there: its weights too where it is a model, which a ``config.json`` says."""
     if not part.is_dir() or not any(part.iterdir()):
         return False
-    return not (part / "config.json").is_file() or any(
-        file for pattern in (*WEIGHT_FILES, *ENCODER_FILES) for file in part.glob(pattern)
-    )
+    return not (part / "config.json").is_file() or has_weights(part)
+
+
+def variant_of(model: Any) -> str | None:
+    """That of the weights which the parts of a model's pipeline were asked for."""
+    return next((part.variant for part in (model.text, model.latents) if part is not None), None)
+
+
+def _copy_plainly(source: Path, folder: Path, root: Path, name: str, variant: str) -> None:
+    """The weights of a variant under the names of the plain ones, and none beside them."""
+    for file in folder.glob(f"{name}*.safetensors*"):
+        file.unlink()
+    for file in weight_paths(source, name, variant):
+        copy_file(file, folder / file.name.replace(f".{variant}", ""), root)
+    index = read_json(source / f"{name}.safetensors.index.{variant}.json")
+    if index:
+        index["weight_map"] = {key: file.replace(f".{variant}", "") for key, file in index["weight_map"].items()}
+        write_json(folder / f"{name}.safetensors.index.json", index)
 
 
 def check_text(text: Prompts) -> None:
@@ -206,7 +239,7 @@ def check_text(text: Prompts) -> None:
             raise FileNotFoundError(f"no {name} in {text.folder}, which its model_index.json names: fetch it")
         encoder_class(text.folder, text.index, name)
         if name.startswith("text_encoder"):
-            check_weights(part, ENCODER_FILES)
+            check_weights(part, ENCODER_WEIGHTS, text.variant)
 
 
 def write_text(text: Prompts, folder: Path) -> dict[str, Any]:
@@ -215,7 +248,8 @@ def write_text(text: Prompts, folder: Path) -> dict[str, Any]:
     for name in parts:
         files = ("config.json", "*.safetensors.index.json", *ENCODER_FILES)
         is_encoder = name.startswith("text_encoder")
-        copy_part(text.folder / name, folder / name, text.folder, files if is_encoder else PART_FILES)
+        files = files if is_encoder else PART_FILES
+        copy_part(text.folder / name, folder / name, text.folder, files, text.variant)
     kept = {key: text.index[key] for key in ("force_zeros_for_empty_prompt",) if key in text.index}
     return {"text": {"pipeline": text.pipeline, **kept}, **{name: text.index[name] for name in parts}}
 

@@ -650,7 +650,6 @@ def broken(folder: Path, how: str) -> None:
         for part, name in (("safety_checker", "config.json"), ("feature_extractor", "preprocessor_config.json")):
             (folder / part).mkdir()
             (folder / part / name).write_text(json.dumps({"_class_name": "CLIPImageProcessor"}))
-        (folder / "safety_checker" / "model.fp16.safetensors").write_bytes(b"")
 
 
 @pytest.mark.parametrize("how", ["absent", "snapshot"])

@@ -115,7 +115,7 @@ def test_memory_map_stays_on_disk(tmp_path):
         (np.array([[1], [1, 2]], dtype=object), {}, "dtype object"),
         (np.array([["a"]]), {}, "no array of real numbers"),
         (np.zeros((4, 2)), {"class_labels": np.zeros(3, int)}, r"shape \(3,\), but the data has 4 rows"),
-        (np.zeros((4, 2)), {"class_labels": np.zeros(4)}, "whole numbers"),
+        (np.zeros((4, 2)), {"class_labels": np.zeros((4, 1, 2))}, "whole numbers"),
         (np.zeros((4, 2)), {"class_labels": np.zeros((4, 10), int)}, "one a row"),
         (np.zeros((4, 2)), {"class_labels": np.array([0, 1, -1, 0])}, "count from 0, got -1"),
         (

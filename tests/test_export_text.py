@@ -21,6 +21,7 @@ from fewstep.drawing import draw
 from fewstep.exporting import export
 from fewstep.loading import load
 from fewstep.maps import FlowMap
+from fewstep.pipelines.exported import FlowMapPipeline
 from fewstep.randomness import sample_generators
 
 NAMES = ["sd", "sdxl", "pixart", "sd3", "sd3 without", "flux"]
@@ -215,10 +216,13 @@ def test_the_same_pictures_without_fewstep(sources: Path, tmp_path: Path, elsewh
         torch.testing.assert_close(found, expected_of(students[name]), atol=1e-5, rtol=0)
 
 
-def test_text_encoders_are_used_in_half_precision(sources: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])  # of today, and of older versions
+@pytest.mark.parametrize("kind", [DiffusionPipeline, FlowMapPipeline])
+def test_text_encoders_are_used_in_half_precision(kind: Any, name: str, sources: Path, tmp_path: Path) -> None:
     student = text_map(sources / "sd")
     folder = export(student, tmp_path / "map")
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.bfloat16)
+    trust = {"trust_remote_code": True} if kind is DiffusionPipeline else {}
+    pipe: Any = kind.from_pretrained(folder, **trust, **{name: torch.bfloat16})
     pipe.set_progress_bar_config(disable=True)
     assert pipe.text_encoder.dtype == pipe.network.dtype == torch.bfloat16
     found = pipe(PROMPTS, num_inference_steps=2, generator=sample_generators(7, range(3)), output_type="pt").images

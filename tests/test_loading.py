@@ -22,7 +22,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from unet_toys import tiny_unet
 
-from fewstep.diffusers_folder import HUB_FILES
+from fewstep.diffusers_folder import hub_files
 from fewstep.fields import DiffusionField
 from fewstep.latents import Latents
 from fewstep.loading import load
@@ -235,7 +235,7 @@ def test_what_is_fetched_of_a_whole_pipeline() -> None:
         "unet/diffusion_pytorch_model.non_ema.safetensors", "text_encoder/pytorch_model.bin",
         "text_encoder/model.fp16.safetensors", "flux1-dev.safetensors",
     ]  # fmt: skip
-    assert list(filter_repo_objects([*wanted, *left], allow_patterns=list(HUB_FILES))) == wanted
+    assert list(filter_repo_objects([*wanted, *left], allow_patterns=hub_files())) == wanted
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -286,7 +286,9 @@ def test_a_vae_that_does_not_belong_to_the_model(tmp_path: Path) -> None:
         load(tmp_path)
     (tmp_path / "away").rename(weights)
     edit(vae / "config.json", _class_name="AutoencoderDC")
-    with pytest.raises(ValueError, match=r"unknown VAE 'AutoencoderDC'.*Known: AutoencoderKL, AutoencoderTiny"):
+    with pytest.raises(
+        ValueError, match=r"unknown VAE 'AutoencoderDC'.*Known: AutoencoderKL, AutoencoderKLWan, AutoencoderTiny"
+    ):
         load(tmp_path)
     tiny_vae(latent_channels=3).save_pretrained(vae)
     says = r"DiTTransformer2DModel in .*transformer is for 4 channels, and the VAE in .*vae has latents of 3"

@@ -9,14 +9,16 @@ from fewstep.console import progress_bar, say_next
 
 def run_encode(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.data import Encoded
+    from fewstep.encoders import encoders_of
     from fewstep.encoding import encode
     from fewstep.training.distributed import environment
 
     again, is_main = shlex.join(["fewstep", *args.argv]), environment().is_main
     options = {name: getattr(args, name) for name in ("caption", "image", "label", "split", "config")}
+    model = encoders_of(args.teacher, args.variant)
     with progress_bar("encoding", quiet=not (is_main and sys.stderr.isatty())) as progress:
         missing = encode(
-            args.teacher,
+            model,
             args.data,
             args.out,
             size=args.size,

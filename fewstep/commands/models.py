@@ -62,6 +62,7 @@ def run_convert(args: argparse.Namespace, _: dict[str, str]) -> int:
         prompts=args.prompt,
         device=args.device,
         overwrite=args.overwrite,
+        variant=args.variant,
     )
     for what, line in done.rows():
         print(f"{what + ':':<15} {line}")

@@ -13,7 +13,7 @@ def run_ui(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.training.distributed import World, choose_device
 
     check_gradio()  # before a model is loaded
-    playground = Playground.open(args.model, choose_device(args.device, World()))
+    playground = Playground.open(args.model, choose_device(args.device, World()), args.variant)
     # SIGTERM ends it as Ctrl-C does, so that the pictures go with the page.
     before, close = signal.signal(signal.SIGTERM, signal.default_int_handler), None
     try:

@@ -19,7 +19,7 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     from contextlib import ExitStack
 
     from fewstep.asked import prompt_flags
-    from fewstep.drawing import draw_batches, labels_of, settled, sized
+    from fewstep.drawing import draw_batches, labels_of, settled, shape_of, sized
     from fewstep.maps import FlowMap
     from fewstep.parts import given_by
     from fewstep.pictures import check_out, claim, missing, picture_name, save_pictures, says, write
@@ -32,9 +32,10 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
 
     world = environment()
     device = choose_device(args.device, world)
-    model, run, shape = open_model(args)
+    model, run = open_model(args)
     size = _size(args.size) if args.size else None
-    shape = shape if size is None else sized(model, shape, size)
+    own = None if run is None else run.shape
+    shape = (own or shape_of(model)) if size is None else sized(model, own, size)
     steps = args.steps if args.steps is not None else 2 if isinstance(model, FlowMap) else 50
     latents = None if args.latents else model.latents
     written = shape if latents is None else latents.image_shape_of(shape)
@@ -166,14 +167,15 @@ def _size(text: str) -> tuple[int, int]:
 
 def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.asked import read_lines
-    from fewstep.drawing import image_channels, takes
+    from fewstep.drawing import image_channels, shape_of, takes
     from fewstep.encoders import kept_null
     from fewstep.fields import Guided, NetworkField, unguided
     from fewstep.maps import FlowMap
     from fewstep.reflow import make_pairs
     from fewstep.training.distributed import environment
 
-    model, run, shape = open_model(args)
+    model, run = open_model(args)
+    shape = shape_of(model) if run is None else run.shape
     if image_channels(model):
         raise ValueError(
             f"{args.model} takes an image beside the state, and pairs are drawn of classes alone: draw its noise and "
@@ -222,9 +224,8 @@ def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
     return 0
 
 
-def open_model(args: argparse.Namespace) -> tuple[Any, Any, tuple[int, ...]]:
-    """The model that is asked for (with --teacher, the teacher of the run), its run if it is one, a sample's shape."""
-    from fewstep.drawing import shape_of
+def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model that is asked for (with --teacher, the teacher of the run), and its run if it is one."""
     from fewstep.origin import is_run
     from fewstep.parts import find_model, make_teacher
     from fewstep.runs import open_run
@@ -232,8 +233,10 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any, tuple[int, ...]]:
     run = open_run(args.model) if is_run(Path(args.model).expanduser()) else None
     if args.teacher and (run is None or run.recipe.teacher is None):
         raise ValueError(f"--teacher: {args.model} is no run that has a teacher")
-    model = find_model(args.model) if run is None else run.model
+    if args.variant and run is not None:
+        raise ValueError(f"--variant {args.variant}: {args.model} is a run; its recipe says that of its teacher")
+    model = find_model(args.model, {"variant": args.variant} if args.variant else None) if run is None else run.model
     if args.teacher and run is not None and run.recipe.teacher is not None:
         model = make_teacher(run.recipe.teacher)
         model.moments = run.model.moments  # it knows the data as the run does
-    return model, run, shape_of(model) if run is None else run.shape
+    return model, run

@@ -18,8 +18,8 @@ class ArrayData:
 
     Args:
         array: (N, ...), at least two axes; a numpy array, a memory map (which stays one) or a CPU tensor.
-        cond: conditions by name, each of N rows. ``class_labels`` are whole numbers from 0, (N,); pictures (uint8 of
-            three axes or more) come as floats in [-1, 1].
+        cond: conditions by name, each of N rows. ``class_labels`` are whole numbers from 0, (N,), or floats, (N,)
+            or (N, D), for a model that embeds those; pictures (uint8 of three axes or more) come as floats in [-1, 1].
         flip: turn each gathered row left to right (its last axis) with probability 1/2, and conditions that are
             pictures of the same size with it.
         normalize: bring the values to mean 0 and standard deviation 1; ``denormalize`` maps samples back.
@@ -71,10 +71,13 @@ class ArrayData:
             raise ValueError(f"{name} has shape {value.shape}, but the data has {self.size} rows")
         _check_numbers(name, value)
         is_real = value.dtype.kind == "f"
-        if key == "class_labels" and (value.ndim != 1 or is_real):
-            raise ValueError(f"{name} are whole numbers, one a row, got {value.dtype} of shape {value.shape}")
+        if key == "class_labels" and (value.ndim > 2 or (value.ndim == 2 and not is_real)):
+            raise ValueError(
+                f"{name} are whole numbers, one a row, or a vector of floats for a model that embeds them, got "
+                f"{value.dtype} of shape {value.shape}"
+            )
         _check_range(name, value, np.float32)
-        if key == "class_labels" and value.min() < 0:
+        if key == "class_labels" and not is_real and value.min() < 0:
             raise ValueError(f"{name} count from 0, got {value.min()}: drop those rows, or the labels")
         if value.dtype == np.uint8 and value.ndim > 2:
             return torch.from_numpy(value.astype(np.float32)).sub_(127.5).div_(127.5)

@@ -1,5 +1,6 @@
 """What a data set is to the rest of fewstep."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,6 +27,15 @@ class Batch:
             {name: move(value) for name, value in self.cond.items()},
             None if self.noise is None else move(self.noise),
         )
+
+
+def has_classes(cond: Mapping[str, Any]) -> bool:
+    """Whether the rows of these conditions are of classes: ``class_labels`` that are vectors or times are a condition
+    like any other."""
+    if cond.get("class_labels") is None:
+        return False
+    labels = torch.as_tensor(cond["class_labels"])
+    return labels.ndim < 2 and not labels.is_floating_point()
 
 
 class Around:

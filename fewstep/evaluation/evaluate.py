@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.data.batch import Batch, Data
+from fewstep.data.batch import Batch, Data, has_classes
 from fewstep.data.given import as_data
 from fewstep.data.toy import Toy
 from fewstep.evaluation.measure import ENDS, METRICS, Judge, choose_metrics, possible_metrics
@@ -124,7 +124,7 @@ def evaluate(
     asked = data.rows(torch.zeros(1, dtype=torch.long), generator(0)).cond if cond is None else cond
     # Conditions of text fill the memory: they are read as they are needed.
     is_large = cond is None and data.size is not None and count * _bytes(asked) > _LARGE
-    possible = possible_metrics(data.shape, teacher is not None, extractor, "class_labels" in asked)
+    possible = possible_metrics(data.shape, teacher is not None, extractor, has_classes(asked))
     names = choose_metrics(metrics, possible)
 
     solved = 0
@@ -156,7 +156,7 @@ def evaluate(
                 values, shown = judge.measure(_sampled(role, who, n, starts.of(who, count), tick), names)
             rows.append({"model": role, "steps": n, "nfe": round(made.rows / count), **values})
             samples[f"{role} {n}"] = shown
-        floor, also = {}, [n for n in names if n not in ENDS and (n != "accuracy" or "class_labels" in known)]
+        floor, also = {}, [n for n in names if n not in ENDS and (n != "accuracy" or has_classes(known))]
         if len(second) == len(first):
             floor, _ = judge.measure(_gather(data, second, seed, 1, is_large), also)
     facts = {

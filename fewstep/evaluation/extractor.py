@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.cache import cache_folder
-from fewstep.data.batch import Data
+from fewstep.data.batch import Data, has_classes
 from fewstep.disk import replace_file
 from fewstep.randomness import generator, mix
 
@@ -185,7 +185,7 @@ def _fingerprint(data: Data, size: int) -> tuple[str, int]:
     same = generator(0)  # a data set that flips at random flips the same rows each time it is hashed
     for index in torch.arange(size).split(4096):
         batch = data.rows(index, same)
-        if "class_labels" not in batch.cond:
+        if not has_classes(batch.cond):
             raise ValueError("a classifier needs data with class_labels: use labelled data, or another extractor")
         digest.update(batch.data.contiguous().numpy().data)
         digest.update(batch.cond["class_labels"].contiguous().numpy().data)

@@ -12,7 +12,17 @@ from torch import Tensor
 def call_unet(
     model: Any, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None, image: Tensor | None = None
 ) -> Tensor:
-    """A ``UNet2DModel`` on the state x (B, C, H, W), behind which an image may stand."""
+    """A ``UNet2DModel`` on the state x (B, C, H, W), behind which an image may stand.
+
+    Raises:
+        ValueError: sides that its levels cannot halve, as the others take what they pad.
+    """
+    step = 2 ** (len(model.config["block_out_channels"]) - 1)
+    if any(side % step for side in x.shape[-2:]):
+        raise ValueError(
+            f"a state of {x.shape[-2]} x {x.shape[-1]}: this UNet2DModel halves it {step.bit_length() - 1} times, so "
+            f"both sides must be multiples of {step}"
+        )
     return mean_part(model(beside(model, x, image), timestep, class_labels=class_labels).sample, x)
 
 
@@ -25,11 +35,12 @@ def call_conditional_unet(
     encoder_attention_mask: Tensor | None = None,
     text_embeds: Tensor | None = None,
     time_ids: Tensor | None = None,
+    image_embeds: Tensor | None = None,
     timestep_cond: Tensor | None = None,
     image: Tensor | None = None,
 ) -> Tensor:
     """A ``UNet2DConditionModel`` on the state x (B, C, H, W)."""
-    added = {"text_embeds": text_embeds, "time_ids": time_ids}
+    added = {"text_embeds": text_embeds, "time_ids": time_ids, "image_embeds": image_embeds}
     output = model(
         beside(model, x, image),
         timestep,
@@ -118,13 +129,22 @@ def call_wan(
     return model(x, timestep, encoder_hidden_states, encoder_hidden_states_image).sample
 
 
+def state_channels(config: Any) -> int:
+    """How many channels the state of a U-Net has. An image may go in beside it, and a variance come out behind it: what
+    is there of both is said as ``_state_channels`` where the numbers alone would not tell."""
+    takes = config["in_channels"]
+    return config.get("_state_channels") or min(takes, config["out_channels"] or takes)
+
+
 def beside(model: Any, x: Tensor, image: Tensor | None) -> Tensor:
-    """What goes into a U-Net: the state (B, C, H, W), and behind it the channels of an image it is conditioned on.
+    """What goes into a U-Net: the state (B, C, H, W), and behind it the channels of an image it is conditioned on;
+    before it where the config says ``_image_first``.
 
     Raises:
         ValueError: they are not as many channels as the model takes.
     """
-    both = x if image is None else torch.cat([x, image.to(x)], dim=1)
+    parts = [x] if image is None else [x, image.to(x)]
+    both = torch.cat(parts[::-1] if model.config.get("_image_first") else parts, dim=1)
     if both.shape[1] != (takes := model.config["in_channels"]):
         own = f"the state has {x.shape[1]}" + ("" if image is None else f" and the condition image {image.shape[1]}")
         raise ValueError(f"this {type(model).__name__} takes {takes} channels, {own}: they must add up")

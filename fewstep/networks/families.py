@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fewstep.networks.calls import call_conditional_unet, call_dit, call_flux, call_pixart, call_sd3, call_wan
-from fewstep.networks.unet import OfDiffusers, UNet
+from fewstep.networks.unet import OfDiffusers, UNet, label_shape
 
 if TYPE_CHECKING:
     from diffusers import (
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 
 class ConditionalUNet(OfDiffusers):
-    """A ``UNet2DConditionModel``: Stable Diffusion 1 and 2, SDXL.
+    """A ``UNet2DConditionModel``: Stable Diffusion 1 and 2, SDXL, DeepFloyd IF, Kandinsky 2.2.
 
-    Conditions: ``encoder_hidden_states`` (B, tokens, D) and ``encoder_attention_mask`` (B, tokens); ``class_labels``
-    (B,); for SDXL ``text_embeds`` (B, D') and ``time_ids`` (B, 6); ``timestep_cond`` (B, D''); ``image`` (B, C', H, W)
-    where its first convolution takes more channels than the state has.
+    Conditions: ``encoder_hidden_states`` (B, tokens, D) and ``encoder_attention_mask`` (B, tokens); ``class_labels``,
+    numbers (B,), or vectors (B, D) where they are projected; for SDXL ``text_embeds`` (B, D') and ``time_ids`` (B, 6);
+    for Kandinsky ``image_embeds`` (B, D'); ``timestep_cond`` (B, D''); ``image`` (B, C', H, W) where its first
+    convolution takes more channels than the state has.
     """
 
     model: "UNet2DConditionModel"
@@ -43,24 +44,39 @@ class ConditionalUNet(OfDiffusers):
         encoder_attention_mask: Tensor | None = None,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
+        image_embeds: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         image: Tensor | None = None,
     ) -> Tensor:
-        text = {"encoder_hidden_states": encoder_hidden_states, "text_embeds": text_embeds, "time_ids": time_ids}
-        self.need(**text, class_labels=class_labels)
+        added = {"text_embeds": text_embeds, "time_ids": time_ids, "image_embeds": image_embeds}
+        told = {"encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels, **added}
+        self.need(**told)
         mask = {"encoder_attention_mask": encoder_attention_mask, "timestep_cond": timestep_cond, "image": image}
-        return call_conditional_unet(self.model, x, timestep, **text, **mask, class_labels=class_labels)
+        return call_conditional_unet(self.model, x, timestep, **told, **mask)
 
-    @property
-    def needed(self) -> list[str]:
-        config = self.model.config
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        config: Any = self.model.config
+        cross = config["cross_attention_dim"]
+        cross = cross if isinstance(cross, int) else cross[0]
+        width, shapes = config["encoder_hid_dim"] or cross, label_shape(self.model)
         blocks = (*config["down_block_types"], config["mid_block_type"] or "", *config["up_block_types"])
-        is_labelled = config["num_class_embeds"] is not None or config["class_embed_type"] not in (None, "timestep")
-        return [
-            *(["encoder_hidden_states"] if any("CrossAttn" in block for block in blocks) else []),
-            *(["class_labels"] if is_labelled else []),
-            *(["text_embeds", "time_ids"] if config["addition_embed_type"] == "text_time" else []),
-        ]
+        adds_text = config["addition_embed_type"] in ("text", "text_image")
+        if config["encoder_hid_dim_type"] == "image_proj":  # the attention is to the image alone
+            shapes["image_embeds"] = (width,)
+        elif adds_text or any("CrossAttn" in block for block in blocks):
+            shapes["encoder_hidden_states"] = (tokens, width)
+        match config["addition_embed_type"]:
+            case "text_time":
+                sizes = 6 * config["addition_time_embed_dim"]
+                shapes["text_embeds"] = (config["projection_class_embeddings_input_dim"] - sizes,)
+                shapes["time_ids"] = (6,)
+            case "text_image":
+                shapes |= {"text_embeds": (cross,), "image_embeds": (cross,)}
+            case "image":
+                shapes["image_embeds"] = (width,)
+        if config["encoder_hid_dim_type"] == "text_image_proj":
+            shapes["image_embeds"] = (cross,)
+        return shapes
 
 
 class DiT(OfDiffusers):
@@ -88,6 +104,9 @@ class DiT(OfDiffusers):
         """How many ``class_labels`` it knows, without the one for none."""
         return self.model.config["num_embeds_ada_norm"]
 
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        return {"class_labels": ()}
+
 
 class PixArt(OfDiffusers):
     """A ``PixArtTransformer2DModel``: PixArt-alpha and sigma.
@@ -112,10 +131,11 @@ class PixArt(OfDiffusers):
         told = {"resolution": resolution, "aspect_ratio": aspect_ratio}
         return call_pixart(self.model, x, timestep, encoder_hidden_states, encoder_attention_mask, **told)
 
-    @property
-    def needed(self) -> list[str]:
-        told = ["resolution", "aspect_ratio"] if self.model.use_additional_conditions else []
-        return ["encoder_hidden_states", *told]
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        config = self.model.config
+        width = config["caption_channels"] or config["cross_attention_dim"]
+        sizes = {"resolution": (2,), "aspect_ratio": (1,)} if self.model.use_additional_conditions else {}
+        return {"encoder_hidden_states": (tokens, width), **sizes}
 
 
 class SD3(OfDiffusers):
@@ -123,7 +143,6 @@ class SD3(OfDiffusers):
     ``pooled_projections`` (B, D')."""
 
     model: "SD3Transformer2DModel"
-    needed = ("encoder_hidden_states", "pooled_projections")  # pyright: ignore
 
     def forward(
         self,
@@ -134,6 +153,9 @@ class SD3(OfDiffusers):
     ) -> Tensor:
         self.need(encoder_hidden_states=encoder_hidden_states, pooled_projections=pooled_projections)
         return call_sd3(self.model, x, timestep, encoder_hidden_states, pooled_projections)
+
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        return text_and_pooled(self.model, tokens)
 
 
 class Flux(OfDiffusers):
@@ -170,15 +192,22 @@ class Flux(OfDiffusers):
     def takes_guidance(self) -> bool:
         return self.model.config["guidance_embeds"]
 
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        guidance = {"guidance": ()} if self.model.config["guidance_embeds"] else {}
+        return {**text_and_pooled(self.model, tokens), **guidance}
+
     @property
-    def needed(self) -> list[str]:
-        guidance = ["guidance"] if self.model.config["guidance_embeds"] else []
-        return ["encoder_hidden_states", "pooled_projections", *guidance]
+    def channels(self) -> int:
+        return self.model.config["in_channels"] // 4
+
+    @property
+    def image_channels(self) -> int:
+        return 0
 
     @property
     def shape(self) -> tuple[int, ...]:
         """That of one sample, (C, H, W)."""
-        return self.model.config["in_channels"] // 4, self.size, self.size
+        return self.channels, self.size, self.size
 
 
 class Wan(OfDiffusers):
@@ -206,15 +235,26 @@ class Wan(OfDiffusers):
         self.need(**text, encoder_hidden_states_image=encoder_hidden_states_image)
         return call_wan(self.model, x, timestep, **text, encoder_hidden_states_image=encoder_hidden_states_image)
 
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        config = self.model.config
+        image = {} if config["image_dim"] is None else {"encoder_hidden_states_image": (257, config["image_dim"])}
+        return {"encoder_hidden_states": (tokens, config["text_dim"]), **image}
+
     @property
-    def needed(self) -> list[str]:
-        image = ["encoder_hidden_states_image"] if self.model.config["image_dim"] is not None else []
-        return ["encoder_hidden_states", *image]
+    def channels(self) -> int:
+        return self.model.config["out_channels"]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """That of one sample, (C, F, H, W)."""
-        return self.model.config["out_channels"], *self.size
+        return self.channels, *self.size
+
+
+def text_and_pooled(model: Any, tokens: int) -> dict[str, tuple[int, ...]]:
+    """What the models of joint attention are told of a prompt: its tokens, and a vector of it all."""
+    config = model.config
+    text, pooled = (tokens, config["joint_attention_dim"]), (config["pooled_projection_dim"],)
+    return {"encoder_hidden_states": text, "pooled_projections": pooled}
 
 
 # By the name of the class in diffusers.

@@ -105,13 +105,15 @@ class FromDiffusion:
         exact = torch.float64 if x.device.type != "mps" else torch.float32
         sigma = torch.as_tensor(timestep, device=x.device).to(exact) / self.config.flow_timesteps
         # Behind the state an image may stand, of which the network makes nothing.
-        channels = min(x.shape[1], self.config.out_channels or x.shape[1])
-        x, beside = x[:, :channels], x[:, channels:]
+        channels = self.config.get("_state_channels") or min(x.shape[1], self.config.out_channels or x.shape[1])
+        is_last = bool(self.config.get("_image_first"))  # the state, behind the image
+        x, beside = (x[:, -channels:], x[:, :-channels]) if is_last else (x[:, :channels], x[:, channels:])
         into, step, skip, out = flow_scaling(sigma.expand(len(x)), self.config.diffusion)
         working = torch.promote_types(x.dtype, torch.float32)
         into, skip, out = (c.to(working).reshape(-1, *[1] * (x.ndim - 1)) for c in (into, skip, out))
 
-        output = network(torch.cat([(into * x).to(x.dtype), beside], dim=1), step.to(working))
+        parts = [(into * x).to(x.dtype), beside]
+        output = network(torch.cat(parts[::-1] if is_last else parts, dim=1), step.to(working))
         # A network that also predicts a variance does so in a second half of its channels.
         prediction, variance = output.sample[:, :channels], output.sample[:, channels:]
         flow = (skip * x + out * prediction).to(prediction.dtype)

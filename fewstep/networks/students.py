@@ -14,7 +14,7 @@ from fewstep.errors import unknown
 from fewstep.networks.calls import call_unet
 from fewstep.networks.families import SD3, ConditionalUNet, DiT, Flux, PixArt, Wan
 from fewstep.networks.stock_time import takes_any_type
-from fewstep.networks.unet import OfDiffusers, UNet, public_config
+from fewstep.networks.unet import OfDiffusers, UNet, keep_facts, public_config
 
 # How the second time goes in; ``fewstep.networks.two_times``, which is imported where a model is made, knows the same.
 SECOND_TIMES = ("t", "span", "late")
@@ -87,6 +87,9 @@ class TwoTimeUNet(TwoTimeNetwork, UNet):
     def is_stock(self) -> bool:
         """Whether the model is of diffusers' own class."""
         return not hasattr(self.model, "predict")
+
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        return {} if self.is_stock else super().told(tokens)
 
     @property
     def second_time(self) -> str:
@@ -181,6 +184,7 @@ def _student_of(network: Any, guidance: bool, second_time: str, share: bool) -> 
         options = {**config, "second_time": second_time, "told_guidance": guidance}
     with torch.device("meta"):
         model = make.from_config(options)
+    keep_facts(model, teacher)
     _take_weights(model, teacher, share)
     student = STUDENTS[type(network)](model)
     if hasattr(network, "size"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.networks.calls import call_unet
+from fewstep.networks.calls import call_unet, state_channels
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -22,24 +22,69 @@ class OfDiffusers(nn.Module):
         self.model = model
 
     @property
+    def channels(self) -> int:
+        """Those of the state."""
+        return state_channels(self.model.config)
+
+    @property
+    def has_size(self) -> bool:
+        """Whether it says how large its samples are."""
+        return self.model.config.get("sample_size", 0) is not None
+
+    @property
+    def image_channels(self) -> int:
+        """Those of an image that goes in beside the state, as the condition ``image``; 0 for none."""
+        return self.model.config["in_channels"] - self.channels
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """That of one sample, (C, H, W)."""
-        return sample_shape(self.model)
+        """That of one sample, (C, H, W).
+
+        Raises:
+            ValueError: its config has no size.
+        """
+        size = self.model.config["sample_size"]
+        if size is None:
+            raise ValueError(
+                f"the config of this {type(self.model).__name__} has no sample_size: say it (`fewstep sample --size "
+                "64`, data.size in a recipe), or write it into its config.json"
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.channels, height, width
 
     @property
     def classes(self) -> int:
         """How many ``class_labels`` it knows, 0 for none."""
-        return self.model.config.get("num_class_embeds") or 0
+        config = self.model.config
+        return 0 if config.get("class_embed_type") is not None else config.get("num_class_embeds") or 0
 
     @property
     def takes_guidance(self) -> bool:
         """Whether it is told the strength of guidance, the condition ``guidance`` (B,)."""
         return False
 
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """The conditions without which it cannot be called, and the shape of one sample's row of each.
+
+        Args:
+            tokens: how long a prompt is, for a model of text.
+        """
+        raise NotImplementedError
+
+    def blank(
+        self, shape: tuple[int, ...], rows: int, tokens: int, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """Zeros for all that it is told beside states of ``shape``, (rows, ...) each."""
+        shapes = self.told(tokens)
+        if self.image_channels:
+            shapes["image"] = (self.image_channels, *shape[1:])
+        kinds = {"class_labels": torch.long} if self.classes else {}
+        return {name: torch.zeros(rows, *shape, dtype=kinds.get(name), device=device) for name, shape in shapes.items()}
+
     @property
     def needed(self) -> list[str]:
-        """The conditions without which it cannot be called."""
-        return ["class_labels"] if self.classes else []
+        """The names of the conditions without which it cannot be called."""
+        return list(self.told(1))
 
     def need(self, **cond: Tensor | None) -> None:
         """That the conditions which it needs are given.
@@ -65,27 +110,36 @@ class UNet(OfDiffusers):
     def forward(
         self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None, image: Tensor | None = None
     ) -> Tensor:
+        self.need(class_labels=class_labels)
         return call_unet(self.model, x, timestep, class_labels, image)
+
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        return label_shape(self.model)
+
+
+def label_shape(model: Any) -> dict[str, tuple[int, ...]]:
+    """The row of ``class_labels`` of a U-Net that needs them: the number of a class, a time, or a vector."""
+    config = model.config
+    match config["class_embed_type"]:
+        case None:
+            return {} if config["num_class_embeds"] is None else {"class_labels": ()}
+        case "projection" | "simple_projection":
+            return {"class_labels": (config["projection_class_embeddings_input_dim"],)}
+        case "identity":
+            return {"class_labels": (model.time_embedding.linear_2.out_features,)}
+        case _:
+            return {"class_labels": ()}
+
+
+def keep_facts(model: Any, source: Any) -> None:
+    """Have the config of a model say what that of ``source`` does of its channels (see ``calls.state_channels``)."""
+    facts = {name: source.config[name] for name in ("_state_channels", "_image_first") if name in source.config}
+    model.register_to_config(**facts)
 
 
 def public_config(model: Any) -> dict[str, Any]:
     """A diffusers config without its private keys, which would keep ``from_config`` from taking changes."""
     return {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
-
-
-def sample_shape(model: Any) -> tuple[int, int, int]:
-    """(C, H, W) of one sample of a diffusers model whose config has ``in_channels`` and ``sample_size``.
-
-    Raises:
-        ValueError: its config has no size.
-    """
-    size = model.config["sample_size"]
-    if size is None:
-        raise ValueError(f"the config of this {type(model).__name__} has no sample_size: say the shape of the samples")
-    height, width = (size, size) if isinstance(size, int) else size
-    # Fewer go out than in where an image stands beside the state, more where a variance is predicted too.
-    channels = model.config["in_channels"]
-    return min(channels, model.config["out_channels"] or channels), height, width
 
 
 def with_image(network: Any, channels: int) -> Any:
@@ -101,6 +155,7 @@ def with_image(network: Any, channels: int) -> Any:
     config = public_config(teacher)
     first = config["in_channels"]
     model = type(teacher).from_config({**config, "in_channels": first + channels})  # pyright: ignore
+    keep_facts(model, teacher)
     weights = teacher.state_dict()  # pyright: ignore
     wide = torch.zeros_like(model.conv_in.weight)
     wide[:, :first] = weights["conv_in.weight"]

@@ -45,7 +45,7 @@ def sizes_of(height: int | None, width: int | None, own: Any, factor: int, confi
     if own is None and (height is None or width is None):
         other = "or the noise to start from as latents (B, C, H, W)"
         raise ValueError(f"this model has no fixed size: pass height and width, {other}")
-    own, step = (own, own) if isinstance(own, int) else own or (None, None), factor * _step(config)
+    own, step = (own, own) if isinstance(own, int) else own or (None, None), factor * side_step(config)
     for name, side in (("height", height), ("width", width)):
         if side is not None and (not isinstance(side, Integral) or side < 1 or side % step):
             raise ValueError(f"{name} is {side}: this model makes images of multiples of {step} pixels")
@@ -57,8 +57,8 @@ def check_state(shape: tuple[int, ...], channels: int, dims: int, config: Any) -
     """That the network takes states of this shape, (B, channels, ...) with ``dims`` dimensions."""
     if len(shape) != dims or shape[1] != channels:
         raise ValueError(f"latents have shape {shape}: noise (B, {channels}, ...) of {dims} dimensions is needed")
-    if any(size < 1 or size % _step(config) for size in shape[-2:]):
-        raise ValueError(f"latents have shape {shape}: this model takes sides of multiples of {_step(config)}")
+    if any(size < 1 or size % side_step(config) for size in shape[-2:]):
+        raise ValueError(f"latents have shape {shape}: this model takes sides of multiples of {side_step(config)}")
     if _is_dit(config) and shape[-1] != shape[-2]:
         raise ValueError(f"states of {shape[-2]} x {shape[-1]} are asked for: this model makes squares alone")
 
@@ -106,7 +106,7 @@ def _is_dit(config: Any) -> bool:
     return config.get("norm_type") == "ada_norm_zero"
 
 
-def _step(config: Any) -> int:
+def side_step(config: Any) -> int:
     """Of what number both sides of a state are multiples: by the halvings of a U-Net, or the patches of a transformer.
     U-Nets of text pad what they halve."""
     if "block_out_channels" in config:

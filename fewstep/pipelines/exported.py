@@ -56,10 +56,19 @@ def load_network(folder: Path, index: dict[str, Any], **kwargs: Any) -> Any:
 
 def _loaded(kind: Any, folder: Path, options: dict[str, Any], **config: Any) -> Any:
     """A model of diffusers with the weights in its folder."""
-    model = load_weights(kind, folder, **options, **config)
-    dtype = options.get("dtype") or options.get("torch_dtype")
+    options, dtype = _without_dtype(options)
+    # Models of every diffusers know this name, and those of old ones no other.
+    model = load_weights(kind, folder, **options, torch_dtype=dtype, **config)
     # The plain way of loading leaves some as they are saved.
     return model if dtype is None or model.dtype == dtype else model.to(dtype)
+
+
+def _without_dtype(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The options of a ``from_pretrained`` without the type of the weights, and that: ``dtype``, or as older diffusers
+    have it ``torch_dtype``."""
+    names = ("dtype", "torch_dtype")
+    dtype = next((options[name] for name in names if options.get(name) is not None), None)
+    return {name: value for name, value in options.items() if name not in names}, dtype
 
 
 class FlowMapPipeline(flow_map.FlowMapPipeline):
@@ -72,7 +81,7 @@ class FlowMapPipeline(flow_map.FlowMapPipeline):
         Args:
             pretrained_model_name_or_path: the folder.
             kwargs: parts and options of the pipeline in place of the folder's, None for a part that is left out; others
-                are those of diffusers' ``from_pretrained`` for models, such as ``torch_dtype``.
+                are those of diffusers' ``from_pretrained`` for models, such as ``dtype`` (``torch_dtype`` will do).
         """
         folder = Path(pretrained_model_name_or_path)
         index = json.loads((folder / "model_index.json").read_text())
@@ -91,7 +100,8 @@ class FlowMapPipeline(flow_map.FlowMapPipeline):
             from fewstep.prompts import load_encoders
 
             wanted = {name: entry for name, entry in index.items() if name not in given}
-            parts |= load_encoders(folder, wanted, **kwargs)
+            options, dtype = _without_dtype(kwargs)
+            parts |= load_encoders(folder, wanted, **options, **({"dtype": dtype} if dtype else {}))
         if "scheduler" not in given:
             parts["scheduler"] = FlowMapEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         if isinstance(index.get("needs"), list):  # of earlier versions

@@ -112,7 +112,7 @@ class FlowMapPipeline(DiffusionPipeline):
         self._last = steps - 1 if steps else scheduler.config["num_train_timesteps"]
         # The state's channels; behind them an image goes in where more do, and a variance may come out.
         takes, gives = self.network.config["in_channels"], self.network.config["out_channels"]
-        self._channels = shape[0] if shape else min(takes, gives or takes)
+        self._channels = shape[0] if shape else self.network.config.get("_state_channels") or min(takes, gives or takes)
         self._factor = factor or factor_of(vae)
         if not hasattr(self.network, "predict"):
             takes_any_type(self.network)
@@ -178,9 +178,14 @@ class FlowMapPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale is {guidance_scale}, and this model is not told any: leave it out")
         if unknown := [name for name, value in conditions.items() if not isinstance(value, Tensor)]:
             raise ValueError(f"{unknown[0]} is no option of this pipeline, and no tensor (B, ...) for its network")
-        labels = None if class_labels is None else numbers(class_labels, self.config["id2label"] or {})
         config = self.network.config
-        check_labels(labels, config)
+        is_embedded = "class_labels" in self._needs and config.get("class_embed_type") is not None
+        if is_embedded and not isinstance(class_labels, Tensor):
+            raise ValueError("this model embeds class_labels as numbers: a tensor (B, ...) of them is needed")
+        names = self.config["id2label"] or {}
+        labels: Any = class_labels if is_embedded or class_labels is None else numbers(class_labels, names)
+        if not is_embedded:
+            check_labels(labels, config)
         if latents is not None and not isinstance(latents, Tensor):
             raise ValueError(f"latents are a {type(latents).__name__}: a tensor (B, {self._channels}, ...) is needed")
         count = count_of(batch_size, [latents, image, generator, prompt, labels, *conditions.values()])
@@ -194,7 +199,7 @@ class FlowMapPipeline(DiffusionPipeline):
         x = self._noise(shape, generator, device) if latents is None else latents.to(device, torch.float32)
         cond = self._text(prompt, conditions, count, shape[-2:], device)
         if labels is not None:
-            cond["class_labels"] = labels.to(device).expand(count)
+            cond["class_labels"] = labels.to(device).expand(count, *labels.shape[1:])
         if image is not None:
             cond["image"] = image.to(x)
         strength = self.config["guidance"] if guidance_scale is None else guidance_scale

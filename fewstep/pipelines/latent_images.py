@@ -15,10 +15,14 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     scale, mean, deviation = (config.get(key) for key in ("scaling_factor", "latents_mean", "latents_std"))
     scale = 1.0 if scale is None else scale
     if mean is not None and deviation is not None:
-        shift, deviation = (torch.tensor(v, device=latents.device).reshape(1, -1, 1, 1) for v in (mean, deviation))
+        each = (1, -1, *[1] * (latents.ndim - 2))
+        shift, deviation = (torch.tensor(v, device=latents.device).reshape(each) for v in (mean, deviation))
         scale = scale / deviation
+    options = {}
+    if config.get("norm_type") == "spatial":  # Kandinsky's
+        shift, scale, options = 0.0, 1.0, {"force_not_quantize": True}
     # Few in one call: the activations of a decoder are large.
-    parts = [vae.decode((part / scale + shift).to(vae.dtype)).sample for part in latents.split(4)]
+    parts = [vae.decode((part / scale + shift).to(vae.dtype), **options).sample for part in latents.split(4)]
     return torch.cat(parts).clamp(-1, 1).float()
 
 

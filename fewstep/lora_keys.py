@@ -1,0 +1,90 @@
+"""Adapters of diffusers' form, whatever their keys are called: each version of its scripts has its own names."""
+
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+# From the names of older versions to those of peft, in this order.
+_RENAMED = (
+    (r"\.processor\.", "."),  # to 0.21: attention processors held the adapters
+    (r"\.(to_q|to_k|to_v|to_out|add_q_proj|add_k_proj|add_v_proj|to_add_out)_lora\.", r".\1.lora."),
+    (r"\.to_out\.lora", ".to_out.0.lora"),
+    (r"\.lora(_linear_layer)?\.alpha$", ".alpha"),
+    (r"\.(lora(_linear_layer)?\.|lora_)down\.", ".lora_A."),
+    (r"\.(lora(_linear_layer)?\.|lora_)up\.", ".lora_B."),
+    (r"\.lora_([AB])\.\w+\.weight$", r".lora_\1.weight"),  # with the name of the adapter in it
+)
+_TEXT, _KOHYA = "text_encoder", "lora_unet_"
+
+
+def read_adapter(file: Path, layers: Collection[str], prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The options of a LoRA, and its weights by the names of peft: ``LAYER.lora_A.weight`` and ``LAYER.lora_B.weight``.
+
+    An adapter of the text encoders in the same file is left out, with a warning.
+
+    Args:
+        layers: the names of the model's layers. prefix: how diffusers calls the model in such a file.
+
+    Raises:
+        ValueError: no adapter for it.
+    """
+    with safe_open(file, framework="pt") as opened:
+        metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    tensors = load_file(file)
+    text = [name for name in tensors if name.startswith((_TEXT, "lora_te"))]
+    known = {f"{_KOHYA}{layer.replace('.', '_')}": layer for layer in layers}
+    weights: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    has_prefix = any(name.startswith(f"{prefix}.") for name in tensors)
+    for name, value in tensors.items():
+        if name in text or (has_prefix and not name.startswith(f"{prefix}.")):
+            continue
+        renamed = _renamed(name.removeprefix(f"{prefix}."), known)
+        if renamed.endswith(".alpha"):
+            alphas[renamed.removesuffix(".alpha")] = float(value)
+        else:
+            weights[renamed] = value
+    if not any(".lora_A." in name for name in weights):
+        there = min(tensors, default="nothing")
+        raise ValueError(f"{file} has no adapter of a {prefix} (its first weight is {there}): is it one of this model?")
+    if text:
+        warnings.warn(
+            f"{file} has an adapter of the text encoders too ({len(text)} weights): it is left out, and prompts are "
+            "encoded as without it",
+            stacklevel=4,
+        )
+    own = {key.removeprefix(f"{prefix}."): value for key, value in metadata.items() if key.startswith(f"{prefix}.")}
+    # What the metadata says is whole: without a pattern in it, all layers are alike.
+    said = {"rank_pattern": {}, "alpha_pattern": {}, **own} if own else {}
+    return {**_options(weights, alphas), **said}, weights
+
+
+def _renamed(name: str, known: dict[str, str]) -> str:
+    layer, _, rest = name.partition(".")
+    name = f"{known[layer]}.{rest}" if layer in known else name
+    for old, new in _RENAMED:
+        name = re.sub(old, new, name)
+    return name
+
+
+def _options(weights: dict[str, Tensor], alphas: dict[str, float]) -> dict[str, Any]:
+    """Those of weights without metadata: the rank and scale of each layer. Without an alpha the scale is 1."""
+    ranks = {name.partition(".lora_")[0]: len(value) for name, value in weights.items() if ".lora_A." in name}
+    scales = {layer: alphas.get(layer, rank) for layer, rank in ranks.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, scales))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(ranks),
+        # ^: of this very name, not of another one that ends like it.
+        "rank_pattern": {f"^{layer}": value for layer, value in ranks.items() if value != rank},
+        "alpha_pattern": {f"^{layer}": value for layer, value in scales.items() if value != alpha},
+    }

@@ -131,7 +131,8 @@ def _recipe(recipe: Recipe) -> Iterator[Use]:
     except (OSError, ValueError) as error:
         yield "", f"what {recipe.objective.name} uses is not known: {error}"
     for option, (value, number, reason) in _OPTIONS.items():
-        if recipe.objective.options.get(option) == value:
+        said = recipe.objective.options.get(option)
+        if said == value or (isinstance(said, str) and said.partition("(")[0] == value):  # with its numbers
             yield number, reason
     if recipe.student.start is not None and (start := recipe_of(recipe.student.start)) is not None:
         for number, reason in _recipe(load_recipe(start, look=True)):

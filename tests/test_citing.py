@@ -112,7 +112,7 @@ def test_guidance_and_coupling_and_times_are_cited(tmp_path: Path) -> None:
         "source": "eight-gaussians",
         "guidance": {"scale": 1.5, "interval": [0.1, 0.9], "null": {"class_labels": 8}},
     }
-    objective = {"name": "LSD", "times": "logit-normal", "learned": True}
+    objective = {"name": "LSD", "times": "logit-normal(-0.4, 1)", "learned": True}
     said = cite(write(tmp_path, teacher=teacher, coupling="ot", objective=objective))
     assert numbers(said) == ["2505.18825", "2403.03206", "2312.02696", "2302.00482", "2207.12598", "2404.07724"]
     for words in ("logit-normal times", "the optimal-transport coupling", "classifier-free guidance", "on an interval"):

@@ -454,10 +454,10 @@ def test_a_folder_is_not_begun_by_a_command_that_cannot_be(refused: Any) -> None
 
 def test_pictures_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_self: Path, _target: Path) -> None:
-        raise OSError("no space left")
+        raise OSError(28, "no space left")
 
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="the disk is full"):
         save_pictures(torch.zeros(1, 1, 4, 4), [tmp_path / "0.png"])
     assert not list(tmp_path.iterdir())
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fewstep.exporting import diffusion_of
 from fewstep.fields import NetworkField
 from fewstep.loading import _spoken
+from fewstep.manifests import Diffusion
 from fewstep.networks.flow_model import flow_scaling
 from fewstep.networks.held import held_ratios
 from fewstep.paths import Linear, Path, Preconditioned, Reversed, Tabulated, scaling
@@ -62,7 +63,7 @@ def test_the_three_are_one(natives: Any, kind: str) -> None:
         ratios = (native.alpha(ends).log() - native.sigma(ends).log()).tolist()
         for found, end in zip(held_ratios(diffusion), ratios, strict=True):
             assert found == pytest.approx(end, rel=1e-6, abs=1e-9) or (math.isinf(found) and abs(end) > 30)
-        back, same = _spoken(diffusion, last)
+        back, same = _spoken(Diffusion.model_validate(diffusion), last)
         assert (back, same) == (native, kind)
 
     check()

@@ -90,9 +90,15 @@ def test_a_run_leaves_a_whole_folder(tmp_path: Path) -> None:
     assert "fewstep sample" in (out / "report.html").read_text()
 
 
-def test_eight_grids_where_nothing_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("share", "count"), [(1e9, 8), (0.0, 1)])
+def test_a_grid_at_each_eighth_as_far_as_the_time_of_the_training_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, count: int
+) -> None:
+    monkeypatch.setattr(watch, "_SHARE", share)
     run(load_recipe(POINTS, {"steps": "16", "evaluation.count": "0"}), tmp_path / "run")
-    assert len(list((tmp_path / "run" / "samples").iterdir())) == 8
+    drawn = sorted(file.name for file in (tmp_path / "run" / "samples").iterdir())
+    assert len(drawn) == count
+    assert drawn[-1] == "step-00000016.png"  # the last is always drawn
 
 
 def test_the_folder_gives_back_the_averaged_weights(tmp_path: Path) -> None:

@@ -85,6 +85,20 @@ def test_a_run_goes_on_with_the_threads_it_had(monkeypatch, tmp_path, unsettled)
     assert seen[-1].threads == torch.get_num_threads()
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_with_the_threads_it_had(monkeypatch, tmp_path, unsettled):
+    def killed(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(threads, "fastest", lambda work: 5)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Student(), Matching(), Gaussian(), 3, out=tmp_path, batch=16, quiet=True, callbacks=[killed])
+    assert not checkpoints.steps_in(tmp_path / "checkpoints")
+    monkeypatch.setattr(threads, "fastest", lambda work: 1 / 0)
+    train(tmp_path)
+    assert seen[-1].threads == 5
+
+
 def test_measuring_changes_nothing(monkeypatch, unsettled):
     plain, plain_objective = train()
     calls = []

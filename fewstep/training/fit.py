@@ -210,6 +210,8 @@ def fit(
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             run.threads = world.from_main(_threads(run, step, batches, half))
             torch.set_num_threads(run.threads)
+            if out is not None and world.is_main:  # killed before its first checkpoint, it begins with as many again
+                folder.begin(out, identity, run.threads)
         if compile:
             _compile(student, run.target)
         saved, saved_at, started = run.step, run.seconds, time.perf_counter() - run.seconds
@@ -268,8 +270,9 @@ def _threads(run: Run, model: Step, batches: Batches, half: torch.dtype | None) 
     """How many the training takes: as the user says, as it had them before, or as it was measured on its own step."""
     if threads.is_settled() or run.progress >= 1.0:
         return torch.get_num_threads()
-    if run.threads is not None:
-        return run.threads
+    known = run.threads or (None if run.out is None else folder.threads_of(run.out))
+    if known is not None:
+        return known
     model = rehearsal(model)
 
     def work() -> None:

@@ -100,9 +100,9 @@ def fingerprint_of(out: Path) -> dict[str, Any] | None:
     return _mark_of(out).get("fingerprint")
 
 
-def begin(out: Path, fingerprint: Mapping[str, Any] | None = None) -> None:
-    """Mark a folder as that of a run, of this fingerprint where it is known."""
-    facts = {"_fewstep_run": fewstep.__version__, "fingerprint": fingerprint}
+def begin(out: Path, fingerprint: Mapping[str, Any] | None = None, threads: int | None = None) -> None:
+    """Mark a folder as that of a run: its fingerprint, and with how many threads it computes, once they are known."""
+    facts = {"_fewstep_run": fewstep.__version__, "fingerprint": fingerprint, "threads": threads}
     replace_file(out / MARK, (json.dumps(facts, indent=1) + "\n").encode())
 
 
@@ -115,7 +115,13 @@ def prepare(out: Path, fingerprint: Mapping[str, Any], resume: bool) -> None:
     checkpoints.clean(folder)
     for place in (out, out / "samples"):
         sweep(place)
-    begin(out, fingerprint)
+    begin(out, fingerprint, threads_of(out))
+
+
+def threads_of(out: Path) -> int | None:
+    """With how many threads the run in a folder began, which counts until its first checkpoint; None of a new one."""
+    found = _mark_of(out).get("threads")
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def throw_away(out: Path) -> None:

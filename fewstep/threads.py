@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 _WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _NUMBERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# Turns of the spin of GNU's OpenMP, which torch's wheels for Linux have. See benchmarks/LEADERBOARD.md, "Threads".
+# Turns of the spin of GNU's OpenMP, which torch's wheels for Linux have: about what it takes to fall asleep and be
+# woken. What it comes to is measured by `python benchmarks/overhead.py --parts threads`.
 _SPIN = "1000"
 # What twice the threads must gain to be taken, and how long is measured at most.
 GAIN, _SECONDS = 1.25, 1.0

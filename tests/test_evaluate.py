@@ -342,3 +342,19 @@ def test_wrong_models_and_samples_that_diverge(field: GaussianField):
         evaluate(MLP(2), teacher=field)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="20 of 20 samples of the student in 2 steps are not finite"):
         evaluate(FlowMap(ExactNetwork(field, float("nan"))), teacher=field, steps=(2,), count=20)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_noise_that_is_kept_gives_the_samples_of_noise_that_is_drawn(monkeypatch, gamma: float):
+    """By itself, and for a map that draws more from the generators of its noise."""
+    field = GaussianField(torch.zeros(2), torch.eye(2))
+    torch.manual_seed(0)
+    student = FlowMap.from_field(field, MLP(2, width=8, depth=2, times=2))
+    student.gamma = gamma
+
+    def rows() -> list:
+        return evaluate(student, teacher=field, steps=(2, 3), count=50, batch=20, metrics=("rmse",)).rows
+
+    kept = rows()
+    monkeypatch.setattr("fewstep.evaluation.evaluate._SMALL", 0)
+    assert rows() == kept

@@ -25,6 +25,7 @@ from fewstep.sampling import count_calls, sample, sample_noise
 _SOLVE = 128  # midpoint steps to the end points of a teacher without a closed form; Heun would ask at t = 1
 _SOLVED = 1000  # images solved so: 256 calls for each are the dearest part of an evaluation
 _LARGE = 1 << 30  # bytes of conditions that are kept in memory
+_SMALL = 1 << 25  # bytes of noise that are
 _BLOCK = 1000  # rows of data gathered at once: fixed, so that fresh data does not depend on ``batch``
 # Keep the generators of rows, fresh data and conditions apart from each other and from those of training.
 _ROWS, _FRESH, _CONDITIONS = 0x726F7773, 0x66726573, 0x636F6E64
@@ -226,17 +227,26 @@ class _Starts:
     batch: int
     cond: dict[str, Tensor]
     more: "_Reader | None" = None
+    kept: dict[range, Tensor] = field(default_factory=dict)  # the noise of small samples: drawing it takes its time
 
     def of(self, model: nn.Module, count: int) -> Iterator[tuple[Tensor, Generators, dict[str, Any]]]:
-        """Noise, the generators it came from and conditions of the first ``count`` samples, batch by batch, where the
-        model is."""
+        """Noise, the generators it came from (where the model draws more from them) and conditions of the first
+        ``count`` samples, batch by batch, where the model is."""
         device = next((p.device for p in chain(model.parameters(), model.buffers())), torch.device("cpu"))
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        is_renoised = isinstance(model, FlowMap) and model.gamma > 0  # which goes on drawing from the generators
         for first in range(0, count, self.batch):
             rows = range(first, min(first + self.batch, count))
-            # The same bits for all: drawn in float32, whatever the model computes in.
-            generators = sample_generators(self.seed, rows)
-            noise = sample_noise((len(rows), *self.shape), generators).to(device, dtype)
+            generators: Generators = []
+            if is_renoised or rows not in self.kept:
+                # The same bits for all: drawn in float32, whatever the model computes in.
+                generators = sample_generators(self.seed, rows)
+                drawn = sample_noise((len(rows), *self.shape), generators)
+                if count * drawn[0].nbytes <= _SMALL:
+                    self.kept[rows] = drawn
+            else:
+                drawn = self.kept[rows]
+            noise = drawn.to(device, dtype)
             cond = {name: value[rows.start : rows.stop] for name, value in self.cond.items()}
             cond |= {} if self.more is None else self.more(rows)
             yield noise, generators, {name: value.to(device) for name, value in cond.items()}

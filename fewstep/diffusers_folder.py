@@ -243,10 +243,12 @@ def _on_meta(model: Path, class_name: str) -> Any:
     """The network of a field by its config alone, on the meta device.
 
     Raises:
-        ValueError: diffusers cannot make it.
+        ValueError: diffusers cannot make it, or its numbers are larger than any model's: of layers without end the
+            memory would be full before there is one.
     """
     import diffusers
 
+    check_numbers(read_json(model / "config.json"), str(model / "config.json"))
     made: Any = getattr(diffusers, class_name)
     cannot = f"diffusers cannot make a {class_name} of {model / 'config.json'}"
     with refused(cannot, "fetch it again"), torch.device("meta"):

@@ -172,7 +172,7 @@ def test_a_network_for_points(times: int, tmp_path: Path) -> None:
 def test_a_run_is_exported_with_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    (run / "recipe.yaml").write_text("objective: {name: LMD}\n")
+    (run / "recipe.yaml").write_text("name: run\ndata: checkerboard\nobjective: {name: LMD}\n")
     student = tiny_student("flow")
     monkeypatch.setattr("fewstep.runs.load_run", lambda folder, **_: {run: student}[folder])
     folder = export(run, tmp_path / "export")

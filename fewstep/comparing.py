@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from fewstep.config import load_recipe
 from fewstep.cost import Cost, Counts, Entry, compare_costs, step_cost
@@ -18,8 +19,10 @@ from fewstep.disk import replace_file
 from fewstep.errors import TrainingError
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.locks import owned
+from fewstep.model_files import read_json
 from fewstep.objectives import FlowMatching
 from fewstep.options import parse_value
+from fewstep.parsing import checked
 from fewstep.randomness import generator
 from fewstep.recipe import Recipe
 from fewstep.runs import Built, build, run
@@ -33,6 +36,21 @@ STEPS = (1, 2, 4, 8, 16)
 _ROUNDS = 7
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FAILURES = (TrainingError, ValueError, TypeError, RuntimeError)
+
+
+class _Cost(BaseModel):
+    failed: str | None = None
+    time: float | None = None
+    memory: float | None = None
+    counts: Counts | None = None
+
+
+class _Budget(BaseModel):
+    """What ``budget.json`` says: of each method its cost, over the seconds of a step of flow matching."""
+
+    recipe: dict[str, Any]
+    base_seconds: float | None
+    methods: dict[str, _Cost]
 
 
 @dataclass(frozen=True)
@@ -202,8 +220,8 @@ def _train(label: str, recipe: Recipe, folder: Path) -> Training:
 def _failure(folder: Path, recipe: Recipe) -> str | None:
     """Why the run in the folder failed, if it did: the same recipe would fail again."""
     file = folder / "failed.json"
-    note = json.loads(file.read_text()) if file.is_file() else {}
-    return note["why"] if note.get("recipe") == recipe.as_dict() else None
+    note = read_json(file)
+    return str(note.get("why", "")) if note.get("recipe") == recipe.as_dict() else None
 
 
 def _finished(folder: Path, recipe: Recipe) -> Evaluation | None:
@@ -212,7 +230,7 @@ def _finished(folder: Path, recipe: Recipe) -> Evaluation | None:
     # Of a longer training that was killed before its evaluation, the file is older than the recipe.
     if not file.is_file() or file.stat().st_mtime < kept.stat().st_mtime:
         return None
-    found = Evaluation.from_json(file.read_text())
+    found = Evaluation.read(file)
     steps = {row["steps"] for row in found.rows if row["model"] == "student"}
     is_same = steps == set(recipe.evaluation.steps) and found.facts["count"] == recipe.evaluation.count
     return found if is_same and load_recipe(folder).as_dict() == recipe.as_dict() else None
@@ -229,7 +247,10 @@ def _costs(
         for key, value in flat(recipe.fingerprint()).items()
         if not key.startswith("objective.") and key not in {*MAY_DIFFER, "seed", "student.weights"}
     }
-    kept = json.loads(file.read_text()) if file.is_file() else {"recipe": ours, "base_seconds": None, "methods": {}}
+    kept: dict[str, Any] = {"recipe": ours, "base_seconds": None, "methods": {}}
+    if file.is_file():
+        budget = checked(_Budget, read_json(file), file, "remove it, and steps are timed anew")
+        kept = budget.model_dump(exclude_unset=True)
     if kept["recipe"] != ours:
         differing = ", ".join(k for k in ours.keys() | kept["recipe"].keys() if ours.get(k) != kept["recipe"].get(k))
         raise ValueError(f"{file} was measured for another recipe ({differing} differ): use another --out")

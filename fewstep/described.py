@@ -9,7 +9,7 @@ naming code: whoever reads a description that came with a folder asks ``fewstep.
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from fewstep.paths import Path as Trajectory
 from fewstep.trust import is_code
 
 _MAKER, _WHERE = "_made_by", "the description of a model"
+_SAID_OF_OWN = ("name", "options", "told_guidance")
 _CONFIG = "its {name} cannot be made anew from its config, the mapping network.config of what its class takes"
 # The networks of fewstep's own.
 NETWORKS: dict[str, type[nn.Module]] = {"MLP": MLP}
@@ -55,6 +56,7 @@ def describe(model: Any) -> dict[str, Any]:
         "path": _trajectory(model.path),
         **({"gamma": model.gamma, "guidance": model.guidance} if is_map else {}),
         **({"class_names": list(model.class_names)} if model.class_names else {}),
+        **_shape(model.network),
         **({"scheduler": _scheduler(model.scheduler)} if isinstance(model, DiffusionField) else {}),
     }
 
@@ -103,6 +105,8 @@ def made_again(config: Mapping[str, Any], where: str = _WHERE) -> FlowMap | Netw
         kind = FlowMap if is_map else NetworkField
         model = kind(network, _trajectory_of(native, where), config["prediction"], path=_trajectory_of(path, where))
     model.class_names = tuple(config.get("class_names", ()))
+    if config.get("shape"):
+        say_shape(model, config["shape"])
     if isinstance(model, FlowMap):
         model.gamma, model.guidance = config.get("gamma", 0.0), config.get("guidance")
     return model
@@ -132,6 +136,21 @@ def _network(network: Any) -> dict[str, Any]:
     if {k: v.shape for k, v in made.state_dict().items()} != {k: v.shape for k, v in network.state_dict().items()}:
         raise ValueError(f"{_CONFIG.format(name=name)}, and has other weights")
     return found
+
+
+def _shape(network: Any) -> dict[str, Any]:
+    """The shape of one sample, of a network whose class need not say it."""
+    return {"shape": list(network.shape)} if not _is_ours(network) and hasattr(network, "shape") else {}
+
+
+def say_shape(model: Any, shape: Sequence[int]) -> None:
+    """Note the shape of one sample on a network of one's own, where that does not say it itself."""
+    if not _is_ours(model.network) and not hasattr(model.network, "shape"):
+        vars(model.network)["shape"] = tuple(shape)
+
+
+def _is_ours(network: nn.Module) -> bool:
+    return isinstance(network, OfDiffusers) or type(network).__name__ in NETWORKS
 
 
 def _own(config: Mapping[str, Any]) -> nn.Module:
@@ -165,7 +184,10 @@ def _in_full(name: str) -> str:
 
 def _network_of(config: Mapping[str, Any], is_map: bool, where: str) -> nn.Module:
     if is_code(config["name"]):
-        return _own(config)
+        network = _own(config)
+        # So that it can be described again, whatever it keeps of its options itself.
+        set_maker(network, **{key: value for key, value in config.items() if key in _SAID_OF_OWN})
+        return network
     if "model" not in config:
         if config["name"] not in NETWORKS:
             raise unknown("network", config["name"], NETWORKS)

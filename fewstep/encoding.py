@@ -34,6 +34,7 @@ from fewstep.texts import (
     keep,
     known_by,
     note_of,
+    read_note,
     refuse_others,
     rows_of,
     turns_of,
@@ -138,7 +139,7 @@ def encode(
             keep(files[i], _encoded(latents, pictures, columns, facts, place, tick))
     missing = [file for file in (*files, *texts) if not (file.is_file() and note_of(file).is_file())]
     if not missing:
-        index = {file.name: json.loads(note_of(file).read_text()) for file in (*files, *texts)}
+        index = {file.name: read_note(file) for file in (*files, *texts)}
         if not any(index[file.name]["rows"] for file in files):
             raise ValueError(f"none of the {len(rows)} pictures of {source.name} can be used")
         if texts:

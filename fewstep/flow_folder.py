@@ -1,7 +1,6 @@
 """The folder of a converted model: a pipeline of diffusers, whose network answers as a flow by the code it carries."""
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from fewstep.exporting import diffusion_of, no_pipeline
 from fewstep.fields import NetworkField
 from fewstep.latents import VAE_FOLDERS, Latents
 from fewstep.model_card import fewstep_code
-from fewstep.model_files import class_of
+from fewstep.model_files import class_of, read_json
 from fewstep.networks import UNet
 from fewstep.pipelines.source import whole
 from fewstep.writing import (
@@ -114,7 +113,7 @@ def write_folder(field: Any, conversion: Conversion, folder: Path) -> None:
         scheduler = getattr(flow_model, conversion.flow_scheduler)()
         file = folder / part / "config.json"
         config = {"_class_name": conversion.written, "diffusion": diffusion_of(field), "flow_timesteps": 1000}
-        write_json(file, {**json.loads(file.read_text()), **config})
+        write_json(file, {**read_json(file), **config})
         libraries[part] = _CODE
         if conversion.flow_scheduler == "FlowScheduler":
             libraries["scheduler"] = _CODE

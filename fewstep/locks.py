@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
+from fewstep.reading import parse_json, read_text
 from fewstep.received import no_link
 from fewstep.write_errors import cannot_write
 
@@ -131,13 +132,13 @@ def _locked(folder: Path, doing: str) -> IO[Any]:
 def _in_use(folder: Path, file: Path) -> BusyError:
     for _ in range(5):  # the other process may not have written it yet
         try:
-            told = json.loads(file.read_text())
+            told = parse_json(read_text(file), LOCK)
             clock = time.localtime(told["since"])
             since = time.strftime("%H:%M" if time.time() - told["since"] < 43_200 else "%d %b %H:%M", clock)
             command = told["command"] if len(told["command"]) <= 120 else f"{told['command'][:117]}..."
             who, doing = f"process {told['pid']} on {told['host']} since {since} ({command})", str(told["doing"])
             break
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             time.sleep(0.05)
     else:
         who, doing = "another process", "written"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fewstep.fields import NetworkField
 from fewstep.lora_keys import read_adapter
 from fewstep.maps import FlowMap
-from fewstep.model_files import check_file
+from fewstep.model_files import check_file, read_json
 from fewstep.networks import SecondTime, TwoTimeNetwork, new_parts
 from fewstep.write_errors import cannot_write
 
@@ -183,7 +183,7 @@ def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
         options, weights = read_adapter(file, dict(network.named_modules()), _prefix(network))
         config = _config(options, file)
     elif (folder / PEFT_FILE).is_file() and (folder / PEFT_CONFIG).is_file():
-        config = _config(json.loads((folder / PEFT_CONFIG).read_text()), folder / PEFT_CONFIG)
+        config = _config(read_json(folder / PEFT_CONFIG), folder / PEFT_CONFIG)
         weights = load_file(folder / PEFT_FILE)
     else:
         is_pickle = file.suffix == ".bin" or file.with_suffix(".bin").is_file()

@@ -82,6 +82,7 @@ class Described(Said):
     native: Made
     path: Made
     prediction: str
+    shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=4)] | None = None
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.0
     guidance: Finite | None = None
     scheduler: Scheduler | None = None

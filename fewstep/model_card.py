@@ -149,7 +149,7 @@ def _quality(origin: Origin) -> str:
 def fewstep_code(model: Any, name: str) -> str:
     """How samples are drawn with fewstep, from a model of diffusers or an ``MLP`` in a folder of this name."""
     given, cond = "", ", class_labels=torch.tensor([0, 0, 0, 0])" if classes_of(model) else ""
-    if _has_any_size(model):
+    if _has_any_size(model) and isinstance(model.network, OfDiffusers):
         given = _SIZE.format(what="of the samples: this model has no fixed size")
     if image_channels(model):
         given, cond = given + _image(model), f"{cond}, image=image"
@@ -202,7 +202,7 @@ def _shape(model: Any, channels: int | None = None, factor: int = 1) -> str:
     Args:
         factor: what the height and width above are to be divided by, for a model without a size of its own.
     """
-    if _has_any_size(model):
+    if _has_any_size(model) and isinstance(model.network, OfDiffusers):
         by = "" if factor == 1 else f" // {factor}"
         own, sizes = model.network.channels, [f"height{by}", f"width{by}"]
     else:

@@ -89,7 +89,7 @@ def _table_of(run: Path) -> str | None:
     file = run / "quality.json"
     if not file.is_file():
         return None
-    return markdown(*Evaluation.from_json(own_file(file, run).read_text()).table())
+    return markdown(*Evaluation.read(own_file(file, run)).table())
 
 
 def _source(model: Any) -> Path | None:

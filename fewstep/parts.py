@@ -63,7 +63,7 @@ def make_teacher(section: Teacher, encoded: Path | None = None) -> VelocityField
         FileNotFoundError: a path that is not there.
     """
     source = section.source
-    if not any(mark in source for mark in "/:~") and source not in EXACT and not Path(source).exists():
+    if is_nowhere(source):
         raise unknown("teacher", source, EXACT)
     field = find_model(source, section.options)
     if isinstance(field, FlowMap):
@@ -79,6 +79,11 @@ def make_teacher(section: Teacher, encoded: Path | None = None) -> VelocityField
         null = null_of(guidance.null, field, encoded)
         field = Guided(field, guidance.scale, guidance.interval, null=null, weak=weak)
     return field
+
+
+def is_nowhere(source: str) -> bool:
+    """Whether the name of a teacher is a bare word that neither fewstep nor this folder has."""
+    return not any(mark in source for mark in "/:~") and source not in EXACT and not Path(source).exists()
 
 
 def check_teacher(recipe: Recipe, teacher: VelocityField) -> None:

@@ -15,6 +15,7 @@ from fewstep.config import find_objective, load_recipe
 from fewstep.couplings import uncoupled
 from fewstep.data.batch import Data, has_classes
 from fewstep.data.conditions import Dropped
+from fewstep.described import say_shape
 from fewstep.disk import sweep
 from fewstep.drawing import Model, classes_of, shape_of
 from fewstep.errors import TrainingError
@@ -32,6 +33,7 @@ from fewstep.parts import (
     encoded_folder,
     encoded_shape,
     follows_teacher,
+    is_nowhere,
     make_data,
     make_objective,
     make_student,
@@ -47,7 +49,7 @@ from fewstep.recipe import Recipe
 from fewstep.training import checkpoints, distributed, folder
 from fewstep.training.distributed import World
 from fewstep.training.fit import fit
-from fewstep.training.leaving import is_from_python, student_of
+from fewstep.training.leaving import check_from_recipe, is_from_python, student_of
 from fewstep.training.run import Result, frozen, put_back
 from fewstep.trust import check_folder, code_in, remember, trusting
 from fewstep.watch import Watch
@@ -130,11 +132,8 @@ def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
     """
     folder.check_ours(out)
     is_main = distributed.environment().is_main
-    if is_from_python(out) and not fresh:
-        raise ValueError(
-            f"the run in {out} was started by fewstep.fit in Python, and the same call goes on with it: use another "
-            "folder (--out), or --fresh to throw that run away"
-        )
+    if not fresh:
+        check_from_recipe(out)
     with owned(out, "trained") if is_main else nullcontext():
         return _run(recipe, out, fresh, is_main)
 
@@ -255,6 +254,8 @@ def _opened(path: str | Path) -> Trained:
             model: Model = student_of(path)
         else:
             model = make_student(recipe.student, shape, _teacher_of(path, recipe), trains_map(recipe), recipe.seed)
+    if isinstance(model, FlowMap | NetworkField):
+        say_shape(model, shape)
     put_back(model, frozen(model), saved, "ema" if "ema" in saved.tensors else "model")
     model.class_names = tuple(known.get("data_classes") or model.class_names)
     if moments := known.get("data_moments"):
@@ -312,10 +313,12 @@ def load_run(path: str | Path, *, trust: bool = False) -> Model:
 
 def _teacher_of(path: Path, recipe: Recipe) -> VelocityField | None:
     """The teacher of a run, without which its student is not made again."""
+    source = "" if recipe.teacher is None else recipe.teacher.source
     try:
+        if source and is_nowhere(source):
+            raise FileNotFoundError(f"no folder {source}")
         return _teacher(recipe)
     except FileNotFoundError as error:
-        source = recipe.teacher and recipe.teacher.source
         raise FileNotFoundError(
             f"{source} is the teacher of the run in {path}, and is not there ({str(error)[:100]}). Put it back, or say "
             f"where it is now: teacher.source in {path / 'recipe.yaml'}"
@@ -333,7 +336,9 @@ def _teacher(recipe: Recipe) -> VelocityField | None:
 def _is_unsettled(out: Path) -> bool:
     """Whether a run that has begun took its pictures as they are, from before its teacher settled their size."""
     return (
-        is_run(out) and bool(checkpoints.steps_in(out / "checkpoints")) and "size" not in load_recipe(out).data.options
+        is_run(out)
+        and bool(checkpoints.steps_in(out / "checkpoints"))
+        and "size" not in load_recipe(out, look=True).data.options
     )
 
 

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fewstep.data.encoded import CAPTIONS, NULL, TEXTS, is_whole, text_files
+from fewstep.data.encoded import CAPTIONS, NULL, TEXTS, is_note, is_whole, text_files
 from fewstep.disk import create_file, replace_file, sweep
 from fewstep.encoders import kept_null
 from fewstep.prompts import SIZES, Prompts
+from fewstep.reading import parse_json, read_text
 from fewstep.training.distributed import World
 from fewstep.training.folder import differences
 
@@ -84,9 +85,21 @@ def known_by(content: bytes, rows: int) -> dict[str, Any]:
 def is_kept(file: Path) -> bool:
     """Whether a shard is there as it was written; the file is read for it."""
     try:
-        return is_whole(file, json.loads(note_of(file).read_text()))
+        return is_whole(file, read_note(file))
     except (FileNotFoundError, ValueError):
         return False
+
+
+def read_note(file: Path) -> dict[str, Any]:
+    """What a shard is known by, as :func:`keep` wrote it.
+
+    Raises:
+        ValueError: it is no such note.
+    """
+    note = parse_json(read_text(note_of(file)), str(note_of(file)))
+    if not is_note(note):
+        raise ValueError(f"{note_of(file)} does not say what {file.name} is known by: remove both")
+    return note
 
 
 def claim(file: Path, facts: dict[str, Any], kind: str, saved: Callable[[Path], dict[str, Any]]) -> None:

@@ -158,7 +158,7 @@ def copy_part(
 
 def _name_no_places(config: Path) -> None:
     """Take out of a config where it was loaded from, and what else it says of places on this machine."""
-    values = json.loads(config.read_text())
+    values = read_json(config)
     if (kept := _without_places(values)) != values:
         write_json(config, kept)
 

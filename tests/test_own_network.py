@@ -120,3 +120,41 @@ def test_what_does_not_stand_alone_is_said(home: Path, capsys: pytest.CaptureFix
         fewstep.export(fewstep.FlowMap(network), "own")
     fewstep.fit(fewstep.FlowMap(network), fewstep.MeanFlow(), torch.randn(16, 2), out="run", **{**FEW, "quiet": False})
     assert "cannot be loaded, sampled or exported later" in capsys.readouterr().err
+
+
+def test_one_that_says_neither_its_shape_nor_its_options(home: Path) -> None:
+    """Its run knows the first, and what names it the second."""
+    bare = CODE.replace('        self.config = {"width": width, "times": times}\n', "").replace(
+        "        self.shape = (2,)\n", ""
+    )
+    assert bare.count("self.") == 2
+    (home / "mine.py").write_text(bare)
+    few = ["--steps", "2", "--training.batch", "8", "--training.chunk", "8", "--evaluation.count", "0"]
+    named = ["--student", "mine.py:Net", "--student.options.width", "6"]
+    assert main(["distill", "checkerboard-itvm", *named, *few, "--out", "runs/own"]) == 0
+
+    network = find_object("mine.py:Net", torch.nn.Module)(5)
+    network.config = {"width": 5}  # of this one alone, not of those that its class makes
+    fewstep.fit(fewstep.FlowMap(network), fewstep.MeanFlow(), torch.randn(16, 2), out="runs/python", **FEW)
+    for name in ("own", "python"):
+        assert main(["export", f"runs/{name}", name]) == 0
+        _check_export(fewstep.load(f"runs/{name}"), home / name)
+        assert main(["sample", name, "--trust", "--count", "4", "--out", f"{name}.npy"]) == 0
+        assert main(["export", name, f"{name}-again", "--trust"]) == 0
+        _check_export(fewstep.load(name, trust=True), home / f"{name}-again")
+    # Of one in memory nobody knows the shape.
+    fewstep.export(fewstep.FlowMap(network), "memory")
+    assert "torch.randn(4, ...)" in (home / "memory" / "README.md").read_text()
+
+
+def test_a_run_that_is_not_known_goes_on_where_a_flag_names_its_code(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As runs are from before it was written down who wrote them."""
+    few = ["--training.batch", "8", "--training.chunk", "8", "--evaluation.count", "0", "--out", "runs/own"]
+    words = ["distill", "checkerboard-itvm", "--student.network", "mine.py:Net", "--student.options", "{}", *few]
+    assert main([*words, "--steps", "2"]) == 0
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "another"))
+    assert main(["distill", "runs/own", "--steps", "4"]) == 2
+    assert main([*words, "--steps", "4"]) == 0
+    assert main(["distill", "runs/own", "--steps", "6"]) == 0  # now it is known

@@ -134,9 +134,12 @@ def test_what_cannot_be_made_again_is_said_at_once(
     _fit(tmp_path / "run", student, fewstep.MeanFlow(), data, steps=3)
 
 
-def test_a_recipe_does_not_go_on_with_it(tmp_path: Path) -> None:
+def test_a_recipe_does_not_go_on_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     _fit(out, FlowMap(MLP(2, width=8, depth=1, times=2)), fewstep.MeanFlow(), load_data("checkerboard"))
+    for command in ("train", "distill"):
+        assert main([command, str(out)]) == 2
+        assert f"the run in {out} was started by fewstep.fit" in capsys.readouterr().err
     few = {"steps": "2", "training.batch": "8", "training.chunk": "8", "training.quiet": "true"}
     recipe = load_recipe("checkerboard-itvm", {**few, "evaluation.count": "0"})
     with pytest.raises(ValueError, match=r"started by fewstep\.fit in Python.*--fresh"):

@@ -289,3 +289,11 @@ def test_report_of_nothing_yet(tmp_path: Path):
     page = Page(write_report(tmp_path / "r.html", title="new", recipe_text="").read_text())
     assert page.open == []
     assert not any(tag in ("figure", "table") for tag, _ in page.tags)
+
+
+def test_a_teacher_whose_one_step_leads_to_a_point_hides_no_student(recwarn: pytest.WarningsRecorder) -> None:
+    spread, point = torch.rand(2000, 2) * 4 - 2, torch.zeros(2000, 2)
+    left, right, *_ = points_figure({"student": spread, "teacher": point}).axes[0].images[0].get_extent()
+    assert left < -1.9 < 1.9 < right
+    png(points_figure({"student": point, "teacher": point}))
+    assert not recwarn.list

@@ -279,23 +279,52 @@ def test_killed_at_any_change_of_a_fresh_start_no_checkpoint_passes_as_another_r
     assert run(other, out, fresh=True).result.step == 4
 
 
-def test_a_teacher_that_moved_is_named_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["m/teacher", "./teacher", "teacher"])
+def test_a_teacher_that_moved_is_named_and_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     teacher = {"name": "t", "data": "eight-gaussians", "objective": "FlowMatching", "student": POINTS["student"]}
-    run(load_recipe({**teacher, "training": POINTS["training"], "evaluation": POINTS["evaluation"]}), Path("m/teacher"))
-    recipe = {**POINTS, "teacher": "m/teacher", "student": "auto"}
+    run(load_recipe({**teacher, "training": POINTS["training"], "evaluation": POINTS["evaluation"]}), Path(name))
+    recipe = {**POINTS, "teacher": name, "student": "auto"}
     run(load_recipe(recipe), Path("run"))
-    os.rename("m", "elsewhere")
-    with pytest.raises(FileNotFoundError, match="m/teacher is the teacher of the run in run, and is not there") as e:
+    os.rename(name, "elsewhere")
+    with pytest.raises(FileNotFoundError, match=f"^{name} is the teacher of the run in run, and is not there") as e:
         open_run("run")
     assert "say where it is now: teacher.source in run/recipe.yaml" in str(e.value)
     assert len(str(e.value)) < 400
     file = Path("run/recipe.yaml")
-    file.write_text(file.read_text().replace("m/teacher", "elsewhere/teacher"))
+    file.write_text(file.read_text().replace(f"source: {name}", "source: elsewhere"))
     assert open_run("run").step == 4
     assert run(load_recipe("run", {"steps": "6"}), Path("run")).result.step == 6
     # While the old one is there, another is another.
-    shutil.copytree("elsewhere", "m")
-    file.write_text(file.read_text().replace("elsewhere/teacher", "m/teacher"))
-    with pytest.raises(ValueError, match=r"teacher.source is elsewhere/teacher there and m/teacher here"):
+    shutil.copytree("elsewhere", name)
+    file.write_text(file.read_text().replace("source: elsewhere", f"source: {name}"))
+    with pytest.raises(ValueError, match=f"teacher.source is elsewhere there and {name} here"):
         open_run("run")
+
+
+def test_what_moved_is_a_place_that_is_left_for_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("new", "lib", "checkerboard"):
+        Path(name).mkdir()
+    for name in ("lib/net.py", "other.py"):
+        Path(name).touch()
+    differing = lambda key, then, now: bool(folder._differing({key: then}, {key: now}))  # noqa: E731
+    for then, now in (("old", "new"), ("./old", "new"), ("/gone/old", "./new"), ("owner/name", "new")):
+        assert not differing("data.name", then, now)
+        assert not differing("teacher.source", then, now)
+    for key in ("student.network", "teacher.source", "objective.name"):
+        assert not differing(key, "net.py:Net", "lib/net.py:Net")
+        assert differing(key, "net.py:Net", "lib/net.py:Other")  # another class
+        assert differing(key, "other.py:Net", "lib/net.py:Net")  # both are there
+        assert differing(key, "pack.net:Net", "lib/net.py:Net")  # a module is no place
+    # What fewstep brings along, the hub, and what is nowhere.
+    for then, now in (
+        ("spiral", "new"), ("old", "checkerboards"), ("fewstep:x", "new"), ("hf:a/b", "new"), ("a/b", "c/d"),
+        ("a/b", None), (None, "new"),
+    ):  # fmt: skip
+        assert differing("data.name", then, now)
+    assert differing("student.network", "mlp", "unet")

@@ -88,7 +88,13 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     print(f"{out}: {asked.count} samples{there}" + (f", {called / new:g} network calls each" if new else ""))
     if run is None or args.teacher:
         text = ["--prompts", args.prompts] if args.prompts else prompt_flags(args.prompt or [])
-        more = ["--steps", str(2 * steps), "--out", f"samples-{2 * steps}{out.suffix}"]
+        more = [
+            "--steps",
+            str(2 * steps),
+            *(["--trust"] if args.trust else []),
+            "--out",
+            f"samples-{2 * steps}{out.suffix}",
+        ]
         say_next([shlex.join(["fewstep", "sample", args.model, *more, *text])])
     else:
         export = ["export", args.model, f"{Path(args.model).name}-export"]

@@ -21,6 +21,10 @@ def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         is_finetuning = args.name == "train" and "teacher" in overrides
         source = _FROM_A_MODEL if is_finetuning else DEFAULTS[args.name][1]
         overrides.setdefault("name", f"{Path(overrides[needed].split(':')[-1]).name}-{args.name}")
+    if Path(source).is_dir() and not args.fresh:
+        from fewstep.training.leaving import check_from_recipe
+
+        check_from_recipe(Path(source))  # before its recipe, which says only what is known of its parts
     recipe = load_recipe(source, overrides)
     if args.name == "distill" and recipe.teacher is None:
         raise ValueError(f"{recipe.name} has no teacher to distill: fewstep train {source}, or --teacher FOLDER")
@@ -90,7 +94,7 @@ def run_compare(args: argparse.Namespace, _: dict[str, str]) -> int:
     for run in args.runs:
         if (run / "quality.json").is_file():
             name = run.name if run.name not in found else str(run)
-            found[name] = Evaluation.from_json((run / "quality.json").read_text())
+            found[name] = Evaluation.read(run / "quality.json")
         else:
             others.append(run)
     if not found:

@@ -35,7 +35,7 @@ __all__ = [
     "load_data",
 ]
 
-_NAMED: dict[str, Callable[..., Any]] = {
+NAMED: dict[str, Callable[..., Any]] = {
     "checkerboard": toy.checkerboard,
     "two-moons": toy.two_moons,
     "eight-gaussians": toy.eight_gaussians,
@@ -65,8 +65,8 @@ def load_data(name: str | Path, **options: Any) -> Data:
     name = str(name)
     load: Callable[..., Any]
     source: tuple[str | Path, ...]
-    if name in _NAMED:
-        load, source = _NAMED[name], ()
+    if name in NAMED:
+        load, source = NAMED[name], ()
     elif name.startswith("hf:"):
         load, source = pictures.hugging_face, (name.removeprefix("hf:"),)
     else:
@@ -74,7 +74,7 @@ def load_data(name: str | Path, **options: Any) -> Data:
         if not os.path.exists(path):  # not path.exists(), which raises for a name that is too long
             if "/" in name or os.sep in name or name.startswith((".", "~")) or path.suffix in (".npy", ".npz"):
                 raise FileNotFoundError(f"no data at {name[:200]}: there is no such file or folder")
-            raise errors.unknown("data set", name, _NAMED)
+            raise errors.unknown("data set", name, NAMED)
         load, source = _loader_of(path), (path,)
 
     takes = list(signature(load).parameters)[len(source) :]

@@ -204,14 +204,15 @@ def read_index(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / INDEX
     index = parse_json(read_text(file), str(file))
     for name, kept in index.items() if isinstance(index, dict) else [("", {})]:
-        if Path(name).name != name or not _is_note(kept):
+        if Path(name).name != name or not is_note(kept):
             raise ValueError(f"{file} is damaged: {name[:60]!r} is no shard with its rows, bytes and sha256")
     if not any(name.startswith("latents") for name in index):
         raise ValueError(f"{file} is damaged: it names no latents")
     return index
 
 
-def _is_note(kept: Any) -> bool:
+def is_note(kept: Any) -> bool:
+    """Whether a value is what a shard is known by."""
     kinds = {"rows": int, "bytes": int, "sha256": str}
     return isinstance(kept, dict) and all(type(kept.get(k)) is kind for k, kind in kinds.items()) and kept["rows"] >= 0
 

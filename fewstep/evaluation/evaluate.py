@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fewstep.data.batch import Batch, Data, has_classes
@@ -19,7 +21,9 @@ from fewstep.evaluation.measure import ENDS, METRICS, Judge, choose_metrics, pos
 from fewstep.exact import ExactField
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
+from fewstep.parsing import checked
 from fewstep.randomness import Generators, generator, sample_generators
+from fewstep.reading import parse_json, read_text
 from fewstep.sampling import count_calls, sample, sample_noise
 
 _SOLVE = 128  # midpoint steps to the end points of a teacher without a closed form; Heun would ask at t = 1
@@ -64,7 +68,44 @@ class Evaluation:
     @classmethod
     def from_json(cls, text: str) -> "Evaluation":
         """What ``to_json`` wrote."""
-        return cls(**json.loads(text))
+        return cls._of(parse_json(text, "an evaluation"), "an evaluation")
+
+    @classmethod
+    def read(cls, file: Path) -> "Evaluation":
+        """That of a ``quality.json``.
+
+        Raises:
+            ValueError: it is none, or was changed; says what is wrong.
+        """
+        return cls._of(parse_json(read_text(file), str(file)), file)
+
+    @classmethod
+    def _of(cls, value: Any, where: str | Path) -> "Evaluation":
+        kept = checked(_Kept, value, where, "measure again, with fewstep evaluate RUN")
+        return cls(**kept.model_dump(exclude_unset=True))
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | None]  # the metrics
+    model: str
+    steps: int
+    nfe: float
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    shape: list[int]
+    count: int
+
+
+class _Kept(BaseModel):
+    """What ``quality.json`` says."""
+
+    model_config = ConfigDict(extra="forbid")
+    rows: list[_Row] = Field(min_length=1)
+    floor: dict[str, float | None] = {}
+    facts: _Facts
 
 
 def evaluate(

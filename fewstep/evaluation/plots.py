@@ -113,15 +113,21 @@ def png(figure: "Figure", path: str | Path | None = None) -> bytes:
     return content.getvalue()
 
 
+def _extent(points: Any) -> Any:
+    """The lowest and the highest coordinates (2, 2) of points (N, 2), all but of the few farthest."""
+    return np.quantile(points, [0.002, 0.998], axis=0)
+
+
 def points_figure(samples: Mapping[str, Tensor]) -> "Figure":
     """2-D samples (N, 2) by name, one panel each, as densities on one scale; the last is the truth, or the teacher,
     whose extent and shade all share."""
     from matplotlib.colors import LinearSegmentedColormap
 
     clouds = {name: points.detach().double().cpu().numpy() for name, points in samples.items()}
-    truth = list(clouds.values())[-1]
-    low, high = np.quantile(truth, [0.002, 0.998], axis=0)
-    centre, half = (low + high) / 2, 0.58 * float((high - low).max())
+    (low, high), wide = _extent(list(clouds.values())[-1]), _extent(np.concatenate(list(clouds.values())))
+    if (high - low).max() < 0.01 * (wide[1] - wide[0]).max():  # one step of a teacher leads to the mean of the data
+        low, high = wide
+    centre, half = (low + high) / 2, 0.58 * float((high - low).max()) or 1.0
     box = [(c - half, c + half) for c in centre]
     bins = min(max(40, int(0.8 * math.sqrt(min(map(len, clouds.values()))))), 160)  # enough points a bin to see a shade
     densities = [np.histogram2d(*cloud.T, bins=bins, range=box)[0].T / len(cloud) for cloud in clouds.values()]

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import fewstep
+from fewstep.data import NAMED
 from fewstep.disk import is_part, replace_file, sweep
 from fewstep.locks import LOCK
 from fewstep.options import as_yaml, read_yaml
+from fewstep.reading import parse_json, read_text
 from fewstep.received import own_folder
 from fewstep.training import checkpoints
 from fewstep.training.trackers import read_metrics
@@ -226,17 +228,31 @@ def differences(
 
 def _differing(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences of two fingerprints; what was moved is at another place, and the same."""
-    moved = {key for key in _PLACES if now.get(key) and _is_gone(saved.get(key))}
+    moved = {key for key in _PLACES if _is_moved(saved.get(key), now.get(key))}
     return differences(saved, now, MAY_DIFFER | moved)
 
 
 # Where the parts of a run are from.
-_PLACES = ("teacher.source", "teacher.guidance.weak", "student.start", "data.name")
+_PLACES = (
+    "teacher.source", "teacher.guidance.weak", "student.start", "student.network", "data.name", "data.prompts",
+    "objective.name",
+)  # fmt: skip
 
 
-def _is_gone(place: Any) -> bool:
-    """Whether a path is no longer there; names are not paths."""
-    return isinstance(place, str) and "/" in place and ":" not in place and not Path(place).expanduser().exists()
+def _is_moved(then: Any, now: Any) -> bool:
+    """Whether a name leads to a place where nothing is any more, and now to one where something is."""
+    (old, was), (new, inside) = _place_of(then), _place_of(now)
+    return was == inside and bool(old and new) and then not in NAMED and not _is_there(old) and _is_there(new)
+
+
+def _is_there(place: str) -> bool:
+    return os.path.exists(os.path.expanduser(place))  # no path.exists(), which raises for a name that is too long
+
+
+def _place_of(name: Any) -> tuple[str, str]:
+    """The place that a name may be that of, and the name of the code in that file; nothing for what is no place."""
+    file, colon, inside = name.rpartition(":") if isinstance(name, str) else ("", "", "")
+    return (inside, "") if not colon else (file, inside) if file.endswith(".py") else ("", "")
 
 
 def _compare(out: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -254,7 +270,7 @@ def _few(differing: list[str]) -> str:
 def _mark_of(out: Path) -> dict[str, Any]:
     """What the mark of a run says; nothing where there is none."""
     try:
-        facts = json.loads((out / MARK).read_text())
+        facts = parse_json(read_text(out / MARK), MARK)
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) and "_fewstep_run" in facts else {}

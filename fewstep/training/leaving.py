@@ -73,6 +73,19 @@ def is_from_python(run: Path) -> bool:
     return (run / STUDENT).is_file()
 
 
+def check_from_recipe(run: Path) -> None:
+    """That a run is one that a command goes on with.
+
+    Raises:
+        ValueError: ``fewstep.fit`` started it.
+    """
+    if is_from_python(run):
+        raise ValueError(
+            f"the run in {run} was started by fewstep.fit in Python, and the same call goes on with it: use another "
+            "folder (--out), or --fresh to throw that run away"
+        )
+
+
 def student_of(run: Path) -> Any:
     """The student of such a run, with weights that mean nothing yet.
 

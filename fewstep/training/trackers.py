@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fewstep.disk import replace_file
-from fewstep.errors import unknown
+from fewstep.errors import shown, unknown
+from fewstep.reading import parse_json
 from fewstep.received import no_link
 from fewstep.write_errors import cannot_write
 
@@ -125,7 +126,19 @@ def start(names: Sequence[str], out: Path | None, step: int, config: dict[str, A
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; a last line that a kill cut short is left out."""
-    lines = file.read_text().split("\n")
+    """The records of a ``metrics.jsonl``; a last line that a kill cut short is left out.
+
+    Raises:
+        ValueError: a line that is none; says which.
+    """
     # What follows the last newline is empty, or torn.
-    return [json.loads(line) for line in lines[:-1]]
+    return [
+        _record(line, f"line {number} of {file}") for number, line in enumerate(file.read_text().split("\n")[:-1], 1)
+    ]
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    record = parse_json(line, where)
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError(f"{where} is no record of a step ({shown(record)}): take that line out")
+    return record

@@ -117,7 +117,8 @@ def _locked(folder: Path, doing: str) -> IO[Any]:
         if is_at(stream, file):
             break
         stream.close()
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    command = shlex.join([program.parent.name if program.name == "__main__.py" else program.name, *sys.argv[1:]])
     facts = {"doing": doing, "pid": os.getpid(), "host": platform.node(), "since": time.time(), "command": command}
     try:
         stream.truncate(0)

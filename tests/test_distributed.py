@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from training_toys import Matching, Rows, Student
 
+from fewstep.training import distributed
 from fewstep.training.distributed import World, choose_device, environment
 from fewstep.training.fit import fit
 
@@ -196,3 +197,12 @@ def test_the_survivor_of_a_process_that_is_killed_says_one_line(victim):
     assert said.startswith(f"error: process {1 - victim} of 2: another process of this run has ended, or cannot be")
     assert "Start all of them again, by the same command" in said
     assert len(said) < 400
+
+
+@pytest.mark.parametrize("said", ["ten", "0", "-1", "nan", "1e300"])
+def test_how_long_others_are_waited_for_is_a_number_of_seconds(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSTEP_PATIENCE", said)
+    with pytest.raises(ValueError, match=f"FEWSTEP_PATIENCE is '{said}'"):
+        distributed._longest_wait()
+    monkeypatch.setenv("FEWSTEP_PATIENCE", "2.5")
+    assert distributed._longest_wait().total_seconds() == 2.5

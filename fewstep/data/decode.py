@@ -187,4 +187,7 @@ def _on_white(picture: Any) -> Any:
 def unreadable(name: str, why: str) -> ValueError:
     """The error for a picture that cannot be read."""
     name = " ".join(name.split())
-    return ValueError(f"{name} cannot be read ({why}): mend or remove it, or say on_error: skip to leave it out")
+    return ValueError(
+        f"{name} cannot be read ({why}): mend or remove it, or leave such out: on_error: skip (--data.on_error skip, "
+        "of fewstep encode --on-error skip)"
+    )

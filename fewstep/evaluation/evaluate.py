@@ -87,7 +87,7 @@ class Evaluation:
 
 class _Row(BaseModel):
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, float | None]  # the metrics
+    __pydantic_extra__: dict[str, float | None]  # the metrics  # pyright: ignore[reportIncompatibleVariableOverride]
     model: str
     steps: int
     nfe: float

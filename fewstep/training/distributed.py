@@ -134,7 +134,7 @@ def join(world: World, device: torch.device) -> Iterator[None]:
 def _meet(world: World, device: torch.device) -> None:
     """Wait for the other processes, no longer than $FEWSTEP_PATIENCE seconds, and make the group of all."""
     where = [os.environ.setdefault("MASTER_ADDR", "127.0.0.1"), os.environ.setdefault("MASTER_PORT", "29500")]
-    patience, place = timedelta(seconds=float(os.environ.get("FEWSTEP_PATIENCE") or 600)), ":".join(where)
+    patience, place = _longest_wait(), ":".join(where)
     who = f"process {world.rank} of {world.size}"
     note = Timer(_SILENT, lambda: print(f"{who} waits for the others at {place}", file=sys.stderr, flush=True))
     note.daemon = True
@@ -157,6 +157,22 @@ def _meet(world: World, device: torch.device) -> None:
         ) from error
     finally:
         note.cancel()
+
+
+def _longest_wait() -> timedelta:
+    """How long others are waited for.
+
+    Raises:
+        ValueError: $FEWSTEP_PATIENCE is no number of seconds.
+    """
+    said = os.environ.get("FEWSTEP_PATIENCE") or "600"
+    try:
+        patience = timedelta(seconds=float(said))
+    except (ValueError, OverflowError):
+        patience = timedelta()
+    if patience <= timedelta():
+        raise ValueError(f"FEWSTEP_PATIENCE is {said!r}, and has to be a number of seconds, such as 600")
+    return patience
 
 
 def _reach(host: str, port: int, seconds: float) -> None:

@@ -155,6 +155,7 @@ def test_a_run_that_is_not_known_goes_on_where_a_flag_names_its_code(
     words = ["distill", "checkerboard-itvm", "--student.network", "mine.py:Net", "--student.options", "{}", *few]
     assert main([*words, "--steps", "2"]) == 0
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "another"))
+    monkeypatch.setattr("fewstep.trust._written", {})
     assert main(["distill", "runs/own", "--steps", "4"]) == 2
     assert main([*words, "--steps", "4"]) == 0
     assert main(["distill", "runs/own", "--steps", "6"]) == 0  # now it is known

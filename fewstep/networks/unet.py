@@ -47,7 +47,8 @@ class OfDiffusers(nn.Module):
         if size is None:
             raise ValueError(
                 f"the config of this {type(self.model).__name__} has no sample_size: say it (`fewstep sample --size "
-                "64`, data.size in a recipe), or write it into its config.json"
+                f"64`, --data.size 64 for pictures, --data.shape '[{self.channels}, 64, 64]' for samples of the "
+                "teacher), or write it into its config.json"
             )
         height, width = (size, size) if isinstance(size, int) else size
         return self.channels, height, width

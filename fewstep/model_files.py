@@ -17,6 +17,7 @@ from fewstep.received import plain_name
 WEIGHTS = "diffusion_pytorch_model"
 _MOST_CLASSES = _MOST_NUMBER = 1 << 20
 _MOST_LAYERS = 1000
+_PARTS = re.compile(r"unet|transformer|scheduler|vae|vqvae|movq|(text_encoder|tokenizer)(_\d)?")
 ENCODER_WEIGHTS = "model"  # of a text encoder, as transformers writes them
 
 
@@ -71,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The keys of a JSON file, none where there is no file.
 
     Raises:
-        ValueError: it is no JSON, or has no keys.
+        ValueError: it is no JSON, or has no keys; it is the index of a pipeline, and a part of it is no pair of names.
     """
     if not path.exists():
         return {}
@@ -81,7 +82,17 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{error}: fetch or export the model again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} has no keys, it is {shown(value)}: fetch or export the model again")
+    if path.name == "model_index.json":
+        _check_parts(path, value)
     return value
+
+
+def _check_parts(path: Path, index: dict[str, Any]) -> None:
+    """That the parts which an index names are pairs of a library and a class, or of nulls."""
+    for name, part in index.items():
+        is_pair = isinstance(part, list) and [type(word) for word in part] in ([str, str], [type(None)] * 2)
+        if _PARTS.fullmatch(name) and part is not None and not is_pair:
+            raise ValueError(f"{path}: {name} is {shown(part)}, and a library and a class are needed: fetch it again")
 
 
 def class_of(index: dict[str, Any]) -> str:

@@ -89,6 +89,8 @@ def _shard_rows(files: Sequence[Path], caption: str | None, labels: bool, captio
             places.append((file, *row["picture"]))
             texts.append(_caption_of(row, caption, names[-1]) if captions else None)
             classes.append(int(row["cls"]) if labels and str(row.get("cls", "")).strip().isdigit() else None)
+    if not files:
+        raise ValueError("no shards there that are files: .tar files are needed")
     if not names:
         raise ValueError(f"no pictures ({PICTURES}) in {files[0]}{' and others' if len(files) > 1 else ''}")
 

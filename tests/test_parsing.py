@@ -1,0 +1,177 @@
+"""Values from files that may be anybody's: what is too much for one line of text is refused before it is built."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import DDPMPipeline, DDPMScheduler
+from safetensors.torch import load_file, save_file
+from unet_toys import tiny_unet
+
+from fewstep.cli import main
+from fewstep.config import load_recipe
+from fewstep.errors import TrainingError, refused, shortened, shown
+from fewstep.loading import load
+from fewstep.parsing import parse_yaml
+from fewstep.runs import open_run, run
+from fewstep.training import checkpoints
+from fewstep.writing import moments_in
+
+ALIASES = "x0: &x0 [lol]\n" + "".join(f"x{i + 1}: &x{i + 1} [{', '.join([f'*x{i}'] * 9)}]\n" for i in range(9))
+MERGES = "x0: &x0 {a: 1}\n" + "".join(
+    f"x{i + 1}: &x{i + 1} {{<<: [{', '.join([f'*x{i}'] * 9)}], b{i}: *x{i}}}\n" for i in range(9)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 3000 + "]" * 3000, "{a: " * 3000 + "1" + "}" * 3000, ALIASES, MERGES, "x: &x [*x]", "x: &x {<<: *x}",
+        "x: " + "9" * 5000, "x: 2020-99-99", "x: !!python/name:os.sep", "x: " + "a" * (1 << 20),
+    ],
+)  # fmt: skip
+def test_yaml_that_is_too_much_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse_yaml(text)
+
+
+def test_yaml_that_is_not_is_read() -> None:
+    assert parse_yaml("a: &a {lr: 1e-3}\nb: {<<: *a, null: 2}\nc: [*a, *a]") == {
+        "a": {"lr": 1e-3}, "b": {"lr": 1e-3, "null": 2}, "c": [{"lr": 1e-3}] * 2,
+    }  # fmt: skip
+
+
+def test_errors_show_no_more_than_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown("x" * 50_000) == "'" + "x" * 37 + "..." + "x" * 38 + "'"
+    assert shortened("a  b\nc") == "a b c"
+    assert len(shortened("x " * 1000)) <= 400
+    assert main(["distill", "checkerboard-itvm", "--dry-run", "--training.lr", "x" * 50_000]) == 2
+    assert main(["sample", "y" * 50_000]) == 2
+    assert main(["sample", "runs/no", "--sede", "z" * 50_000]) == 2
+    assert all(len(line) <= 400 for line in capsys.readouterr().err.split("\n"))
+
+
+def test_a_border_to_other_peoples_code_is_one_line() -> None:
+    said = r"^diffusers cannot make X \(ZeroDivisionError: .*\): fetch it again$"
+    with pytest.raises(ValueError, match=said), refused("diffusers cannot make X", "fetch it again"):
+        _ = 1 // 0
+
+
+def _one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(words) in (1, 2)
+    lines = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert len(lines[0]) <= 400
+
+
+def test_odd_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    _one_line(["export", "runs/x", "--format=--"], "-- is no value", capsys)
+    groups = "{block_out_channels: [8, 8], norm_num_groups: 0}"
+    _one_line(["train", "digits-teacher", "--dry-run", "--student.options", groups], "UNet2DModel", capsys)
+    layers = "{layers_per_block: 2147483648}"
+    _one_line(["train", "digits-teacher", "--dry-run", "--student.options", layers], "1,000 is the most", capsys)
+    wide = "{width: 2147483648}"
+    _one_line(["distill", "checkerboard-itvm", "--dry-run", "--student.options", wide], "width 2147483648", capsys)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run of points."""
+    out = tmp_path_factory.mktemp("hostile") / "run"
+    recipe = {
+        "name": "run", "teacher": "eight-gaussians", "data": "eight-gaussians", "objective": "ITVM",
+        "student": {"network": "mlp", "options": {"width": 8, "depth": 1}},
+        "training": {"steps": 1, "batch": 8, "quiet": True}, "evaluation": {"count": 0},
+    }  # fmt: skip
+    run(load_recipe(recipe), out)
+    return out
+
+
+def _copied(trained: Path, tmp_path: Path) -> tuple[Path, Path]:
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run", next((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.update(step="one"),
+        lambda state: state.update(files=[]),
+        lambda state: state["fingerprint"].update(data_shape="x"),
+        lambda state: state["fingerprint"].update(data_shape=[-2]),
+        lambda state: state["fingerprint"].update(data_moments=[0, -0.5]),
+        lambda state: state.pop("fingerprint"),
+    ],
+)
+def test_a_state_that_is_sealed_and_wrong_is_damaged(
+    change: Callable[[dict[str, Any]], Any], trained: Path, tmp_path: Path
+) -> None:
+    out, path = _copied(trained, tmp_path)
+    state = json.loads((path / "state.json").read_text())["state"]
+    change(state)
+    (path / "state.json").write_text(checkpoints._seal(state))
+    with pytest.raises((TrainingError, ValueError), match=r"state\.json|belongs to another recipe|says what"):
+        open_run(out)
+
+
+def test_weights_of_another_shape_are_named(trained: Path, tmp_path: Path) -> None:
+    out, path = _copied(trained, tmp_path)
+    tensors = load_file(path / "ema.safetensors")
+    save_file({name: torch.cat([value.flatten(), torch.ones(1)]) for name, value in tensors.items()}, path / "new")
+    (path / "new").rename(path / "ema.safetensors")
+    state = json.loads((path / "state.json").read_text())["state"]
+    file = path / "ema.safetensors"
+    state["files"][file.name] = {"bytes": file.stat().st_size, "sha256": checkpoints._digest(file)}
+    (path / "state.json").write_text(checkpoints._seal(state))
+    with pytest.raises(ValueError, match="are not those of the student that the recipe describes: size mismatch"):
+        open_run(out)
+
+
+def test_a_run_is_not_its_own_teacher(trained: Path, tmp_path: Path) -> None:
+    out, path = _copied(trained, tmp_path)
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    recipe["teacher"] = {"source": str(out)}
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    state = json.loads((path / "state.json").read_text())["state"]
+    state["fingerprint"]["teacher.source"] = str(out)
+    (path / "state.json").write_text(checkpoints._seal(state))
+    with pytest.raises((ValueError, TrainingError), match=r"made from itself|another recipe"):
+        open_run(out)
+
+
+@pytest.mark.parametrize("moments", [-0.5, [0, -0.5], "x", [1], [0, 0], {}])
+def test_moments_that_cannot_be_are_refused(moments: Any, tmp_path: Path) -> None:
+    (tmp_path / "fewstep.json").write_text(json.dumps({"_fewstep_version": "0.1.0", "moments": moments}))
+    with pytest.raises(ValueError, match=r"fewstep\.json is not as fewstep writes it, moments"):
+        moments_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 1 << 40),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", "many"),
+        ("scheduler/scheduler_config.json", "beta_schedule", ["linear"]),
+        ("unet/config.json", "norm_num_groups", 0),
+        ("unet/config.json", "norm_num_groups", 3),
+        ("unet/config.json", "block_out_channels", "x"),
+        ("unet/config.json", "layers_per_block", 1 << 31),
+        ("unet/config.json", "down_block_types", [["DownBlock2D"], 3]),
+    ],
+)
+def test_configs_with_values_that_cannot_be_are_one_line(file: str, key: str, value: Any, tmp_path: Path) -> None:
+    DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ValueError, match=r"."):
+        load(tmp_path)
+    (tmp_path / file).write_text("[" * 3000 + "]" * 3000)
+    with pytest.raises(ValueError, match="is not JSON"):
+        load(tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fewstep import __version__, commands
-from fewstep.errors import OUT_OF_MEMORY, TrainingError, is_out_of_memory, shortened, shown, unknown
+from fewstep.errors import OUT_OF_MEMORY, TrainingError, briefly, is_out_of_memory, shortened, shown, unknown
 from fewstep.trust import trusting
 from fewstep.write_errors import NEVER_OF_READING, WriteError, write_error
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if is_debug or not is_out_of_memory(error):
             raise
-        print(f"error: {OUT_OF_MEMORY} ({shortened(str(error), 150) or 'MemoryError'})", file=sys.stderr)
+        print(f"error: {OUT_OF_MEMORY} ({briefly(error)})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

@@ -17,7 +17,7 @@ from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.networks.unet import OfDiffusers
 from fewstep.pipelines.arguments import side_step
-from fewstep.randomness import generator, sample_generators
+from fewstep.randomness import sample_generators
 from fewstep.sampling import check_options, count_calls, sample, sample_noise
 
 Model = FlowMap | VelocityField
@@ -32,8 +32,6 @@ def shape_of(model: Model) -> tuple[int, ...]:
     inner = _inside(model)
     if isinstance(inner, MLP):
         return (inner.config["dim"],)
-    if isinstance(inner, ExactField):
-        return tuple(inner.data(1, generator(0)).shape[1:])
     if hasattr(inner, "shape"):
         return tuple(inner.shape)
     raise ValueError(
@@ -214,7 +212,8 @@ def draw_batches(
         shape, given, decode, guidance, options: as for :func:`draw`.
 
     Raises:
-        ValueError: at once, a strength of guidance that the model is not told, and as ``fewstep.sample``.
+        ValueError: at once, a strength of guidance that the model is not told, and as ``fewstep.sample``; later,
+            samples that are not finite.
     """
     device = next((value.device for value in chain(model.parameters(), model.buffers())), torch.device("cpu"))
     encoded = None
@@ -255,12 +254,26 @@ def draw_batches(
             assert begun is not None
             wanted, generators, noise = begun
             samples = sample(model, noise.to(device), steps, **options, **told(rows, wanted, generators))
+            check_finite(samples, f"samples {rows[0]} to {rows[-1]}")
             samples = finished(model, samples) if decode else samples
             # While a GPU is at work, the noise of the next batch is drawn on the CPU.
             begun = None if following is None else begin(following)
             yield rows, samples.cpu()
 
     return made()
+
+
+def check_finite(samples: Tensor, what: str) -> None:
+    """That what a model gave is numbers.
+
+    Raises:
+        ValueError: some are NaN or infinite; names ``what`` they are.
+    """
+    if not samples.isfinite().all():
+        raise ValueError(
+            f"the model gave numbers that are not finite (NaN or infinite) for {what}: its weights are damaged, its "
+            "training diverged, or its numbers are too large for this dtype"
+        )
 
 
 def finished(model: Model, samples: Tensor) -> Tensor:

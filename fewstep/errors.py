@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from reprlib import Repr
 from typing import Any
 
-_LONGEST = 380  # characters of a message
+_LONGEST, _CAUSE = 380, 160  # characters of a message, and of the cause that it gives
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 8, 8, 6
@@ -21,6 +21,11 @@ def shortened(text: str, longest: int = _LONGEST) -> str:
     """A message in one line, and of one that is too long for anybody the beginning and the end."""
     line = " ".join(text.split())
     return line if len(line) <= longest else f"{line[: longest * 2 // 3]} ... {line[-(longest // 3) + 5 :]}"
+
+
+def briefly(error: BaseException) -> str:
+    """What an error says, shortened to be a part of a message; its kind where it says nothing."""
+    return shortened(str(error), _CAUSE) or type(error).__name__
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
@@ -51,7 +56,7 @@ def refused(what: str, way_out: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = shortened(f"{type(error).__name__}: {error}", 160)
+        cause = shortened(f"{type(error).__name__}: {error}", _CAUSE)
         raise ValueError(f"{what} ({cause})" + (f": {way_out}" if way_out else "")) from error
 
 

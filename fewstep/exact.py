@@ -11,12 +11,17 @@ from torch.special import erfcx
 
 from fewstep.fields import VelocityField
 from fewstep.paths import Linear, Path, Tabulated, as_times
-from fewstep.randomness import normal, uniform
+from fewstep.randomness import generator, normal, uniform
 from fewstep.solvers import integrate
 
 
 class ExactField(VelocityField):
     """A field known in closed form, with its flow map and samples of its data."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """One sample's; those below know it without numbers too, on torch's ``meta`` device."""
+        return tuple(self.data(1, generator(0)).shape[1:])
 
     def flow(self, x: Tensor, s: float, t: float, *, tolerance: float = 1e-9) -> Tensor:
         """The exact flow map ``X_{s,t}(x)``, (B, ...): here by an adaptive solve in float64.
@@ -72,6 +77,10 @@ class GaussianField(ExactField):
         self.register_buffer("variances", variances)
         self.path = path or Linear()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.mean.shape)
+
     def _moments(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """At times (B,): m, m' (B, D), and C and (1/2) C' C^-1 on the axes of ``basis``, (2, B, D)."""
         a, s, a_dot, noise_rate = _columns(self.path, t)
@@ -124,6 +133,10 @@ class MixtureField(ExactField):
         self.register_buffer("weights", weights / weights.sum())
         self.path = path or Linear()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.means.shape[1:])
+
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         a, s, a_dot, noise_rate = _columns(self.path, as_times(t, x))
         variance = a * a * self.scales**2 + s * s  # (B, K)
@@ -160,6 +173,10 @@ class BoxesField(ExactField):
         # The boxes of a board share their sides: the Gaussian integrals are taken once for each distinct side.
         self._sides = [self.boxes[:, axis].unique(dim=0, return_inverse=True) for axis in range(boxes.shape[1])]
         self.path = path or Linear()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.boxes.shape[1],)
 
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         a, s, a_dot, s_dot = (c[:, None] for c in self.path.coefficients(as_times(t, x).double()))
@@ -199,8 +216,8 @@ def _truncated(x: Tensor, sides: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, 
     l, u = (x - a * high) / s, (x - a * low) / s
     # Where the interval is narrow the differences of the wide form would cancel: few rows, but near t = 0.
     narrow = (d < 0.02) & (d * z.abs() < 2)
-    rows = narrow.any(1).nonzero().flatten()
-    if not len(rows):
+    # Where only shapes are counted (torch's meta device), no row is.
+    if x.is_meta or not len(rows := narrow.any(1).nonzero().flatten()):
         log, data, noise = _wide(l, u, z, d, middle, width)
     elif narrow.all():
         log, data, noise = _narrow(z, d, middle, width)

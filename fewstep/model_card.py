@@ -189,11 +189,9 @@ def _image(model: Any, factor: int = 1) -> str:
 
 
 def _has_any_size(model: Any) -> bool:
-    try:
-        shape_of(model)
-    except ValueError:
-        return True
-    return False
+    """Whether it is a network of diffusers that draws at any size; one of one's own may just not say."""
+    network = getattr(model, "network", None)
+    return isinstance(network, OfDiffusers) and not network.has_size
 
 
 def _shape(model: Any, channels: int | None = None, factor: int = 1) -> str:

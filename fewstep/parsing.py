@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fewstep.errors import shortened, shown
+from fewstep.errors import briefly, shortened, shown
 
 _DEEPEST = 50  # levels: recipes and configurations have five
 _MOST = 100_000  # values, with aliases counted as often as they stand
@@ -90,4 +90,4 @@ def checked(kind: type[Checked], value: Any, where: str | Path, way_out: str) ->
 def _why(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deep"
-    return shortened(str(error), 200)
+    return briefly(error)

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fewstep.errors import briefly
+
 # How files in other encodings begin; those of UTF-32 first, since its mark begins with that of UTF-16.
 _MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _KINDS = {
@@ -78,12 +80,6 @@ def reading(what: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise ValueError(f"cannot read {what}: {briefly(error)}") from error
-
-
-def briefly(error: BaseException) -> str:
-    """What an error says, in a line of 160 characters at most; its kind where it says nothing."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= 160 else f"{said[:157]}..."
 
 
 def check_memory(what: str | Path, wanted: int, way_out: str) -> None:

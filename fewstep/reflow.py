@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from fewstep.data.encoded import Texts
+from fewstep.data.encoded import MOST_SHARDS, Texts
 from fewstep.data.pairs import FACTS, FORMAT, read_facts, read_shard, shard_files, shard_rows
 from fewstep.disk import replace_file
-from fewstep.drawing import Model, classes_of, shape_of
+from fewstep.drawing import Model, check_finite, classes_of, shape_of
 from fewstep.encoders import text_identity
 from fewstep.errors import unknown
 from fewstep.identity import identity
@@ -81,6 +81,8 @@ def make_pairs(
     for name, value in (("count", count), ("steps", steps), ("batch", batch), ("shard", shard)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if count > shard * MOST_SHARDS:
+        raise ValueError(f"{count} pairs are more than {MOST_SHARDS:,} shards of {shard}: take a larger shard")
     if isinstance(field, FlowMap):
         if field.gamma and steps > 1:
             raise ValueError(
@@ -112,8 +114,7 @@ def make_pairs(
             if progress:
                 progress(done, total)
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        if not tensors["data"].isfinite().all():
-            raise ValueError(f"the model gave numbers that are not finite for pairs {rows.start} to {rows.stop - 1}")
+        check_finite(tensors["data"], f"pairs {rows.start} to {rows.stop - 1}")
         replace_file(shard_files(out, facts)[i], save(tensors))
     return sum(not file.is_file() for file in shard_files(out, facts))
 

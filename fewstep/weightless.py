@@ -57,7 +57,7 @@ def teacher_without_weights(recipe: Recipe) -> VelocityField | None:
         return None
     teacher, path = _teacher(recipe.teacher), path_of(recipe.student)
     check_teacher(recipe, teacher)
-    return teacher if path is None or teacher.path.same_as(path) else teacher.on(path)
+    return (teacher if path is None or teacher.path.same_as(path) else teacher.on(path)).to(META)
 
 
 def _teacher(section: Teacher) -> VelocityField:
@@ -65,7 +65,7 @@ def _teacher(section: Teacher) -> VelocityField:
     bare = section.model_copy(update={"guidance": None})
     is_folder = section.source not in EXACT and not is_code(section.source)
     folder = find_configurations(section.source) if is_folder else None
-    field = make_teacher(bare).to(META) if folder is None else field_without_weights(folder)
+    field = make_teacher(bare) if folder is None else field_without_weights(folder)
     if guidance is None:
         return field
     if guidance.told:

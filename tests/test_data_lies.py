@@ -274,11 +274,15 @@ FACTS = {"format": 1, "shape": [2], "labels": None, "command": "x", "count": 4, 
         ({"shape": 3}, "has shape: 3, which cannot be"),
         ({"shape": [2, -1]}, "has shape"),
         ({"count": 0}, "has count: 0"),
-        ({"count": "4"}, "has count: 4"),
+        ({"count": "4"}, "has count: '4'"),
         ({"shard": 0}, "has shard: 0"),
         ({"shard": True}, "has shard: True"),
         ({"command": None}, "has command: None"),
         ({"format": [1] * 1000}, "has format"),
+        ({"labels": "cat"}, "has labels: 'cat'"),
+        ({"text": {}}, "has text"),
+        ({"vae": 3}, "has vae: 3"),
+        ({"count": 1 << 31}, "has more than 100,000 shards"),
     ],
 )
 def test_facts_that_cannot_be(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -323,3 +327,13 @@ def test_an_index_names_shards_of_its_folder_alone(tmp_path: Path, index: Any) -
     (tmp_path / encoded.TEXTS).write_text(json.dumps({"count": 3, "shard": 0}))
     with pytest.raises(ValueError, match=r"texts\.json is damaged: it has no count and shard"):
         encoded.read_texts(tmp_path)
+    (tmp_path / encoded.TEXTS).write_text(json.dumps({"count": 1 << 31, "shard": 1}))
+    with pytest.raises(ValueError, match=r"texts\.json is damaged: it has more than 100,000 shards"):
+        encoded.read_texts(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("labels", True), ("labels", [-1]), ("labels", ["a"]), ("prompts", 3)])
+def test_facts_of_pairs_that_cannot_be(key: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / pairs.FACTS).write_text(json.dumps(FACTS | {key: value}))
+    with pytest.raises(ValueError, match=rf"{pairs.FACTS} has {key}: .*, which cannot be"):
+        pairs.read_facts(tmp_path)

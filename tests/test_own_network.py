@@ -91,6 +91,14 @@ def test_from_python_and_back(home: Path) -> None:
     fewstep.load("received/own", trust=True)
 
 
+def test_one_that_says_no_shape_is_exported(home: Path) -> None:
+    net = find_object("mine.py:Net", torch.nn.Module)(4)
+    del net.shape
+    fewstep.export(fewstep.FlowMap(net), "own")
+    _check_export(fewstep.FlowMap(net), home / "own")
+    assert "torch.randn(4, ...)" in (home / "own" / "README.md").read_text()
+
+
 def test_what_does_not_stand_alone_is_said(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "beside.py").write_text("width = 4\n")
     (home / "mine.py").write_text(CODE.replace("import torch\n", "import beside\nimport torch\n", 1))

@@ -13,9 +13,11 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
 from unet_toys import tiny_unet
 
+from fewstep import commands
 from fewstep.cli import main
 from fewstep.config import load_recipe
-from fewstep.errors import TrainingError, refused, shortened, shown
+from fewstep.data.decode import check_side
+from fewstep.errors import TrainingError, briefly, refused, shortened, shown
 from fewstep.loading import load
 from fewstep.parsing import parse_yaml
 from fewstep.runs import open_run, run
@@ -49,6 +51,9 @@ def test_yaml_that_is_not_is_read() -> None:
 def test_errors_show_no_more_than_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown("x" * 50_000) == "'" + "x" * 37 + "..." + "x" * 38 + "'"
     assert shortened("a  b\nc") == "a b c"
+    assert briefly(ValueError("a\nb")) == "a b"
+    assert briefly(ValueError()) == briefly(ValueError(" ")) == "ValueError"
+    assert len(briefly(ValueError("x " * 1000))) <= 160
     assert len(shortened("x " * 1000)) <= 400
     assert main(["distill", "checkerboard-itvm", "--dry-run", "--training.lr", "x" * 50_000]) == 2
     assert main(["sample", "y" * 50_000]) == 2
@@ -79,6 +84,32 @@ def test_odd_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     _one_line(["train", "digits-teacher", "--dry-run", "--student.options", layers], "1,000 is the most", capsys)
     wide = "{width: 2147483648}"
     _one_line(["distill", "checkerboard-itvm", "--dry-run", "--student.options", wide], "width 2147483648", capsys)
+
+
+def test_memory_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes" * 20)):
+
+        def full(*_: object, error: Exception = error) -> int:
+            raise error
+
+        monkeypatch.setattr(commands, "run_recipes", full)
+        _one_line(["recipes"], "there is not enough memory for this: ask for fewer or smaller samples", capsys)
+
+    def broken(*_: object) -> int:
+        raise RuntimeError("a fault of fewstep's own")
+
+    monkeypatch.setattr(commands, "run_recipes", broken)
+    with pytest.raises(RuntimeError, match="own"):
+        main(["recipes"])
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "2147483648", "true", "1.5"])
+def test_sides_of_pictures_that_cannot_be(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"size=.*: the side of a picture is a whole number of pixels, 1 to 16384"):
+        check_side(yaml.safe_load(size))
+    _one_line(["sample", "eight-gaussians", "--size", "2147483648"], "16384 pixels at most", capsys)
 
 
 @pytest.fixture(scope="module")

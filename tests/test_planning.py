@@ -245,6 +245,16 @@ def test_a_plan_is_of_the_run_that_follows(tmp_path: Path) -> None:
     assert parts["gradients"] == parts["averaged weights"] == parts["two moments of AdamW"] / 2 == 4 * found.parameters
 
 
+@pytest.mark.parametrize("teacher", ["eight-gaussians", "spiral", "checkerboard"])
+@pytest.mark.parametrize("student", [{}, {"path": "vp"}])
+@pytest.mark.parametrize("data", [None, "teacher"])
+def test_exact_teachers_are_planned_without_numbers(teacher: str, student: dict[str, Any], data: str | None) -> None:
+    recipe = {**POINTS, "teacher": teacher, "student": POINTS["student"] | student, "data": data}
+    if data is None:
+        del recipe["data"]
+    assert plan(load_recipe(recipe)).shape == (2,)
+
+
 def test_a_derivative_that_checkpoints_cannot_follow_is_refused() -> None:
     keys = {"training.batch": "4", "training.gradient_checkpointing": "true", "student": "auto"}
     with pytest.raises(ValueError, match="gradient_checkpointing: LMD differentiates the network forward"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -545,6 +546,20 @@ def test_what_cannot_be_is_refused(name: str, words: str, said: str, refused: An
     (tmp_path / "odd.jsonl").write_text('{"text": "a cat", "seed": "five"}\n')
     (tmp_path / "none.jsonl").write_text('{"caption": "a cat"}\n')
     assert said in refused(name, *words.split())
+
+
+@pytest.mark.parametrize("out", ["x.npy", "x.png", "folder"])
+def test_samples_that_are_no_numbers_are_refused(
+    out: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(models / "plain", tmp_path / "broken")
+    file = next((tmp_path / "broken").rglob("*.safetensors"))
+    save_file({name: value.fill_(torch.nan) for name, value in load_file(file).items()}, file)
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", "broken", "--count", "3", "--batch", "2", "--device", "cpu", "--out", out]) == 2
+    assert "not finite (NaN or infinite) for samples 0 to 1: " in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.png"))
+    assert not (tmp_path / "x.npy").exists()
 
 
 def test_an_exact_field_has_nothing_to_cast(refused: Any, capsys: Any) -> None:

@@ -12,8 +12,6 @@ from fewstep.commands.words import numbers
 from fewstep.console import progress_bar, say_next
 from fewstep.errors import shown
 
-_LARGEST = 1 << 14  # pixels along a side
-
 
 def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     from contextlib import ExitStack
@@ -162,12 +160,14 @@ def _facts(
 
 def _size(text: str) -> tuple[int, int]:
     """Height and width, of 768 or 768x1024."""
+    from fewstep.data.decode import LARGEST
+
     found = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", text.lower())
     if found is None:
         raise ValueError(f"--size {shown(text)}: pixels are needed, such as 768, or 768x1024 for height and width")
     size = int(found[1][:9]), int((found[2] or found[1])[:9])
-    if max(size) > _LARGEST:
-        raise ValueError(f"--size {shown(text)}: {_LARGEST} pixels at most")
+    if max(size) > LARGEST:
+        raise ValueError(f"--size {shown(text)}: {LARGEST} pixels at most")
     return size
 
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from fewstep import errors
 from fewstep.cache import cache_folder
 from fewstep.data.formats import formats
 from fewstep.disk import replace_folder
-from fewstep.reading import briefly, no_file
+from fewstep.errors import briefly, shown, unknown
+from fewstep.reading import no_file
 
+LARGEST = 1 << 14  # pixels along a side
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _DECODER = 1  # part of the cache's key: count up when the same options give other pixels
 # A small file can unfold to any size. Pictures of many pixels are decoded one after another, for their memory.
@@ -45,7 +46,7 @@ def decode_once(
     if size is not None:
         check_side(size)
     if on_error not in ("raise", "skip"):
-        raise errors.unknown("on_error", on_error, ["raise", "skip"])
+        raise unknown("on_error", on_error, ["raise", "skip"])
     key = hashlib.sha256(json.dumps([_DECODER, fingerprint, size, channels]).encode()).hexdigest()[:32]
     entry = cache_folder() / "pictures" / key
     if not entry.exists():
@@ -65,10 +66,10 @@ def check_side(size: Any) -> None:
     """That this is the side of a picture in pixels.
 
     Raises:
-        ValueError: it is no whole number, or less than 1.
+        ValueError: it is no whole number, less than 1, or more than any picture here has.
     """
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"size={size!r}: the side of a picture is a whole number of pixels, 1 at least")
+    if type(size) is not int or not 1 <= size <= LARGEST:
+        raise ValueError(f"size={shown(size)}: the side of a picture is a whole number of pixels, 1 to {LARGEST}")
 
 
 def _fill(entry: Path, read: Read, names: list[str], size: int | None, channels: int, on_error: str) -> None:

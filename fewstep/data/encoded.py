@@ -2,7 +2,7 @@
 shards that are memory-mapped."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.data.batch import Batch
-from fewstep.reading import briefly, no_file, parse_json, read_text
+from fewstep.errors import briefly, shown
+from fewstep.reading import no_file, parse_json, read_text
 from fewstep.received import plain_name
 
 FACTS, INDEX, TEXTS, NULL = "encoded.json", "index.json", "texts.json", "null.safetensors"
@@ -21,17 +22,34 @@ CAPTIONS = "captions.jsonl"  # the texts themselves, for those who read; a line 
 FORMAT = 1
 
 
+MOST_SHARDS = 100_000  # their names have five digits
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-# What facts of folders may be, where they have them.
-_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "shape": lambda value: isinstance(value, list) and bool(value) and all(map(_is_count, value)),
+def is_list(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(of, value))
+
+
+def is_said(value: Any) -> bool:
+    """Whether it is a text, or nothing."""
+    return value is None or isinstance(value, str)
+
+
+# What facts of folders may be, where they have them: of all folders, and of those with pictures or latents of them.
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    "shape": lambda value: is_list(value, _is_count) and bool(value),
     "count": _is_count,
     "shard": _is_count,
     "command": lambda value: isinstance(value, str),
-    "classes": lambda value: value is None or (isinstance(value, list) and all(isinstance(n, str) for n in value)),
+    "text": is_said,
+    "vae": is_said,
+}
+_CHECKS = CHECKS | {
+    "labels": lambda value: value is None or isinstance(value, bool),
+    "classes": lambda value: value is None or is_list(value, lambda name: isinstance(name, str)),
 }
 
 
@@ -174,25 +192,35 @@ def read_facts(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none. ValueError: it is of another format, or no JSON.
     """
     missing = f"nothing encoded in {folder}: there is no {FACTS}; `fewstep encode` makes one"
-    facts = facts_in(folder / FACTS, FORMAT, missing, "encode the data anew")
+    facts = facts_in(folder / FACTS, FORMAT, missing, "encode the data anew", _CHECKS)
     if absent := [key for key in ("shape", "command") if key not in facts]:
         raise ValueError(f"{folder / FACTS} says nothing of {absent[0]}: encode the data anew")
     return facts
 
 
-def facts_in(file: Path, wanted: int, missing: str, way_out: str) -> dict[str, Any]:
-    """The facts of a folder in a file of the ``wanted`` format; what is said where it is missing, or of another."""
+def facts_in(
+    file: Path, wanted: int, missing: str, way_out: str, checks: Mapping[str, Callable[[Any], bool]]
+) -> dict[str, Any]:
+    """The facts of a folder in a file of the ``wanted`` format; what is said where it is missing, or of another.
+    ``checks`` say what each of them may be."""
     if not file.is_file():
         raise FileNotFoundError(missing)
     facts = parse_json(read_text(file), str(file))
     if not isinstance(facts, dict):
         raise ValueError(f"{file} is no mapping of facts: {way_out}")
     if facts.get("format") != wanted:
-        raise ValueError(f"{file} has format {str(facts.get('format'))[:40]}, this fewstep reads {wanted}: {way_out}")
-    for key, check in _CHECKS.items():
+        raise ValueError(f"{file} has format {shown(facts.get('format'))}, this fewstep reads {wanted}: {way_out}")
+    for key, check in checks.items():
         if key in facts and not check(facts[key]):
-            raise ValueError(f"{file} has {key}: {str(facts[key])[:60]}, which cannot be: {way_out}")
+            raise ValueError(f"{file} has {key}: {shown(facts[key])}, which cannot be: {way_out}")
+    if facts.keys() >= {"count", "shard"} and shards_of(facts) > MOST_SHARDS:
+        raise ValueError(f"{file} has more than {MOST_SHARDS:,} shards, which cannot be: {way_out}")
     return facts
+
+
+def shards_of(facts: Mapping[str, Any]) -> int:
+    """How many files rows are in, by their ``count`` and how many are in a ``shard``."""
+    return -(-facts["count"] // facts["shard"])
 
 
 def read_index(folder: Path) -> dict[str, dict[str, Any]]:
@@ -236,12 +264,14 @@ def read_texts(folder: Path) -> dict[str, Any]:
     known = parse_json(read_text(file), str(file))
     if not isinstance(known, dict) or not all(_is_count(known.get(key)) for key in ("count", "shard")):
         raise ValueError(f"{file} is damaged: it has no count and shard")
+    if shards_of(known) > MOST_SHARDS:
+        raise ValueError(f"{file} is damaged: it has more than {MOST_SHARDS:,} shards")
     return known
 
 
 def text_files(folder: Path, texts: dict[str, Any]) -> list[Path]:
     """The shards of the texts of a folder."""
-    return [folder / f"text-{i:05d}.safetensors" for i in range(-(-texts["count"] // texts["shard"]))]
+    return [folder / f"text-{i:05d}.safetensors" for i in range(shards_of(texts))]
 
 
 def read_null(folder: Path) -> dict[str, Tensor]:

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from fewstep.data.batch import Batch
-from fewstep.data.encoded import Texts, facts_in
+from fewstep.data.encoded import CHECKS, Texts, facts_in, is_list, is_said, shards_of
 from fewstep.data.encoded import read_shard as read_tensors
 
 FACTS = "pairs.json"
 FORMAT = 1
+_CHECKS = CHECKS | {
+    "labels": lambda value: value is None or is_list(value, lambda label: type(label) is int and label >= 0),
+    "prompts": is_said,
+}
 
 
 class Pairs:
@@ -89,7 +93,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none. ValueError: it is of another format, or no JSON.
     """
     missing = f"no pairs in {folder}: there is no {FACTS}; `fewstep reflow MODEL` makes one"
-    facts = facts_in(folder / FACTS, FORMAT, missing, "make the pairs anew")
+    facts = facts_in(folder / FACTS, FORMAT, missing, "make the pairs anew", _CHECKS)
     if absent := [key for key in ("count", "shard", "shape", "labels", "command") if key not in facts]:
         raise ValueError(f"{folder / FACTS} says nothing of {absent[0]}: make the pairs anew")
     return facts
@@ -97,7 +101,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 def shard_files(folder: Path, facts: dict[str, Any]) -> list[Path]:
     """The files that the pairs are in once all are made."""
-    return [folder / f"pairs-{i:05d}.safetensors" for i in range(-(-facts["count"] // facts["shard"]))]
+    return [folder / f"pairs-{i:05d}.safetensors" for i in range(shards_of(facts))]
 
 
 def shard_rows(facts: dict[str, Any], shard: int) -> range:

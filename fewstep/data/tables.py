@@ -9,7 +9,7 @@ import numpy as np
 
 from fewstep import errors
 from fewstep.data.decode import Read, Source, is_decodable
-from fewstep.reading import briefly
+from fewstep.errors import briefly, shortened
 
 LISTS = ("List", "LargeList", "Sequence")
 # What is read of a column of pictures; see ``kind_of``.
@@ -37,7 +37,7 @@ def open_table(name: str | Path, split: str, config: str | None) -> Any:
         try:
             return datasets.load_dataset(str(name), config, split=split)
         except (OSError, RuntimeError) as error:  # FileNotFoundError and ConnectionError among them
-            why = briefly(ValueError(str(error).strip().split("\n")[0]))
+            why = shortened(str(error).strip().split("\n")[0], 160)
             raise FileNotFoundError(
                 f"cannot get the Hugging Face data set {str(name)!r} ({why}): check the name and the network, "
                 "or give a folder that save_to_disk wrote"

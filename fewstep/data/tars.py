@@ -11,7 +11,8 @@ from typing import Any
 from fewstep.data.captions import Captioned, Rows, identity_of
 from fewstep.data.formats import PICTURES, is_picture
 from fewstep.data.metadata import CAPTIONS, checked, text_of
-from fewstep.reading import briefly, no_file, parse_json
+from fewstep.errors import briefly
+from fewstep.reading import no_file, parse_json
 
 _LONGEST = 1 << 20  # bytes of a caption: more is none
 _MOST_BRACES = 16

@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, OSError) and error.errno in NEVER_OF_READING:
             error = write_error(error) or error
+        elif isinstance(error, OSError) and error.errno and error.filename:
+            error = OSError(f"{shown(error.filename)} cannot be used as a file or folder: {error.strerror}")
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, TrainingError | WriteError) else 2
     except (MemoryError, RuntimeError) as error:

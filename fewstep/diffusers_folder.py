@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fewstep.distilled import distilled_as
-from fewstep.errors import refused, shortened
+from fewstep.errors import refused, shortened, shown
 from fewstep.fields import DiffusionField
 from fewstep.latents import VAE_FOLDERS, Latents
 from fewstep.model_files import (
@@ -206,6 +206,10 @@ def _model_config(model: Path) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"the model in {model} is a {name}, and fewstep.load knows {', '.join(FAMILIES)}: {BY_HAND}")
     defaults = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
     config = {"_class_name": name, **{p.name: p.default for p in defaults if p.default is not p.empty}, **config}
+    for key in ("in_channels", "out_channels"):
+        channels = config.get(key)
+        if (type(channels) is not int or channels < 1) and (channels is not None or key == "in_channels"):
+            raise ValueError(f"{model / 'config.json'}: {key} is {shown(channels)}, and a number is needed")
     embedding = config.get("time_embedding_type", "positional")
     if embedding != "positional":
         raise ValueError(f"the {name} in {model} has a {embedding} time embedding, not a positional: {BY_HAND}")

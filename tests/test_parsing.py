@@ -1,7 +1,10 @@
 """Values from files that may be anybody's: what is too much for one line of text is refused before it is built."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from fewstep.loading import load
 from fewstep.parsing import parse_yaml
 from fewstep.runs import open_run, run
 from fewstep.training import checkpoints
+from fewstep.training.trackers import read_metrics
 from fewstep.writing import moments_in
 
 ALIASES = "x0: &x0 [lol]\n" + "".join(f"x{i + 1}: &x{i + 1} [{', '.join([f'*x{i}'] * 9)}]\n" for i in range(9))
@@ -165,6 +169,30 @@ def test_weights_of_another_shape_are_named(trained: Path, tmp_path: Path) -> No
         open_run(out)
 
 
+@pytest.mark.parametrize("line", ['"a b"', "{}", '{"step": "1"}', "[" * 3000])
+def test_lines_of_metrics_that_are_no_records_are_named(line: str, trained: Path, tmp_path: Path) -> None:
+    out, _ = _copied(trained, tmp_path)
+    with (out / "metrics.jsonl").open("a") as lines:
+        lines.write(f"{line}\n")
+    with pytest.raises(ValueError, match=r"line \d of .*metrics\.jsonl is n"):
+        read_metrics(out / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "metrics.jsonl", "quality.json"])
+def test_a_pipe_in_a_run_is_not_waited_for(name: str, trained: Path, tmp_path: Path) -> None:
+    out, _ = _copied(trained, tmp_path)
+    (out / name).unlink(missing_ok=True)
+    os.mkfifo(out / name)
+    command = [sys.executable, "-m", "fewstep", "train", str(out), "--steps", "1", "--training.quiet", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode in (0, 2), done.stderr
+
+
+@pytest.mark.parametrize("command", ["sample", "compare", "plan", "cite", "export"])
+def test_names_that_are_too_long_are_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _one_line([command, "x" * 50_000, *(["made"] if command == "export" else [])], "cannot be used as a file", capsys)
+
+
 def test_a_run_is_not_its_own_teacher(trained: Path, tmp_path: Path) -> None:
     out, path = _copied(trained, tmp_path)
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
@@ -195,6 +223,11 @@ def test_moments_that_cannot_be_are_refused(moments: Any, tmp_path: Path) -> Non
         ("unet/config.json", "block_out_channels", "x"),
         ("unet/config.json", "layers_per_block", 1 << 31),
         ("unet/config.json", "down_block_types", [["DownBlock2D"], 3]),
+        ("unet/config.json", "in_channels", "x"),
+        ("unet/config.json", "out_channels", -1),
+        ("unet/config.json", "sample_size", {}),
+        ("unet/config.json", "sample_size", [8]),
+        ("unet/config.json", "sample_size", 0),
     ],
 )
 def test_configs_with_values_that_cannot_be_are_one_line(file: str, key: str, value: Any, tmp_path: Path) -> None:

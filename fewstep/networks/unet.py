@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.errors import shown
 from fewstep.networks.calls import call_unet, state_channels
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class OfDiffusers(nn.Module):
         """That of one sample, (C, H, W).
 
         Raises:
-            ValueError: its config has no size.
+            ValueError: its config has no size, or what is none.
         """
         size = self.model.config["sample_size"]
         if size is None:
@@ -50,8 +51,13 @@ class OfDiffusers(nn.Module):
                 f"64`, --data.size 64 for pictures, --data.shape '[{self.channels}, 64, 64]' for samples of the "
                 "teacher), or write it into its config.json"
             )
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.channels, height, width
+        sides = [size, size] if isinstance(size, int) else size
+        if not isinstance(sides, list | tuple) or [type(side) for side in sides] != [int, int] or min(sides) < 1:
+            raise ValueError(
+                f"the config of this {type(self.model).__name__} has the sample_size {shown(size)}, and one side or "
+                "two, height and width, are needed"
+            )
+        return self.channels, *sides
 
     @property
     def classes(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from fewstep.disk import replace_file
 from fewstep.errors import shown, unknown
-from fewstep.reading import parse_json
+from fewstep.reading import parse_json, read_text
 from fewstep.received import no_link
 from fewstep.write_errors import cannot_write
 
@@ -131,10 +131,9 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line that is none; says which.
     """
+    lines = read_text(file).split("\n")
     # What follows the last newline is empty, or torn.
-    return [
-        _record(line, f"line {number} of {file}") for number, line in enumerate(file.read_text().split("\n")[:-1], 1)
-    ]
+    return [_record(line, f"line {number} of {file}") for number, line in enumerate(lines[:-1], 1)]
 
 
 def _record(line: str, where: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The files that a model is kept in: read with care, and nothing in them is run."""
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -111,7 +112,9 @@ def load_weights(model_class: Any, folder: Path, variant: str | None = None, **o
         FileNotFoundError, ValueError: as :func:`check_weights`, or weights that are not those of its config.json.
     """
     check_weights(folder, variant=variant)
-    check_numbers(read_json(folder / "config.json"), str(folder / "config.json"))
+    config, where = read_json(folder / "config.json"), str(folder / "config.json")
+    check_numbers(config, where)
+    _check_kinds(model_class, config, where)
     options = {"output_loading_info": True, **plainly(model_class), **options}
     options["variant"] = variant_in(folder, wanted=variant)
     wrong = f"the weights in {folder} are not those of its config.json"
@@ -142,6 +145,24 @@ def check_numbers(config: Mapping[str, Any], where: str) -> None:
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, int) and abs(number) > most:
                 raise ValueError(f"{where}: {key} is {shown(value)}, and {most:,} is the most that fewstep makes")
+
+
+def _check_kinds(model_class: type[Any], config: Mapping[str, Any], where: str) -> None:
+    """That numbers are where a class has numbers by default: of a text, or of true, some networks are made that fail
+    when they are called.
+
+    Raises:
+        ValueError: one is not, by its key.
+    """
+    made = [kind.__init__ for kind in reversed(model_class.__mro__) if "__init__" in vars(kind)]
+    usual = {p.name: p.default for init in made for p in inspect.signature(init).parameters.values()}
+    for key, value in config.items():
+        default, given = (v if isinstance(v, list | tuple) else [v] for v in (usual.get(key), value))
+        is_number = bool(default) and all(type(number) in (int, float) for number in default)
+        if is_number and any(isinstance(one, bool | str | dict) for one in given):
+            raise ValueError(
+                f"{where}: {key} is {shown(value)}, and numbers are needed: fetch or export the model again"
+            )
 
 
 def put_in(model: nn.Module, weights: Mapping[str, Tensor], wrong: str) -> None:

@@ -12,9 +12,12 @@ from fewstep.commands.words import numbers
 from fewstep.console import progress_bar, say_next
 from fewstep.errors import shown
 
+_MOST = 10_000_000  # samples: what is known of each takes memory
+
 
 def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     from contextlib import ExitStack
+    from math import prod
 
     from fewstep.asked import prompt_flags
     from fewstep.drawing import draw_batches, labels_of, settled, shape_of, sized
@@ -23,6 +26,7 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.pictures import check_out, claim, missing, picture_name, save_pictures, says, write
     from fewstep.placing import place
     from fewstep.prompts import TEXT_CONDITIONS
+    from fewstep.reading import check_memory
     from fewstep.received import without_places
     from fewstep.sampling import count_calls
     from fewstep.sharing import gathered, shares
@@ -47,6 +51,9 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     options = {"grid": args.grid, "gamma": args.gamma, "solver": args.solver, "guidance": args.guidance}
     options = {name: value for name, value in options.items() if value is not None}
     is_folder = out.suffix == ""
+    if not is_folder:
+        wanted = 4 * asked.count * prod(written)
+        check_memory(f"{asked.count:,} samples in one file", wanted, "fewer (--count), or a folder (--out samples)")
     facts = _facts(args, model, asked, given, shape, {"steps": steps, **options}) if is_folder else {}
     model = place(model, device, args.dtype, args.compile)
     batches = shares(asked.count, args.batch, world)
@@ -130,6 +137,10 @@ def _asked(args: argparse.Namespace, model: Any) -> Any:
     count = args.count if args.count is not None else known - first if known else 64
     if count < 1 or args.batch < 1 or first < 0:
         raise ValueError(f"count is {count}, batch {args.batch} and first {first}: at least one sample, from 0 on")
+    if count > _MOST:
+        raise ValueError(
+            f"--count {shown(count)}: {_MOST:,} samples at most in one command, --first goes on after them"
+        )
     has_names = any(isinstance(word, str) and not is_number(word) for word in labels)
     names = class_names(model) if has_names else {}
     return Asked(count, args.seed or 0, first, prompts, class_numbers(labels, names), noise)

@@ -17,6 +17,7 @@ from fewstep.drawing import Model
 from fewstep.latents import Latents
 from fewstep.model_files import ENCODER_WEIGHTS, class_of, read_json, weight_paths
 from fewstep.prompts import Prompts, text_parts
+from fewstep.reading import no_file
 
 _TEXT_FILES = ("*.json", "*.txt", "*.model")
 # Keys of a config.json that say where it is from and by what it was written, not what the model is.
@@ -96,6 +97,8 @@ def _plain(config: dict[str, Any]) -> str:
 
 def _digest(file: Path) -> str:
     """The hash of a file, which is read once: after that, it is known by its place, size and time."""
+    if why := no_file(file):
+        raise ValueError(f"{file} cannot be read: {why}")
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:32]
     note = cache_folder() / "hashes" / key

@@ -1,5 +1,6 @@
 """The latent space of a latent model: what its VAE makes of images, and images again."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.errors import unknown
+from fewstep.errors import shown, unknown
 from fewstep.model_files import check_weights, load_weights, read_json
 from fewstep.networks import FAMILIES
 
@@ -54,14 +55,18 @@ class Latents:
         # How many frames of a video, after the first, are one of its latents.
         self._frames = 1
         if self.is_video:
-            self.channels: int = config.get("z_dim", 16)
-            self.image_channels: int = config.get("in_channels", 3) // (config.get("patch_size") or 1) ** 2
-            self.factor: int = config.get("scale_factor_spatial") or 8
-            self._frames = config.get("scale_factor_temporal") or 4
+            self.channels = _number(config, "z_dim", 16)
+            self.image_channels = _number(config, "in_channels", 3) // _number(config, "patch_size", 1) ** 2
+            self.factor = _number(config, "scale_factor_spatial", 8)
+            self._frames = _number(config, "scale_factor_temporal", 4)
             return
-        self.channels = config.get("latent_channels", 4 if self._class != "VQModel" else 3)
-        self.image_channels = config.get("in_channels", 3)
+        self.channels = _number(config, "latent_channels", 4 if self._class != "VQModel" else 3)
+        self.image_channels = _number(config, "in_channels", 3)
         levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (64,)
+        if not isinstance(levels, list | tuple):
+            raise ValueError(
+                f"the config of this {self._class} has the block_out_channels {shown(levels)}, and a list is needed"
+            )
         # How many pixels of an image are one of its latents, along each side.
         self.factor = 2 ** (len(levels) - 1)
 
@@ -161,6 +166,18 @@ class Latents:
         each = (1, -1, *[1] * (z.ndim - 2))
         mean, deviation = (torch.tensor(value, device=z.device).reshape(each) for value in (mean, deviation))
         return mean, scale / deviation
+
+
+def _number(config: Mapping[str, Any], key: str, usual: int) -> int:
+    """What the config of a VAE has under a key, where it is more than nothing.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    value = config.get(key) or usual
+    if type(value) is not int or value < 1:
+        raise ValueError(f"the config of the VAE has {key} {shown(value)}, and a number is needed: fetch it again")
+    return value
 
 
 def _vae_folder(folder: Path) -> Path:

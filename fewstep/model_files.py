@@ -160,9 +160,7 @@ def _check_kinds(model_class: type[Any], config: Mapping[str, Any], where: str) 
         default, given = (v if isinstance(v, list | tuple) else [v] for v in (usual.get(key), value))
         is_number = bool(default) and all(type(number) in (int, float) for number in default)
         if is_number and any(isinstance(one, bool | str | dict) for one in given):
-            raise ValueError(
-                f"{where}: {key} is {shown(value)}, and numbers are needed: fetch or export the model again"
-            )
+            raise ValueError(f"{where}: {key} is {shown(value)}, and numbers are needed: export or fetch it again")
 
 
 def put_in(model: nn.Module, weights: Mapping[str, Tensor], wrong: str) -> None:

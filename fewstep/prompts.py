@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.errors import refused, unknown
+from fewstep.errors import refused, shown, unknown
 from fewstep.model_files import ENCODER_WEIGHTS, class_of, read_json, variant_in
 from fewstep.pipelines.stock_prompts import RETURNED, encode
 
@@ -192,6 +192,9 @@ def encoder_class(folder: Path, index: dict[str, Any], name: str) -> str:
     library, kind = index[name]
     if library != "transformers" or kind not in _ENCODERS:
         raise unknown(f"class of {name} in {folder / 'model_index.json'}", str(kind), _ENCODERS)
+    kept = read_json(folder / name / "config.json").get("model_type", "")
+    if not isinstance(kept, str) or len(kept) > 40:
+        raise ValueError(f"{folder / name / 'config.json'}: model_type is {shown(kept)}, no name: fetch it again")
     for file in ("config.json", "tokenizer_config.json"):
         if named := [key for key in _NAMES_CODE if key in read_json(folder / name / file)]:
             raise ValueError(f"{folder / name / file} names code ({named[0]}), which is not run: remove that key")

@@ -14,13 +14,16 @@ import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
-from unet_toys import tiny_unet
+from unet_toys import tiny_student, tiny_unet
 
 from fewstep import commands
 from fewstep.cli import main
 from fewstep.config import load_recipe
 from fewstep.data.decode import check_side
+from fewstep.encoders import vae_identity
 from fewstep.errors import TrainingError, briefly, refused, shortened, shown
+from fewstep.exporting import export
+from fewstep.latents import Latents
 from fewstep.loading import load
 from fewstep.parsing import parse_yaml
 from fewstep.runs import open_run, run
@@ -176,6 +179,39 @@ def test_lines_of_metrics_that_are_no_records_are_named(line: str, trained: Path
         lines.write(f"{line}\n")
     with pytest.raises(ValueError, match=r"line \d of .*metrics\.jsonl is n"):
         read_metrics(out / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("norm_num_groups", True), ("norm_eps", "x"), ("block_out_channels", [True])]
+)
+def test_numbers_of_an_export_are_numbers(key: str, value: Any, tmp_path: Path) -> None:
+    export(tiny_student(), tmp_path / "made")
+    file = tmp_path / "made" / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ValueError, match=rf"config\.json: {key} is .*, and numbers are needed"):
+        load(tmp_path / "made")
+
+
+@pytest.mark.parametrize("key", ["latent_channels", "in_channels", "block_out_channels"])
+@pytest.mark.parametrize("value", [-1, "x", {"a": 1}])
+def test_numbers_of_a_vae_are_numbers(key: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", key: value}))
+    with pytest.raises(ValueError, match=rf"the config of .* has .*{key} .* needed"):
+        Latents(tmp_path)
+
+
+def test_weights_that_are_a_pipe_are_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    os.mkfifo(tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises((ValueError, FileNotFoundError), match=r"a pipe and no file|no weights|is missing"):
+        vae_identity(Latents(tmp_path))
+
+
+@pytest.mark.parametrize("out", ["x.png", "x"])
+def test_counts_without_end_are_one_line(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(tiny_student(), tmp_path / "made")
+    words = ["sample", str(tmp_path / "made"), "--device", "cpu", "--out", str(tmp_path / out), "--count"]
+    _one_line([*words, "9" * 40], "10,000,000 samples at most", capsys)
 
 
 @pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "metrics.jsonl", "quality.json"])

@@ -138,9 +138,7 @@ def _asked(args: argparse.Namespace, model: Any) -> Any:
     if count < 1 or args.batch < 1 or first < 0:
         raise ValueError(f"count is {count}, batch {args.batch} and first {first}: at least one sample, from 0 on")
     if count > _MOST:
-        raise ValueError(
-            f"--count {shown(count)}: {_MOST:,} samples at most in one command, --first goes on after them"
-        )
+        raise ValueError(f"--count {shown(count)}: {_MOST:,} samples at most, --first goes on after them")
     has_names = any(isinstance(word, str) and not is_number(word) for word in labels)
     names = class_names(model) if has_names else {}
     return Asked(count, args.seed or 0, first, prompts, class_numbers(labels, names), noise)

@@ -68,19 +68,6 @@ def note_of(file: Path) -> Path:
     return file.with_suffix(".json")
 
 
-def read_note(file: Path) -> dict[str, Any]:
-    """What a shard is known by.
-
-    Raises:
-        FileNotFoundError: that is not there. ValueError: it is damaged.
-    """
-    note = note_of(file)
-    kept = parse_json(read_text(note), str(note))
-    if not is_note(kept):
-        raise ValueError(f"{note} is damaged: it does not say the rows, bytes and sha256 of a shard")
-    return kept
-
-
 def keep(file: Path, tensors: dict[str, Tensor], rows: int | None = None) -> None:
     """Write a shard, whole or not at all, and then what it is known by; of ``rows``, by default as many as its tensors
     are long."""

@@ -64,7 +64,7 @@ def make_teacher(section: Teacher, encoded: Path | None = None) -> VelocityField
     """
     source = section.source
     if is_nowhere(source):
-        raise unknown("teacher", source, EXACT)
+        raise ValueError(f"{unknown('teacher', source, EXACT)}; and nothing is at that path here")
     field = find_model(source, section.options)
     if isinstance(field, FlowMap):
         raise ValueError(

@@ -246,6 +246,8 @@ def test_networks_teachers_and_methods_of_ones_own(tmp_path: Path) -> None:
         (POINTS, {"data": "digits"}, "mlp takes points"),
         (IMAGES, {"data": "checkerboard"}, "unet takes images"),
         (POINTS, {"data": "digts"}, "unknown data set 'digts': did you mean 'digits'"),
+        (POINTS, {"data": "photos"}, "two-moons; and nothing is at that path here"),
+        (POINTS, {"teacher": "my-ddpm"}, "spiral; and nothing is at that path here"),
         (POINTS, {"teacher": "chekerboard"}, "unknown teacher 'chekerboard': did you mean 'checkerboard'"),
         (POINTS, {"teacher": "fewstep:nothing"}, "unknown packaged model 'nothing'"),
         (POINTS, {"student": "auto"}, "MixtureField has none"),

@@ -74,7 +74,7 @@ def load_data(name: str | Path, **options: Any) -> Data:
         if not os.path.exists(path):  # not path.exists(), which raises for a name that is too long
             if "/" in name or os.sep in name or name.startswith((".", "~")) or path.suffix in (".npy", ".npz"):
                 raise FileNotFoundError(f"no data at {name[:200]}: there is no such file or folder")
-            raise errors.unknown("data set", name, NAMED)
+            raise ValueError(f"{errors.unknown('data set', name, NAMED)}; and nothing is at that path here")
         load, source = _loader_of(path), (path,)
 
     takes = list(signature(load).parameters)[len(source) :]

@@ -271,7 +271,7 @@ def check_finite(samples: Tensor, what: str) -> None:
     """
     if not samples.isfinite().all():
         raise ValueError(
-            f"the model gave numbers that are not finite (NaN or infinite) for {what}: its weights are damaged, its "
+            f"the model gave numbers that are not finite for {what}: its weights are damaged, its "
             "training diverged, or its numbers are too large for this dtype"
         )
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fewstep.errors import briefly, refused
 from fewstep.fields import NetworkField
 from fewstep.lora_keys import read_adapter
 from fewstep.maps import FlowMap
@@ -199,7 +200,10 @@ def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
     for name, value in whole.items():
         if name not in own or own[name].shape != value.shape:
             raise ValueError(f"{wrong}, which has no weight {name} of shape {tuple(value.shape)}")
-    _inject(model, config)
+    try:
+        _inject(model, config)
+    except (re.error, TypeError, KeyError, AttributeError) as error:  # patterns that are none, ranks that are words
+        raise ValueError(f"{wrong}: peft cannot add it ({briefly(error)})") from None
     if missing := peft.get_peft_model_state_dict(network, adapter_name="default").keys() - weights.keys():
         raise ValueError(f"{wrong}: it lacks {len(missing)} weights, one is {min(missing)}")
     try:
@@ -224,7 +228,8 @@ def _config(options: dict[str, Any], file: Path) -> "LoraConfig":
             raise ValueError(f"{file} has {key}: {str(options[key])[:60]}, and fewstep reads {', '.join(_OPTIONS)}")
     if (start := options.get("init_lora_weights", True)) not in (True, False, "gaussian"):
         raise ValueError(f"{file} has init_lora_weights: {str(start)[:60]}, which changes the weights it is added to")
-    return LoraConfig(**{key: options[key] for key in _OPTIONS if key in options})
+    with refused(f"peft cannot make an adapter of what {file} says", "save it anew"):
+        return LoraConfig(**{key: options[key] for key in _OPTIONS if key in options})
 
 
 def _check_bare(model: Any) -> None:

@@ -1,6 +1,5 @@
 """Adapters of diffusers' form, whatever their keys are called: each version of its scripts has its own names."""
 
-import json
 import re
 import warnings
 from collections import Counter
@@ -11,6 +10,9 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
+from fewstep.errors import shown
+from fewstep.reading import parse_json
 
 # From the names of older versions to those of peft, in this order.
 _RENAMED = (
@@ -37,7 +39,10 @@ def read_adapter(file: Path, layers: Collection[str], prefix: str) -> tuple[dict
         ValueError: no adapter for it.
     """
     with safe_open(file, framework="pt") as opened:
-        metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        said = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
+    metadata = parse_json(said, f"the metadata of {file}")
+    if not isinstance(metadata, dict):
+        raise ValueError(f"the metadata of {file} is {shown(metadata)}, and has no options of an adapter: save it anew")
     tensors = load_file(file)
     text = [name for name in tensors if name.startswith((_TEXT, "lora_te"))]
     known = {f"{_KOHYA}{layer.replace('.', '_')}": layer for layer in layers}

@@ -157,3 +157,14 @@ def test_what_is_no_adapter_of_this_model(tmp_path: Path) -> None:
     (tmp_path / DIFFUSERS_FILE).rename(tmp_path / "pytorch_lora_weights.bin")
     with pytest.raises(FileNotFoundError, match=r"no adapter in .*A \.bin can run code"):
         load_adapter(field(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "said", ["[" * 100_000, "3", "[]", "{", '{"unet.r": 2, "unet.rank_pattern": {"(": 2}}', '{"unet.r": "x"}']
+)
+def test_metadata_that_is_none_is_one_line(said: str, tmp_path: Path) -> None:
+    state = {f"unet.{name}": value for name, value in weights().items()}
+    save_file(state, tmp_path / DIFFUSERS_FILE, metadata={"lora_adapter_metadata": said})
+    with pytest.raises(ValueError, match=f"{tmp_path}") as refused:
+        load_adapter(field(), tmp_path)
+    assert len(str(refused.value)) < 400

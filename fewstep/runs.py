@@ -18,7 +18,7 @@ from fewstep.data.conditions import Dropped
 from fewstep.described import say_shape
 from fewstep.disk import sweep
 from fewstep.drawing import Model, classes_of, shape_of
-from fewstep.errors import TrainingError
+from fewstep.errors import TrainingError, is_out_of_memory, shortened
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.judge import judge, prepare
@@ -402,8 +402,10 @@ def _check_fit(who: str, model: Model, name: str, data: Data) -> None:
         velocity = model.velocity(x.to(device), t.to(device), **{key: value.to(device) for key, value in rows.items()})
         given = tuple(velocity.shape[1:])
         why = "" if given == tuple(data.shape) else f"it gives {given}"
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        why = " ".join(str(error).split())[:240] + _hint(model, data, labels is not None and not classes)
+    except Exception as error:  # whatever a network's code makes of numbers and shapes that do not fit
+        if is_out_of_memory(error):
+            raise
+        why = shortened(str(error), 240) + _hint(model, data, labels is not None and not classes)
     if why:
         conditions = f" and conditions {', '.join(rows)}" if rows else ""
         raise ValueError(

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fewstep.errors import unknown
+from fewstep.errors import shown, unknown
 from fewstep.randomness import Generators, uniform
 
 # How times are distributed, and the numbers of each where none are said.
@@ -15,6 +15,7 @@ _NUMBERS: dict[str, tuple[float, ...]] = {
 }  # fmt: skip
 DISTRIBUTIONS = tuple(_NUMBERS)
 GRIDS = ("uniform", "shifted", "quadratic")
+_MOST_STEPS = 1_000_000
 
 
 @cache
@@ -111,10 +112,12 @@ def step_grid(steps: int, kind: str = "uniform", shift: float = 3.0) -> Tensor:
     * quadratic: ``1 - (1 - u)^2``: steps crowd at the data.
 
     Raises:
-        ValueError: if steps is not positive or the kind is not known.
+        ValueError: if steps is not positive, or more than a million, or the kind is not known.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}: at least one is needed")
+    if steps > _MOST_STEPS:
+        raise ValueError(f"steps is {shown(steps)}: {_MOST_STEPS:,} at most")
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     match kind:
         case "uniform":

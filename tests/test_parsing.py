@@ -87,6 +87,14 @@ def test_odd_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     _one_line(["export", "runs/x", "--format=--"], "-- is no value", capsys)
     groups = "{block_out_channels: [8, 8], norm_num_groups: 0}"
     _one_line(["train", "digits-teacher", "--dry-run", "--student.options", groups], "UNet2DModel", capsys)
+    blocks = "down_block_types: [DownBlock2D, DownBlock2D], up_block_types: [UpBlock2D, UpBlock2D]"
+    no_heads = (
+        f"{{block_out_channels: [4, 4], attention_head_dim: 8, norm_num_groups: 2, num_class_embeds: 10, {blocks}}}"
+    )
+    heads = ["--student.options", no_heads]
+    for command in ("train", "plan"):
+        words = [command, "digits-teacher", *heads, *(["--dry-run"] if command == "train" else [])]
+        _one_line(words, "by zero", capsys)
     layers = "{layers_per_block: 2147483648}"
     _one_line(["train", "digits-teacher", "--dry-run", "--student.options", layers], "1,000 is the most", capsys)
     wide = "{width: 2147483648}"

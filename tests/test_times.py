@@ -112,6 +112,8 @@ def test_grid_errors():
     for steps in (0, -3):
         with pytest.raises(ValueError, match=f"steps is {steps}: at least one"):
             step_grid(steps)
+    with pytest.raises(ValueError, match="steps is 1000001: 1,000,000 at most"):
+        step_grid(1_000_001)
     with pytest.raises(ValueError, match="unknown step grid 'uniforn': did you mean 'uniform'"):
         step_grid(4, "uniforn")
 

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import CheckpointError
 
 from fewstep.data.batch import Batch
-from fewstep.errors import TrainingError
+from fewstep.errors import TrainingError, briefly, is_out_of_memory
 from fewstep.objectives.base import Objective
 from fewstep.randomness import Generators, mix
 from fewstep.training.adamw import AdamW
@@ -37,13 +37,13 @@ class Step(nn.Module):
         """The scalar to descend, all numbers to log, and the times that each term saw."""
         try:
             loss = self.objective(self.student, batch, target=target, progress=progress, step=step, generator=noise)
-        except (RuntimeError, TypeError) as error:
-            if step > 0 or isinstance(error, torch.OutOfMemoryError):
+        except (RuntimeError, TypeError, ArithmeticError, LookupError) as error:
+            if step > 0 or is_out_of_memory(error):
                 raise
             conditions = f" and conditions {', '.join(batch.cond)}" if batch.cond else ""
             raise ValueError(
                 f"the first step failed on {len(batch)} rows of shape {tuple(batch.data.shape[1:])}{conditions}: do "
-                f"the data fit the network? ({str(error).splitlines()[0]})"
+                f"the data fit the network? ({briefly(error)})"
             ) from error
         terms = {f"loss/{name}": value.detach() for name, value in loss.terms.items()}
         return loss.total, {"loss": loss.total.detach(), **terms}, loss.times

@@ -354,7 +354,7 @@ def test_the_command_under_the_pictures_draws_them(tmp_path: Path, monkeypatch: 
     *_, said = playground_page.draw_page(play, "my tiny", tmp_path, asked)
     words = shlex.split(html.unescape(re.findall("<code>(.*)</code>", said)[0]))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fewstep.parts.find_model", lambda _: student)
+    monkeypatch.setattr("fewstep.parts.find_model", lambda *_: student)
     assert main([*words[1:], "--out", "x.npy", "--device", "cpu"]) == 0
     *_, shown = play.panels(Wish(steps=4, seed=5, count=3, gamma=0.0))
     assert np.allclose(np.load("x.npy"), shown.samples, atol=1e-5)
@@ -364,7 +364,8 @@ def test_prompts_that_begin_with_a_dash_are_in_the_command(tmp_path: Path) -> No
     play = Playground(tiny_student(), "tiny")
     foot = playground_page._foot(play, "tiny", Wish(prompts=("a cat", "-hat", "--count 3")), tmp_path)
     words = shlex.split(html.unescape(re.findall("<code>(.*)</code>", foot)[0]))
-    assert _parser().parse_args(words[1:]).prompt == ["a cat", "-hat", "--count 3"]
+    parser, _ = _parser()
+    assert parser.parse_args(words[1:]).prompt == ["a cat", "-hat", "--count 3"]
 
 
 def test_an_error_is_a_sentence_in_the_page(served: tuple[str, Playground], monkeypatch: pytest.MonkeyPatch) -> None:

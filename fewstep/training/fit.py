@@ -210,7 +210,8 @@ def fit(
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             run.threads = world.from_main(_threads(run, step, batches, half))
             torch.set_num_threads(run.threads)
-            if out is not None and world.is_main:  # killed before its first checkpoint, it begins with as many again
+            # Killed before its first checkpoint, it begins with as many again.
+            if out is not None and world.is_main and folder.threads_of(out) != run.threads:
                 folder.begin(out, identity, run.threads)
         if compile:
             _compile(student, run.target)

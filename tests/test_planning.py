@@ -324,12 +324,12 @@ def test_rows_have_the_size_that_the_data_say(tmp_path: Path) -> None:
             shape_with("./pictures", size=size)
     for kind, folder in ((encoded, tmp_path / "encoded"), (pairs, tmp_path / "pairs")):
         folder.mkdir()
-        file = folder / kind.FACTS
-        file.write_text(json.dumps({"format": kind.FORMAT, "shape": [4, 6, 6], "command": "fewstep"}))
+        file, known = folder / kind.FACTS, {"count": 4, "shard": 4, "labels": None, "command": "fewstep encode"}
+        file.write_text(json.dumps({"format": kind.FORMAT, "shape": [4, 6, 6], **known}))
         assert shape_with(str(folder)) == (4, 6, 6)
         with pytest.raises(ValueError, match="takes no options, got 'size'"):
             shape_with(str(folder), size="16")
-        file.write_text(json.dumps({"format": kind.FORMAT, "shape": [16, 6, 6], "command": "fewstep"}))
+        file.write_text(json.dumps({"format": kind.FORMAT, "shape": [16, 6, 6], **known}))
         with pytest.raises(ValueError, match=r"latents of shape \(16, 6, 6\), and the teacher's have 4 channels"):
             shape_with(str(folder))
 

@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if empty := next((word for word in argv if word.startswith("--") and word.endswith("=--")), None):
             raise ValueError(f"{shown(empty)}: -- is no value (a text that begins with a dash is --flag=-text)")
+        if odd := next((word for word in argv if "\0" in word), None):  # from Python: no shell has it
+            raise ValueError(f"{shown(odd)} has a byte of zero in it")
         rest, overrides = _split(argv)
         args = _parsed(rest)
         args.argv = argv

@@ -15,6 +15,7 @@ from fewstep.data import encoded, load_data, pairs
 from fewstep.data.decode import check_side
 from fewstep.diffusers_folder import look_into
 from fewstep.drawing import classes_of, image_channels, shape_of
+from fewstep.errors import shown
 from fewstep.fields import DiffusionField, Guided, VelocityField, unguided
 from fewstep.latents import Latents
 from fewstep.loading import find_configurations
@@ -34,6 +35,7 @@ LONGEST = {
     "StableDiffusion3Pipeline": 256,
     "WanPipeline": 226,
 }
+_MOST_TOKENS = 1 << 16
 # Tokens of a prompt, where no pipeline says how many its encoders make; of Stable Diffusion 3, of CLIP and T5 together.
 _TOKENS = {
     "FluxTransformer2DModel": 512,
@@ -174,7 +176,10 @@ def _tokens(model: Any) -> int:
     text = unguided(model).text
     if text is None:
         return _TOKENS.get(_class(model), 0)
-    clip = read_json(text.folder / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
+    file = text.folder / "tokenizer" / "tokenizer_config.json"
+    clip = read_json(file).get("model_max_length", 77)
+    if type(clip) is not int or not 0 < clip <= _MOST_TOKENS:
+        raise ValueError(f"{file} has model_max_length {shown(clip)}, and a number of tokens is needed: fetch it again")
     t5 = LONGEST.get(text.pipeline)
     return clip if t5 is None else t5 + clip * ("StableDiffusion3" in text.pipeline)
 

@@ -85,6 +85,7 @@ def _one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -
 
 def test_odd_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     _one_line(["export", "runs/x", "--format=--"], "-- is no value", capsys)
+    _one_line(["compare", "runs/x", "--out", "a\0b"], "has a byte of zero in it", capsys)
     groups = "{block_out_channels: [8, 8], norm_num_groups: 0}"
     _one_line(["train", "digits-teacher", "--dry-run", "--student.options", groups], "UNet2DModel", capsys)
     blocks = "down_block_types: [DownBlock2D, DownBlock2D], up_block_types: [UpBlock2D, UpBlock2D]"
@@ -169,13 +170,8 @@ def test_a_state_that_is_sealed_and_wrong_is_damaged(
 
 def test_weights_of_another_shape_are_named(trained: Path, tmp_path: Path) -> None:
     out, path = _copied(trained, tmp_path)
-    tensors = load_file(path / "ema.safetensors")
-    save_file({name: torch.cat([value.flatten(), torch.ones(1)]) for name, value in tensors.items()}, path / "new")
-    (path / "new").rename(path / "ema.safetensors")
-    state = json.loads((path / "state.json").read_text())["state"]
-    file = path / "ema.safetensors"
-    state["files"][file.name] = {"bytes": file.stat().st_size, "sha256": checkpoints._digest(file)}
-    (path / "state.json").write_text(checkpoints._seal(state))
+    longer = lambda tensors: tensors.update({k: torch.cat([v.flatten(), torch.ones(1)]) for k, v in tensors.items()})  # noqa: E731
+    _changed(path, "ema.safetensors", longer)
     with pytest.raises(ValueError, match="are not those of the student that the recipe describes: size mismatch"):
         open_run(out)
 
@@ -235,6 +231,34 @@ def test_a_pipe_in_a_run_is_not_waited_for(name: str, trained: Path, tmp_path: P
 @pytest.mark.parametrize("command", ["sample", "compare", "plan", "cite", "export"])
 def test_names_that_are_too_long_are_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     _one_line([command, "x" * 50_000, *(["made"] if command == "export" else [])], "cannot be used as a file", capsys)
+
+
+def _changed(path: Path, file: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Other tensors in a file of a checkpoint, sealed as if they had been written so."""
+    tensors = load_file(path / file)
+    change(tensors)
+    save_file(tensors, path / "new")
+    (path / "new").rename(path / file)
+    state = json.loads((path / "state.json").read_text())["state"]
+    state["files"][file] = {"bytes": (path / file).stat().st_size, "sha256": checkpoints._digest(path / file)}
+    (path / "state.json").write_text(checkpoints._seal(state))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("0.exp_avg_sq"),
+        lambda tensors: tensors.pop("0.step"),
+        lambda tensors: tensors.update({"0.exp_avg": torch.zeros(1)}),
+        lambda tensors: tensors.update({"999.exp_avg": torch.zeros(1)}),
+    ],
+)
+def test_moments_of_an_optimizer_are_whole(change: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
+    out, path = _copied(trained, tmp_path)
+    _changed(path, "optimizer-student.safetensors", change)
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    with pytest.raises((ValueError, TrainingError), match="is no checkpoint that this run can go on from"):
+        run(load_recipe(recipe, {"steps": "2"}), out)
 
 
 def test_a_run_is_not_its_own_teacher(trained: Path, tmp_path: Path) -> None:

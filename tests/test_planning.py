@@ -451,6 +451,15 @@ def test_conditions_have_the_shapes_that_text_encoders_give(name: str, tmp_path:
     }
 
 
+@pytest.mark.parametrize("length", ["77", -1, 10**30])
+def test_lengths_of_prompts_are_numbers(length: Any, tmp_path: Path) -> None:
+    tiny_pipeline("sd").save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": length}))
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json has model_max_length .* is needed"):
+        plan(load_recipe({**POINTS, "teacher": str(tmp_path), "student": "auto", "data": "some/photos"}))
+
+
 def test_numbers_and_durations_are_said_in_their_units() -> None:
     assert [number(value) for value in (12, 1.5e6, 2e9, 3.25e12)] == ["12 ", "1.5 M", "2 G", "3.25 T"]
     assert [duration(s) for s in (0, 5e-6, 0.25, 30, 90, 7200, 172800)] == [

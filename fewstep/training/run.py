@@ -184,6 +184,11 @@ def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> 
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         whole["state"].setdefault(int(index), {})[name] = value
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, state in whole["state"].items():
+        shapes = {name: value.shape for name, value in state.items() if name != "step"}
+        if "step" not in state or shapes != dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[index].shape):
+            raise ValueError(f"the moments of parameter {index} are not those that AdamW keeps of it")
     optimizer.load_state_dict(whole)
 
 

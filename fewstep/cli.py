@@ -1,9 +1,10 @@
 """The command line: parse, call, print. Nothing heavy is imported before a command is known."""
 
 import argparse
+import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
     usual, warnings.formatwarning = warnings.formatwarning, _note
+    records = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(partial(_short_record, records))
     try:
         if empty := next((word for word in argv if word.startswith("--") and word.endswith("=--")), None):
             raise ValueError(f"{shown(empty)}: -- is no value (a text that begins with a dash is --flag=-text)")
@@ -61,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         warnings.formatwarning = usual
+        logging.setLogRecordFactory(records)
 
 
 def one_line(error: BaseException) -> str:
@@ -79,6 +83,13 @@ def _as_flags(text: str) -> str:
 def _note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
     """A warning as one line, without the place in the code."""
     return f"note: {shortened(str(message))}\n"
+
+
+def _short_record(make: Callable[..., logging.LogRecord], *args: Any, **more: Any) -> logging.LogRecord:
+    """What diffusers and transformers log, in a line that can be read: they repeat whole captions."""
+    record = make(*args, **more)
+    record.msg, record.args = shortened(record.getMessage()), ()
+    return record
 
 
 def _split(argv: list[str]) -> tuple[list[str], dict[str, str]]:

@@ -1,6 +1,7 @@
 """Values from files that may be anybody's: what is too much for one line of text is refused before it is built."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from unet_toys import tiny_student, tiny_unet
 from fewstep import commands
 from fewstep.cli import main
 from fewstep.config import load_recipe
+from fewstep.data import pairs
 from fewstep.data.decode import check_side
 from fewstep.encoders import vae_identity
 from fewstep.errors import TrainingError, briefly, refused, shortened, shown
@@ -119,6 +121,25 @@ def test_memory_that_is_not_there_is_one_line(
     monkeypatch.setattr(commands, "run_recipes", broken)
     with pytest.raises(RuntimeError, match="own"):
         main(["recipes"])
+
+
+def test_what_libraries_log_is_short(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    factory = logging.getLogRecordFactory()
+    monkeypatch.setattr(commands, "run_recipes", lambda *_: logging.getLogger("x").warning("cut: %s", "a " * 9999) or 0)
+    assert main(["recipes"]) == 0
+    assert len(caplog.messages[0]) < 400
+    assert logging.getLogRecordFactory() is factory
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_pairs_of_other_types_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    facts = {"count": 2, "shard": 2, "shape": [3], "labels": None}
+    rows = {"noise": torch.ones(2, 3), "data": torch.ones(2, 3)}
+    save_file(rows, tmp_path / "pairs-00000.safetensors")
+    assert pairs.read_shard(tmp_path, facts, 0).keys() == rows.keys()
+    save_file({**rows, "data": rows["data"].to(dtype)}, tmp_path / "pairs-00000.safetensors")
+    with pytest.raises(ValueError, match="has data of torch"):
+        pairs.read_shard(tmp_path, facts, 0)
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "2147483648", "true", "1.5"])

@@ -252,6 +252,18 @@ def _check_rows(file: Path, shard: dict[str, Tensor], shape: tuple[int, ...], fa
     wanted |= {name: shape[:1] for name, key in (("text", "text"), ("class_labels", "labels")) if facts.get(key)}
     if found != wanted:
         raise ValueError(f"{file} holds {str(found)[:120]} and not {wanted}")
+    check_floats(file, {"latents": shard["latents"]})
+
+
+def check_floats(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """That tensors are of a type that fewstep writes numbers in.
+
+    Raises:
+        ValueError: one is not, by its name.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"{file} has {name} of {tensor.dtype}, and float16, bfloat16 or float32 is needed")
 
 
 def read_texts(folder: Path) -> dict[str, Any]:

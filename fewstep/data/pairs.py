@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.batch import Batch
-from fewstep.data.encoded import CHECKS, Texts, facts_in, is_list, is_said, shards_of
+from fewstep.data.encoded import CHECKS, Texts, check_floats, facts_in, is_list, is_said, shards_of
 from fewstep.data.encoded import read_shard as read_tensors
 
 FACTS = "pairs.json"
@@ -125,4 +125,5 @@ def read_shard(folder: Path, facts: dict[str, Any], shard: int) -> dict[str, Ten
         wanted["text"] = (rows,)
     if found != wanted:
         raise ValueError(f"{file} holds {str(found)[:120]} and not {wanted}")
+    check_floats(file, {name: tensors[name] for name in ("noise", "data")})
     return tensors

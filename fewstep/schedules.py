@@ -82,6 +82,8 @@ def schedule_of(scheduler: Any) -> tuple[Path, str]:
             "NetworkField(network, path, prediction)"
         )
     kind = _kind(prediction, _ON_A_TABLE)
+    if not len(table):
+        raise ValueError(f"{name} has a schedule of no steps: num_train_timesteps is less than one")
     if config.get("timestep_type") == "continuous":
         if kind != "v":
             raise ValueError(f"{name} with continuous timesteps is known with v_prediction alone, not {prediction}")

@@ -306,6 +306,7 @@ def test_moments_that_cannot_be_are_refused(moments: Any, tmp_path: Path) -> Non
     [
         ("scheduler/scheduler_config.json", "num_train_timesteps", 1 << 40),
         ("scheduler/scheduler_config.json", "num_train_timesteps", "many"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", -1),
         ("scheduler/scheduler_config.json", "beta_schedule", ["linear"]),
         ("unet/config.json", "norm_num_groups", 0),
         ("unet/config.json", "norm_num_groups", 3),

@@ -2,7 +2,9 @@
 
 import importlib.util
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,9 +180,24 @@ def load_encoders(folder: Path, index: dict[str, Any], variant: str | None = Non
             found = variant_in(folder / name, ENCODER_WEIGHTS, variant)
             options = {"use_safetensors": True, "variant": found, **kwargs}
         kind = encoder_class(folder, index, name)
-        with refused(f"transformers cannot load the {kind} in {folder / name}", "fetch it again"):
+        with _no_bars(), refused(f"transformers cannot load the {kind} in {folder / name}", "fetch it again"):
             parts[name] = getattr(transformers, kind).from_pretrained(folder / name, **options)
     return parts
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' bars where there is no terminal: in a log they leave a line that does not end."""
+    from transformers.utils import logging
+
+    hides = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hides:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hides:
+            logging.enable_progress_bar()
 
 
 def encoder_class(folder: Path, index: dict[str, Any], name: str) -> str:

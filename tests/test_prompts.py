@@ -176,6 +176,16 @@ def test_samples_of_a_text_model_from_the_command_line(
 # Refusals
 
 
+def test_loading_encoders_draws_no_bars_where_there_is_no_terminal(
+    folders: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
+    Prompts(folders["sd"]).encode(TEXTS)
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()  # as it was
+
+
 def test_without_transformers(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))

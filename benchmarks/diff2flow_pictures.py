@@ -1,4 +1,4 @@
-"""The tables and pictures of docs/diff2flow.md, from what benchmarks/diff2flow.py left in its folder.
+"""The tables and pictures of docs/guides/diff2flow.md, from what benchmarks/diff2flow.py left in its folder.
 
 python benchmarks/diff2flow_pictures.py FOLDER docs/images
 """

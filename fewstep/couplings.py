@@ -18,7 +18,7 @@ def couple(noise: Tensor, data: Tensor) -> Tensor:
     """The rows of ``noise`` (n, ...) permuted, so that row i belongs to row i of ``data``, (n, ...) each.
 
     The permutation minimises ``sum_i |noise_i - data_i|^2``, exactly, in float64 (arXiv 2302.00482, 2304.14772). Its
-    time grows with n^3: see ``docs/couplings.md``.
+    time grows with n^3: see ``docs/guides/couplings.md``.
 
     Raises:
         ValueError: shapes that differ, numbers that are not finite.

@@ -1,5 +1,5 @@
 """Fields in closed form: Gaussian data, Gaussian mixtures, uniform boxes. Teachers that need no training, and the
-truth that every objective and sampler is tested against (formulas: ``docs/exact-fields.md``)."""
+truth that every objective and sampler is tested against (formulas: ``docs/guides/exact-fields.md``)."""
 
 import math
 from typing import Any

@@ -527,7 +527,7 @@ def scaling(native: Path, kind: str, path: Path, t: Tensor) -> Scaling:
     Two affine paths reach the same marginals up to a scale where their alpha/sigma agree, so the network is asked at
     the native time of that ratio and at the state rescaled to the native power; its prediction gives data and noise,
     and these the velocity wanted (arXiv 2506.02221 for a diffusion schedule and the linear path; methods in
-    ``docs/diff2flow.md``). Where the native path does not reach, the network is asked at its last time and what
+    ``docs/guides/diff2flow.md``). Where the native path does not reach, the network is asked at its last time and what
     stays determined there is held: the data estimate towards noise, the noise estimate towards data. So all
     coefficients are finite, and smooth enough for a forward derivative, wherever the wanted path's velocity is.
 

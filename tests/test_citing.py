@@ -239,7 +239,7 @@ def test_the_python_of_a_page_runs(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [*PAGES, DOCS / "methods" / "index.md", DOCS / "choosing.md", DOCS / "own-objective.md"]
+    "page", [*PAGES, *(DOCS / page for page in ("methods/index.md", "guides/choosing.md", "guides/own-objective.md"))]
 )
 def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)", page.read_text()):

@@ -12,7 +12,7 @@ from fewstep.config import load_recipe
 from fewstep.exact import CheckerboardField
 from fewstep.runs import build
 
-PAGE = Path(__file__).parents[1] / "docs" / "own-objective.md"
+PAGE = Path(__file__).parents[1] / "docs" / "guides" / "own-objective.md"
 TINY = {
     "training.steps": "700", "training.batch": "256", "training.quiet": "true", "student.options.width": "64",
     "student.options.depth": "2", "evaluation.count": "0",

@@ -35,7 +35,7 @@ class ITVM(TwoTime):
         teacher: the frozen field.
         target: one of the above; a mapping from them to their shares of the off-diagonal rows; or ``mixed``, half
             ``interval`` and half ``integral``.
-        ema: decay of the student copy in the target. A fast copy learns faster: see ``docs/itvm-ablation.md``.
+        ema: decay of the student copy in the target. A fast copy learns faster: ``docs/benchmarks/itvm-ablation.md``.
         diagonal: the share of rows on s = t.
         initial_weight, terminal_weight: w_I and w_T.
         middle: where ``interval`` cuts: m is ``s + r (t - s)`` with r uniform within ``middle / 2`` of one half.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fewstep.citing import cite
     from fewstep.comparing import compare_methods
     from fewstep.converting import convert
-    from fewstep.data import load_data
+    from fewstep.data import Batch, load_data
     from fewstep.encoding import encode
     from fewstep.evaluation.diagnostics import diagnose
     from fewstep.evaluation.evaluate import compare, evaluate
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     )
     from fewstep.paths import Linear, Tabulated, Trigonometric, VariancePreserving
     from fewstep.sampling import sample
+    from fewstep.training.batches import Batches
+    from fewstep.training.ema import Ema
     from fewstep.training.fit import fit
 
 __version__ = "0.1.0"
@@ -66,6 +68,8 @@ wait_asleep()
 _HOMES = {
     "AYF": "objectives",
     "AlphaFlow": "objectives",
+    "Batch": "data",
+    "Batches": "training.batches",
     "CTM": "objectives",
     "CheckerboardField": "exact",
     "ConsistencyDistillation": "objectives",
@@ -75,6 +79,7 @@ _HOMES = {
     "DiffusionField": "fields",
     "EMD": "objectives",
     "ESD": "objectives",
+    "Ema": "training.ema",
     "FMM": "objectives",
     "FlowMap": "maps",
     "FlowMatching": "objectives",
@@ -133,12 +138,15 @@ __all__ = [
     "SCM",
     "TVM",
     "AlphaFlow",
+    "Batch",
+    "Batches",
     "CheckerboardField",
     "ConsistencyDistillation",
     "ConsistencyTraining",
     "ContrastiveFlowMatching",
     "Denoising",
     "DiffusionField",
+    "Ema",
     "FlowMap",
     "FlowMatching",
     "GaussianField",

@@ -10,7 +10,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 READY = .venv/.ready-$(subst /,-,$(TORCH))
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint leaderboard clean
 
 demo: $(READY)
 	.venv/bin/fewstep distill checkerboard-itvm --out runs/checkerboard
@@ -24,6 +24,10 @@ test: $(READY)
 
 lint: $(READY)
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyright
+
+# benchmarks/LEADERBOARD.md, from benchmarks/results
+leaderboard: $(READY)
+	.venv/bin/python benchmarks/leaderboard.py
 
 # torch first: any package that asks for "torch" is then content with what is there.
 # The indexes pip knows come first; torch's own only where they do not have the CPU build.

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from fewstep.common.randomness import generator, sample_generators
 from fewstep.data import Data, Toy
 from fewstep.exact import CheckerboardField, ExactField, eight_gaussians
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, LMD, Objective
-from fewstep.randomness import generator, sample_generators
 from fewstep.sampling import sample, sample_noise
 from fewstep.training.fit import fit
 

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 
 from fewstep import load
-from fewstep.console import markdown
+from fewstep.common.console import markdown
 from fewstep.drawing import draw
 from fewstep.evaluation.plots import COLOURS
 

@@ -238,7 +238,7 @@ def measure_fit(rounds: int) -> dict[str, Any]:
     import torch
 
     import fewstep
-    from fewstep.randomness import generator
+    from fewstep.common.randomness import generator
 
     rows, steps, found = 1024, 40, {}
     for chunk in (1024, 64):
@@ -291,9 +291,9 @@ def measure_loss(rounds: int) -> dict[str, Any]:
     from torch import nn
 
     import fewstep
+    from fewstep.common.randomness import generator
     from fewstep.data.batch import Batch
     from fewstep.fields import NetworkField
-    from fewstep.randomness import generator
 
     class Idle(nn.Module):
         def __init__(self) -> None:

@@ -28,8 +28,8 @@ from fewstep.commands.planning import (
     time_table,
     title,
 )
+from fewstep.common.console import markdown
 from fewstep.config import load_recipe
-from fewstep.console import markdown
 from fewstep.planning import GPUS, plan
 from fewstep.weightless import teacher_without_weights
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from fewstep import FlowMatching, evaluate, fit, load_data, sample
+from fewstep.common.randomness import sample_generators
 from fewstep.data import Dropped, Pairs
 from fewstep.evaluation.extractor import trained_classifier
 from fewstep.fields import Guided
-from fewstep.randomness import sample_generators
 from fewstep.reflow import make_pairs
 from fewstep.sampling import sample_noise
 

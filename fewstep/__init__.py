@@ -11,7 +11,8 @@ The names below are imported when they are first used, so that ``fewstep --help`
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fewstep.threads import wait_asleep
+from fewstep.common.threads import wait_asleep
+from fewstep.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fewstep.citing import cite
@@ -59,8 +60,6 @@ if TYPE_CHECKING:
     from fewstep.training.batches import Batches
     from fewstep.training.ema import Ema
     from fewstep.training.fit import fit
-
-__version__ = "0.1.0"
 
 wait_asleep()
 

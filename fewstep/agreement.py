@@ -72,7 +72,7 @@ class Agreement:
         )
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
-        """Column names and rows, as ``fewstep.console`` prints them."""
+        """Column names and rows, as ``fewstep.common.console`` prints them."""
         rows = [[row.sampler, row.steps, row.calls, row.difference] for row in self.rows]
         return ["method", "steps", "network calls", "relative difference"], rows
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.errors import unknown
+from fewstep.common.errors import unknown
+from fewstep.common.reading import parse_json, read_text
 from fewstep.prompts import Prompts
-from fewstep.reading import parse_json, read_text
 
 # Prompts in one call of the text encoders, and the bytes of conditions that are kept for later batches.
 _AT_ONCE, _KEPT_BYTES = 32, 1 << 30

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fewstep.common.errors import unknown
+from fewstep.common.trust import is_code, only_looking
 from fewstep.config import find_recipe, known_recipes, load_recipe
 from fewstep.data.pairs import FACTS
-from fewstep.errors import unknown
 from fewstep.fields import NetworkField
 from fewstep.objectives import OBJECTIVES
 from fewstep.parts import EXACT, make_teacher
 from fewstep.recipe import Recipe, Teacher
 from fewstep.starts import recipe_of
-from fewstep.trust import is_code, only_looking
 
 # A paper by its arXiv number, or "" for a remark, and what it is cited for.
 Use = tuple[str, str]

@@ -10,10 +10,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fewstep import __version__, commands
-from fewstep.errors import OUT_OF_MEMORY, TrainingError, briefly, is_out_of_memory, shortened, shown, unknown
-from fewstep.trust import trusting
-from fewstep.write_errors import NEVER_OF_READING, WriteError, write_error
+from fewstep import commands
+from fewstep.common.errors import OUT_OF_MEMORY, TrainingError, briefly, is_out_of_memory, shortened, shown, unknown
+from fewstep.common.trust import trusting
+from fewstep.common.version import __version__
+from fewstep.common.write_errors import NEVER_OF_READING, WriteError, write_error
 
 _KEYS = """any key of the recipe is a flag, with its value as YAML:
   --objective.ema 0.99   --training.lr 3e-4   --evaluation.steps "[1, 2]"

@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+from fewstep.common.disk import replace_file
+from fewstep.common.distributed import choose_device, environment
+from fewstep.common.errors import TrainingError
+from fewstep.common.locks import owned
+from fewstep.common.model_files import read_json
+from fewstep.common.options import parse_value
+from fewstep.common.parsing import checked
+from fewstep.common.randomness import generator
 from fewstep.config import load_recipe
 from fewstep.cost import Cost, Counts, Entry, compare_costs, step_cost
 from fewstep.data.batch import Batch, Data
-from fewstep.disk import replace_file
-from fewstep.errors import TrainingError
 from fewstep.evaluation.evaluate import Evaluation
-from fewstep.locks import owned
-from fewstep.model_files import read_json
 from fewstep.objectives import FlowMatching
-from fewstep.options import parse_value
-from fewstep.parsing import checked
-from fewstep.randomness import generator
 from fewstep.recipe import Recipe
 from fewstep.runs import Built, build, run
 from fewstep.side_by_side import Comparison, MethodCost, Training
 from fewstep.training import checkpoints
-from fewstep.training.distributed import choose_device, environment
 from fewstep.training.folder import MAY_DIFFER, check_ours, check_recipe, flat
 from fewstep.training.trackers import read_metrics
 

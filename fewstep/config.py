@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fewstep.errors import unknown
-from fewstep.options import arguments, find_object, in_one_line, parse_value, read_yaml
+from fewstep.common.errors import unknown
+from fewstep.common.options import arguments, find_object, in_one_line, parse_value, read_yaml
+from fewstep.common.trust import came_with, check_folder, code_in, is_code, trusting
 from fewstep.recipe import NETWORKS, PATHS, Named, Recipe
 from fewstep.training.shares import check_shares, default_chunk
-from fewstep.trust import came_with, check_folder, code_in, is_code, trusting
 
 # The key that a section's short form gives: `teacher: checkerboard` is `teacher: {source: checkerboard}`.
 _SHORT = {"teacher": "source", "student": "network", "data": "name", "objective": "name"}
@@ -37,7 +37,7 @@ def load_recipe(
             forms: ``steps``, ``teacher``, ``student``, ``data``, ``objective``. Another objective, or network of the
             student, starts from its own defaults: the options in the file are those of the one that it replaces.
         trust: whether code may run that the recipe of a folder names, where this user's fewstep did not write that
-            folder: see ``fewstep.trust``.
+            folder: see ``fewstep.common.trust``.
         look: read it without code: options of a method of one's own stay as the file has them.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fewstep.agreement import Agreement, scheduler_of
-from fewstep.console import markdown
+from fewstep.common.console import markdown
 from fewstep.fields import NetworkField
 from fewstep.networks.unet import OfDiffusers
 from fewstep.paths import Linear, Preconditioned, Tabulated

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
+from fewstep.common.manifests import AGAIN, Diffusion
+from fewstep.common.model_files import class_names_in, load_weights, read_json
+from fewstep.common.parsing import checked
 from fewstep.diffusers_folder import find_scheduler
 from fewstep.distilled import distilled_as
 from fewstep.fields import DiffusionField
 from fewstep.latents import VAE_FOLDERS, Latents
-from fewstep.manifests import AGAIN, Diffusion
-from fewstep.model_files import class_names_in, load_weights, read_json
 from fewstep.networks import FAMILIES
 from fewstep.networks.unet import keep_facts, public_config
-from fewstep.parsing import checked
 from fewstep.paths import Tabulated
 from fewstep.prompts import Prompts, knows_prompts
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from fewstep.agreement import compare_samplers, scheduler_of, steps_for
+from fewstep.common.disk import replace_file
+from fewstep.common.distributed import World, choose_device
+from fewstep.common.randomness import sample_generators
 from fewstep.conversion import Conversion, describe
 from fewstep.converted import FLOWS
-from fewstep.disk import replace_file
 from fewstep.drawing import image_channels
 from fewstep.evaluation.plots import image_grid
 from fewstep.fields import NetworkField, VelocityField
@@ -20,9 +22,7 @@ from fewstep.lora import has_lora, merge_lora
 from fewstep.maps import FlowMap
 from fewstep.networks import FAMILIES
 from fewstep.paths import Linear
-from fewstep.randomness import sample_generators
 from fewstep.sampling import sample_noise
-from fewstep.training.distributed import World, choose_device
 from fewstep.writing import aside, check_target
 
 _SHOWN = 8  # pictures a row

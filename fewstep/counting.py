@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from fewstep.common.randomness import generator
 from fewstep.cost import Allocations, dropping_gradients
 from fewstep.data.batch import Batch
 from fewstep.objectives import Objective
-from fewstep.randomness import generator
 from fewstep.training.shares import default_chunk
 from fewstep.training.step import Step
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fewstep.common.errors import unknown
+from fewstep.common.randomness import normal
 from fewstep.data.batch import Around, Batch, Data
 from fewstep.data.pairs import Pairs
-from fewstep.errors import unknown
-from fewstep.randomness import normal
 
 
 def couple(noise: Tensor, data: Tensor) -> Tensor:

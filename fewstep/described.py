@@ -3,7 +3,8 @@
 The runs that ``fewstep.fit`` leaves from Python are opened by it, and exports of networks that diffusers does not have.
 A network of one's own is named by its class or function, ``FILE.py:NAME`` or ``MODULE:NAME``, and the options that this
 takes: those it was made with where a recipe named it, else its ``config``, a mapping, where it has one. Naming it is
-naming code: whoever reads a description that came with a folder asks ``fewstep.trust`` first (:func:`code_named`).
+naming code: whoever reads a description that came with a folder asks ``fewstep.common.trust`` first
+(:func:`code_named`).
 """
 
 import dataclasses
@@ -16,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import refused, shown, unknown
+from fewstep.common.errors import refused, shown, unknown
+from fewstep.common.manifests import AGAIN, Described
+from fewstep.common.model_files import check_numbers
+from fewstep.common.options import arguments, find_object
+from fewstep.common.parsing import checked
+from fewstep.common.trust import is_code
 from fewstep.fields import DiffusionField, NetworkField
-from fewstep.manifests import AGAIN, Described
 from fewstep.maps import FlowMap
-from fewstep.model_files import check_numbers
 from fewstep.networks import FAMILIES, MLP, STUDENTS, with_second_time
 from fewstep.networks.unet import OfDiffusers, public_config
-from fewstep.options import arguments, find_object
-from fewstep.parsing import checked
 from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving
 from fewstep.paths import Path as Trajectory
-from fewstep.trust import is_code
 
 _MAKER, _WHERE = "_made_by", "the description of a model"
 _SAID_OF_OWN = ("name", "options", "told_guidance")

@@ -9,11 +9,8 @@ from typing import Any
 
 import torch
 
-from fewstep.distilled import distilled_as
-from fewstep.errors import refused, shortened, shown
-from fewstep.fields import DiffusionField
-from fewstep.latents import VAE_FOLDERS, Latents
-from fewstep.model_files import (
+from fewstep.common.errors import refused, shortened, shown
+from fewstep.common.model_files import (
     ENCODER_WEIGHTS,
     WEIGHTS,
     check_numbers,
@@ -25,6 +22,9 @@ from fewstep.model_files import (
     variant_in,
     weight_files,
 )
+from fewstep.distilled import distilled_as
+from fewstep.fields import DiffusionField
+from fewstep.latents import VAE_FOLDERS, Latents
 from fewstep.networks import FAMILIES, Flux
 from fewstep.networks.unet import keep_facts
 from fewstep.pipelines.arguments import side_step

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fewstep.model_files import read_json
+from fewstep.common.model_files import read_json
 
 # By the class of the scheduler that the model comes with.
 _SCHEDULERS = {

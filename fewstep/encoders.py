@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fewstep.cache import cache_folder
+from fewstep.common.cache import cache_folder
+from fewstep.common.disk import replace_file
+from fewstep.common.model_files import ENCODER_WEIGHTS, class_of, read_json, weight_paths
+from fewstep.common.reading import no_file
 from fewstep.data.encoded import read_shard
-from fewstep.disk import replace_file
 from fewstep.drawing import Model
 from fewstep.latents import Latents
-from fewstep.model_files import ENCODER_WEIGHTS, class_of, read_json, weight_paths
 from fewstep.prompts import Prompts, text_parts
-from fewstep.reading import no_file
 
 _TEXT_FILES = ("*.json", "*.txt", "*.model")
 # Keys of a config.json that say where it is from and by what it was written, not what the model is.

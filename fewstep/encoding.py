@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.cache import cache_folder
+from fewstep.common.cache import cache_folder
+from fewstep.common.disk import replace_file
+from fewstep.common.distributed import choose_device, environment
+from fewstep.common.errors import unknown
 from fewstep.data.captions import Captioned, Rows
 from fewstep.data.decode import check_side, decode, unreadable
 from fewstep.data.encoded import FACTS, FORMAT, INDEX, TEXTS, Encoded, read_facts
 from fewstep.data.pairs import Pairs
 from fewstep.data.sources import listed
-from fewstep.disk import replace_file
 from fewstep.drawing import Model, classes_of, shape_of
 from fewstep.encoders import encoders_of, text_identity, vae_identity
-from fewstep.errors import unknown
 from fewstep.texts import (
     DTYPES,
     cast,
@@ -40,7 +41,6 @@ from fewstep.texts import (
     turns_of,
     write_texts,
 )
-from fewstep.training.distributed import choose_device, environment
 
 Progress = Callable[[int, int], None]
 _KIND = "encoded data"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.special import erfcx
 
+from fewstep.common.randomness import generator, normal, uniform
 from fewstep.fields import VelocityField
 from fewstep.paths import Linear, Path, Tabulated, as_times
-from fewstep.randomness import generator, normal, uniform
 from fewstep.solvers import integrate
 
 

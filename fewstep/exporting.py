@@ -9,7 +9,8 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-import fewstep
+from fewstep.common.model_files import read_json
+from fewstep.common.version import __version__
 from fewstep.described import NETWORKS, code_named, describe
 from fewstep.drawing import image_channels
 from fewstep.fields import DiffusionField, NetworkField, VelocityField
@@ -17,7 +18,6 @@ from fewstep.loading import load
 from fewstep.lora import has_lora, merge_lora, save_adapter
 from fewstep.maps import FlowMap
 from fewstep.model_card import card
-from fewstep.model_files import read_json
 from fewstep.networks import FAMILIES, UNet
 from fewstep.networks.students import TwoTimeNetwork
 from fewstep.networks.unet import OfDiffusers
@@ -284,7 +284,7 @@ def _write_plain(model: FlowMap | NetworkField, folder: Path) -> None:
 
     state = {name: value.detach().cpu().contiguous() for name, value in model.network.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", {"_fewstep_version": fewstep.__version__, **_carried(describe(model), folder)})
+    write_json(folder / "config.json", {"_fewstep_version": __version__, **_carried(describe(model), folder)})
     if code_named(read_json(folder / "config.json")):
         try:
             again = load(folder, trust=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import unknown
+from fewstep.common.errors import unknown
 from fewstep.networks import FAMILIES
 from fewstep.paths import KINDS, Linear, Path, Scaling, as_times, expand, scaling
 from fewstep.schedules import kind_of, schedule_of

@@ -4,8 +4,9 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import fewstep
 from fewstep.agreement import scheduler_of
+from fewstep.common.model_files import class_of, read_json
+from fewstep.common.version import __version__
 from fewstep.conversion import Conversion
 from fewstep.converted import FLOWS, ORIGINAL
 from fewstep.drawing import image_channels
@@ -13,7 +14,6 @@ from fewstep.exporting import diffusion_of, no_pipeline
 from fewstep.fields import NetworkField
 from fewstep.latents import VAE_FOLDERS, Latents
 from fewstep.model_card import fewstep_code
-from fewstep.model_files import class_of, read_json
 from fewstep.networks import UNet
 from fewstep.pipelines.source import whole
 from fewstep.writing import (
@@ -216,5 +216,5 @@ def _card(conversion: Conversion, field: Any) -> str:
         model=conversion.model,
         code=_code(conversion, field),
         report=conversion.text(),
-        version=fewstep.__version__,
+        version=__version__,
     )

@@ -6,10 +6,10 @@ from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 
+from fewstep.common.model_files import read_json
+from fewstep.common.received import unlike_its_name
 from fewstep.lora import DIFFUSERS_FILE, PEFT_CONFIG
-from fewstep.model_files import read_json
 from fewstep.origin import is_run
-from fewstep.received import unlike_its_name
 
 # Names that files with secrets have, and their folders. "token" alone would catch tokenizers.
 _SECRETS = (

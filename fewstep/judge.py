@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fewstep.console import progress_bar
+from fewstep.common.console import progress_bar
+from fewstep.common.disk import replace_file
+from fewstep.common.options import parse_value
 from fewstep.data.batch import Data, has_classes
-from fewstep.disk import replace_file
 from fewstep.drawing import Model, draw
 from fewstep.evaluation.evaluate import Evaluation, alike, compare, evaluate
 from fewstep.evaluation.extractor import trained_classifier
@@ -20,7 +21,6 @@ from fewstep.evaluation.plots import image_grid, loss_figure, png, points_figure
 from fewstep.evaluation.report import write_report
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
-from fewstep.options import parse_value
 from fewstep.parts import data_of, follows_teacher, strength_of
 from fewstep.recipe import Named, Recipe
 from fewstep.training.trackers import read_metrics

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.errors import shown, unknown
-from fewstep.model_files import check_weights, load_weights, read_json
+from fewstep.common.errors import shown, unknown
+from fewstep.common.model_files import check_weights, load_weights, read_json
 from fewstep.networks import FAMILIES
 
 KNOWN_VAES = ("AutoencoderKL", "AutoencoderKLWan", "AutoencoderTiny", "VQModel")

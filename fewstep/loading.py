@@ -7,23 +7,23 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from fewstep.common.disk import put_right
+from fewstep.common.errors import unknown
+from fewstep.common.manifests import AGAIN, Diffusion, read_map_index, read_timesteps
+from fewstep.common.model_files import check_file, check_weights, class_names_in, class_of, put_in, read_json
+from fewstep.common.trust import check_folder, trusting
 from fewstep.converted import is_converted, load_converted
 from fewstep.described import check_description, code_named, made_again
 from fewstep.diffusers_folder import field_of_pipeline, hub_files, lack_weights, load_field, look_into
-from fewstep.disk import put_right
-from fewstep.errors import unknown
 from fewstep.fields import NetworkField, VelocityField
 from fewstep.latents import Latents
-from fewstep.manifests import AGAIN, Diffusion, read_map_index, read_timesteps
 from fewstep.maps import FlowMap
-from fewstep.model_files import check_file, check_weights, class_names_in, class_of, put_in, read_json
 from fewstep.networks import FAMILIES
 from fewstep.networks.students import STUDENTS
 from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
 from fewstep.paths import Path as Trajectory
 from fewstep.prompts import Prompts
 from fewstep.schedules import PREDICTION_TYPES
-from fewstep.trust import check_folder, trusting
 from fewstep.writing import check_text, moments_in
 
 _PLAIN_WEIGHTS = "model.safetensors"
@@ -47,7 +47,7 @@ def load(
             * a pipeline of diffusers in memory, whose model and VAE are used as they are.
         device: where it goes.
         trust: whether code may run that the recipe of a run names, where this user's fewstep did not write that run:
-            see ``fewstep.trust``; and the code that an export of a network of one's own carries.
+            see ``fewstep.common.trust``; and the code that an export of a network of one's own carries.
         variant: which weights of a diffusers model are read, such as fp16; by default the plain ones, or the only ones
             that there are.
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewstep.errors import briefly, refused
+from fewstep.common.errors import briefly, refused
+from fewstep.common.model_files import check_file, read_json
+from fewstep.common.write_errors import cannot_write
 from fewstep.fields import NetworkField
 from fewstep.lora_keys import read_adapter
 from fewstep.maps import FlowMap
-from fewstep.model_files import check_file, read_json
 from fewstep.networks import SecondTime, TwoTimeNetwork, new_parts
-from fewstep.write_errors import cannot_write
 
 if TYPE_CHECKING:
     from peft import LoraConfig

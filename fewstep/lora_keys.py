@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fewstep.errors import shown
-from fewstep.reading import parse_json
+from fewstep.common.errors import shown
+from fewstep.common.reading import parse_json
 
 # From the names of older versions to those of peft, in this order.
 _RENAMED = (

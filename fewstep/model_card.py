@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-import fewstep
+from fewstep.common.version import __version__
 from fewstep.drawing import classes_of, image_channels, shape_of
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP
@@ -118,7 +118,7 @@ def card(model: Any, name: str, origin: Origin = Origin(), no_pipeline: str = ""
         method=_method(origin),
         quality=_quality(origin),
         citation=f"\n## Citation\n\n```bibtex\n{origin.citation.strip()}\n```\n" if origin.citation else "",
-        version=fewstep.__version__,
+        version=__version__,
     )
 
 

@@ -5,13 +5,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from fewstep.common.options import as_yaml, read_yaml
+from fewstep.common.parsing import parse_yaml
+from fewstep.common.received import clean_png, own_file, without_places
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.fields import NetworkField
 from fewstep.maps import FlowMap
 from fewstep.model_card import Origin
-from fewstep.options import as_yaml, read_yaml
-from fewstep.parsing import parse_yaml
-from fewstep.received import clean_png, own_file, without_places
 from fewstep.recipe import Recipe
 
 # Where an export of a run keeps what it has of the run. Not beside the model: a folder with a recipe.yaml is a run.
@@ -84,7 +84,7 @@ def citation(what: str) -> str | None:
 
 
 def _table_of(run: Path) -> str | None:
-    from fewstep.console import markdown
+    from fewstep.common.console import markdown
 
     file = run / "quality.json"
     if not file.is_file():

@@ -10,8 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.console import progress_bar
+from fewstep.common.distributed import environment
+from fewstep.common.errors import refused, unknown
+from fewstep.common.model_files import check_numbers
+from fewstep.common.options import arguments, find_object
+from fewstep.common.randomness import generator
+from fewstep.common.trust import is_code
 from fewstep.config import find_objective
-from fewstep.console import progress_bar
 from fewstep.couplings import Coupled
 from fewstep.data import FACTS, Encoded, Pairs, load_data
 from fewstep.data.batch import Data
@@ -23,26 +29,20 @@ from fewstep.described import maker_of, set_maker
 from fewstep.drawing import Model, classes_of, needed_conditions, shape_of, takes
 from fewstep.encoders import kept_null
 from fewstep.encoding import check_model, encoded_once
-from fewstep.errors import refused, unknown
 from fewstep.exact import CheckerboardField, eight_gaussians, spiral
 from fewstep.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.maps import FlowMap
-from fewstep.model_files import check_numbers
 from fewstep.networks import MLP, UNet, gains_second_time
 from fewstep.networks.families import ConditionalUNet
 from fewstep.networks.unet import set_size, with_image
 from fewstep.objectives import OBJECTIVES
 from fewstep.objectives.base import Objective, check_velocity
-from fewstep.options import arguments, find_object
 from fewstep.paths import Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.paths import Path as Trajectory
 from fewstep.prompts import TEXT_CONDITIONS
-from fewstep.randomness import generator
 from fewstep.recipe import PATHS, Named, Recipe, Student, Teacher
 from fewstep.teacher_samples import PromptedSamples, TeacherSamples
-from fewstep.training.distributed import environment
 from fewstep.training.leaving import UNNAMED
-from fewstep.trust import is_code
 
 EXACT: dict[str, Callable[[], VelocityField]] = {
     "checkerboard": CheckerboardField,

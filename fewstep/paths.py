@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fewstep.errors import unknown
+from fewstep.common.errors import unknown
 from fewstep.networks.held import HOLD
 
 KINDS = ("velocity", "data", "noise", "v", "score", "flow", "edm")

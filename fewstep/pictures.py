@@ -12,9 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from fewstep.asked import Asked
-from fewstep.disk import create_file, replace_file, sweep
+from fewstep.common.disk import create_file, replace_file, sweep
+from fewstep.common.model_files import read_json
 from fewstep.evaluation.plots import image_grid, png, points_figure
-from fewstep.model_files import read_json
 from fewstep.training.folder import differences
 
 # In a folder of pictures: what they were all drawn with, and what each of them is.

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.gpus import GPUS
 from fewstep.config import load_recipe
 from fewstep.counting import META, Counted, count_call, count_step
 from fewstep.data.batch import Batch
 from fewstep.fields import VelocityField
-from fewstep.gpus import GPUS
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Objective
 from fewstep.parts import make_objective, make_student, trains_map

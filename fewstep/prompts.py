@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.errors import refused, shown, unknown
-from fewstep.model_files import ENCODER_WEIGHTS, class_of, read_json, variant_in
+from fewstep.common.errors import refused, shown, unknown
+from fewstep.common.model_files import ENCODER_WEIGHTS, class_of, read_json, variant_in
 from fewstep.pipelines.stock_prompts import RETURNED, encode
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fewstep.options import as_yaml
+from fewstep.common.options import as_yaml
 
 Count = Annotated[int, Field(gt=0)]
 Above = Annotated[float, Field(gt=0)]

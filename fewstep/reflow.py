@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from fewstep.common.disk import replace_file
+from fewstep.common.distributed import choose_device, environment
+from fewstep.common.errors import unknown
+from fewstep.common.randomness import sample_generators
 from fewstep.data.encoded import MOST_SHARDS, Texts
 from fewstep.data.pairs import FACTS, FORMAT, read_facts, read_shard, shard_files, shard_rows
-from fewstep.disk import replace_file
 from fewstep.drawing import Model, check_finite, classes_of, shape_of
 from fewstep.encoders import text_identity
-from fewstep.errors import unknown
 from fewstep.identity import identity
 from fewstep.maps import FlowMap
-from fewstep.randomness import sample_generators
 from fewstep.sampling import sample, sample_noise
 from fewstep.solvers import SOLVERS
 from fewstep.texts import claim, turns_of, write_texts
-from fewstep.training.distributed import choose_device, environment
 
 
 def make_pairs(

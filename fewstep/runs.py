@@ -11,21 +11,25 @@ from typing import Any, cast
 import torch
 from pydantic import ValidationError
 
+from fewstep.common import distributed
+from fewstep.common.disk import sweep
+from fewstep.common.distributed import World
+from fewstep.common.errors import TrainingError, is_out_of_memory, shortened
+from fewstep.common.locks import BusyError, owned
+from fewstep.common.options import in_one_line, read_yaml
+from fewstep.common.randomness import generator
+from fewstep.common.trust import check_folder, code_in, remember, trusting
 from fewstep.config import find_objective, load_recipe
 from fewstep.couplings import uncoupled
 from fewstep.data.batch import Data, has_classes
 from fewstep.data.conditions import Dropped
 from fewstep.described import say_shape
-from fewstep.disk import sweep
 from fewstep.drawing import Model, classes_of, shape_of
-from fewstep.errors import TrainingError, is_out_of_memory, shortened
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.judge import judge, prepare
-from fewstep.locks import BusyError, owned
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Objective
-from fewstep.options import in_one_line, read_yaml
 from fewstep.origin import is_run
 from fewstep.parts import (
     check_teacher,
@@ -44,14 +48,11 @@ from fewstep.parts import (
     strength_of,
     trains_map,
 )
-from fewstep.randomness import generator
 from fewstep.recipe import Recipe
-from fewstep.training import checkpoints, distributed, folder
-from fewstep.training.distributed import World
+from fewstep.training import checkpoints, folder
 from fewstep.training.fit import fit
 from fewstep.training.leaving import check_from_recipe, is_from_python, student_of
 from fewstep.training.run import Result, frozen, put_back
-from fewstep.trust import check_folder, code_in, remember, trusting
 from fewstep.watch import Watch
 
 
@@ -222,7 +223,7 @@ def open_run(path: str | Path, *, trust: bool = False) -> Trained:
 
     Args:
         trust: whether code may run that its recipe names, or that of a run which it leads to, where this user's fewstep
-            did not write them: see ``fewstep.trust``.
+            did not write them: see ``fewstep.common.trust``.
 
     Raises:
         FileNotFoundError: no run there, no checkpoint yet, or its teacher is gone.

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.errors import unknown
+from fewstep.common.randomness import generator
 from fewstep.drawing import classes_of, image_channels, shape_of
-from fewstep.errors import unknown
 from fewstep.loading import load
 from fewstep.lora import has_lora, merge_lora
 from fewstep.maps import FlowMap
 from fewstep.paths import Path as Trajectory
 from fewstep.paths import Tabulated, VariancePreserving
 from fewstep.program_card import program_card, program_config
-from fewstep.randomness import generator
 from fewstep.writing import aside, check_target, write_json
 
 FORMATS = {"torch": "map.pt2", "onnx": "map.onnx"}

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import unknown
+from fewstep.common.errors import unknown
+from fewstep.common.randomness import Generators, normal
 from fewstep.fields import Guided, VelocityField, unguided
 from fewstep.maps import FlowMap
 from fewstep.paths import Path
-from fewstep.randomness import Generators, normal
 from fewstep.solvers import SOLVERS, integrate
 from fewstep.times import GRIDS, step_grid
 
@@ -142,7 +142,7 @@ def _beyond(path: Path, t: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor
 
 
 def sample_noise(shape: tuple[int, ...], generators: Generators, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The noise that samples start from, shape (B, ...); see ``fewstep.randomness.sample_generators``."""
+    """The noise that samples start from, shape (B, ...); see ``fewstep.common.randomness.sample_generators``."""
     return normal(torch.empty(shape, dtype=dtype), generators)
 
 

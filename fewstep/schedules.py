@@ -7,7 +7,7 @@ sampling, not what the network means at a time.
 import inspect
 from typing import Any
 
-from fewstep.errors import unknown
+from fewstep.common.errors import unknown
 from fewstep.paths import Forward, Path, Preconditioned, Reversed, Tabulated
 
 # How diffusers' schedulers name what a network predicts: on a diffusion schedule, and under the scaling of EDM.

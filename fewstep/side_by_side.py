@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.console import markdown
+from fewstep.common.console import markdown
+from fewstep.common.disk import replace_file
 from fewstep.cost import Counts
-from fewstep.disk import replace_file
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.measure import METRICS
 from fewstep.evaluation.plots import png, quality_figure

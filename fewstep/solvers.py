@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.errors import unknown
+from fewstep.common.errors import unknown
 from fewstep.paths import expand
 
 Velocity = Callable[[Tensor, Tensor], Tensor]

@@ -4,10 +4,10 @@ the other parts as they were."""
 from pathlib import Path
 from typing import Any
 
+from fewstep.common.model_files import class_of
 from fewstep.drawing import image_channels
 from fewstep.fields import DiffusionField, NetworkField
 from fewstep.latents import VAE_FOLDERS
-from fewstep.model_files import class_of
 from fewstep.networks import SD3, Flux, Wan
 from fewstep.paths import Reversed
 from fewstep.writing import (

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fewstep.asked import read_lines
-from fewstep.console import progress_bar
+from fewstep.common.console import progress_bar
+from fewstep.common.distributed import environment
+from fewstep.common.randomness import generator
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch
 from fewstep.data.numpy_files import open_archive, read_member
@@ -19,9 +21,7 @@ from fewstep.data.pairs import FACTS, Pairs, read_facts
 from fewstep.drawing import classes_of, draw, shape_of
 from fewstep.fields import VelocityField
 from fewstep.pictures import write
-from fewstep.randomness import generator
 from fewstep.reflow import facts_of, make_pairs
-from fewstep.training.distributed import environment
 from fewstep.training.folder import differences
 
 _FEW, _SHARD = 8, 1000

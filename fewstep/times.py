@@ -6,8 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fewstep.errors import shown, unknown
-from fewstep.randomness import Generators, uniform
+from fewstep.common.errors import shown, unknown
+from fewstep.common.randomness import Generators, uniform
 
 # How times are distributed, and the numbers of each where none are said.
 _NUMBERS: dict[str, tuple[float, ...]] = {

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.common.randomness import generator, sample_generators
 from fewstep.data.batch import Data, has_classes
 from fewstep.evaluation.diagnostics import teacher_states
 from fewstep.evaluation.plots import image_grid, png, points_figure
@@ -14,7 +15,6 @@ from fewstep.evaluation.points import error_quantiles, rmse
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.parts import strength_of
-from fewstep.randomness import generator, sample_generators
 from fewstep.recipe import Recipe
 from fewstep.sampling import sample, sample_noise
 from fewstep.training.run import Run

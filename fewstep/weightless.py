@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.common.errors import shown
+from fewstep.common.model_files import read_json
+from fewstep.common.randomness import generator
+from fewstep.common.trust import is_code
 from fewstep.counting import META
 from fewstep.data import encoded, load_data, pairs
 from fewstep.data.decode import check_side
 from fewstep.diffusers_folder import look_into
 from fewstep.drawing import classes_of, image_channels, shape_of
-from fewstep.errors import shown
 from fewstep.fields import DiffusionField, Guided, VelocityField, unguided
 from fewstep.latents import Latents
 from fewstep.loading import find_configurations
-from fewstep.model_files import read_json
 from fewstep.networks.unet import OfDiffusers
 from fewstep.parts import EXACT, check_teacher, check_told, make_data, make_teacher, path_of, settled
 from fewstep.prompts import SIZES, TEXT_CONDITIONS
-from fewstep.randomness import generator
 from fewstep.recipe import Recipe, Teacher
-from fewstep.trust import is_code
 
 # Tokens that the pipelines with a T5 cut a prompt to (the default of ``encode_prompt``).
 LONGEST = {

@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fewstep
-from fewstep.disk import put_right, replace_folder
-from fewstep.latents import Latents
-from fewstep.manifests import read_mark
-from fewstep.model_files import (
+from fewstep.common.disk import put_right, replace_folder
+from fewstep.common.manifests import read_mark
+from fewstep.common.model_files import (
     ENCODER_WEIGHTS,
     WEIGHT_FILES,
     WEIGHTS,
@@ -22,10 +20,12 @@ from fewstep.model_files import (
     weight_files,
     weight_paths,
 )
-from fewstep.options import read_yaml
+from fewstep.common.options import read_yaml
+from fewstep.common.reading import parse_json, read_text
+from fewstep.common.received import copy_file, is_place
+from fewstep.common.version import __version__
+from fewstep.latents import Latents
 from fewstep.prompts import Prompts, encoder_class, text_parts
-from fewstep.reading import parse_json, read_text
-from fewstep.received import copy_file, is_place
 
 # In every folder that fewstep writes: it alone says that the folder may be replaced.
 MARK = "fewstep.json"
@@ -100,7 +100,7 @@ def aside(folder: Path, moments: tuple[float, float] | None = None) -> Iterator[
         moments: of the model that is written (``VelocityField.moments``); they are kept beside the mark.
     """
     with replace_folder(folder) as part:
-        write_json(part / MARK, {"_fewstep_version": fewstep.__version__, "moments": moments})
+        write_json(part / MARK, {"_fewstep_version": __version__, "moments": moments})
         yield part
 
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fewstep.common.manifests import Diffusion
 from fewstep.exporting import diffusion_of
 from fewstep.fields import NetworkField
 from fewstep.loading import _spoken
-from fewstep.manifests import Diffusion
 from fewstep.networks.flow_model import flow_scaling
 from fewstep.networks.held import held_ratios
 from fewstep.paths import Linear, Path, Preconditioned, Reversed, Tabulated, scaling

@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from torch import nn
 from training_toys import Gaussian, Matching, Student
 
-from fewstep.errors import TrainingError
+from fewstep.common.errors import TrainingError
+from fewstep.common.write_errors import WriteError
 from fewstep.training import checkpoints
 from fewstep.training.fit import fit
-from fewstep.write_errors import WriteError
 
 
 def train(out, **options):

@@ -17,8 +17,8 @@ from PIL import Image
 import fewstep
 from fewstep import judge, runs, watch
 from fewstep.cli import main
+from fewstep.common.errors import TrainingError
 from fewstep.config import load_recipe
-from fewstep.errors import TrainingError
 from fewstep.evaluation.evaluate import Evaluation, compare
 from fewstep.judge import next_commands
 

@@ -28,6 +28,7 @@ from unet_toys import conditions, tiny_field, tiny_student, tiny_unet
 import fewstep
 from fewstep.agreement import SAME, compare_samplers, sampler_of, steps_for
 from fewstep.cli import main
+from fewstep.common.randomness import sample_generators
 from fewstep.converting import convert
 from fewstep.evaluation.plots import image_grid
 from fewstep.exact import CheckerboardField
@@ -41,7 +42,6 @@ from fewstep.networks.calls import pack
 from fewstep.networks.unet import public_config, with_image
 from fewstep.paths import Linear, Preconditioned, Reversed, Tabulated, Trigonometric, scaling
 from fewstep.paths import Path as Trajectory
-from fewstep.randomness import sample_generators
 from fewstep.sampling import sample, sample_noise
 from fewstep.solvers import integrate
 

@@ -68,7 +68,7 @@ def test_the_mark_of_a_run_and_who_is_at_work_in_it(run: Path, capsys: pytest.Ca
         (run / "run.json").write_text(text)
         assert main(["distill", "run"]) == 0
     capsys.readouterr()
-    from fewstep.locks import owned
+    from fewstep.common.locks import owned
 
     for text in (DEEP, "3", '{"since": 1e300}', '{"since": 0, "command": 3}'):
         with owned(run, "trained"):
@@ -81,7 +81,7 @@ def _own_elsewhere(run: Path) -> None:
     """As another process would: what this one has it may enter again."""
     from contextvars import Context
 
-    from fewstep.locks import owned
+    from fewstep.common.locks import owned
 
     def enter() -> None:
         with owned(run, "trained"):

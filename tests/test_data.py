@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep import randomness
+from fewstep.common import randomness
 from fewstep.data import ArrayData, Data, epoch_indices, load_data, order
 
 

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from caption_toys import picture
 
-from fewstep import reading
 from fewstep.asked import read_lines
+from fewstep.common import reading
+from fewstep.common.options import read_yaml
 from fewstep.data import encoded, load_data, pairs
 from fewstep.data.decode import decode
 from fewstep.data.sources import listed
 from fewstep.exact import CheckerboardField
-from fewstep.options import read_yaml
 from fewstep.teacher_samples import TeacherSamples
 
 

@@ -8,12 +8,12 @@ from conftest import GaussianAverageVelocity
 from objective_toys import Perturbed, batch_of, loss_of
 from torch import Tensor, nn
 
+from fewstep.common.randomness import generator
 from fewstep.exact import GaussianField
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import AYF, LSD, SCM
 from fewstep.objectives.derivative import derivative, time_derivative
-from fewstep.randomness import generator
 
 
 def swirl(x: Tensor, t: Tensor) -> Tensor:

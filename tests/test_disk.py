@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from fewstep import disk
-from fewstep.disk import create_file, exchange, put_right, replace_file, replace_folder, sweep
-from fewstep.write_errors import WriteError, cannot_write, write_error
+from fewstep.common import disk
+from fewstep.common.disk import create_file, exchange, put_right, replace_file, replace_folder, sweep
+from fewstep.common.write_errors import WriteError, cannot_write, write_error
 
 
 def killed(code: str, *words: object) -> None:
@@ -39,7 +39,7 @@ def old_and_new(tmp_path: Path) -> Path:
 START = """
 import os, sys, time
 from pathlib import Path
-from fewstep import disk
+from fewstep.common import disk
 def wait(*_):
     print("there", flush=True)
     time.sleep(60)

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from training_toys import Matching, Rows, Student
 
-from fewstep.training import distributed
-from fewstep.training.distributed import World, choose_device, environment
+from fewstep.common import distributed
+from fewstep.common.distributed import World, choose_device, environment
 from fewstep.training.fit import fit
 
 # Three trainings one after another in the same processes.
@@ -141,7 +141,7 @@ ENDLESS = """
 import sys
 import torch
 from training_toys import Matching, Rows, Student
-from fewstep.errors import TrainingError
+from fewstep.common.errors import TrainingError
 from fewstep.training.fit import fit
 
 def tick(run):

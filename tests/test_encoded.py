@@ -17,6 +17,8 @@ from caption_toys import CAPTIONS, captioned_folder, picture, pipeline_folder
 import fewstep
 from fewstep import encoders, encoding
 from fewstep.cli import main
+from fewstep.common.distributed import World
+from fewstep.common.randomness import generator
 from fewstep.data import Data, Encoded, load_data
 from fewstep.data.decode import decode
 from fewstep.data.encoded import Texts
@@ -24,9 +26,7 @@ from fewstep.encoding import encode, encoded_once
 from fewstep.fields import VelocityField
 from fewstep.latents import Latents
 from fewstep.prompts import Prompts
-from fewstep.randomness import generator
 from fewstep.texts import turns_of, write_texts
-from fewstep.training.distributed import World
 
 COUNT = len(CAPTIONS)
 

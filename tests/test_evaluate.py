@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.randomness import sample_generators
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch
 from fewstep.evaluation.evaluate import Evaluation, compare, evaluate
@@ -18,7 +19,6 @@ from fewstep.exact import GaussianField, eight_gaussians
 from fewstep.fields import Guided, NetworkField
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP
-from fewstep.randomness import sample_generators
 from fewstep.sampling import sample, sample_noise
 
 
@@ -165,8 +165,8 @@ def test_images_are_measured_by_features():
 
 
 def _rows_of(seed: int) -> torch.Generator:
+    from fewstep.common.randomness import generator
     from fewstep.evaluation import evaluate as module
-    from fewstep.randomness import generator
 
     return generator(seed, module._ROWS)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fewstep.common.randomness import generator
 from fewstep.exact import (
     BoxesField,
     CheckerboardField,
@@ -16,7 +17,6 @@ from fewstep.exact import (
     eight_gaussians,
 )
 from fewstep.paths import Linear, Tabulated, Trigonometric, VariancePreserving
-from fewstep.randomness import generator
 from fewstep.sampling import count_calls
 from fewstep.solvers import integrate
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from unet_toys import conditions, tiny_field, tiny_student, tiny_unet
 
 from fewstep.cli import main
+from fewstep.common.randomness import sample_generators
 from fewstep.config import load_recipe
 from fewstep.exact import CheckerboardField
 from fewstep.exporting import export
@@ -41,7 +42,6 @@ from fewstep.pipelines import flow_map
 from fewstep.pipelines.exported import FlowMapPipeline
 from fewstep.pipelines.native_times import coefficients
 from fewstep.pipelines.source import whole
-from fewstep.randomness import sample_generators
 from fewstep.runs import run
 from fewstep.sampling import sample, sample_noise
 

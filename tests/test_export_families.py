@@ -17,6 +17,7 @@ from test_export import pipeline
 from torch import Tensor
 from unet_toys import tiny_field, tiny_unet
 
+from fewstep.common.randomness import sample_generators
 from fewstep.config import load_recipe
 from fewstep.exporting import export
 from fewstep.fields import DiffusionField, NetworkField
@@ -28,7 +29,6 @@ from fewstep.networks import FAMILIES, UNet, two_times
 from fewstep.paths import Linear, Reversed
 from fewstep.pipelines.exported import network_folder
 from fewstep.pipelines.source import whole
-from fewstep.randomness import sample_generators
 from fewstep.runs import run
 from fewstep.sampling import sample, sample_noise
 

@@ -17,12 +17,12 @@ from test_export import pipeline
 from test_export_families import speak
 
 from fewstep.cli import main
+from fewstep.common.randomness import sample_generators
 from fewstep.drawing import draw
 from fewstep.exporting import export
 from fewstep.loading import load
 from fewstep.maps import FlowMap
 from fewstep.pipelines.exported import FlowMapPipeline
-from fewstep.randomness import sample_generators
 
 NAMES = ["sd", "sdxl", "pixart", "sd3", "sd3 without", "flux"]
 PROMPTS = ["cat", "a dog", "cat"]

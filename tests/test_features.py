@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep import disk
+from fewstep.common import disk
+from fewstep.common.disk import replace_file
 from fewstep.data.arrays import ArrayData
 from fewstep.data.files import digits
-from fewstep.disk import replace_file
 from fewstep.evaluation import extractor, features
 from fewstep.evaluation.extractor import SmallClassifier, accuracy, extract, trained_classifier
 from fewstep.evaluation.features import FeatureStatistics, frechet_distance, kid, precision_recall

@@ -12,6 +12,7 @@ from unet_toys import tiny_unet
 
 from fewstep import DiffusionField, FlowMap, FlowMatching, Linear, NetworkField, fit, load
 from fewstep.cli import main
+from fewstep.common.randomness import generator
 from fewstep.config import load_recipe
 from fewstep.data import ArrayData, load_data
 from fewstep.data.batch import Batch
@@ -19,7 +20,6 @@ from fewstep.exact import GaussianField
 from fewstep.networks import UNet
 from fewstep.networks.unet import with_image
 from fewstep.paths import Reversed
-from fewstep.randomness import generator
 from fewstep.runs import build, load_run, run
 from fewstep.sampling import count_calls
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 from unet_toys import tiny_field, tiny_unet
 
+from fewstep.common.errors import TrainingError
 from fewstep.config import load_recipe
-from fewstep.errors import TrainingError
 from fewstep.exact import GaussianField
 from fewstep.exporting import export
 from fewstep.fields import Guided, NetworkField

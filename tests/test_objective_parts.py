@@ -12,6 +12,7 @@ from test_times import GAP, N, gap
 from torch import Tensor, nn
 
 from fewstep import exact
+from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch
 from fewstep.exact import GaussianField
 from fewstep.fields import Guided, VelocityField
@@ -33,7 +34,6 @@ from fewstep.objectives import (
 )
 from fewstep.objectives.two_time import Now, Rows, normalized
 from fewstep.paths import Linear, Trigonometric
-from fewstep.randomness import generator
 from fewstep.times import draw_pairs
 
 # Times

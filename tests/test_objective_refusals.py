@@ -7,6 +7,7 @@ from conftest import GaussianAverageVelocity
 from objective_toys import DISTILLS, Perturbed, batch_of
 from test_objective_rows import teacher_of
 
+from fewstep.common.randomness import generator
 from fewstep.exact import GaussianField
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP
@@ -30,7 +31,6 @@ from fewstep.objectives import (
     Shortcut,
 )
 from fewstep.paths import Trigonometric
-from fewstep.randomness import generator
 
 
 @pytest.mark.parametrize(

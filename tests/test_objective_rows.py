@@ -19,6 +19,7 @@ from objective_toys import (
 from torch import Tensor, nn
 
 import fewstep
+from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch
 from fewstep.exact import GaussianField
 from fewstep.fields import NetworkField
@@ -35,7 +36,6 @@ from fewstep.objectives import (
     Denoising,
 )  # fmt: skip
 from fewstep.objectives.base import split_rows
-from fewstep.randomness import generator
 from fewstep.sampling import count_calls
 
 

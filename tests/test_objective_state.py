@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fewstep import exact
+from fewstep.common.randomness import generator
 from fewstep.data import toy
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import PFMM, PSD, Objective, two_time
 from fewstep.objectives.two_time import Now
-from fewstep.randomness import generator
 from fewstep.training.fit import fit
 from fewstep.training.run import Run
 

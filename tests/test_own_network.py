@@ -10,7 +10,7 @@ import torch
 
 import fewstep
 from fewstep.cli import main
-from fewstep.options import find_object
+from fewstep.common.options import find_object
 
 CODE = """
 from dataclasses import dataclass
@@ -163,7 +163,7 @@ def test_a_run_that_is_not_known_goes_on_where_a_flag_names_its_code(
     words = ["distill", "checkerboard-itvm", "--student.network", "mine.py:Net", "--student.options", "{}", *few]
     assert main([*words, "--steps", "2"]) == 0
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "another"))
-    monkeypatch.setattr("fewstep.trust._written", {})
+    monkeypatch.setattr("fewstep.common.trust._written", {})
     assert main(["distill", "runs/own", "--steps", "4"]) == 2
     assert main([*words, "--steps", "4"]) == 0
     assert main(["distill", "runs/own", "--steps", "6"]) == 0  # now it is known

@@ -19,15 +19,15 @@ from unet_toys import tiny_student, tiny_unet
 
 from fewstep import commands
 from fewstep.cli import main
+from fewstep.common.errors import TrainingError, briefly, refused, shortened, shown
+from fewstep.common.parsing import parse_yaml
 from fewstep.config import load_recipe
 from fewstep.data import pairs
 from fewstep.data.decode import check_side
 from fewstep.encoders import vae_identity
-from fewstep.errors import TrainingError, briefly, refused, shortened, shown
 from fewstep.exporting import export
 from fewstep.latents import Latents
 from fewstep.loading import load
-from fewstep.parsing import parse_yaml
 from fewstep.runs import open_run, run
 from fewstep.training import checkpoints
 from fewstep.training.trackers import read_metrics

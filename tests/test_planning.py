@@ -20,6 +20,7 @@ import fewstep
 from fewstep import planning
 from fewstep.cli import main
 from fewstep.commands.planning import duration, fit_table, number
+from fewstep.common.randomness import generator
 from fewstep.config import load_recipe
 from fewstep.cost import step_cost
 from fewstep.counting import META, LikeAGpu, count_call, count_step
@@ -32,7 +33,6 @@ from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, LMD, FlowMatching
 from fewstep.planning import GIB, GPUS, Plan, changes, fit_on, plan
-from fewstep.randomness import generator
 from fewstep.runs import build, run
 from fewstep.training.step import Step
 from fewstep.weightless import LONGEST, sample_of, teacher_without_weights, text_conditions

@@ -27,6 +27,7 @@ from unet_toys import tiny_field, tiny_student
 
 import fewstep
 from fewstep.cli import _parser, main
+from fewstep.common.randomness import sample_generators
 from fewstep.drawing import draw
 from fewstep.evaluation.plots import image_grid
 from fewstep.fields import Guided, NetworkField
@@ -34,7 +35,6 @@ from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.playground import Playground, Wish, step_counts
 from fewstep.playground_door import Door
-from fewstep.randomness import sample_generators
 from fewstep.sampling import sample_noise
 
 gradio = pytest.importorskip("gradio")

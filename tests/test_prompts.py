@@ -13,11 +13,11 @@ from family_toys import tiny_pipeline
 from torch import Tensor
 
 from fewstep.cli import main
+from fewstep.common.randomness import sample_generators
 from fewstep.drawing import draw
 from fewstep.fields import DiffusionField, Guided
 from fewstep.loading import load
 from fewstep.prompts import Prompts, knows_prompts
-from fewstep.randomness import sample_generators
 from fewstep.sampling import sample, sample_noise
 from fewstep.solvers import integrate
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewstep.agreement import compare_samplers
 from fewstep.cli import main
+from fewstep.common.model_files import load_weights, variant_in
 from fewstep.config import load_recipe
 from fewstep.diffusers_folder import look_into
 from fewstep.drawing import image_channels, takes
@@ -26,7 +27,6 @@ from fewstep.exporting import export, no_pipeline
 from fewstep.latents import Latents
 from fewstep.loading import load
 from fewstep.maps import FlowMap
-from fewstep.model_files import load_weights, variant_in
 from fewstep.parts import make_teacher
 from fewstep.paths import Tabulated
 from fewstep.pipelines.exported import FlowMapPipeline

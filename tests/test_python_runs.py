@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fewstep
 from fewstep.cli import main
+from fewstep.common.options import read_yaml
 from fewstep.config import load_recipe
 from fewstep.data import load_data
 from fewstep.described import describe, made_again
@@ -19,7 +20,6 @@ from fewstep.lora import add_lora
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives.base import Loss, Objective
-from fewstep.options import read_yaml
 from fewstep.runs import evaluate_run, run
 from fewstep.training.run import Result
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewstep.randomness import chunk_rows, generator, mix, normal, sample_generators, uniform
+from fewstep.common.randomness import chunk_rows, generator, mix, normal, sample_generators, uniform
 
 
 def test_the_hash_stays_what_it_is():

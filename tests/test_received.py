@@ -23,15 +23,15 @@ from unet_toys import tiny_field, tiny_student
 
 from fewstep import hub
 from fewstep.cli import main
+from fewstep.common.errors import TrainingError
+from fewstep.common.received import clean_png, is_place, own_file, plain_name, without_places
 from fewstep.config import load_recipe
 from fewstep.converting import convert
 from fewstep.data.encoded import Encoded
-from fewstep.errors import TrainingError
 from fewstep.exporting import export
 from fewstep.loading import load
 from fewstep.lora import add_lora, load_adapter, save_adapter
 from fewstep.maps import FlowMap
-from fewstep.received import clean_png, is_place, own_file, plain_name, without_places
 from fewstep.runs import run
 from fewstep.runtimes import export_program
 from fewstep.training import checkpoints

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fewstep
 from fewstep import judge, reflow, watch
 from fewstep.cli import main
+from fewstep.common.randomness import generator, sample_generators
 from fewstep.config import load_recipe
 from fewstep.couplings import Coupled
 from fewstep.data import Data, Pairs, load_data
@@ -22,7 +23,6 @@ from fewstep.identity import identity
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives.flow_matching import FlowMatching
-from fewstep.randomness import generator, sample_generators
 from fewstep.reflow import make_pairs
 from fewstep.runs import run
 from fewstep.sampling import sample_noise

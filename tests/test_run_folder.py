@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from training_toys import Matching, Rows, Student
 
-from fewstep import locks, runs
+from fewstep import runs
 from fewstep.cli import main
+from fewstep.common import locks
+from fewstep.common.locks import BusyError, NoLocksError, owned
 from fewstep.comparing import compare_methods
 from fewstep.config import load_recipe
-from fewstep.locks import BusyError, NoLocksError, owned
 from fewstep.runs import evaluate_run, open_run, run
 from fewstep.training import checkpoints, folder
 from fewstep.training.fit import fit
@@ -104,7 +105,7 @@ def test_owners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest
     place = tmp_path / "a" / "run"
     with owned(place, "trained"), owned(place, "evaluated"):
         assert os.listdir(place) == [locks.LOCK]
-        code = "import sys, pathlib, fewstep.locks as l\nl.owned(pathlib.Path(sys.argv[1]), '').__enter__()"
+        code = "import sys, pathlib, fewstep.common.locks as l\nl.owned(pathlib.Path(sys.argv[1]), '').__enter__()"
         other = subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True)
         assert f"is being trained by process {os.getpid()} on " in other.stderr
     assert not place.exists()

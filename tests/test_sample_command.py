@@ -23,7 +23,9 @@ import fewstep
 from fewstep import drawing
 from fewstep.asked import Asked, Encoded, class_names, class_numbers, prompt_flags, read_lines
 from fewstep.cli import main
-from fewstep.console import progress_bar
+from fewstep.common.console import progress_bar
+from fewstep.common.distributed import World
+from fewstep.common.sharing import shares
 from fewstep.drawing import draw
 from fewstep.fields import Guided, NetworkField
 from fewstep.loading import load
@@ -31,8 +33,6 @@ from fewstep.networks.families import SD3, Flux
 from fewstep.pictures import claim, save_pictures
 from fewstep.placing import place
 from fewstep.sampling import sample, sample_noise
-from fewstep.sharing import shares
-from fewstep.training.distributed import World
 
 CPU = torch.device("cpu")
 TEXTS = ["a cat", "dog", "a dog"]
@@ -322,7 +322,7 @@ def test_the_size_is_told_to_a_model_that_knows_sizes(models: Path, tmp_path: Pa
     asked = drawing.settled(field, Asked(1, prompts=["a cat"]))
     rows = drawing.draw_batches(field, asked, [range(1)], 1, shape=(4, 12, 8), size=(24, 16))
     told = field.text.encode(["a cat"], size=(24, 16))
-    wanted = sample(field, sample_noise((1, 4, 12, 8), fewstep.randomness.sample_generators(0, [0])), 1, **told)
+    wanted = sample(field, sample_noise((1, 4, 12, 8), fewstep.common.randomness.sample_generators(0, [0])), 1, **told)
     assert torch.allclose(next(rows)[1], wanted, atol=1e-5)
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from fewstep.common.randomness import generator, normal, sample_generators
 from fewstep.exact import CheckerboardField, GaussianField
 from fewstep.fields import DiffusionField, Guided, NetworkField
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.paths import Linear, Tabulated, Trigonometric, VariancePreserving
-from fewstep.randomness import generator, normal, sample_generators
 from fewstep.sampling import count_calls, sample, sample_noise
 from fewstep.times import GRIDS, step_grid
 

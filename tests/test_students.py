@@ -14,6 +14,7 @@ from family_toys import MODELS, conditions, ddim, made, tiny_model
 from torch import Tensor, nn
 from unet_toys import tiny_unet
 
+from fewstep.common.randomness import generator
 from fewstep.config import load_recipe
 from fewstep.data import ArrayData
 from fewstep.data.batch import Batch
@@ -39,7 +40,6 @@ from fewstep.objectives import (
     Objective,
     Shortcut,
 )
-from fewstep.randomness import generator
 from fewstep.runs import open_run, run
 from fewstep.sampling import sample
 from fewstep.training.fit import fit

@@ -16,6 +16,7 @@ from PIL import Image
 import fewstep
 from fewstep import encoding, judge, watch
 from fewstep.cli import main
+from fewstep.common.randomness import generator, sample_generators
 from fewstep.config import load_recipe
 from fewstep.couplings import uncoupled
 from fewstep.data import Encoded, Pairs, load_data
@@ -29,7 +30,6 @@ from fewstep.latents import Latents
 from fewstep.parts import given_by, make_data, make_teacher
 from fewstep.playground import Playground, Wish
 from fewstep.prompts import Prompts
-from fewstep.randomness import generator, sample_generators
 from fewstep.reflow import make_pairs
 from fewstep.runs import build, evaluate_run, load_run, run
 from fewstep.sampling import sample_noise

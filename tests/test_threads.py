@@ -10,11 +10,14 @@ import pytest
 import torch
 from training_toys import Gaussian, Matching, Student
 
-from fewstep import threads
+from fewstep.common import threads
 from fewstep.training import checkpoints
 from fewstep.training.fit import fit
 
-SAYS = "; import os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'), fewstep.threads.most())"
+SAYS = (
+    "; import os; from fewstep.common import threads; "
+    "print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'), threads.most())"
+)
 
 
 def says(code: str, **given: str) -> list[str]:

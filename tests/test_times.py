@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewstep.randomness import generator
+from fewstep.common.randomness import generator
 from fewstep.times import DISTRIBUTIONS, GRIDS, draw_pairs, draw_times, step_grid
 
 N = 100_000

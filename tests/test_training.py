@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from training_toys import Broken, Gaussian, Matching, Rows, Student
 
-from fewstep.console import Pace, duration, progress_bar
+from fewstep.common.console import Pace, duration, progress_bar
+from fewstep.common.errors import TrainingError
+from fewstep.common.randomness import generator
 from fewstep.data.order import epoch_indices
-from fewstep.errors import TrainingError
 from fewstep.exact import GaussianField
 from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM
 from fewstep.objectives.base import Loss
-from fewstep.randomness import generator
 from fewstep.training import trackers
 from fewstep.training.adamw import AdamW
 from fewstep.training.batches import Batches
@@ -677,7 +677,7 @@ def test_one_step_of_minutes_has_a_speed():
 
 def test_long_work_without_a_terminal_says_how_far_it_is(capsys, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("fewstep.console.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("fewstep.common.console.time.perf_counter", lambda: clock[0])
     with progress_bar("evaluating", quiet=False) as show:
         for done in range(1, 101):
             clock[0] = done / 2

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 import fewstep
-from fewstep import trust
 from fewstep.cli import main
+from fewstep.common import trust
+from fewstep.common.options import find_object
 from fewstep.config import load_recipe
-from fewstep.options import find_object
 from fewstep.runs import open_run, run
 from fewstep.training.checkpoints import _seal
 from fewstep.training.folder import _SEEN, flat
@@ -201,7 +201,7 @@ def test_commands_that_only_look_run_nothing_even_where_it_is_trusted(
 
 
 def _forget_modules() -> None:
-    from fewstep.options import _module_of
+    from fewstep.common.options import _module_of
 
     _module_of.cache_clear()
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from unet_toys import LABELS, conditions, tiny_field, tiny_student, tiny_unet
 
+from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch
 from fewstep.fields import DiffusionField
 from fewstep.maps import FlowMap
 from fewstep.networks import UNet, with_second_time
 from fewstep.objectives import ITVM, LMD, FlowMatching, Objective
-from fewstep.randomness import generator
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 CLASSES = (None, 5)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.randomness import normal, uniform
 from fewstep.data.batch import Batch
 from fewstep.objectives.base import Loss, Objective
-from fewstep.randomness import normal, uniform
 
 
 class Student(nn.Module):

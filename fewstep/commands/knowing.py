@@ -3,7 +3,7 @@
 import argparse
 import shlex
 
-from fewstep.console import say_next
+from fewstep.common.console import say_next
 
 
 def run_cite(args: argparse.Namespace, _: dict[str, str]) -> int:

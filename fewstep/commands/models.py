@@ -4,14 +4,14 @@ import argparse
 import shlex
 
 from fewstep.commands.words import numbers
-from fewstep.console import print_table, say_next
+from fewstep.common.console import print_table, say_next
 
 
 def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
+    from fewstep.common.model_files import read_json
     from fewstep.described import code_named
     from fewstep.exporting import export
     from fewstep.lora import DIFFUSERS_FILE
-    from fewstep.model_files import read_json
     from fewstep.writing import moments_in
 
     if args.format != "diffusers":

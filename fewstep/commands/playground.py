@@ -4,13 +4,13 @@ import argparse
 import signal
 from threading import Event
 
-from fewstep.console import say
+from fewstep.common.console import say
 
 
 def run_ui(args: argparse.Namespace, _: dict[str, str]) -> int:
+    from fewstep.common.distributed import World, choose_device
     from fewstep.playground import Playground
     from fewstep.playground_page import check_gradio, serve
-    from fewstep.training.distributed import World, choose_device
 
     check_gradio()  # before a model is loaded
     playground = Playground.open(args.model, choose_device(args.device, World()), args.variant)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.commands.words import numbers
-from fewstep.console import progress_bar, say_next
-from fewstep.errors import shown
+from fewstep.common.console import progress_bar, say_next
+from fewstep.common.errors import shown
 
 _MOST = 10_000_000  # samples: what is known of each takes memory
 
@@ -20,17 +20,17 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     from math import prod
 
     from fewstep.asked import prompt_flags
+    from fewstep.common.distributed import choose_device, environment, join
+    from fewstep.common.reading import check_memory
+    from fewstep.common.received import without_places
+    from fewstep.common.sharing import gathered, shares
     from fewstep.drawing import draw_batches, labels_of, settled, shape_of, sized
     from fewstep.maps import FlowMap
     from fewstep.parts import given_by
     from fewstep.pictures import check_out, claim, missing, picture_name, save_pictures, says, write
     from fewstep.placing import place
     from fewstep.prompts import TEXT_CONDITIONS
-    from fewstep.reading import check_memory
-    from fewstep.received import without_places
     from fewstep.sampling import count_calls
-    from fewstep.sharing import gathered, shares
-    from fewstep.training.distributed import choose_device, environment, join
 
     world = environment()
     device = choose_device(args.device, world)
@@ -182,12 +182,12 @@ def _size(text: str) -> tuple[int, int]:
 
 def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.asked import read_lines
+    from fewstep.common.distributed import environment
     from fewstep.drawing import image_channels, shape_of, takes
     from fewstep.encoders import kept_null
     from fewstep.fields import Guided, NetworkField, unguided
     from fewstep.maps import FlowMap
     from fewstep.reflow import make_pairs
-    from fewstep.training.distributed import environment
 
     model, run = open_model(args)
     shape = shape_of(model) if run is None else run.shape

@@ -4,7 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from fewstep.console import print_evaluation, print_table, say, say_next
+from fewstep.common.console import print_evaluation, print_table, say, say_next
 
 # The recipes of `fewstep train --data DIR` and `fewstep distill --teacher DIR`, and of `train` with both.
 DEFAULTS = {"train": ("data", "photos-teacher"), "distill": ("teacher", "distill")}
@@ -29,10 +29,10 @@ def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     if args.name == "distill" and recipe.teacher is None:
         raise ValueError(f"{recipe.name} has no teacher to distill: fewstep train {source}, or --teacher FOLDER")
     # And torch, once there is something to train.
+    from fewstep.common.distributed import environment
     from fewstep.judge import next_commands
     from fewstep.maps import FlowMap
     from fewstep.runs import build, run
-    from fewstep.training.distributed import environment
 
     out = args.out or (Path(source) if Path(source).is_dir() else Path("runs") / recipe.name)
     if args.dry_run:

@@ -9,7 +9,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from fewstep import errors
+from fewstep.common import errors
+from fewstep.common.options import arguments
+from fewstep.common.reading import no_file
 from fewstep.data import encoded, files, pictures, tables, toy
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch, Data
@@ -18,8 +20,6 @@ from fewstep.data.encoded import Encoded
 from fewstep.data.order import epoch_indices
 from fewstep.data.pairs import FACTS, Pairs
 from fewstep.data.toy import Toy
-from fewstep.options import arguments
-from fewstep.reading import no_file
 
 __all__ = [
     "FACTS",

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.common.randomness import uniform
 from fewstep.data.batch import Batch
-from fewstep.randomness import uniform
 
 
 class ArrayData:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fewstep.common.randomness import uniform
 from fewstep.data.batch import Around, Batch, Data
-from fewstep.randomness import uniform
 
 
 class Dropped(Around):

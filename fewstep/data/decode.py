@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.cache import cache_folder
+from fewstep.common.cache import cache_folder
+from fewstep.common.disk import replace_folder
+from fewstep.common.errors import briefly, shown, unknown
+from fewstep.common.reading import no_file
 from fewstep.data.formats import formats
-from fewstep.disk import replace_folder
-from fewstep.errors import briefly, shown, unknown
-from fewstep.reading import no_file
 
 LARGEST = 1 << 14  # pixels along a side
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}

@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fewstep.common.errors import briefly, shown
+from fewstep.common.reading import no_file, parse_json, read_text
+from fewstep.common.received import plain_name
 from fewstep.data.batch import Batch
-from fewstep.errors import briefly, shown
-from fewstep.reading import no_file, parse_json, read_text
-from fewstep.received import plain_name
 
 FACTS, INDEX, TEXTS, NULL = "encoded.json", "index.json", "texts.json", "null.safetensors"
 CAPTIONS = "captions.jsonl"  # the texts themselves, for those who read; a line each

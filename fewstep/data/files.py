@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fewstep import errors
+from fewstep.common import errors
+from fewstep.common.errors import briefly
+from fewstep.common.reading import check_memory, no_file
 from fewstep.data.arrays import ArrayData, channels_first
 from fewstep.data.numpy_files import is_archive, map_array, open_archive, read_member
-from fewstep.errors import briefly
-from fewstep.reading import check_memory, no_file
 
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

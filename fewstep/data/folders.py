@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewstep.common.errors import unknown
 from fewstep.data.formats import PICTURES, is_picture
-from fewstep.errors import unknown
 
 # Files beside pictures that are no loss, and what operating systems leave everywhere.
 _BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet")

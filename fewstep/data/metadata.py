@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fewstep.common.errors import unknown
+from fewstep.common.reading import no_file, parse_json, read_text, reading
 from fewstep.data.folders import Folder
-from fewstep.errors import unknown
-from fewstep.reading import no_file, parse_json, read_text, reading
 
 # Columns that are taken for captions where none is named.
 CAPTIONS = ("text", "caption", "prompt")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.lib.npyio import NpzFile
 
-from fewstep.reading import check_memory, reading
+from fewstep.common.reading import check_memory, reading
 
 # So many bytes at most come from one, by the way a member of an archive is packed; others have no such bound.
 _MOST_FROM_ONE = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}

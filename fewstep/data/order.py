@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fewstep.randomness import generator
+from fewstep.common.randomness import generator
 
 _ORDER = 0x6F72646572  # "order" in ASCII: keeps these generators apart from those of noise and times
 

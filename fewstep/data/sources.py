@@ -6,12 +6,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from fewstep.common.errors import unknown
+from fewstep.common.options import arguments
 from fewstep.data import encoded, pairs
 from fewstep.data.captions import Captioned, hugging_face, image_folder
 from fewstep.data.tables import PICTURE_KINDS, is_saved_to_disk, kind_of, open_table
 from fewstep.data.tars import is_shards, webdataset
-from fewstep.errors import unknown
-from fewstep.options import arguments
 
 # Files of folders that are other data.
 _OTHERS = (pairs.FACTS, encoded.FACTS, "*idx3-ubyte*", "*_batch*.bin")

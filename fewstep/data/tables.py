@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fewstep import errors
+from fewstep.common import errors
+from fewstep.common.errors import briefly, shortened
 from fewstep.data.decode import Read, Source, is_decodable
-from fewstep.errors import briefly, shortened
 
 LISTS = ("List", "LargeList", "Sequence")
 # What is read of a column of pictures; see ``kind_of``.

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fewstep.common.errors import briefly
+from fewstep.common.reading import no_file, parse_json
 from fewstep.data.captions import Captioned, Rows, identity_of
 from fewstep.data.formats import PICTURES, is_picture
 from fewstep.data.metadata import CAPTIONS, checked, text_of
-from fewstep.errors import briefly
-from fewstep.reading import no_file, parse_json
 
 _LONGEST = 1 << 20  # bytes of a caption: more is none
 _MOST_BRACES = 16

@@ -14,6 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from fewstep.common.parsing import checked
+from fewstep.common.randomness import Generators, generator, sample_generators
+from fewstep.common.reading import parse_json, read_text
 from fewstep.data.batch import Batch, Data, has_classes
 from fewstep.data.given import as_data
 from fewstep.data.toy import Toy
@@ -21,9 +24,6 @@ from fewstep.evaluation.measure import ENDS, METRICS, Judge, choose_metrics, pos
 from fewstep.exact import ExactField
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
-from fewstep.parsing import checked
-from fewstep.randomness import Generators, generator, sample_generators
-from fewstep.reading import parse_json, read_text
 from fewstep.sampling import count_calls, sample, sample_noise
 
 _SOLVE = 128  # midpoint steps to the end points of a teacher without a closed form; Heun would ask at t = 1

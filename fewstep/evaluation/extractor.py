@@ -17,10 +17,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fewstep.cache import cache_folder
+from fewstep.common.cache import cache_folder
+from fewstep.common.disk import replace_file
+from fewstep.common.randomness import generator, mix
 from fewstep.data.batch import Data, has_classes
-from fewstep.disk import replace_file
-from fewstep.randomness import generator, mix
 
 _BATCH = 256
 _LEAST_UPDATES = 600  # small data sets are gone through until there were as many

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.randomness import generator
+from fewstep.common.randomness import generator
 
 # Rows compared at once: 1024 x 50,000 distances in float64 are 400 MB.
 _ROWS = 1024

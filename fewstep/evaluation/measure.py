@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.errors import unknown
 from fewstep.data.batch import Batch
-from fewstep.errors import unknown
 from fewstep.evaluation.extractor import accuracy, extract
 from fewstep.evaluation.features import FeatureStatistics, frechet_distance, kid, precision_recall
 from fewstep.evaluation.inception import Inception

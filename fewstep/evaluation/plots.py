@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from fewstep.disk import replace_file
+from fewstep.common.disk import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

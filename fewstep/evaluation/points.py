@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fewstep.randomness import generator
+from fewstep.common.randomness import generator
 
 # How many rows and projections are handled at once: bounds memory to about 200 MB at 20,000 points.
 _ROWS = 512

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.disk import replace_file
+from fewstep.common.disk import replace_file
 from fewstep.evaluation import plots
 
 if TYPE_CHECKING:

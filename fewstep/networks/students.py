@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import unknown
+from fewstep.common.errors import unknown
 from fewstep.networks.calls import call_unet
 from fewstep.networks.families import SD3, ConditionalUNet, DiT, Flux, PixArt, Wan
 from fewstep.networks.stock_time import takes_any_type

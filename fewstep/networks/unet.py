@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import shown
+from fewstep.common.errors import shown
 from fewstep.networks.calls import call_unet, state_channels
 
 if TYPE_CHECKING:

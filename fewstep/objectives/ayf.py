@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fewstep.errors import unknown
+from fewstep.common.errors import unknown
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import check_decay, check_options

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.randomness import Generators, chunk_rows, normal
 from fewstep.data.batch import Batch
 from fewstep.fields import VelocityField, check_field
 from fewstep.maps import FlowMap
-from fewstep.randomness import Generators, chunk_rows, normal
 from fewstep.times import read_times
 
 # Some rows of a batch: those of a slice, or these (n,).
@@ -87,7 +87,7 @@ class Objective(nn.Module):
             target: the slow copy of the student, where ``ema`` is not None.
             progress: how much of the training is done, in [0, 1]; drives annealing.
             step: the number of updates done.
-            generator: one, or several that share the rows equally (see ``fewstep.randomness``).
+            generator: one, or several that share the rows equally (see ``fewstep.common.randomness``).
         """
         raise NotImplementedError
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fewstep.common.randomness import same_draws
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import Index, check_decay, check_options, squared_error
 from fewstep.objectives.two_time import Now, Rows, ToTheEnd, TwoTime
-from fewstep.randomness import same_draws
 from fewstep.solvers import heun_step
 
 

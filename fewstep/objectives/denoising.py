@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
+from fewstep.common.randomness import Generators, uniform
 from fewstep.fields import NetworkField
 from fewstep.objectives.base import Batch, Loss, Objective, noise_of, squared_error
 from fewstep.paths import Tabulated
-from fewstep.randomness import Generators, uniform
 
 
 class Denoising(Objective):

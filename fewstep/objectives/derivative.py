@@ -10,8 +10,8 @@ from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fewstep.common.randomness import same_draws
 from fewstep.paths import expand
-from fewstep.randomness import same_draws
 
 MODES = ("forward", "float32", "difference")
 

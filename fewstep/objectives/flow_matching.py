@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.errors import unknown
+from fewstep.common.errors import unknown
+from fewstep.common.randomness import Generators, chunk_rows
 from fewstep.fields import VelocityField
 from fewstep.objectives.base import Batch, Loss, Objective, check_options, noise_of, squared_error
 from fewstep.objectives.two_time import ERRORS
 from fewstep.paths import Path, as_times, expand, scaling
-from fewstep.randomness import Generators, chunk_rows
 from fewstep.times import draw_times
 
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from fewstep.errors import unknown
+from fewstep.common.errors import unknown
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.objectives.two_time import Now, Rows, TwoTime

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import unknown
+from fewstep.common.errors import unknown
+from fewstep.common.randomness import Generators, uniform
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.objectives.base import check_decay
 from fewstep.objectives.two_time import Now, Rows, TwoTime, step_velocity, through_middle
 from fewstep.paths import expand
-from fewstep.randomness import Generators, uniform
 from fewstep.times import draw_pairs
 
 MIDDLES = ("midpoint", "uniform")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from fewstep.common.errors import unknown
+from fewstep.common.randomness import Generators, same_draws, uniform
 from fewstep.data.batch import Batch
-from fewstep.errors import unknown
 from fewstep.fields import VelocityField
 from fewstep.maps import FlowMap
 from fewstep.networks.second_time import sinusoidal
@@ -28,7 +29,6 @@ from fewstep.objectives.base import (
 )
 from fewstep.objectives.derivative import MODES, derivative, time_derivative
 from fewstep.paths import as_times, expand
-from fewstep.randomness import Generators, same_draws, uniform
 from fewstep.times import draw_pairs, draw_times
 
 ERRORS = ("auto", "velocity", "data")

@@ -9,9 +9,9 @@ from typing import Any
 import diffusers
 from diffusers import FlowMapEulerDiscreteScheduler, UNet2DModel
 
-from fewstep.errors import unknown
+from fewstep.common.errors import unknown
+from fewstep.common.model_files import load_weights
 from fewstep.latents import KNOWN_VAES
-from fewstep.model_files import load_weights
 from fewstep.networks import two_times
 from fewstep.pipelines import flow_map
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch, Data
 from fewstep.data.order import epoch_indices
-from fewstep.randomness import generator
 from fewstep.training.shares import check_shares
 
 

@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.errors import TrainingError, shown
-from fewstep.reading import parse_json, read_text
-from fewstep.received import plain_name
-from fewstep.write_errors import WriteError, write_error
+from fewstep.common.errors import TrainingError, shown
+from fewstep.common.reading import parse_json, read_text
+from fewstep.common.received import plain_name
+from fewstep.common.write_errors import WriteError, write_error
 
 _WHOLE = re.compile(r"step-(\d{8,})")
 _STALE = re.compile(r"\.(tmp|old)-(step-\d{8,}|reached)")

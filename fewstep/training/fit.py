@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep import console, threads
+from fewstep.common import console, distributed, threads
+from fewstep.common.distributed import World
+from fewstep.common.errors import unknown
+from fewstep.common.locks import owned
 from fewstep.data.batch import Data
 from fewstep.data.given import as_data
-from fewstep.errors import unknown
-from fewstep.locks import owned
 from fewstep.objectives.base import Objective
-from fewstep.training import checkpoints, distributed, folder, interrupt, trackers
+from fewstep.training import checkpoints, folder, interrupt, trackers
 from fewstep.training.batches import Batches
-from fewstep.training.distributed import World
 from fewstep.training.ema import Ema
 from fewstep.training.leaving import leave
 from fewstep.training.logbook import Logbook

@@ -8,13 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import fewstep
+from fewstep.common.disk import is_part, replace_file, sweep
+from fewstep.common.locks import LOCK
+from fewstep.common.options import as_yaml, read_yaml
+from fewstep.common.reading import parse_json, read_text
+from fewstep.common.received import own_folder
+from fewstep.common.version import __version__
 from fewstep.data import NAMED
-from fewstep.disk import is_part, replace_file, sweep
-from fewstep.locks import LOCK
-from fewstep.options import as_yaml, read_yaml
-from fewstep.reading import parse_json, read_text
-from fewstep.received import own_folder
 from fewstep.training import checkpoints
 from fewstep.training.trackers import read_metrics
 
@@ -104,7 +104,7 @@ def fingerprint_of(out: Path) -> dict[str, Any] | None:
 
 def begin(out: Path, fingerprint: Mapping[str, Any] | None = None, threads: int | None = None) -> None:
     """Mark a folder as that of a run: its fingerprint, and with how many threads it computes, once they are known."""
-    facts = {"_fewstep_run": fewstep.__version__, "fingerprint": fingerprint, "threads": threads}
+    facts = {"_fewstep_run": __version__, "fingerprint": fingerprint, "threads": threads}
     replace_file(out / MARK, (json.dumps(facts, indent=1) + "\n").encode())
 
 

@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import nn
 
-import fewstep
+from fewstep.common.disk import replace_file
+from fewstep.common.model_files import read_json
+from fewstep.common.trust import check_folder, remember
+from fewstep.common.version import __version__
 from fewstep.data.batch import Around, Data
 from fewstep.described import check_description, code_named, describe, made_again
-from fewstep.disk import replace_file
 from fewstep.fields import Guided, VelocityField, unguided
 from fewstep.maps import FlowMap
-from fewstep.model_files import read_json
 from fewstep.objectives.base import Objective
 from fewstep.training.folder import write_recipe
 from fewstep.training.run import frozen
-from fewstep.trust import check_folder, remember
 
 STUDENT = "student.json"
 # In the place of the name of data that have none.
@@ -50,7 +50,7 @@ def leave(
         "seed": seed,
     }
     write_recipe(out, recipe)
-    facts = {"_fewstep_version": fewstep.__version__, **described, **({"lacks": why} if why else {})}
+    facts = {"_fewstep_version": __version__, **described, **({"lacks": why} if why else {})}
     replace_file(out / STUDENT, (json.dumps(facts, indent=2) + "\n").encode())
     remember(out, out / STUDENT, code_named(facts))
 

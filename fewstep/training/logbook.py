@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Self
 
-from fewstep.console import duration
+from fewstep.common.console import duration
 from fewstep.training import trackers
 from fewstep.training.progress import Progress
 from fewstep.training.run import Run

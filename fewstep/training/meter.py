@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from fewstep.errors import TrainingError
-from fewstep.training.distributed import World
+from fewstep.common.distributed import World
+from fewstep.common.errors import TrainingError
 
 
 class Meter:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from fewstep.console import Pace, duration, is_line_due
+from fewstep.common.console import Pace, duration, is_line_due
 
 _REDRAW = 0.2  # seconds between two drawings of the bar
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import refused
-from fewstep.model_files import put_in
+from fewstep.common.errors import refused
+from fewstep.common.model_files import put_in
 from fewstep.objectives.base import Objective
 from fewstep.training import checkpoints
 from fewstep.training.checkpoints import Checkpoint, Tensors

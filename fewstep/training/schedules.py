@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from fewstep.errors import unknown
+from fewstep.common.errors import unknown
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,

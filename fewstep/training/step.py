@@ -12,12 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import CheckpointError
 
+from fewstep.common.distributed import World
+from fewstep.common.errors import TrainingError, briefly, is_out_of_memory
+from fewstep.common.randomness import Generators, mix
 from fewstep.data.batch import Batch
-from fewstep.errors import TrainingError, briefly, is_out_of_memory
 from fewstep.objectives.base import Objective
-from fewstep.randomness import Generators, mix
 from fewstep.training.adamw import AdamW
-from fewstep.training.distributed import World
 
 _DROPOUT = 3  # after the words of the rows (1) and the noise (2) of a step
 _SMALLEST_SCALE = 1e-4

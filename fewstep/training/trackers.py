@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from fewstep.disk import replace_file
-from fewstep.errors import shown, unknown
-from fewstep.reading import parse_json, read_text
-from fewstep.received import no_link
-from fewstep.write_errors import cannot_write
+from fewstep.common.disk import replace_file
+from fewstep.common.errors import shown, unknown
+from fewstep.common.reading import parse_json, read_text
+from fewstep.common.received import no_link
+from fewstep.common.write_errors import cannot_write
 
 _GOES_ON = "the same command goes on from the last checkpoint"
 

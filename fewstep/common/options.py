@@ -13,10 +13,10 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from fewstep.errors import shown, unknown
-from fewstep.parsing import parse_yaml
-from fewstep.reading import read_text
-from fewstep.trust import check_code
+from fewstep.common.errors import shown, unknown
+from fewstep.common.parsing import parse_yaml
+from fewstep.common.reading import read_text
+from fewstep.common.trust import check_code
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from fewstep.errors import TrainingError
+from fewstep.common.errors import TrainingError
 
 _SILENT = 10.0  # seconds of waiting before a word is said
 _PATIENCE = timedelta(seconds=5)  # with processes that may have died

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fewstep.errors import briefly, shortened, shown
+from fewstep.common.errors import briefly, shortened, shown
 
 _DEEPEST = 50  # levels: recipes and configurations have five
 _MOST = 100_000  # values, with aliases counted as often as they stand

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fewstep.errors import briefly
+from fewstep.common.errors import briefly
 
 # How files in other encodings begin; those of UTF-32 first, since its mark begins with that of UTF-16.
 _MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fewstep.training.distributed import World
+from fewstep.common.distributed import World
 
 
 def shares(count: int, batch: int, world: World) -> list[range]:

@@ -13,9 +13,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
-from fewstep.reading import parse_json, read_text
-from fewstep.received import no_link
-from fewstep.write_errors import cannot_write
+from fewstep.common.reading import parse_json, read_text
+from fewstep.common.received import no_link
+from fewstep.common.write_errors import cannot_write
 
 try:
     import fcntl

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from fewstep.locks import LOCK, NoLocksError, is_at, lock
-from fewstep.write_errors import cannot_write
+from fewstep.common.locks import LOCK, NoLocksError, is_at, lock
+from fewstep.common.write_errors import cannot_write
 
 _PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
 _ABANDONED = 86_400  # seconds after which a part is nobody's, where there are no locks

@@ -11,9 +11,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fewstep.errors import refused, shortened, shown
-from fewstep.reading import parse_json, read_text
-from fewstep.received import plain_name
+from fewstep.common.errors import refused, shortened, shown
+from fewstep.common.reading import parse_json, read_text
+from fewstep.common.received import plain_name
 
 WEIGHTS = "diffusion_pytorch_model"
 _MOST_CLASSES = _MOST_NUMBER = 1 << 20

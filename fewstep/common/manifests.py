@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fewstep.model_files import read_json
-from fewstep.parsing import checked
+from fewstep.common.model_files import read_json
+from fewstep.common.parsing import checked
 
 AGAIN = "export the model again"
 

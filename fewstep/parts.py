@@ -18,10 +18,10 @@ from fewstep.common.options import arguments, find_object
 from fewstep.common.randomness import generator
 from fewstep.common.trust import is_code
 from fewstep.config import find_objective
-from fewstep.couplings import Coupled
 from fewstep.data import FACTS, Encoded, Pairs, load_data
 from fewstep.data.batch import Data
 from fewstep.data.conditions import Dropped, Strengths
+from fewstep.data.couplings import Coupled
 from fewstep.data.decode import check_side
 from fewstep.data.encoded import NULL, read_null
 from fewstep.data.sources import is_pictures

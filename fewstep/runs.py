@@ -20,9 +20,9 @@ from fewstep.common.options import in_one_line, read_yaml
 from fewstep.common.randomness import generator
 from fewstep.common.trust import check_folder, code_in, remember, trusting
 from fewstep.config import find_objective, load_recipe
-from fewstep.couplings import uncoupled
 from fewstep.data.batch import Data, has_classes
 from fewstep.data.conditions import Dropped
+from fewstep.data.couplings import uncoupled
 from fewstep.described import say_shape
 from fewstep.drawing import Model, classes_of, shape_of
 from fewstep.evaluation.evaluate import Evaluation

@@ -12,9 +12,9 @@ from training_toys import Gaussian, Rows
 from fewstep import judge, watch
 from fewstep.common.randomness import generator, normal
 from fewstep.config import load_recipe
-from fewstep.couplings import Coupled, couple
 from fewstep.data import ArrayData
 from fewstep.data.batch import Batch, Data
+from fewstep.data.couplings import Coupled, couple
 from fewstep.parts import make_data
 from fewstep.runs import run
 from fewstep.training.batches import Batches

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fewstep.data import decode, load_data
-from fewstep.data.pictures import image_folder
+from fewstep.data.images import image_folder
 
 datasets = pytest.importorskip("datasets")
 datasets.disable_progress_bars()

@@ -12,7 +12,7 @@ from unet_toys import tiny_unet
 from fewstep import FlowMap, Guided, load, sample
 from fewstep.cli import main
 from fewstep.config import load_recipe
-from fewstep.couplings import uncoupled
+from fewstep.data.couplings import uncoupled
 from fewstep.runs import build, load_run, run
 from fewstep.watch import Watch
 

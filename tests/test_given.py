@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import fewstep
-from fewstep.couplings import Coupled
+from fewstep.data.couplings import Coupled
 from fewstep.data.given import as_data
 from fewstep.fields import NetworkField
 from fewstep.maps import FlowMap

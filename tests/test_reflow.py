@@ -14,8 +14,8 @@ from fewstep import judge, reflow, watch
 from fewstep.cli import main
 from fewstep.common.randomness import generator, sample_generators
 from fewstep.config import load_recipe
-from fewstep.couplings import Coupled
 from fewstep.data import Data, Pairs, load_data
+from fewstep.data.couplings import Coupled
 from fewstep.drawing import draw
 from fewstep.exact import GaussianField, eight_gaussians
 from fewstep.fields import Guided, NetworkField

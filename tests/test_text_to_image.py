@@ -18,10 +18,10 @@ from fewstep import encoding, judge, watch
 from fewstep.cli import main
 from fewstep.common.randomness import generator, sample_generators
 from fewstep.config import load_recipe
-from fewstep.couplings import uncoupled
 from fewstep.data import Encoded, Pairs, load_data
 from fewstep.data.arrays import ArrayData
 from fewstep.data.conditions import Dropped
+from fewstep.data.couplings import uncoupled
 from fewstep.drawing import draw
 from fewstep.encoding import encode
 from fewstep.evaluation import evaluate as evaluation

@@ -12,7 +12,8 @@ from typing import Any
 from fewstep.common import errors
 from fewstep.common.options import arguments
 from fewstep.common.reading import no_file
-from fewstep.data import encoded, files, pictures, tables, toy
+from fewstep.data import encoded, files, tables, toy
+from fewstep.data import images as pictures
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch, Data
 from fewstep.data.conditions import Dropped, Strengths

@@ -73,7 +73,7 @@ def image_folder(
     Where there is a ``metadata.jsonl``, ``.csv`` or ``.parquet`` (one in each sub-folder, if one likes), its rows are
     the pictures: ``file_name`` beside it, and the caption in ``text`` (else ``caption`` or ``prompt``). Otherwise all
     pictures are taken, the caption of ``0.png`` is in ``0.txt`` or ``0.caption``, and sub-folders are classes as in
-    ``fewstep.data.pictures.image_folder``.
+    ``fewstep.data.images.image_folder``.
 
     Args:
         caption: the column of the captions, or ``txt`` or ``caption`` for files of that suffix. labels: whether

@@ -20,11 +20,11 @@ import torch
 
 from fewstep.common.randomness import generator, sample_generators
 from fewstep.data import Data, Toy
-from fewstep.exact import CheckerboardField, ExactField, eight_gaussians
-from fewstep.maps import FlowMap
+from fewstep.flows.exact import CheckerboardField, ExactField, eight_gaussians
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import sample, sample_noise
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, LMD, Objective
-from fewstep.sampling import sample, sample_noise
 from fewstep.training.fit import fit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

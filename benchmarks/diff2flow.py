@@ -46,8 +46,8 @@ from fewstep.data import ArrayData, Dropped, Pairs
 from fewstep.drawing import draw
 from fewstep.evaluation.extractor import extract, trained_classifier
 from fewstep.evaluation.features import FeatureStatistics, frechet_distance
+from fewstep.flows.paths import Reversed
 from fewstep.networks import UNet
-from fewstep.paths import Reversed
 from fewstep.reflow import make_pairs
 from fewstep.training.run import Run, every
 

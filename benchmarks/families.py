@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fewstep import networks
 from fewstep.data.batch import Batch
-from fewstep.fields import NetworkField
-from fewstep.paths import Linear, Reversed
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.paths import Linear, Reversed
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from families import FAMILIES, Family
 from fewstep.comparing import Method, parse_method
 from fewstep.config import find_objective
 from fewstep.cost import UNITS, Cost, Counts, Entry, compare_costs, expected_cost, probes, step_cost, unit_costs
-from fewstep.fields import NetworkField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.maps import FlowMap
 from fewstep.objectives import OBJECTIVES
 
 METHODS = [*OBJECTIVES, "MeanFlow:teacher=none"]

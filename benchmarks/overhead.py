@@ -103,8 +103,8 @@ def dit() -> Any:
     from diffusers import DiTTransformer2DModel
 
     from fewstep import networks
-    from fewstep.fields import NetworkField
-    from fewstep.paths import Linear, VariancePreserving
+    from fewstep.flows.fields import NetworkField
+    from fewstep.flows.paths import Linear, VariancePreserving
 
     model = DiTTransformer2DModel(
         num_attention_heads=4, attention_head_dim=48, in_channels=4, out_channels=4, num_layers=6, sample_size=16,
@@ -293,7 +293,7 @@ def measure_loss(rounds: int) -> dict[str, Any]:
     import fewstep
     from fewstep.common.randomness import generator
     from fewstep.data.batch import Batch
-    from fewstep.fields import NetworkField
+    from fewstep.flows.fields import NetworkField
 
     class Idle(nn.Module):
         def __init__(self) -> None:
@@ -327,7 +327,7 @@ def measure_draw(rounds: int) -> dict[str, Any]:
     from torch import nn
 
     from fewstep.drawing import draw
-    from fewstep.maps import FlowMap
+    from fewstep.flows.maps import FlowMap
 
     class Idle(nn.Module):
         def forward(self, x: Any, *_: Any, **__: Any) -> Any:
@@ -378,7 +378,7 @@ def measure_start(rounds: int) -> dict[str, Any]:
 def measure_evaluation(rounds: int) -> dict[str, Any]:
     import torch
 
-    from fewstep import exact
+    from fewstep.flows import exact
 
     def everywhere(x: Any, sides: Any, a: Any, s: Any) -> tuple[Any, ...]:
         low, high = sides.unbind(1)

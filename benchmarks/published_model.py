@@ -21,9 +21,9 @@ from fewstep import FlowMatching, evaluate, fit, load_data, sample
 from fewstep.common.randomness import sample_generators
 from fewstep.data import Dropped, Pairs
 from fewstep.evaluation.extractor import trained_classifier
-from fewstep.fields import Guided
+from fewstep.flows.fields import Guided
+from fewstep.flows.sampling import sample_noise
 from fewstep.reflow import make_pairs
-from fewstep.sampling import sample_noise
 
 STEPS = (1, 2, 4, 8, 50)
 

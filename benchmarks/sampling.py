@@ -25,8 +25,8 @@ from families import FAMILIES, Family
 from torch import Tensor
 
 from fewstep.drawing import draw
-from fewstep.maps import FlowMap
-from fewstep.sampling import sample
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import sample
 
 TOLERANCE = 1.02
 

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fewstep.fields import Guided, NetworkField, VelocityField
+from fewstep.flows.fields import Guided, NetworkField, VelocityField
+from fewstep.flows.paths import Linear
+from fewstep.flows.paths import Path as Trajectory
 from fewstep.networks import SecondTime
-from fewstep.paths import Linear
-from fewstep.paths import Path as Trajectory
 
 
 class ViT(nn.Module):

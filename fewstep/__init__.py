@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from fewstep.encoding import encode
     from fewstep.evaluation.diagnostics import diagnose
     from fewstep.evaluation.evaluate import compare, evaluate
-    from fewstep.exact import CheckerboardField, GaussianField, MixtureField
     from fewstep.exporting import export
-    from fewstep.fields import DiffusionField, Guided, NetworkField, VelocityField
+    from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField
+    from fewstep.flows.fields import DiffusionField, Guided, NetworkField, VelocityField
+    from fewstep.flows.maps import FlowMap
+    from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
+    from fewstep.flows.sampling import sample
     from fewstep.hub import push
     from fewstep.loading import load
     from fewstep.lora import add_lora, load_adapter, merge_lora, save_adapter
-    from fewstep.maps import FlowMap
     from fewstep.objectives import (
         AYF,
         CTM,
@@ -55,8 +57,6 @@ if TYPE_CHECKING:
         SplitMeanFlow,
         TwoTime,
     )
-    from fewstep.paths import Linear, Tabulated, Trigonometric, VariancePreserving
-    from fewstep.sampling import sample
     from fewstep.training.batches import Batches
     from fewstep.training.ema import Ema
     from fewstep.training.fit import fit
@@ -70,28 +70,28 @@ _HOMES = {
     "Batch": "data",
     "Batches": "training.batches",
     "CTM": "objectives",
-    "CheckerboardField": "exact",
+    "CheckerboardField": "flows.exact",
     "ConsistencyDistillation": "objectives",
     "ConsistencyTraining": "objectives",
     "ContrastiveFlowMatching": "objectives",
     "Denoising": "objectives",
-    "DiffusionField": "fields",
+    "DiffusionField": "flows.fields",
     "EMD": "objectives",
     "ESD": "objectives",
     "Ema": "training.ema",
     "FMM": "objectives",
-    "FlowMap": "maps",
+    "FlowMap": "flows.maps",
     "FlowMatching": "objectives",
-    "GaussianField": "exact",
-    "Guided": "fields",
+    "GaussianField": "flows.exact",
+    "Guided": "flows.fields",
     "ITVM": "objectives",
     "ImprovedMeanFlow": "objectives",
     "LMD": "objectives",
     "LSD": "objectives",
-    "Linear": "paths",
+    "Linear": "flows.paths",
     "MeanFlow": "objectives",
-    "MixtureField": "exact",
-    "NetworkField": "fields",
+    "MixtureField": "flows.exact",
+    "NetworkField": "flows.fields",
     "PFMM": "objectives",
     "PSD": "objectives",
     "Recentred": "objectives",
@@ -99,11 +99,11 @@ _HOMES = {
     "Shortcut": "objectives",
     "SplitMeanFlow": "objectives",
     "TVM": "objectives",
-    "Tabulated": "paths",
-    "Trigonometric": "paths",
+    "Tabulated": "flows.paths",
+    "Trigonometric": "flows.paths",
     "TwoTime": "objectives",
-    "VariancePreserving": "paths",
-    "VelocityField": "fields",
+    "VariancePreserving": "flows.paths",
+    "VelocityField": "flows.fields",
     "add_lora": "lora",
     "cite": "citing",
     "compare": "evaluation.evaluate",
@@ -119,7 +119,7 @@ _HOMES = {
     "load_data": "data",
     "merge_lora": "lora",
     "push": "hub",
-    "sample": "sampling",
+    "sample": "flows.sampling",
     "save_adapter": "lora",
 }
 

@@ -10,7 +10,7 @@ from fewstep.common.errors import unknown
 from fewstep.common.trust import is_code, only_looking
 from fewstep.config import find_recipe, known_recipes, load_recipe
 from fewstep.data.pairs import FACTS
-from fewstep.fields import NetworkField
+from fewstep.flows.fields import NetworkField
 from fewstep.objectives import OBJECTIVES
 from fewstep.parts import EXACT, make_teacher
 from fewstep.recipe import Recipe, Teacher

@@ -7,11 +7,11 @@ from fewstep.common.model_files import class_names_in, load_weights, read_json
 from fewstep.common.parsing import checked
 from fewstep.diffusers_folder import find_scheduler
 from fewstep.distilled import distilled_as
-from fewstep.fields import DiffusionField
+from fewstep.flows.fields import DiffusionField
+from fewstep.flows.paths import Tabulated
 from fewstep.latents import VAE_FOLDERS, Latents
 from fewstep.networks import FAMILIES
 from fewstep.networks.unet import keep_facts, public_config
-from fewstep.paths import Tabulated
 from fewstep.prompts import Prompts, knows_prompts
 
 # The diffusers models that have a class in `fewstep.networks.flow_model`.

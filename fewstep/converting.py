@@ -15,14 +15,14 @@ from fewstep.conversion import Conversion, describe
 from fewstep.converted import FLOWS
 from fewstep.drawing import image_channels
 from fewstep.evaluation.plots import image_grid
-from fewstep.fields import NetworkField, VelocityField
 from fewstep.flow_folder import place, write_folder
+from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear
+from fewstep.flows.sampling import sample_noise
 from fewstep.loading import load
 from fewstep.lora import has_lora, merge_lora
-from fewstep.maps import FlowMap
 from fewstep.networks import FAMILIES
-from fewstep.paths import Linear
-from fewstep.sampling import sample_noise
 from fewstep.writing import aside, check_target
 
 _SHOWN = 8  # pictures a row

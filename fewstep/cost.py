@@ -22,13 +22,13 @@ from torch.utils._pytree import tree_leaves
 
 from fewstep.common.randomness import Generators, generator
 from fewstep.data.batch import Batch
-from fewstep.fields import Guided, NetworkField, VelocityField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import Guided, NetworkField, VelocityField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import as_times
+from fewstep.flows.times import draw_pairs
 from fewstep.objectives import FlowMatching, Loss, Objective
 from fewstep.objectives.base import noise_of, squared_error
 from fewstep.objectives.derivative import derivative
-from fewstep.paths import as_times
-from fewstep.times import draw_pairs
 
 # What is measured: a student, its loss, and the slow copy of the student where the loss wants one (made if None).
 Entry = tuple[Any, Objective, Any]

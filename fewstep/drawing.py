@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fewstep.asked import Asked, Encoded, Wanted
 from fewstep.common.randomness import sample_generators
-from fewstep.exact import ExactField
-from fewstep.fields import Guided, VelocityField, unguided
-from fewstep.maps import FlowMap
+from fewstep.flows.exact import ExactField
+from fewstep.flows.fields import Guided, VelocityField, unguided
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import check_options, count_calls, sample, sample_noise
 from fewstep.networks import MLP
 from fewstep.networks.unet import OfDiffusers
 from fewstep.pipelines.arguments import side_step
-from fewstep.sampling import check_options, count_calls, sample, sample_noise
 
 Model = FlowMap | VelocityField
 

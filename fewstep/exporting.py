@@ -11,20 +11,20 @@ from typing import Any
 
 from fewstep.common.model_files import read_json
 from fewstep.common.version import __version__
-from fewstep.described import NETWORKS, code_named, describe
 from fewstep.drawing import image_channels
-from fewstep.fields import DiffusionField, NetworkField, VelocityField
+from fewstep.flows.description import NETWORKS, code_named, describe
+from fewstep.flows.fields import DiffusionField, NetworkField, VelocityField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
+from fewstep.flows.paths import Path as Trajectory
+from fewstep.flows.schedules import PREDICTION_TYPES
 from fewstep.loading import load
 from fewstep.lora import has_lora, merge_lora, save_adapter
-from fewstep.maps import FlowMap
 from fewstep.model_card import card
 from fewstep.networks import FAMILIES, UNet
 from fewstep.networks.students import TwoTimeNetwork
 from fewstep.networks.unet import OfDiffusers
 from fewstep.origin import citation, is_run, origin_of
-from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
-from fewstep.paths import Path as Trajectory
-from fewstep.schedules import PREDICTION_TYPES
 from fewstep.writing import (
     aside,
     check_target,

@@ -11,7 +11,7 @@ from fewstep.conversion import Conversion
 from fewstep.converted import FLOWS, ORIGINAL
 from fewstep.drawing import image_channels
 from fewstep.exporting import diffusion_of, no_pipeline
-from fewstep.fields import NetworkField
+from fewstep.flows.fields import NetworkField
 from fewstep.latents import VAE_FOLDERS, Latents
 from fewstep.model_card import fewstep_code
 from fewstep.networks import UNet

@@ -19,8 +19,8 @@ from fewstep.evaluation.inception import inception
 from fewstep.evaluation.measure import possible_metrics
 from fewstep.evaluation.plots import image_grid, loss_figure, png, points_figure, quality_figure
 from fewstep.evaluation.report import write_report
-from fewstep.fields import VelocityField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.maps import FlowMap
 from fewstep.parts import data_of, follows_teacher, strength_of
 from fewstep.recipe import Named, Recipe
 from fewstep.training.trackers import read_metrics

@@ -13,17 +13,17 @@ from fewstep.common.manifests import AGAIN, Diffusion, read_map_index, read_time
 from fewstep.common.model_files import check_file, check_weights, class_names_in, class_of, put_in, read_json
 from fewstep.common.trust import check_folder, trusting
 from fewstep.converted import is_converted, load_converted
-from fewstep.described import check_description, code_named, made_again
 from fewstep.diffusers_folder import field_of_pipeline, hub_files, lack_weights, load_field, look_into
-from fewstep.fields import NetworkField, VelocityField
+from fewstep.flows.description import check_description, code_named, made_again
+from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
+from fewstep.flows.paths import Path as Trajectory
+from fewstep.flows.schedules import PREDICTION_TYPES
 from fewstep.latents import Latents
-from fewstep.maps import FlowMap
 from fewstep.networks import FAMILIES
 from fewstep.networks.students import STUDENTS
-from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
-from fewstep.paths import Path as Trajectory
 from fewstep.prompts import Prompts
-from fewstep.schedules import PREDICTION_TYPES
 from fewstep.writing import check_text, moments_in
 
 _PLAIN_WEIGHTS = "model.safetensors"

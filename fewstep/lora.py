@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from fewstep.common.errors import briefly, refused
 from fewstep.common.model_files import check_file, read_json
 from fewstep.common.write_errors import cannot_write
-from fewstep.fields import NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.maps import FlowMap
 from fewstep.lora_keys import read_adapter
-from fewstep.maps import FlowMap
 from fewstep.networks import SecondTime, TwoTimeNetwork, new_parts
 
 if TYPE_CHECKING:

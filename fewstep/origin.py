@@ -9,8 +9,8 @@ from fewstep.common.options import as_yaml, read_yaml
 from fewstep.common.parsing import parse_yaml
 from fewstep.common.received import clean_png, own_file, without_places
 from fewstep.evaluation.evaluate import Evaluation
-from fewstep.fields import NetworkField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.maps import FlowMap
 from fewstep.model_card import Origin
 from fewstep.recipe import Recipe
 

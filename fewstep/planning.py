@@ -20,8 +20,8 @@ from fewstep.common.gpus import GPUS
 from fewstep.config import load_recipe
 from fewstep.counting import META, Counted, count_call, count_step
 from fewstep.data.batch import Batch
-from fewstep.fields import VelocityField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.maps import FlowMap
 from fewstep.objectives.base import Objective
 from fewstep.parts import make_objective, make_student, trains_map
 from fewstep.recipe import Recipe

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fewstep.drawing import Model, classes_of, draw, shape_of, takes
 from fewstep.evaluation.plots import COLOURS, image_grid, png
-from fewstep.fields import Guided, VelocityField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import Guided, VelocityField
+from fewstep.flows.maps import FlowMap
 from fewstep.origin import is_run
 from fewstep.parts import find_model, given_by, make_teacher
 

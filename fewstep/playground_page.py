@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.asked import prompt_flags
-from fewstep.maps import FlowMap
+from fewstep.flows.maps import FlowMap
 from fewstep.playground import POINTS, Panel, Playground, Wish
 from fewstep.playground_door import check_port, opened
 

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.drawing import classes_of
-from fewstep.maps import FlowMap
-from fewstep.paths import Linear
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear
 from fewstep.writing import vae_config
 
 _START = {

@@ -21,10 +21,10 @@ from fewstep.data.encoded import MOST_SHARDS, Texts
 from fewstep.data.pairs import FACTS, FORMAT, read_facts, read_shard, shard_files, shard_rows
 from fewstep.drawing import Model, check_finite, classes_of, shape_of
 from fewstep.encoders import text_identity
-from fewstep.identity import identity
-from fewstep.maps import FlowMap
-from fewstep.sampling import sample, sample_noise
-from fewstep.solvers import SOLVERS
+from fewstep.flows.identity import identity
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import sample, sample_noise
+from fewstep.flows.solvers import SOLVERS
 from fewstep.texts import claim, turns_of, write_texts
 
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from fewstep.drawing import classes_of, shape_of
-from fewstep.fields import NetworkField, VelocityField
+from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.maps import FlowMap
 from fewstep.loading import load
-from fewstep.maps import FlowMap
 from fewstep.networks import UNet
 from fewstep.networks.families import ConditionalUNet
 from fewstep.networks.unet import OfDiffusers, set_size

@@ -6,10 +6,10 @@ from typing import Any
 
 from fewstep.common.model_files import class_of
 from fewstep.drawing import image_channels
-from fewstep.fields import DiffusionField, NetworkField
+from fewstep.flows.fields import DiffusionField, NetworkField
+from fewstep.flows.paths import Reversed
 from fewstep.latents import VAE_FOLDERS
 from fewstep.networks import SD3, Flux, Wan
-from fewstep.paths import Reversed
 from fewstep.writing import (
     copy_part,
     is_whole_part,

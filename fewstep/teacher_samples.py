@@ -19,7 +19,7 @@ from fewstep.data.batch import Batch
 from fewstep.data.numpy_files import open_archive, read_member
 from fewstep.data.pairs import FACTS, Pairs, read_facts
 from fewstep.drawing import classes_of, draw, shape_of
-from fewstep.fields import VelocityField
+from fewstep.flows.fields import VelocityField
 from fewstep.pictures import write
 from fewstep.reflow import facts_of, make_pairs
 from fewstep.training.folder import differences

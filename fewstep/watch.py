@@ -12,11 +12,11 @@ from fewstep.data.batch import Data, has_classes
 from fewstep.evaluation.diagnostics import teacher_states
 from fewstep.evaluation.plots import image_grid, png, points_figure
 from fewstep.evaluation.points import error_quantiles, rmse
-from fewstep.fields import VelocityField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import sample, sample_noise
 from fewstep.parts import strength_of
 from fewstep.recipe import Recipe
-from fewstep.sampling import sample, sample_noise
 from fewstep.training.run import Run
 
 _POINTS = 8192  # in a picture of a density

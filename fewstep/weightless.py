@@ -19,7 +19,7 @@ from fewstep.data import encoded, load_data, pairs
 from fewstep.data.decode import check_side
 from fewstep.diffusers_folder import look_into
 from fewstep.drawing import classes_of, image_channels, shape_of
-from fewstep.fields import DiffusionField, Guided, VelocityField, unguided
+from fewstep.flows.fields import DiffusionField, Guided, VelocityField, unguided
 from fewstep.latents import Latents
 from fewstep.loading import find_configurations
 from fewstep.networks.unet import OfDiffusers

@@ -13,8 +13,8 @@ import torch
 from elsewhere import elsewhere  # noqa: F401
 from torch import Tensor, nn
 
-from fewstep.exact import GaussianField
-from fewstep.maps import FlowMap
+from fewstep.flows.exact import GaussianField
+from fewstep.flows.maps import FlowMap
 from fewstep.objectives import two_time
 
 torch.set_num_threads(1)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.batch import Batch
-from fewstep.exact import ExactField, GaussianField, MixtureField
-from fewstep.fields import VelocityField
-from fewstep.maps import FlowMap
+from fewstep.flows.exact import ExactField, GaussianField, MixtureField
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear
 from fewstep.objectives import (
     AYF,
     CTM,
@@ -38,7 +39,6 @@ from fewstep.objectives import (
     Shortcut,
     SplitMeanFlow,
 )
-from fewstep.paths import Linear
 
 Make = Callable[[VelocityField], Objective]
 

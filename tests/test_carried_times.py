@@ -1,6 +1,6 @@
 """One rule in three places: how a network of another path is asked, in fewstep and in two files that folders carry.
 
-``fewstep.paths.scaling`` is the one; ``flow_model.flow_scaling`` and ``native_times.coefficients`` are written again,
+``fewstep.flows.paths.scaling`` is the one; ``flow_model.flow_scaling`` and ``native_times.coefficients`` are written again,
 as they are carried alone. Over random schedules they are equal, at the ends and beyond them too.
 """
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from fewstep.common.manifests import Diffusion
 from fewstep.exporting import diffusion_of
-from fewstep.fields import NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.paths import Linear, Path, Preconditioned, Reversed, Tabulated, scaling
 from fewstep.loading import _spoken
 from fewstep.networks.flow_model import flow_scaling
 from fewstep.networks.held import held_ratios
-from fewstep.paths import Linear, Path, Preconditioned, Reversed, Tabulated, scaling
 from fewstep.pipelines.native_times import coefficients, second_timestep
 
 F64 = torch.float64

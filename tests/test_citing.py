@@ -15,7 +15,7 @@ import fewstep
 from fewstep import citing, cli
 from fewstep.citing import bibliography, cite
 from fewstep.config import load_recipe
-from fewstep.exact import CheckerboardField
+from fewstep.flows.exact import CheckerboardField
 from fewstep.objectives import OBJECTIVES
 from fewstep.parts import make_objective, make_teacher
 from fewstep.runs import run

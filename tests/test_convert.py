@@ -31,19 +31,19 @@ from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
 from fewstep.converting import convert
 from fewstep.evaluation.plots import image_grid
-from fewstep.exact import CheckerboardField
 from fewstep.exporting import diffusion_of
-from fewstep.fields import DiffusionField, Guided, NetworkField
+from fewstep.flows.exact import CheckerboardField
+from fewstep.flows.fields import DiffusionField, Guided, NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear, Preconditioned, Reversed, Tabulated, Trigonometric, scaling
+from fewstep.flows.paths import Path as Trajectory
+from fewstep.flows.sampling import sample, sample_noise
+from fewstep.flows.solvers import integrate
 from fewstep.latents import Latents
 from fewstep.loading import load
-from fewstep.maps import FlowMap
 from fewstep.networks import FAMILIES, MLP, UNet, flow_model
 from fewstep.networks.calls import pack
 from fewstep.networks.unet import public_config, with_image
-from fewstep.paths import Linear, Preconditioned, Reversed, Tabulated, Trigonometric, scaling
-from fewstep.paths import Path as Trajectory
-from fewstep.sampling import sample, sample_noise
-from fewstep.solvers import integrate
 
 FLOW_SIGMAS: Any = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 NAMES = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}

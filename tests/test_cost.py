@@ -18,8 +18,8 @@ from fewstep.cost import (
     unit_costs,
 )
 from fewstep.data.batch import Batch
-from fewstep.fields import Guided, NetworkField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, LMD, PFMM, FlowMatching, Loss
 

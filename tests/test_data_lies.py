@@ -25,7 +25,7 @@ from fewstep.common.options import read_yaml
 from fewstep.data import encoded, load_data, pairs
 from fewstep.data.decode import decode
 from fewstep.data.sources import listed
-from fewstep.exact import CheckerboardField
+from fewstep.flows.exact import CheckerboardField
 from fewstep.teacher_samples import TeacherSamples
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep import exact
 from fewstep.data import load_data
 from fewstep.data.toy import silhouette, swiss_roll, two_moons
-from fewstep.exact import checkerboard_boxes
+from fewstep.flows import exact
+from fewstep.flows.exact import checkerboard_boxes
 
 N = 200_000
 NAMES = ["checkerboard", "two-moons", "eight-gaussians", "spiral", "pinwheel", "swiss-roll", "silhouette"]

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from fewstep import Denoising, DiffusionField, FlowMap, Linear, NetworkField, fit
 from fewstep.common.randomness import generator, normal, uniform
 from fewstep.data.batch import Batch
-from fewstep.exact import GaussianField
+from fewstep.flows.exact import GaussianField
+from fewstep.flows.paths import Preconditioned, Tabulated, Trigonometric
 from fewstep.networks import MLP
-from fewstep.paths import Preconditioned, Tabulated, Trigonometric
 
 F64 = torch.float64
 SCHEDULE = Tabulated.from_alphas_cumprod(DDPMScheduler().alphas_cumprod)

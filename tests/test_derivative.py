@@ -9,8 +9,8 @@ from objective_toys import Perturbed, batch_of, loss_of
 from torch import Tensor, nn
 
 from fewstep.common.randomness import generator
-from fewstep.exact import GaussianField
-from fewstep.maps import FlowMap
+from fewstep.flows.exact import GaussianField
+from fewstep.flows.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import AYF, LSD, SCM
 from fewstep.objectives.derivative import derivative, time_derivative

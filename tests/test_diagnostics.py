@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.evaluation.diagnostics import POSITIONS, VELOCITIES, diagnose, endpoint_rmse, teacher_states
-from fewstep.exact import CheckerboardField, GaussianField
-from fewstep.fields import NetworkField
-from fewstep.maps import FlowMap
-from fewstep.paths import Linear
-from fewstep.sampling import count_calls
+from fewstep.flows.exact import CheckerboardField, GaussianField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear
+from fewstep.flows.sampling import count_calls
 
 MEAN = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 STD = torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64)

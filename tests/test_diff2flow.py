@@ -12,12 +12,12 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from torch import Tensor, nn
 from unet_toys import tiny_unet
 
-from fewstep.exact import GaussianField
-from fewstep.fields import DiffusionField, NetworkField
+from fewstep.flows.exact import GaussianField
+from fewstep.flows.fields import DiffusionField, NetworkField
+from fewstep.flows.paths import Linear, Tabulated
+from fewstep.flows.sampling import sample
+from fewstep.flows.solvers import integrate
 from fewstep.networks import UNet
-from fewstep.paths import Linear, Tabulated
-from fewstep.sampling import sample
-from fewstep.solvers import integrate
 
 MEAN = torch.tensor([0.8, -0.4], dtype=torch.float64)
 COV = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)

@@ -12,7 +12,7 @@ from family_toys import tiny_model
 from unet_toys import tiny_unet
 
 from fewstep import ITVM, FlowMatching, Guided, Linear, MeanFlow, Trigonometric, load, sample
-from fewstep.fields import KNOWN, DiffusionField, NetworkField
+from fewstep.flows.fields import KNOWN, DiffusionField, NetworkField
 from fewstep.networks import UNet
 from fewstep.recipe import Recipe
 from fewstep.runs import build

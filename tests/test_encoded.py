@@ -23,7 +23,7 @@ from fewstep.data import Data, Encoded, load_data
 from fewstep.data.decode import decode
 from fewstep.data.encoded import Texts
 from fewstep.encoding import encode, encoded_once
-from fewstep.fields import VelocityField
+from fewstep.flows.fields import VelocityField
 from fewstep.latents import Latents
 from fewstep.prompts import Prompts
 from fewstep.texts import turns_of, write_texts

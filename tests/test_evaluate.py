@@ -15,11 +15,11 @@ from fewstep.evaluation.features import FeatureStatistics, frechet_distance, pre
 from fewstep.evaluation.inception import Inception
 from fewstep.evaluation.measure import ENDS
 from fewstep.evaluation.points import error_quantiles, rmse
-from fewstep.exact import GaussianField, eight_gaussians
-from fewstep.fields import Guided, NetworkField
-from fewstep.maps import FlowMap
+from fewstep.flows.exact import GaussianField, eight_gaussians
+from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import sample, sample_noise
 from fewstep.networks import MLP
-from fewstep.sampling import sample, sample_noise
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.common.randomness import generator
-from fewstep.exact import (
+from fewstep.flows.exact import (
     BoxesField,
     CheckerboardField,
     GaussianField,
@@ -16,9 +16,9 @@ from fewstep.exact import (
     checkerboard_boxes,
     eight_gaussians,
 )
-from fewstep.paths import Linear, Tabulated, Trigonometric, VariancePreserving
-from fewstep.sampling import count_calls
-from fewstep.solvers import integrate
+from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
+from fewstep.flows.sampling import count_calls
+from fewstep.flows.solvers import integrate
 
 F64 = torch.float64
 DDPM = Tabulated.from_alphas_cumprod((1 - torch.linspace(1e-4, 0.02, 1000, dtype=F64)).cumprod(0))

@@ -29,21 +29,21 @@ from unet_toys import conditions, tiny_field, tiny_student, tiny_unet
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
 from fewstep.config import load_recipe
-from fewstep.exact import CheckerboardField
 from fewstep.exporting import export
-from fewstep.fields import DiffusionField, Guided, NetworkField
+from fewstep.flows.exact import CheckerboardField
+from fewstep.flows.fields import DiffusionField, Guided, NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear, Preconditioned, Reversed, Tabulated, Trigonometric
+from fewstep.flows.paths import Path as Trajectory
+from fewstep.flows.sampling import sample, sample_noise
 from fewstep.latents import Latents
 from fewstep.loading import load
-from fewstep.maps import FlowMap
 from fewstep.networks import MLP, UNet, flow_model
-from fewstep.paths import Linear, Preconditioned, Reversed, Tabulated, Trigonometric
-from fewstep.paths import Path as Trajectory
 from fewstep.pipelines import flow_map
 from fewstep.pipelines.exported import FlowMapPipeline
 from fewstep.pipelines.native_times import coefficients
 from fewstep.pipelines.source import whole
 from fewstep.runs import run
-from fewstep.sampling import sample, sample_noise
 
 # Student's prediction and classes: each kind of network, with and without labels.
 STUDENTS = [("flow", None), ("flow", 5), ("epsilon", None), ("v_prediction", 5), ("sample", None)]
@@ -739,7 +739,7 @@ def trajectories() -> list[Trajectory]:
     found, classes = [], Trajectory.__subclasses__()
     for kind in classes:
         classes.extend(kind.__subclasses__())
-        if kind.__module__ == "fewstep.paths":
+        if kind.__module__ == "fewstep.flows.paths":
             found.append(kind(**options.get(kind, {})))
     return found
 

@@ -15,9 +15,9 @@ from unet_toys import tiny_field, tiny_student
 
 from fewstep.asked import class_names
 from fewstep.exporting import export
+from fewstep.flows.maps import FlowMap
 from fewstep.latents import Latents
 from fewstep.loading import load
-from fewstep.maps import FlowMap
 from fewstep.pipelines.exported import FlowMapPipeline
 from fewstep.playground import _names
 

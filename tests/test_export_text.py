@@ -20,8 +20,8 @@ from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
 from fewstep.drawing import draw
 from fewstep.exporting import export
+from fewstep.flows.maps import FlowMap
 from fewstep.loading import load
-from fewstep.maps import FlowMap
 from fewstep.pipelines.exported import FlowMapPipeline
 
 NAMES = ["sd", "sdxl", "pixart", "sd3", "sd3 without", "flux"]

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from unet_toys import tiny_student, tiny_unet
 
 from fewstep.drawing import classes_of, draw, shape_of
-from fewstep.fields import DiffusionField, Guided, NetworkField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import DiffusionField, Guided, NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear, VariancePreserving
 from fewstep.networks import FAMILIES, SD3, ConditionalUNet, DiT, Flux, PixArt, TwoTimeUNet, UNet
 from fewstep.networks.calls import pack, unpack
-from fewstep.paths import Linear, VariancePreserving
 
 NAMES = list(MODELS)
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))

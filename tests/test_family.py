@@ -23,8 +23,9 @@ from objective_toys import (
 from torch import Tensor, nn
 
 from fewstep.data.batch import Batch
-from fewstep.exact import GaussianField, MixtureField
-from fewstep.fields import KNOWN, NetworkField, VelocityField
+from fewstep.flows.exact import GaussianField, MixtureField
+from fewstep.flows.fields import KNOWN, NetworkField, VelocityField
+from fewstep.flows.paths import Trigonometric, VariancePreserving
 from fewstep.objectives import (
     AYF,
     EMD,
@@ -47,7 +48,6 @@ from fewstep.objectives import (
     SplitMeanFlow,
     flow_matching,
 )  # fmt: skip
-from fewstep.paths import Trigonometric, VariancePreserving
 
 # The default of many is other shares of the rows; here half of them are on the diagonal, for all that have one.
 HALF = {"diagonal": 0.5}

@@ -10,8 +10,8 @@ from conftest import GaussianAverageVelocity
 from objective_toys import SolvedAverageVelocity, States, expected_gradients, mixture, three_states
 from torch import Tensor
 
-from fewstep.exact import GaussianField
-from fewstep.fields import VelocityField
+from fewstep.flows.exact import GaussianField
+from fewstep.flows.fields import VelocityField
 from fewstep.objectives import (
     AYF,
     CTM,

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.exact import GaussianField, MixtureField
-from fewstep.fields import DiffusionField, Guided, NetworkField, VelocityField, schedule_of
+from fewstep.flows.exact import GaussianField, MixtureField
+from fewstep.flows.fields import DiffusionField, Guided, NetworkField, VelocityField, schedule_of
+from fewstep.flows.paths import KINDS, Linear, Reversed, Tabulated, Trigonometric, VariancePreserving
+from fewstep.flows.solvers import integrate
 from fewstep.networks import MLP
-from fewstep.paths import KINDS, Linear, Reversed, Tabulated, Trigonometric, VariancePreserving
-from fewstep.solvers import integrate
 
 F64 = torch.float64
 DDPM = Tabulated.from_alphas_cumprod((1 - torch.linspace(1e-4, 0.02, 1000, dtype=F64)).cumprod(0))

@@ -16,12 +16,12 @@ from fewstep.common.randomness import generator
 from fewstep.config import load_recipe
 from fewstep.data import ArrayData, load_data
 from fewstep.data.batch import Batch
-from fewstep.exact import GaussianField
+from fewstep.flows.exact import GaussianField
+from fewstep.flows.paths import Reversed
+from fewstep.flows.sampling import count_calls
 from fewstep.networks import UNet
 from fewstep.networks.unet import with_image
-from fewstep.paths import Reversed
 from fewstep.runs import build, load_run, run
-from fewstep.sampling import count_calls
 
 F64 = torch.float64
 

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import fewstep
 from fewstep.data.couplings import Coupled
 from fewstep.data.given import as_data
-from fewstep.fields import NetworkField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear, Preconditioned
+from fewstep.flows.schedules import kind_of
 from fewstep.networks import MLP
-from fewstep.paths import Linear, Preconditioned
-from fewstep.schedules import kind_of
 
 ROWS = torch.randn(12, 2)
 LABELS = torch.arange(12) % 3

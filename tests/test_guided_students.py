@@ -5,13 +5,13 @@ import torch
 
 from fewstep.cli import main
 from fewstep.config import load_recipe
-from fewstep.exact import eight_gaussians
-from fewstep.fields import Guided
+from fewstep.flows.exact import eight_gaussians
+from fewstep.flows.fields import Guided
 from fewstep.networks import MLP
 from fewstep.runs import load_run, run
 
 FIELDS = """
-from fewstep.exact import MixtureField, eight_gaussians
+from fewstep.flows.exact import MixtureField, eight_gaussians
 
 def weak():
     field = eight_gaussians()

@@ -18,8 +18,8 @@ from unet_toys import tiny_field, tiny_student
 import fewstep
 from fewstep import hub
 from fewstep.cli import main
-from fewstep.fields import NetworkField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.maps import FlowMap
 from fewstep.networks import MLP
 
 TOKEN = "hf_" + "x" * 34

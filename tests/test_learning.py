@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fewstep.data.toy import Toy
 from fewstep.evaluation.points import rmse
-from fewstep.exact import MixtureField
-from fewstep.maps import FlowMap
+from fewstep.flows.exact import MixtureField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import sample
 from fewstep.networks import MLP
 from fewstep.objectives import (
     AYF,
@@ -38,7 +39,6 @@ from fewstep.objectives import (
     Shortcut,
     SplitMeanFlow,
 )
-from fewstep.sampling import sample
 from fewstep.training.fit import fit
 
 

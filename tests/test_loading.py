@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from unet_toys import tiny_unet
 
 from fewstep.diffusers_folder import hub_files
-from fewstep.fields import DiffusionField
+from fewstep.flows.fields import DiffusionField
+from fewstep.flows.paths import Linear
 from fewstep.latents import Latents
 from fewstep.loading import load
 from fewstep.networks import FAMILIES, UNet
-from fewstep.paths import Linear
 
 
 def write(folder: Path, scheduler: Any = None, layout: str = "pipeline", **options: Any) -> Path:
@@ -191,7 +191,7 @@ def test_exports_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     from unet_toys import tiny_student
 
     from fewstep.exporting import export
-    from fewstep.maps import FlowMap
+    from fewstep.flows.maps import FlowMap
     from fewstep.networks import MLP
 
     def download(name: str, allow_patterns: list[str]) -> str:
@@ -379,7 +379,7 @@ def test_damaged_exports(tmp_path: Path) -> None:
     from unet_toys import tiny_student
 
     from fewstep.exporting import export
-    from fewstep.maps import FlowMap
+    from fewstep.flows.maps import FlowMap
     from fewstep.networks import MLP
 
     folder = export(tiny_student("flow"), tmp_path / "map")

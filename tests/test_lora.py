@@ -12,15 +12,15 @@ from unet_toys import tiny_field, tiny_unet
 
 from fewstep.common.errors import TrainingError
 from fewstep.config import load_recipe
-from fewstep.exact import GaussianField
 from fewstep.exporting import export
-from fewstep.fields import Guided, NetworkField
+from fewstep.flows.exact import GaussianField
+from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear, Reversed
 from fewstep.loading import load
 from fewstep.lora import DIFFUSERS_FILE, PEFT_FILE, add_lora, has_lora, load_adapter, merge_lora, save_adapter
-from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, FlowMatching
-from fewstep.paths import Linear, Reversed
 from fewstep.runs import build, open_run, run
 from fewstep.training import checkpoints
 from fewstep.training.ema import Ema

@@ -12,7 +12,7 @@ from family_toys import conditions, ddim, tiny_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.fields import DiffusionField
+from fewstep.flows.fields import DiffusionField
 from fewstep.lora import DIFFUSERS_FILE, load_adapter, merge_lora, save_adapter
 from fewstep.networks import ConditionalUNet
 

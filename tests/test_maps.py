@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.exact import CheckerboardField
-from fewstep.fields import Guided, NetworkField
-from fewstep.maps import FlowMap, load_by_name
+from fewstep.flows.exact import CheckerboardField
+from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.maps import FlowMap, load_by_name
+from fewstep.flows.paths import KINDS, Linear, Reversed, Tabulated, Trigonometric, VariancePreserving
+from fewstep.flows.times import step_grid
 from fewstep.networks import MLP, SecondTime, sinusoidal
-from fewstep.paths import KINDS, Linear, Reversed, Tabulated, Trigonometric, VariancePreserving
-from fewstep.times import step_grid
 
 F64 = torch.float64
 DDPM = Tabulated.from_alphas_cumprod((1 - torch.linspace(1e-4, 0.02, 1000, dtype=F64)).cumprod(0))

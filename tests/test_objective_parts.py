@@ -11,12 +11,14 @@ from objective_toys import Perturbed, SolvedAverageVelocity, loss_of, value
 from test_times import GAP, N, gap
 from torch import Tensor, nn
 
-from fewstep import exact
 from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch
-from fewstep.exact import GaussianField
-from fewstep.fields import Guided, VelocityField
-from fewstep.maps import FlowMap
+from fewstep.flows import exact
+from fewstep.flows.exact import GaussianField
+from fewstep.flows.fields import Guided, VelocityField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear, Trigonometric
+from fewstep.flows.times import draw_pairs
 from fewstep.objectives import (
     AYF,
     FMM,
@@ -33,8 +35,6 @@ from fewstep.objectives import (
     TwoTime,
 )
 from fewstep.objectives.two_time import Now, Rows, normalized
-from fewstep.paths import Linear, Trigonometric
-from fewstep.times import draw_pairs
 
 # Times
 

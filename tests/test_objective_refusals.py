@@ -8,8 +8,9 @@ from objective_toys import DISTILLS, Perturbed, batch_of
 from test_objective_rows import teacher_of
 
 from fewstep.common.randomness import generator
-from fewstep.exact import GaussianField
-from fewstep.maps import FlowMap
+from fewstep.flows.exact import GaussianField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Trigonometric
 from fewstep.networks import MLP
 from fewstep.objectives import (
     AYF,
@@ -30,7 +31,6 @@ from fewstep.objectives import (
     MeanFlow,
     Shortcut,
 )
-from fewstep.paths import Trigonometric
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 import fewstep
 from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch
-from fewstep.exact import GaussianField
-from fewstep.fields import NetworkField
-from fewstep.maps import FlowMap
+from fewstep.flows.exact import GaussianField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import count_calls
 from fewstep.networks import MLP
 from fewstep.objectives import (
     AYF,
@@ -36,7 +37,6 @@ from fewstep.objectives import (
     Denoising,
 )  # fmt: skip
 from fewstep.objectives.base import split_rows
-from fewstep.sampling import count_calls
 
 
 def teacher_of(seed: int = 0) -> NetworkField:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep import exact
 from fewstep.common.randomness import generator
 from fewstep.data import toy
-from fewstep.maps import FlowMap
+from fewstep.flows import exact
+from fewstep.flows.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import PFMM, PSD, Objective, two_time
 from fewstep.objectives.two_time import Now

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fewstep.paths import Linear
+from fewstep.flows.paths import Linear
 
 
 class Net(nn.Module):

@@ -9,7 +9,7 @@ import torch
 
 import fewstep
 from fewstep.config import load_recipe
-from fewstep.exact import CheckerboardField
+from fewstep.flows.exact import CheckerboardField
 from fewstep.runs import build
 
 PAGE = Path(__file__).parents[1] / "docs" / "guides" / "own-objective.md"

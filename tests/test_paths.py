@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewstep.paths import (
+from fewstep.flows.paths import (
     KINDS,
     Forward,
     Linear,

@@ -27,9 +27,9 @@ from fewstep.counting import META, LikeAGpu, count_call, count_step
 from fewstep.data import encoded, pairs
 from fewstep.data.batch import Batch
 from fewstep.exporting import export
-from fewstep.fields import Guided, NetworkField
+from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.maps import FlowMap
 from fewstep.lora import add_lora
-from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, LMD, FlowMatching
 from fewstep.planning import GIB, GPUS, Plan, changes, fit_on, plan

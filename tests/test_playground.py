@@ -30,12 +30,12 @@ from fewstep.cli import _parser, main
 from fewstep.common.randomness import sample_generators
 from fewstep.drawing import draw
 from fewstep.evaluation.plots import image_grid
-from fewstep.fields import Guided, NetworkField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import sample_noise
 from fewstep.networks import MLP
 from fewstep.playground import Playground, Wish, step_counts
 from fewstep.playground_door import Door
-from fewstep.sampling import sample_noise
 
 gradio = pytest.importorskip("gradio")
 from fewstep import playground_page  # noqa: E402

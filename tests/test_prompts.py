@@ -15,11 +15,11 @@ from torch import Tensor
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
 from fewstep.drawing import draw
-from fewstep.fields import DiffusionField, Guided
+from fewstep.flows.fields import DiffusionField, Guided
+from fewstep.flows.sampling import sample, sample_noise
+from fewstep.flows.solvers import integrate
 from fewstep.loading import load
 from fewstep.prompts import Prompts, knows_prompts
-from fewstep.sampling import sample, sample_noise
-from fewstep.solvers import integrate
 
 TEXTS = ["a cat", "a dog"]
 NAMES = ["sd", "sdxl", "pixart", "sd3", "sd3 without", "flux"]

@@ -24,16 +24,16 @@ from fewstep.diffusers_folder import look_into
 from fewstep.drawing import image_channels, takes
 from fewstep.encoders import text_identity, vae_identity
 from fewstep.exporting import export, no_pipeline
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Tabulated
+from fewstep.flows.sampling import sample
+from fewstep.flows.schedules import schedule_of, todays_config
 from fewstep.latents import Latents
 from fewstep.loading import load
-from fewstep.maps import FlowMap
 from fewstep.parts import make_teacher
-from fewstep.paths import Tabulated
 from fewstep.pipelines.exported import FlowMapPipeline
 from fewstep.recipe import Teacher
 from fewstep.runs import build
-from fewstep.sampling import sample
-from fewstep.schedules import schedule_of, todays_config
 from fewstep.writing import copy_part
 
 

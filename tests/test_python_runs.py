@@ -15,9 +15,9 @@ from fewstep.cli import main
 from fewstep.common.options import read_yaml
 from fewstep.config import load_recipe
 from fewstep.data import load_data
-from fewstep.described import describe, made_again
+from fewstep.flows.description import describe, made_again
+from fewstep.flows.maps import FlowMap
 from fewstep.lora import add_lora
-from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives.base import Loss, Objective
 from fewstep.runs import evaluate_run, run

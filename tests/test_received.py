@@ -29,9 +29,9 @@ from fewstep.config import load_recipe
 from fewstep.converting import convert
 from fewstep.data.encoded import Encoded
 from fewstep.exporting import export
+from fewstep.flows.maps import FlowMap
 from fewstep.loading import load
 from fewstep.lora import add_lora, load_adapter, save_adapter
-from fewstep.maps import FlowMap
 from fewstep.runs import run
 from fewstep.runtimes import export_program
 from fewstep.training import checkpoints

@@ -17,15 +17,15 @@ from fewstep.config import load_recipe
 from fewstep.data import Data, Pairs, load_data
 from fewstep.data.couplings import Coupled
 from fewstep.drawing import draw
-from fewstep.exact import GaussianField, eight_gaussians
-from fewstep.fields import Guided, NetworkField
-from fewstep.identity import identity
-from fewstep.maps import FlowMap
+from fewstep.flows.exact import GaussianField, eight_gaussians
+from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.identity import identity
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import sample_noise
 from fewstep.networks import MLP
 from fewstep.objectives.flow_matching import FlowMatching
 from fewstep.reflow import make_pairs
 from fewstep.runs import run
-from fewstep.sampling import sample_noise
 
 COUNT, SHARD = 23, 5  # five shards, the last of three
 TINY = ["--steps", "2", "--training.quiet", "true", "--training.batch", "8", "--evaluation.count", "0"]

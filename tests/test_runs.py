@@ -19,12 +19,12 @@ from fewstep.drawing import classes_of, draw, shape_of
 from fewstep.evaluation import evaluate as evaluation
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.extractor import SmallClassifier
-from fewstep.exact import CheckerboardField
-from fewstep.fields import Guided, NetworkField
-from fewstep.maps import FlowMap
+from fewstep.flows.exact import CheckerboardField
+from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear, VariancePreserving
 from fewstep.networks import MLP, TwoTimeUNet, UNet
 from fewstep.parts import TeacherSamples
-from fewstep.paths import Linear, VariancePreserving
 from fewstep.runs import build, evaluate_run, load_run, open_run, run
 
 POINTS: dict[str, Any] = {
@@ -213,7 +213,7 @@ def test_guidance_is_around_the_teacher(teacher_run: Path) -> None:
 
 def test_networks_teachers_and_methods_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from fewstep.exact import eight_gaussians\nfrom fewstep.networks import MLP\n"
+        "from fewstep.flows.exact import eight_gaussians\nfrom fewstep.networks import MLP\n"
         "from fewstep.objectives import LMD\n\n\n"
         "class Own(MLP):\n    with_second_time = None\n\n\n"
         "def net(width: int = 8):\n    return Own(2, width=width, depth=2, times=2)\n\n\n"

@@ -15,11 +15,11 @@ from unet_toys import tiny_student, tiny_unet
 
 import fewstep
 from fewstep.cli import main
-from fewstep.fields import DiffusionField, NetworkField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import DiffusionField, NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
+from fewstep.flows.paths import Path as Trajectory
 from fewstep.networks import FAMILIES, MLP, UNet
-from fewstep.paths import Linear, Tabulated, Trigonometric, VariancePreserving
-from fewstep.paths import Path as Trajectory
 from fewstep.runtimes import Counted, export_program
 
 pytest.importorskip("onnxruntime")

@@ -27,12 +27,12 @@ from fewstep.common.console import progress_bar
 from fewstep.common.distributed import World
 from fewstep.common.sharing import shares
 from fewstep.drawing import draw
-from fewstep.fields import Guided, NetworkField
+from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.sampling import sample, sample_noise
 from fewstep.loading import load
 from fewstep.networks.families import SD3, Flux
 from fewstep.pictures import claim, save_pictures
 from fewstep.placing import place
-from fewstep.sampling import sample, sample_noise
 
 CPU = torch.device("cpu")
 TEXTS = ["a cat", "dog", "a dog"]

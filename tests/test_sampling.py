@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from fewstep.common.randomness import generator, normal, sample_generators
-from fewstep.exact import CheckerboardField, GaussianField
-from fewstep.fields import DiffusionField, Guided, NetworkField
-from fewstep.maps import FlowMap
+from fewstep.flows.exact import CheckerboardField, GaussianField
+from fewstep.flows.fields import DiffusionField, Guided, NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
+from fewstep.flows.sampling import count_calls, sample, sample_noise
+from fewstep.flows.times import GRIDS, step_grid
 from fewstep.networks import MLP
-from fewstep.paths import Linear, Tabulated, Trigonometric, VariancePreserving
-from fewstep.sampling import count_calls, sample, sample_noise
-from fewstep.times import GRIDS, step_grid
 
 F64 = torch.float64
 SHORT = Tabulated((1.0, 0.5, 0.0, -1.0, -3.0))  # ends with much noise left, and begins with some data

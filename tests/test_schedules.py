@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fewstep.agreement import compare_samplers
-from fewstep.exact import GaussianField, MixtureField
-from fewstep.fields import DiffusionField
-from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
-from fewstep.schedules import schedule_of
-from fewstep.solvers import integrate
+from fewstep.flows.exact import GaussianField, MixtureField
+from fewstep.flows.fields import DiffusionField
+from fewstep.flows.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
+from fewstep.flows.schedules import schedule_of
+from fewstep.flows.solvers import integrate
 
 F64 = torch.float64
 MEANS = torch.tensor([[-1.0, 0.5], [0.9, 0.2], [0.1, -1.2]], dtype=F64)

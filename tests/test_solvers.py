@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fewstep.paths import Linear, VariancePreserving
-from fewstep.solvers import SOLVERS, STEPS, integrate
+from fewstep.flows.paths import Linear, VariancePreserving
+from fewstep.flows.solvers import SOLVERS, STEPS, integrate
 
 F64 = torch.float64
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2}

@@ -17,13 +17,13 @@ from fewstep.cli import main
 from fewstep.config import load_recipe
 from fewstep.data import ArrayData
 from fewstep.exporting import export
-from fewstep.fields import NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Trigonometric
 from fewstep.loading import load
 from fewstep.lora import has_lora
-from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import LMD
-from fewstep.paths import Trigonometric
 from fewstep.recipe import Student
 from fewstep.runs import build, open_run, run
 from fewstep.starts import started

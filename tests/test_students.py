@@ -18,9 +18,10 @@ from fewstep.common.randomness import generator
 from fewstep.config import load_recipe
 from fewstep.data import ArrayData
 from fewstep.data.batch import Batch
-from fewstep.fields import DiffusionField, Guided, NetworkField
+from fewstep.flows.fields import DiffusionField, Guided, NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import sample
 from fewstep.lora import add_lora, load_adapter, merge_lora, save_adapter
-from fewstep.maps import FlowMap
 from fewstep.networks import FAMILIES, MLP, SECOND_TIMES, gains_second_time, with_second_time
 from fewstep.networks.two_times import SECOND_TIMES as CARRIED
 from fewstep.objectives import (
@@ -41,7 +42,6 @@ from fewstep.objectives import (
     Shortcut,
 )
 from fewstep.runs import open_run, run
-from fewstep.sampling import sample
 from fewstep.training.fit import fit
 
 NAMES = ["unet", "unet of classes", *MODELS, "pixart of one size", "flux told", "wan"]

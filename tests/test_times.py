@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewstep.common.randomness import generator
-from fewstep.times import DISTRIBUTIONS, GRIDS, draw_pairs, draw_times, step_grid
+from fewstep.flows.times import DISTRIBUTIONS, GRIDS, draw_pairs, draw_times, step_grid
 
 N = 100_000
 # The largest gap between an empirical and a true distribution function exceeds this once in 1e7 (Kolmogorov).

@@ -17,8 +17,8 @@ from fewstep.common.console import Pace, duration, progress_bar
 from fewstep.common.errors import TrainingError
 from fewstep.common.randomness import generator
 from fewstep.data.order import epoch_indices
-from fewstep.exact import GaussianField
-from fewstep.maps import FlowMap
+from fewstep.flows.exact import GaussianField
+from fewstep.flows.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM
 from fewstep.objectives.base import Loss

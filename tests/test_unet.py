@@ -6,8 +6,8 @@ from unet_toys import LABELS, conditions, tiny_field, tiny_student, tiny_unet
 
 from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch
-from fewstep.fields import DiffusionField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import DiffusionField
+from fewstep.flows.maps import FlowMap
 from fewstep.networks import UNet, with_second_time
 from fewstep.objectives import ITVM, LMD, FlowMatching, Objective
 

@@ -16,14 +16,14 @@ from fewstep.cli import main
 from fewstep.config import load_recipe
 from fewstep.data import ArrayData
 from fewstep.drawing import draw
-from fewstep.fields import NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import sample
 from fewstep.lora import add_lora
-from fewstep.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.playground import Playground, Wish
 from fewstep.runs import open_run, run
 from fewstep.runtimes import export_program
-from fewstep.sampling import sample
 from fewstep.training import checkpoints
 from fewstep.writing import MARK, check_target
 

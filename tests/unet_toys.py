@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from fewstep.fields import DiffusionField, NetworkField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import DiffusionField, NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear, Reversed
 from fewstep.networks import UNet
-from fewstep.paths import Linear, Reversed
 
 LABELS = torch.tensor([0, 1, 4])
 

@@ -9,8 +9,8 @@ from fewstep.common.console import print_table, say_next
 
 def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.common.model_files import read_json
-    from fewstep.described import code_named
     from fewstep.exporting import export
+    from fewstep.flows.description import code_named
     from fewstep.lora import DIFFUSERS_FILE
     from fewstep.writing import moments_in
 

@@ -25,12 +25,12 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.common.received import without_places
     from fewstep.common.sharing import gathered, shares
     from fewstep.drawing import draw_batches, labels_of, settled, shape_of, sized
-    from fewstep.maps import FlowMap
+    from fewstep.flows.maps import FlowMap
+    from fewstep.flows.sampling import count_calls
     from fewstep.parts import given_by
     from fewstep.pictures import check_out, claim, missing, picture_name, save_pictures, says, write
     from fewstep.placing import place
     from fewstep.prompts import TEXT_CONDITIONS
-    from fewstep.sampling import count_calls
 
     world = environment()
     device = choose_device(args.device, world)
@@ -151,7 +151,7 @@ def _facts(
     import hashlib
 
     from fewstep.encoders import text_identity, vae_identity
-    from fewstep.identity import identity
+    from fewstep.flows.identity import identity
 
     # What makes pictures of latents, and conditions of prompts, where that is what is done.
     vae = None if model.latents is None or args.latents else vae_identity(model.latents)
@@ -185,8 +185,8 @@ def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.common.distributed import environment
     from fewstep.drawing import image_channels, shape_of, takes
     from fewstep.encoders import kept_null
-    from fewstep.fields import Guided, NetworkField, unguided
-    from fewstep.maps import FlowMap
+    from fewstep.flows.fields import Guided, NetworkField, unguided
+    from fewstep.flows.maps import FlowMap
     from fewstep.reflow import make_pairs
 
     model, run = open_model(args)

@@ -30,8 +30,8 @@ def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         raise ValueError(f"{recipe.name} has no teacher to distill: fewstep train {source}, or --teacher FOLDER")
     # And torch, once there is something to train.
     from fewstep.common.distributed import environment
+    from fewstep.flows.maps import FlowMap
     from fewstep.judge import next_commands
-    from fewstep.maps import FlowMap
     from fewstep.runs import build, run
 
     out = args.out or (Path(source) if Path(source).is_dir() else Path("runs") / recipe.name)

@@ -75,7 +75,7 @@ class Scheduler(Said):
 
 
 class Described(Said):
-    """A model in words, as ``fewstep.described`` has it."""
+    """A model in words, as ``fewstep.flows.description`` has it."""
 
     class_name: Literal["FlowMap", "NetworkField"] = Field(alias="_class_name")
     network: Network

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fewstep import exact
 from fewstep.data.batch import Batch
 from fewstep.data.decode import decode
-from fewstep.exact import CheckerboardField
+from fewstep.flows import exact
+from fewstep.flows.exact import CheckerboardField
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,17 +37,17 @@ class Toy:
 
 
 def checkerboard() -> Toy:
-    """Uniform on ``fewstep.exact.checkerboard_boxes()``: the data of ``CheckerboardField``."""
+    """Uniform on ``fewstep.flows.exact.checkerboard_boxes()``: the data of ``CheckerboardField``."""
     return Toy(CheckerboardField().data)
 
 
 def eight_gaussians() -> Toy:
-    """Eight equal Gaussians on a circle: the data of ``fewstep.exact.eight_gaussians()``."""
+    """Eight equal Gaussians on a circle: the data of ``fewstep.flows.exact.eight_gaussians()``."""
     return Toy(exact.eight_gaussians().data)
 
 
 def spiral() -> Toy:
-    """Gaussians along a spiral: the data of ``fewstep.exact.spiral()``."""
+    """Gaussians along a spiral: the data of ``fewstep.flows.exact.spiral()``."""
     return Toy(exact.spiral().data)
 
 

@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.func import jvp
 
 from fewstep.evaluation.points import rmse
-from fewstep.exact import ExactField
-from fewstep.fields import VelocityField
-from fewstep.maps import FlowMap
+from fewstep.flows.exact import ExactField
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import sample
+from fewstep.flows.solvers import integrate
 from fewstep.objectives.derivative import forward_mode
-from fewstep.sampling import sample
-from fewstep.solvers import integrate
 
 VELOCITIES = ("tangent", "lagrangian", "eulerian")
 POSITIONS = ("composition", "inverse")

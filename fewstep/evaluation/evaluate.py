@@ -21,10 +21,10 @@ from fewstep.data.batch import Batch, Data, has_classes
 from fewstep.data.given import as_data
 from fewstep.data.toy import Toy
 from fewstep.evaluation.measure import ENDS, METRICS, Judge, choose_metrics, possible_metrics
-from fewstep.exact import ExactField
-from fewstep.fields import VelocityField
-from fewstep.maps import FlowMap
-from fewstep.sampling import count_calls, sample, sample_noise
+from fewstep.flows.exact import ExactField
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import count_calls, sample, sample_noise
 
 _SOLVE = 128  # midpoint steps to the end points of a teacher without a closed form; Heun would ask at t = 1
 _SOLVED = 1000  # images solved so: 256 calls for each are the dearest part of an evaluation

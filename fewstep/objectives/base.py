@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fewstep.common.randomness import Generators, chunk_rows, normal
 from fewstep.data.batch import Batch
-from fewstep.fields import VelocityField, check_field
-from fewstep.maps import FlowMap
-from fewstep.times import read_times
+from fewstep.flows.fields import VelocityField, check_field
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.times import read_times
 
 # Some rows of a batch: those of a slice, or these (n,).
 Index = slice | Tensor

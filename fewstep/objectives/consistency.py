@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from fewstep.common.randomness import same_draws
-from fewstep.fields import VelocityField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.solvers import heun_step
 from fewstep.objectives.base import Index, check_decay, check_options, squared_error
 from fewstep.objectives.two_time import Now, Rows, ToTheEnd, TwoTime
-from fewstep.solvers import heun_step
 
 
 class _Consistency(ToTheEnd):

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from fewstep.common.randomness import Generators, uniform
-from fewstep.fields import NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.paths import Tabulated
 from fewstep.objectives.base import Batch, Loss, Objective, noise_of, squared_error
-from fewstep.paths import Tabulated
 
 
 class Denoising(Objective):

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from fewstep.common.randomness import Generators, uniform
-from fewstep.maps import FlowMap
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.times import draw_pairs
 from fewstep.objectives.base import Index, check_options, squared_error
 from fewstep.objectives.two_time import Now, Rows, TwoTime, warmed
-from fewstep.times import draw_pairs
 
 
 class FMM(TwoTime):

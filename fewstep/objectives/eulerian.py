@@ -6,8 +6,8 @@
 import torch
 from torch import Tensor
 
-from fewstep.fields import VelocityField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.maps import FlowMap
 from fewstep.objectives.two_time import Now, Rows, TwoTime
 
 

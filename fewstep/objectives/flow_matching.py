@@ -7,11 +7,11 @@ from torch import Tensor
 
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, chunk_rows
-from fewstep.fields import VelocityField
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.paths import Path, as_times, expand, scaling
+from fewstep.flows.times import draw_times
 from fewstep.objectives.base import Batch, Loss, Objective, check_options, noise_of, squared_error
 from fewstep.objectives.two_time import ERRORS
-from fewstep.paths import Path, as_times, expand, scaling
-from fewstep.times import draw_times
 
 
 class FlowMatching(Objective):
@@ -20,7 +20,7 @@ class FlowMatching(Objective):
     Trains a ``VelocityField``, or the diagonal of a ``FlowMap``.
 
     Args:
-        times: uniform, or logit-normal, which images prefer (arXiv 2403.03206), or see ``fewstep.times.draw_times``.
+        times: uniform, or logit-normal, which images prefer (arXiv 2403.03206), or see ``fewstep.flows.times.draw_times``.
         error_in: velocity, data or auto, as in :class:`TwoTime`: the velocity of a network that predicts data is its
             output over 1 - t, and the rows near t = 1 would drown all others.
     """

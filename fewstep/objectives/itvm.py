@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from fewstep.common.errors import unknown
-from fewstep.fields import VelocityField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import expand
 from fewstep.objectives.base import check_decay, check_options
 from fewstep.objectives.two_time import Now, Rows, TwoTime, near_the_end, normalized, through_middle, warmed
-from fewstep.paths import expand
 
 TARGETS = ("interval", "integral", "step", "derivative")
 MIXED = {"interval": 1.0, "integral": 1.0}

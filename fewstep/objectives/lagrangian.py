@@ -7,8 +7,8 @@ backward through it. The methods differ in whose velocity it is.
 import torch
 from torch import Tensor
 
-from fewstep.fields import VelocityField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.maps import FlowMap
 from fewstep.objectives.base import check_decay
 from fewstep.objectives.two_time import Now, Rows, TwoTime
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fewstep.common.errors import unknown
-from fewstep.fields import VelocityField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import expand
 from fewstep.objectives.two_time import Now, Rows, TwoTime
-from fewstep.paths import expand
 
 
 def default_power(teacher: VelocityField | None) -> float:

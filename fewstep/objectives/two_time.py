@@ -14,8 +14,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, same_draws, uniform
 from fewstep.data.batch import Batch
-from fewstep.fields import VelocityField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import as_times, expand
+from fewstep.flows.times import draw_pairs, draw_times
 from fewstep.networks.second_time import sinusoidal
 from fewstep.objectives.base import (
     Index,
@@ -28,8 +30,6 @@ from fewstep.objectives.base import (
     squared_error,
 )
 from fewstep.objectives.derivative import MODES, derivative, time_derivative
-from fewstep.paths import as_times, expand
-from fewstep.times import draw_pairs, draw_times
 
 ERRORS = ("auto", "velocity", "data")
 
@@ -79,7 +79,7 @@ class TwoTime(Objective):
     Args:
         teacher: the frozen field, or None to train from data.
         diagonal: the share of rows on s = t.
-        times, ends: see :func:`fewstep.times.draw_pairs`.
+        times, ends: see :func:`fewstep.flows.times.draw_pairs`.
         adaptive: p of the weight ``1 / (error + 0.001)^p`` (arXiv 2505.13447), with no gradient; 0 for none. The error
             is a mean over components, so that it does not depend on their number. Where the goal is noisy (no
             teacher), a weight that goes with the noise biases what is learned.

@@ -14,9 +14,9 @@ from fewstep.common.model_files import read_json
 from fewstep.common.trust import check_folder, remember
 from fewstep.common.version import __version__
 from fewstep.data.batch import Around, Data
-from fewstep.described import check_description, code_named, describe, made_again
-from fewstep.fields import Guided, VelocityField, unguided
-from fewstep.maps import FlowMap
+from fewstep.flows.description import check_description, code_named, describe, made_again
+from fewstep.flows.fields import Guided, VelocityField, unguided
+from fewstep.flows.maps import FlowMap
 from fewstep.objectives.base import Objective
 from fewstep.training.folder import write_recipe
 from fewstep.training.run import frozen

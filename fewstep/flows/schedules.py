@@ -8,7 +8,7 @@ import inspect
 from typing import Any
 
 from fewstep.common.errors import unknown
-from fewstep.paths import Forward, Path, Preconditioned, Reversed, Tabulated
+from fewstep.flows.paths import Forward, Path, Preconditioned, Reversed, Tabulated
 
 # How diffusers' schedulers name what a network predicts: on a diffusion schedule, and under the scaling of EDM.
 PREDICTION_TYPES = {"noise": "epsilon", "data": "sample", "v": "v_prediction"}
@@ -117,7 +117,7 @@ def _check_heard(name: str, config: Any) -> None:
     if wrong := [key for key in ("num_train_timesteps", "prediction_type") if said.get(key, heard[key]) != heard[key]]:
         raise ValueError(
             f"the config of this {name} says {wrong[0]} {said[wrong[0]]!r} under an old name, and diffusers passed "
-            f"over it: {name}.from_config(fewstep.schedules.todays_config(scheduler.config))"
+            f"over it: {name}.from_config(fewstep.flows.schedules.todays_config(scheduler.config))"
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.paths import Path
+from fewstep.flows.paths import Path
 
 
 def identity(model: nn.Module) -> str:

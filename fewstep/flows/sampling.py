@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, normal
-from fewstep.fields import Guided, VelocityField, unguided
-from fewstep.maps import FlowMap
-from fewstep.paths import Path
-from fewstep.solvers import SOLVERS, integrate
-from fewstep.times import GRIDS, step_grid
+from fewstep.flows.fields import Guided, VelocityField, unguided
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Path
+from fewstep.flows.solvers import SOLVERS, integrate
+from fewstep.flows.times import GRIDS, step_grid
 
 
 def sample(

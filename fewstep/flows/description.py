@@ -23,12 +23,12 @@ from fewstep.common.model_files import check_numbers
 from fewstep.common.options import arguments, find_object
 from fewstep.common.parsing import checked
 from fewstep.common.trust import is_code
-from fewstep.fields import DiffusionField, NetworkField
-from fewstep.maps import FlowMap
+from fewstep.flows.fields import DiffusionField, NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Forward, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving
+from fewstep.flows.paths import Path as Trajectory
 from fewstep.networks import FAMILIES, MLP, STUDENTS, with_second_time
 from fewstep.networks.unet import OfDiffusers, public_config
-from fewstep.paths import Forward, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving
-from fewstep.paths import Path as Trajectory
 
 _MAKER, _WHERE = "_made_by", "the description of a model"
 _SAID_OF_OWN = ("name", "options", "told_guidance")

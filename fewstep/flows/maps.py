@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fewstep.fields import NetworkField, VelocityField, check_field, checked, unguided
+from fewstep.flows.fields import NetworkField, VelocityField, check_field, checked, unguided
+from fewstep.flows.paths import Path, as_times, expand, scaling
 from fewstep.networks import with_second_time
-from fewstep.paths import Path, as_times, expand, scaling
 
 if TYPE_CHECKING:
     from fewstep.latents import Latents

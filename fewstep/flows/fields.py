@@ -2,7 +2,7 @@
 
 A field gives ``v_t(x) = E[dx_t given x_t = x]``, the marginal velocity of its path. It comes from a network
 (:class:`NetworkField`), from a diffusion model and its scheduler (:class:`DiffusionField`), from a field guided by
-another (:class:`Guided`), or in closed form (``fewstep.exact``).
+another (:class:`Guided`), or in closed form (``fewstep.flows.exact``).
 """
 
 from typing import TYPE_CHECKING, Any, Self
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.common.errors import unknown
+from fewstep.flows.paths import KINDS, Linear, Path, Scaling, as_times, expand, scaling
+from fewstep.flows.schedules import kind_of, schedule_of
 from fewstep.networks import FAMILIES
-from fewstep.paths import KINDS, Linear, Path, Scaling, as_times, expand, scaling
-from fewstep.schedules import kind_of, schedule_of
 
 if TYPE_CHECKING:
     from fewstep.latents import Latents
@@ -186,7 +186,7 @@ class DiffusionField(NetworkField):
 
     Args:
         network: called ``network(x, timestep, **cond)`` with (continuous) timesteps of the scheduler.
-        scheduler: any diffusers scheduler that ``fewstep.schedules.schedule_of`` reads: one with ``alphas_cumprod``
+        scheduler: any diffusers scheduler that ``fewstep.flows.schedules.schedule_of`` reads: one with ``alphas_cumprod``
             (DDPM, DDIM, PNDM, DPM-Solver, UniPC, Euler, ...), of EDM, or flow-match.
         path: the path of the velocity, linear if not given.
 

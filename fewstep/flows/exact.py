@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.special import erfcx
 
 from fewstep.common.randomness import generator, normal, uniform
-from fewstep.fields import VelocityField
-from fewstep.paths import Linear, Path, Tabulated, as_times
-from fewstep.solvers import integrate
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.paths import Linear, Path, Tabulated, as_times
+from fewstep.flows.solvers import integrate
 
 
 class ExactField(VelocityField):

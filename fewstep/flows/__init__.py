@@ -1,0 +1,1 @@
+"""The mathematics: paths, schedules, times, solvers, fields, maps, and what samples them."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.common.errors import unknown
 from fewstep.common.reading import parse_json, read_text
-from fewstep.prompts import Prompts
+from fewstep.latents.prompts import Prompts
 
 # Prompts in one call of the text encoders, and the bytes of conditions that are kept for later batches.
 _AT_ONCE, _KEPT_BYTES = 32, 1 << 30

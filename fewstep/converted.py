@@ -9,10 +9,10 @@ from fewstep.diffusers_folder import find_scheduler
 from fewstep.distilled import distilled_as
 from fewstep.flows.fields import DiffusionField
 from fewstep.flows.paths import Tabulated
-from fewstep.latents import VAE_FOLDERS, Latents
+from fewstep.latents.prompts import Prompts, knows_prompts
+from fewstep.latents.vae import VAE_FOLDERS, Latents
 from fewstep.networks import FAMILIES
 from fewstep.networks.unet import keep_facts, public_config
-from fewstep.prompts import Prompts, knows_prompts
 
 # The diffusers models that have a class in `fewstep.networks.flow_model`.
 FLOWS = {

@@ -25,11 +25,11 @@ from fewstep.common.model_files import (
 from fewstep.distilled import distilled_as
 from fewstep.flows.fields import DiffusionField
 from fewstep.flows.schedules import schedule_of, todays_config
-from fewstep.latents import VAE_FOLDERS, Latents
+from fewstep.latents.prompts import Prompts, knows_prompts
+from fewstep.latents.vae import VAE_FOLDERS, Latents
 from fewstep.networks import FAMILIES, Flux
 from fewstep.networks.unet import keep_facts
 from fewstep.pipelines.arguments import side_step
-from fewstep.prompts import Prompts, knows_prompts
 
 BY_HAND = "wrap it by hand: DiffusionField(network, scheduler), or NetworkField(network, path, prediction)"
 # How the first DiTs and PixArts were saved: a class for both, told apart by its norm.

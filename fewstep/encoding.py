@@ -26,7 +26,7 @@ from fewstep.data.encoded import FACTS, FORMAT, INDEX, TEXTS, Encoded, read_fact
 from fewstep.data.pairs import Pairs
 from fewstep.data.sources import listed
 from fewstep.drawing import Model, classes_of, shape_of
-from fewstep.encoders import encoders_of, text_identity, vae_identity
+from fewstep.latents.encoders import encoders_of, text_identity, vae_identity
 from fewstep.texts import (
     DTYPES,
     cast,

@@ -12,7 +12,7 @@ from fewstep.converted import FLOWS, ORIGINAL
 from fewstep.drawing import image_channels
 from fewstep.exporting import diffusion_of, no_pipeline
 from fewstep.flows.fields import NetworkField
-from fewstep.latents import VAE_FOLDERS, Latents
+from fewstep.latents.vae import VAE_FOLDERS, Latents
 from fewstep.model_card import fewstep_code
 from fewstep.networks import UNet
 from fewstep.pipelines.source import whole

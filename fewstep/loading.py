@@ -20,10 +20,10 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.schedules import PREDICTION_TYPES
-from fewstep.latents import Latents
+from fewstep.latents.prompts import Prompts
+from fewstep.latents.vae import Latents
 from fewstep.networks import FAMILIES
 from fewstep.networks.students import STUDENTS
-from fewstep.prompts import Prompts
 from fewstep.writing import check_text, moments_in
 
 _PLAIN_WEIGHTS = "model.safetensors"

@@ -8,7 +8,7 @@ from fewstep.common.model_files import class_of
 from fewstep.drawing import image_channels
 from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.paths import Reversed
-from fewstep.latents import VAE_FOLDERS
+from fewstep.latents.vae import VAE_FOLDERS
 from fewstep.networks import SD3, Flux, Wan
 from fewstep.writing import (
     copy_part,

@@ -17,8 +17,8 @@ from fewstep.common.disk import create_file, replace_file, sweep
 from fewstep.common.distributed import World
 from fewstep.common.reading import parse_json, read_text
 from fewstep.data.encoded import CAPTIONS, NULL, TEXTS, is_note, is_whole, text_files
-from fewstep.encoders import kept_null
-from fewstep.prompts import SIZES, Prompts
+from fewstep.latents.encoders import kept_null
+from fewstep.latents.prompts import SIZES, Prompts
 from fewstep.training.folder import differences
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

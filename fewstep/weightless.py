@@ -20,11 +20,11 @@ from fewstep.data.decode import check_side
 from fewstep.diffusers_folder import look_into
 from fewstep.drawing import classes_of, image_channels, shape_of
 from fewstep.flows.fields import DiffusionField, Guided, VelocityField, unguided
-from fewstep.latents import Latents
+from fewstep.latents.prompts import SIZES, TEXT_CONDITIONS
+from fewstep.latents.vae import Latents
 from fewstep.loading import find_configurations
 from fewstep.networks.unet import OfDiffusers
 from fewstep.parts import EXACT, check_teacher, check_told, make_data, make_teacher, path_of, settled
-from fewstep.prompts import SIZES, TEXT_CONDITIONS
 from fewstep.recipe import Recipe, Teacher
 
 # Tokens that the pipelines with a T5 cut a prompt to (the default of ``encode_prompt``).

@@ -24,8 +24,8 @@ from fewstep.common.options import read_yaml
 from fewstep.common.reading import parse_json, read_text
 from fewstep.common.received import copy_file, is_place
 from fewstep.common.version import __version__
-from fewstep.latents import Latents
-from fewstep.prompts import Prompts, encoder_class, text_parts
+from fewstep.latents.prompts import Prompts, encoder_class, text_parts
+from fewstep.latents.vae import Latents
 
 # In every folder that fewstep writes: it alone says that the folder may be replaced.
 MARK = "fewstep.json"

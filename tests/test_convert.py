@@ -39,7 +39,7 @@ from fewstep.flows.paths import Linear, Preconditioned, Reversed, Tabulated, Tri
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.flows.solvers import integrate
-from fewstep.latents import Latents
+from fewstep.latents.vae import Latents
 from fewstep.loading import load
 from fewstep.networks import FAMILIES, MLP, UNet, flow_model
 from fewstep.networks.calls import pack

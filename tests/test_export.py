@@ -36,7 +36,7 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Preconditioned, Reversed, Tabulated, Trigonometric
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.sampling import sample, sample_noise
-from fewstep.latents import Latents
+from fewstep.latents.vae import Latents
 from fewstep.loading import load
 from fewstep.networks import MLP, UNet, flow_model
 from fewstep.pipelines import flow_map

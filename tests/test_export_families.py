@@ -24,7 +24,7 @@ from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed
 from fewstep.flows.sampling import sample, sample_noise
-from fewstep.latents import Latents
+from fewstep.latents.vae import Latents
 from fewstep.loading import load
 from fewstep.lora import PEFT_CONFIG, PEFT_FILE, add_lora, load_adapter, merge_lora
 from fewstep.networks import FAMILIES, UNet, two_times

@@ -16,7 +16,7 @@ from unet_toys import tiny_field, tiny_student
 from fewstep.asked import class_names
 from fewstep.exporting import export
 from fewstep.flows.maps import FlowMap
-from fewstep.latents import Latents
+from fewstep.latents.vae import Latents
 from fewstep.loading import load
 from fewstep.pipelines.exported import FlowMapPipeline
 from fewstep.playground import _names

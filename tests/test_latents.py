@@ -12,7 +12,7 @@ from family_toys import made, tiny_pipeline, tiny_vae
 from torch import Tensor
 
 from fewstep.common.model_files import WEIGHTS
-from fewstep.latents import Latents
+from fewstep.latents.vae import Latents
 
 IMAGES = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 Z = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -25,7 +25,7 @@ from unet_toys import tiny_unet
 from fewstep.diffusers_folder import hub_files
 from fewstep.flows.fields import DiffusionField
 from fewstep.flows.paths import Linear
-from fewstep.latents import Latents
+from fewstep.latents.vae import Latents
 from fewstep.loading import load
 from fewstep.networks import FAMILIES, UNet
 

@@ -24,9 +24,9 @@ from fewstep.common.parsing import parse_yaml
 from fewstep.config import load_recipe
 from fewstep.data import pairs
 from fewstep.data.decode import check_side
-from fewstep.encoders import vae_identity
 from fewstep.exporting import export
-from fewstep.latents import Latents
+from fewstep.latents.encoders import vae_identity
+from fewstep.latents.vae import Latents
 from fewstep.loading import load
 from fewstep.runs import open_run, run
 from fewstep.training import checkpoints

@@ -18,8 +18,8 @@ from fewstep.drawing import draw
 from fewstep.flows.fields import DiffusionField, Guided
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.flows.solvers import integrate
+from fewstep.latents.prompts import Prompts, knows_prompts
 from fewstep.loading import load
-from fewstep.prompts import Prompts, knows_prompts
 
 TEXTS = ["a cat", "a dog"]
 NAMES = ["sd", "sdxl", "pixart", "sd3", "sd3 without", "flux"]

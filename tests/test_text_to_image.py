@@ -27,10 +27,10 @@ from fewstep.encoding import encode
 from fewstep.evaluation import evaluate as evaluation
 from fewstep.flows.fields import Guided
 from fewstep.flows.sampling import sample_noise
-from fewstep.latents import Latents
+from fewstep.latents.prompts import Prompts
+from fewstep.latents.vae import Latents
 from fewstep.parts import given_by, make_data, make_teacher
 from fewstep.playground import Playground, Wish
-from fewstep.prompts import Prompts
 from fewstep.reflow import make_pairs
 from fewstep.runs import build, evaluate_run, load_run, run
 from fewstep.teacher_samples import PromptedSamples

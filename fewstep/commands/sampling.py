@@ -27,10 +27,10 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.drawing import draw_batches, labels_of, settled, shape_of, sized
     from fewstep.flows.maps import FlowMap
     from fewstep.flows.sampling import count_calls
+    from fewstep.latents.prompts import TEXT_CONDITIONS
     from fewstep.parts import given_by
     from fewstep.pictures import check_out, claim, missing, picture_name, save_pictures, says, write
     from fewstep.placing import place
-    from fewstep.prompts import TEXT_CONDITIONS
 
     world = environment()
     device = choose_device(args.device, world)
@@ -150,8 +150,8 @@ def _facts(
     """What all pictures of a folder are drawn with: what would make others of them."""
     import hashlib
 
-    from fewstep.encoders import text_identity, vae_identity
     from fewstep.flows.identity import identity
+    from fewstep.latents.encoders import text_identity, vae_identity
 
     # What makes pictures of latents, and conditions of prompts, where that is what is done.
     vae = None if model.latents is None or args.latents else vae_identity(model.latents)
@@ -184,9 +184,9 @@ def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.asked import read_lines
     from fewstep.common.distributed import environment
     from fewstep.drawing import image_channels, shape_of, takes
-    from fewstep.encoders import kept_null
     from fewstep.flows.fields import Guided, NetworkField, unguided
     from fewstep.flows.maps import FlowMap
+    from fewstep.latents.encoders import kept_null
     from fewstep.reflow import make_pairs
 
     model, run = open_model(args)

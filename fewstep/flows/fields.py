@@ -16,8 +16,8 @@ from fewstep.flows.schedules import kind_of, schedule_of
 from fewstep.networks import FAMILIES
 
 if TYPE_CHECKING:
-    from fewstep.latents import Latents
-    from fewstep.prompts import Prompts
+    from fewstep.latents.prompts import Prompts
+    from fewstep.latents.vae import Latents
 
 
 # What is known of a field, and goes with it into those that are made of it.

@@ -11,8 +11,8 @@ from fewstep.flows.paths import Path, as_times, expand, scaling
 from fewstep.networks import with_second_time
 
 if TYPE_CHECKING:
-    from fewstep.latents import Latents
-    from fewstep.prompts import Prompts
+    from fewstep.latents.prompts import Prompts
+    from fewstep.latents.vae import Latents
 
 
 class FlowMap(nn.Module):

@@ -11,7 +11,7 @@ from diffusers import FlowMapEulerDiscreteScheduler, UNet2DModel
 
 from fewstep.common.errors import unknown
 from fewstep.common.model_files import load_weights
-from fewstep.latents import KNOWN_VAES
+from fewstep.latents.vae import KNOWN_VAES
 from fewstep.networks import two_times
 from fewstep.pipelines import flow_map
 
@@ -97,7 +97,7 @@ class FlowMapPipeline(flow_map.FlowMapPipeline):
                 raise unknown("VAE", name, KNOWN_VAES)
             parts["vae"] = _loaded(getattr(diffusers, name), folder / "vae", kwargs)
         if index.get("text"):
-            from fewstep.prompts import load_encoders
+            from fewstep.latents.prompts import load_encoders
 
             wanted = {name: entry for name, entry in index.items() if name not in given}
             options, dtype = _without_dtype(kwargs)

@@ -99,11 +99,11 @@ def student_of(run: Path) -> Any:
     check_folder(run, run / STUDENT, code_named(facts))
     model: Any = made_again(facts, str(run / STUDENT))
     if facts.get("latents"):
-        from fewstep.latents import Latents
+        from fewstep.latents.vae import Latents
 
         model.latents = Latents(str(facts["latents"]))
     if facts.get("text"):
-        from fewstep.prompts import Prompts
+        from fewstep.latents.prompts import Prompts
 
         model.text = Prompts(str(facts["text"]))
     return model

@@ -16,8 +16,8 @@ from fewstep.common.model_files import ENCODER_WEIGHTS, class_of, read_json, wei
 from fewstep.common.reading import no_file
 from fewstep.data.encoded import read_shard
 from fewstep.drawing import Model
-from fewstep.latents import Latents
-from fewstep.prompts import Prompts, text_parts
+from fewstep.latents.prompts import Prompts, text_parts
+from fewstep.latents.vae import Latents
 
 _TEXT_FILES = ("*.json", "*.txt", "*.model")
 # Keys of a config.json that say where it is from and by what it was written, not what the model is.

@@ -1,0 +1,1 @@
+"""The latent space of a model: its VAE, its text encoders, its prompts."""

@@ -21,7 +21,17 @@ from families import FAMILIES, Family
 
 from fewstep.comparing import Method, parse_method
 from fewstep.config import find_objective
-from fewstep.cost import UNITS, Cost, Counts, Entry, compare_costs, expected_cost, probes, step_cost, unit_costs
+from fewstep.evaluation.cost import (
+    UNITS,
+    Cost,
+    Counts,
+    Entry,
+    compare_costs,
+    expected_cost,
+    probes,
+    step_cost,
+    unit_costs,
+)
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.objectives import OBJECTIVES

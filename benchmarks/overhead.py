@@ -425,7 +425,7 @@ def measure_derivative(rounds: int) -> dict[str, Any]:
     from families import FAMILIES
 
     import fewstep
-    from fewstep.cost import compare_costs, probes
+    from fewstep.evaluation.cost import compare_costs, probes
     from fewstep.objectives.derivative import derivative
 
     found: dict[str, Any] = {}

@@ -21,8 +21,8 @@ from fewstep.common.options import parse_value
 from fewstep.common.parsing import checked
 from fewstep.common.randomness import generator
 from fewstep.config import load_recipe
-from fewstep.cost import Cost, Counts, Entry, compare_costs, step_cost
 from fewstep.data.batch import Batch, Data
+from fewstep.evaluation.cost import Cost, Counts, Entry, compare_costs, step_cost
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.objectives import FlowMatching
 from fewstep.recipe import Recipe

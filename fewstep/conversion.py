@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fewstep.agreement import Agreement, scheduler_of
 from fewstep.common.console import markdown
+from fewstep.evaluation.agreement import Agreement, scheduler_of
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.paths import Linear, Preconditioned, Tabulated
 from fewstep.flows.paths import Path as Trajectory

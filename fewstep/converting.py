@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.agreement import compare_samplers, scheduler_of, steps_for
 from fewstep.common.disk import replace_file
 from fewstep.common.distributed import World, choose_device
 from fewstep.common.randomness import sample_generators
 from fewstep.conversion import Conversion, describe
 from fewstep.converted import FLOWS
 from fewstep.drawing import image_channels
+from fewstep.evaluation.agreement import compare_samplers, scheduler_of, steps_for
 from fewstep.evaluation.plots import image_grid
 from fewstep.flow_folder import place, write_folder
 from fewstep.flows.fields import NetworkField, VelocityField

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from fewstep.common.randomness import generator
-from fewstep.cost import Allocations, dropping_gradients
 from fewstep.data.batch import Batch
+from fewstep.evaluation.cost import Allocations, dropping_gradients
 from fewstep.objectives import Objective
 from fewstep.training.shares import default_chunk
 from fewstep.training.step import Step

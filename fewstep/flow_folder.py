@@ -4,12 +4,12 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from fewstep.agreement import scheduler_of
 from fewstep.common.model_files import class_of, read_json
 from fewstep.common.version import __version__
 from fewstep.conversion import Conversion
 from fewstep.converted import FLOWS, ORIGINAL
 from fewstep.drawing import image_channels
+from fewstep.evaluation.agreement import scheduler_of
 from fewstep.exporting import diffusion_of, no_pipeline
 from fewstep.flows.fields import NetworkField
 from fewstep.latents.vae import VAE_FOLDERS, Latents

@@ -12,7 +12,7 @@ from typing import Any
 
 from fewstep.common.console import markdown
 from fewstep.common.disk import replace_file
-from fewstep.cost import Counts
+from fewstep.evaluation.cost import Counts
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.measure import METRICS
 from fewstep.evaluation.plots import png, quality_figure

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from unet_toys import conditions, tiny_field, tiny_student, tiny_unet
 
 import fewstep
-from fewstep.agreement import SAME, compare_samplers, sampler_of, steps_for
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
 from fewstep.converting import convert
+from fewstep.evaluation.agreement import SAME, compare_samplers, sampler_of, steps_for
 from fewstep.evaluation.plots import image_grid
 from fewstep.exporting import diffusion_of
 from fewstep.flows.exact import CheckerboardField

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.cost import (
+from fewstep.data.batch import Batch
+from fewstep.evaluation.cost import (
     UNITS,
     Allocations,
     Cost,
@@ -17,7 +18,6 @@ from fewstep.cost import (
     step_cost,
     unit_costs,
 )
-from fewstep.data.batch import Batch
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.networks import MLP

@@ -22,10 +22,10 @@ from fewstep.cli import main
 from fewstep.commands.planning import duration, fit_table, number
 from fewstep.common.randomness import generator
 from fewstep.config import load_recipe
-from fewstep.cost import step_cost
 from fewstep.counting import META, LikeAGpu, count_call, count_step
 from fewstep.data import encoded, pairs
 from fewstep.data.batch import Batch
+from fewstep.evaluation.cost import step_cost
 from fewstep.exporting import export
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap

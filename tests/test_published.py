@@ -16,12 +16,12 @@ from published_toys import DDPM, LOADED, PNDM, REFUSED, conditional, edit, movq,
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.agreement import compare_samplers
 from fewstep.cli import main
 from fewstep.common.model_files import load_weights, variant_in
 from fewstep.config import load_recipe
 from fewstep.diffusers_folder import look_into
 from fewstep.drawing import image_channels, takes
+from fewstep.evaluation.agreement import compare_samplers
 from fewstep.exporting import export, no_pipeline
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Tabulated

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fewstep.agreement import compare_samplers
+from fewstep.evaluation.agreement import compare_samplers
 from fewstep.flows.exact import GaussianField, MixtureField
 from fewstep.flows.fields import DiffusionField
 from fewstep.flows.paths import Forward, Linear, Preconditioned, Reversed, Tabulated

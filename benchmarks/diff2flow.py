@@ -43,12 +43,12 @@ from fewstep import (
     load_data,
 )
 from fewstep.data import ArrayData, Dropped, Pairs
-from fewstep.drawing import draw
 from fewstep.evaluation.extractor import extract, trained_classifier
 from fewstep.evaluation.features import FeatureStatistics, frechet_distance
 from fewstep.flows.paths import Reversed
+from fewstep.generation.drawing import draw
+from fewstep.generation.reflow import make_pairs
 from fewstep.networks import UNet
-from fewstep.reflow import make_pairs
 from fewstep.training.run import Run, every
 
 SIZE, NULL = 16, 10

@@ -12,8 +12,8 @@ import matplotlib
 
 from fewstep import load
 from fewstep.common.console import markdown
-from fewstep.drawing import draw
 from fewstep.evaluation.plots import COLOURS
+from fewstep.generation.drawing import draw
 
 NAMES = {"diff2flow": "exact velocity", "naive": "raw network", "diffusion": "diffusion, gone on with"}
 PREDICTIONS = {"v_prediction": "v", "epsilon": "noise"}

@@ -9,8 +9,8 @@ Runs that were not evaluated are left out.
 import argparse
 from pathlib import Path
 
-from fewstep.drawing import draw
 from fewstep.evaluation.plots import png, points_figure
+from fewstep.generation.drawing import draw
 from fewstep.runs import load_run
 
 STEPS = (1, 2, 4, 8)

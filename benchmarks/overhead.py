@@ -326,8 +326,8 @@ def measure_draw(rounds: int) -> dict[str, Any]:
     import torch
     from torch import nn
 
-    from fewstep.drawing import draw
     from fewstep.flows.maps import FlowMap
+    from fewstep.generation.drawing import draw
 
     class Idle(nn.Module):
         def forward(self, x: Any, *_: Any, **__: Any) -> Any:

@@ -23,7 +23,7 @@ from fewstep.data import Dropped, Pairs
 from fewstep.evaluation.extractor import trained_classifier
 from fewstep.flows.fields import Guided
 from fewstep.flows.sampling import sample_noise
-from fewstep.reflow import make_pairs
+from fewstep.generation.reflow import make_pairs
 
 STEPS = (1, 2, 4, 8, 50)
 

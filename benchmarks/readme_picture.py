@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 
 from fewstep.config import load_recipe
-from fewstep.drawing import draw
+from fewstep.generation.drawing import draw
 from fewstep.parts import make_teacher
 from fewstep.runs import load_run
 

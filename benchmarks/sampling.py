@@ -24,9 +24,9 @@ import torch
 from families import FAMILIES, Family
 from torch import Tensor
 
-from fewstep.drawing import draw
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample
+from fewstep.generation.drawing import draw
 
 TOLERANCE = 1.02
 

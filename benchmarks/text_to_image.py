@@ -28,9 +28,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import fewstep
 from fewstep.data import ArrayData, Dropped
-from fewstep.drawing import draw
 from fewstep.evaluation.extractor import accuracy, extract, trained_classifier
 from fewstep.evaluation.features import FeatureStatistics, frechet_distance
+from fewstep.generation.drawing import draw
 
 NAMES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
 PROMPTS = [f"a {name}" for name in NAMES]

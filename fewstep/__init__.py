@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from fewstep.citing import cite
     from fewstep.comparing import compare_methods
     from fewstep.converting import convert
-    from fewstep.data import Batch, load_data
-    from fewstep.encoding import encode
+    from fewstep.data import load_data
     from fewstep.evaluation.diagnostics import diagnose
     from fewstep.evaluation.evaluate import compare, evaluate
     from fewstep.exporting import export
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from fewstep.flows.maps import FlowMap
     from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
     from fewstep.flows.sampling import sample
+    from fewstep.generation.encoding import encode
     from fewstep.hub import push
     from fewstep.loading import load
     from fewstep.lora import add_lora, load_adapter, merge_lora, save_adapter
@@ -110,7 +110,7 @@ _HOMES = {
     "compare_methods": "comparing",
     "convert": "converting",
     "diagnose": "evaluation.diagnostics",
-    "encode": "encoding",
+    "encode": "generation.encoding",
     "evaluate": "evaluation.evaluate",
     "export": "exporting",
     "fit": "training.fit",

@@ -12,7 +12,6 @@ from fewstep.common.distributed import World, choose_device
 from fewstep.common.randomness import sample_generators
 from fewstep.conversion import Conversion, describe
 from fewstep.converted import FLOWS
-from fewstep.drawing import image_channels
 from fewstep.evaluation.agreement import compare_samplers, scheduler_of, steps_for
 from fewstep.evaluation.plots import image_grid
 from fewstep.flow_folder import place, write_folder
@@ -20,6 +19,7 @@ from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear
 from fewstep.flows.sampling import sample_noise
+from fewstep.generation.drawing import image_channels
 from fewstep.loading import load
 from fewstep.lora import has_lora, merge_lora
 from fewstep.networks import FAMILIES

@@ -11,13 +11,13 @@ from typing import Any
 
 from fewstep.common.model_files import read_json
 from fewstep.common.version import __version__
-from fewstep.drawing import image_channels
 from fewstep.flows.description import NETWORKS, code_named, describe
 from fewstep.flows.fields import DiffusionField, NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.schedules import PREDICTION_TYPES
+from fewstep.generation.drawing import image_channels
 from fewstep.loading import load
 from fewstep.lora import has_lora, merge_lora, save_adapter
 from fewstep.model_card import card

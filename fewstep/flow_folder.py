@@ -8,10 +8,10 @@ from fewstep.common.model_files import class_of, read_json
 from fewstep.common.version import __version__
 from fewstep.conversion import Conversion
 from fewstep.converted import FLOWS, ORIGINAL
-from fewstep.drawing import image_channels
 from fewstep.evaluation.agreement import scheduler_of
 from fewstep.exporting import diffusion_of, no_pipeline
 from fewstep.flows.fields import NetworkField
+from fewstep.generation.drawing import image_channels
 from fewstep.latents.vae import VAE_FOLDERS, Latents
 from fewstep.model_card import fewstep_code
 from fewstep.networks import UNet

@@ -12,7 +12,6 @@ from fewstep.common.console import progress_bar
 from fewstep.common.disk import replace_file
 from fewstep.common.options import parse_value
 from fewstep.data.batch import Data, has_classes
-from fewstep.drawing import Model, draw
 from fewstep.evaluation.evaluate import Evaluation, alike, compare, evaluate
 from fewstep.evaluation.extractor import trained_classifier
 from fewstep.evaluation.inception import inception
@@ -21,6 +20,7 @@ from fewstep.evaluation.plots import image_grid, loss_figure, png, points_figure
 from fewstep.evaluation.report import write_report
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
+from fewstep.generation.drawing import Model, draw
 from fewstep.parts import data_of, follows_teacher, strength_of
 from fewstep.recipe import Named, Recipe
 from fewstep.training.trackers import read_metrics

@@ -25,14 +25,15 @@ from fewstep.data.couplings import Coupled
 from fewstep.data.decode import check_side
 from fewstep.data.encoded import NULL, read_null
 from fewstep.data.sources import is_pictures
-from fewstep.drawing import Model, classes_of, needed_conditions, shape_of, takes
-from fewstep.encoding import check_model, encoded_once
 from fewstep.flows.description import maker_of, set_maker
 from fewstep.flows.exact import CheckerboardField, eight_gaussians, spiral
 from fewstep.flows.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.flows.paths import Path as Trajectory
+from fewstep.generation.drawing import Model, classes_of, needed_conditions, shape_of, takes
+from fewstep.generation.encoding import check_model, encoded_once
+from fewstep.generation.teacher_samples import PromptedSamples, TeacherSamples
 from fewstep.latents.encoders import kept_null
 from fewstep.latents.prompts import TEXT_CONDITIONS
 from fewstep.networks import MLP, UNet, gains_second_time
@@ -41,7 +42,6 @@ from fewstep.networks.unet import set_size, with_image
 from fewstep.objectives import OBJECTIVES
 from fewstep.objectives.base import Objective, check_velocity
 from fewstep.recipe import PATHS, Named, Recipe, Student, Teacher
-from fewstep.teacher_samples import PromptedSamples, TeacherSamples
 from fewstep.training.leaving import UNNAMED
 
 EXACT: dict[str, Callable[[], VelocityField]] = {

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.drawing import Model, classes_of, draw, shape_of, takes
 from fewstep.evaluation.plots import COLOURS, image_grid, png
 from fewstep.flows.fields import Guided, VelocityField
 from fewstep.flows.maps import FlowMap
+from fewstep.generation.drawing import Model, classes_of, draw, shape_of, takes
 from fewstep.origin import is_run
 from fewstep.parts import find_model, given_by, make_teacher
 
@@ -84,7 +84,7 @@ class Playground:
         model: a flow map or velocity field of images with 1 or 3 channels, of their latents, or of points in the plane.
         name: what it is called. shape: of one sample; by default what the model says.
         teacher: drawn last, at its own number of steps; by default the model itself, if that is a field.
-        classes: what its classes are called. given: other conditions of the samples, as in ``fewstep.drawing.draw``.
+        classes: what its classes are called. given: other conditions of the samples, as in ``fewstep.generation.drawing.draw``.
 
     Raises:
         ValueError: samples that are no pictures, or conditions that nothing on the page would give.

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fewstep.asked import prompt_flags
 from fewstep.flows.maps import FlowMap
+from fewstep.generation.requests import prompt_flags
 from fewstep.playground import POINTS, Panel, Playground, Wish
 from fewstep.playground_door import check_port, opened
 

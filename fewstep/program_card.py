@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.drawing import classes_of
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear
+from fewstep.generation.drawing import classes_of
 from fewstep.writing import vae_config
 
 _START = {

@@ -23,11 +23,11 @@ from fewstep.config import find_objective, load_recipe
 from fewstep.data.batch import Data, has_classes
 from fewstep.data.conditions import Dropped
 from fewstep.data.couplings import uncoupled
-from fewstep.drawing import Model, classes_of, shape_of
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.flows.description import say_shape
 from fewstep.flows.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.flows.maps import FlowMap
+from fewstep.generation.drawing import Model, classes_of, shape_of
 from fewstep.judge import judge, prepare
 from fewstep.objectives.base import Objective
 from fewstep.origin import is_run

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import generator
-from fewstep.drawing import classes_of, image_channels, shape_of
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.paths import Tabulated, VariancePreserving
+from fewstep.generation.drawing import classes_of, image_channels, shape_of
 from fewstep.loading import load
 from fewstep.lora import has_lora, merge_lora
 from fewstep.program_card import program_card, program_config

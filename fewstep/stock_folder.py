@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.common.model_files import class_of
-from fewstep.drawing import image_channels
 from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.paths import Reversed
+from fewstep.generation.drawing import image_channels
 from fewstep.latents.vae import VAE_FOLDERS
 from fewstep.networks import SD3, Flux, Wan
 from fewstep.writing import (

@@ -18,8 +18,8 @@ from fewstep.counting import META
 from fewstep.data import encoded, load_data, pairs
 from fewstep.data.decode import check_side
 from fewstep.diffusers_folder import look_into
-from fewstep.drawing import classes_of, image_channels, shape_of
 from fewstep.flows.fields import DiffusionField, Guided, VelocityField, unguided
+from fewstep.generation.drawing import classes_of, image_channels, shape_of
 from fewstep.latents.prompts import SIZES, TEXT_CONDITIONS
 from fewstep.latents.vae import Latents
 from fewstep.loading import find_configurations

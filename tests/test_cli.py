@@ -204,7 +204,7 @@ def test_samples_as_grid_arrays_and_folder(here: Path, capsys: pytest.CaptureFix
 
 
 def test_pictures_go_into_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fewstep.pictures import check_out, write
+    from fewstep.generation.images import check_out, write
 
     monkeypatch.chdir(tmp_path)
     import torch

@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 from caption_toys import picture
 
-from fewstep.asked import read_lines
 from fewstep.common import reading
 from fewstep.common.options import read_yaml
 from fewstep.data import encoded, load_data, pairs
 from fewstep.data.decode import decode
 from fewstep.data.sources import listed
 from fewstep.flows.exact import CheckerboardField
-from fewstep.teacher_samples import TeacherSamples
+from fewstep.generation.requests import read_lines
+from fewstep.generation.teacher_samples import TeacherSamples
 
 
 def header(shape: tuple[int, ...], dtype: str = "<f4") -> bytes:

@@ -20,9 +20,9 @@ import fewstep
 from fewstep import commands
 from fewstep.cli import _parsed, _split
 from fewstep.config import load_recipe
+from fewstep.generation.reflow import make_pairs
 from fewstep.networks import MLP, SecondTime
 from fewstep.objectives import OBJECTIVES
-from fewstep.reflow import make_pairs
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -146,7 +146,7 @@ def test_every_block_of_python_runs(page: Path, place: Path, tmp_path: Path, mon
         return make_pairs(teacher, folder, 64, **{**options, "steps": 2})
 
     monkeypatch.setattr(fewstep, "fit", short)
-    monkeypatch.setattr("fewstep.reflow.make_pairs", few)
+    monkeypatch.setattr("fewstep.generation.reflow.make_pairs", few)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for block in _blocks(page, "python"):

@@ -15,18 +15,18 @@ import torch
 from caption_toys import CAPTIONS, captioned_folder, picture, pipeline_folder
 
 import fewstep
-from fewstep import encoding
 from fewstep.cli import main
 from fewstep.common.distributed import World
 from fewstep.common.randomness import generator
 from fewstep.data import Data, Encoded, load_data
 from fewstep.data.decode import decode
 from fewstep.data.encoded import Texts
-from fewstep.encoding import encode, encoded_once
 from fewstep.flows.fields import VelocityField
+from fewstep.generation import encoding
+from fewstep.generation.encoding import encode, encoded_once
+from fewstep.generation.texts import turns_of, write_texts
 from fewstep.latents.prompts import Prompts
 from fewstep.latents.vae import Latents, encoders
-from fewstep.texts import turns_of, write_texts
 
 COUNT = len(CAPTIONS)
 

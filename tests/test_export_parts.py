@@ -13,9 +13,9 @@ from test_export import pipeline
 from test_export_families import asked, family_map, speak
 from unet_toys import tiny_field, tiny_student
 
-from fewstep.asked import class_names
 from fewstep.exporting import export
 from fewstep.flows.maps import FlowMap
+from fewstep.generation.requests import class_names
 from fewstep.latents.vae import Latents
 from fewstep.loading import load
 from fewstep.pipelines.exported import FlowMapPipeline

@@ -18,9 +18,9 @@ from test_export_families import speak
 
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
-from fewstep.drawing import draw
 from fewstep.exporting import export
 from fewstep.flows.maps import FlowMap
+from fewstep.generation.drawing import draw
 from fewstep.loading import load
 from fewstep.pipelines.exported import FlowMapPipeline
 

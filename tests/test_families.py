@@ -9,10 +9,10 @@ from family_toys import MODELS, conditions, tiny_model
 from torch import Tensor, nn
 from unet_toys import tiny_student, tiny_unet
 
-from fewstep.drawing import classes_of, draw, shape_of
 from fewstep.flows.fields import DiffusionField, Guided, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, VariancePreserving
+from fewstep.generation.drawing import classes_of, draw, shape_of
 from fewstep.networks import FAMILIES, SD3, ConditionalUNet, DiT, Flux, PixArt, TwoTimeUNet, UNet
 from fewstep.networks.calls import pack, unpack
 

@@ -28,11 +28,11 @@ from unet_toys import tiny_field, tiny_student
 import fewstep
 from fewstep.cli import _parser, main
 from fewstep.common.randomness import sample_generators
-from fewstep.drawing import draw
 from fewstep.evaluation.plots import image_grid
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample_noise
+from fewstep.generation.drawing import draw
 from fewstep.networks import MLP
 from fewstep.playground import Playground, Wish, step_counts
 from fewstep.playground_door import Door

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
-from fewstep.drawing import draw
 from fewstep.flows.fields import DiffusionField, Guided
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.flows.solvers import integrate
+from fewstep.generation.drawing import draw
 from fewstep.latents.prompts import Prompts, knows_prompts
 from fewstep.loading import load
 

@@ -20,13 +20,13 @@ from fewstep.cli import main
 from fewstep.common.model_files import load_weights, variant_in
 from fewstep.config import load_recipe
 from fewstep.diffusers_folder import look_into
-from fewstep.drawing import image_channels, takes
 from fewstep.evaluation.agreement import compare_samplers
 from fewstep.exporting import export, no_pipeline
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Tabulated
 from fewstep.flows.sampling import sample
 from fewstep.flows.schedules import schedule_of, todays_config
+from fewstep.generation.drawing import image_channels, takes
 from fewstep.latents.encoders import text_identity, vae_identity
 from fewstep.latents.vae import Latents
 from fewstep.loading import load

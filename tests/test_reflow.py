@@ -10,21 +10,22 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
-from fewstep import judge, reflow, watch
+from fewstep import judge, watch
 from fewstep.cli import main
 from fewstep.common.randomness import generator, sample_generators
 from fewstep.config import load_recipe
 from fewstep.data import Data, Pairs, load_data
 from fewstep.data.couplings import Coupled
-from fewstep.drawing import draw
 from fewstep.flows.exact import GaussianField, eight_gaussians
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.identity import identity
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample_noise
+from fewstep.generation import reflow
+from fewstep.generation.drawing import draw
+from fewstep.generation.reflow import make_pairs
 from fewstep.networks import MLP
 from fewstep.objectives.flow_matching import FlowMatching
-from fewstep.reflow import make_pairs
 from fewstep.runs import run
 
 COUNT, SHARD = 23, 5  # five shards, the last of three

@@ -15,7 +15,6 @@ from PIL import Image
 import fewstep
 from fewstep import judge, watch
 from fewstep.config import known_recipes, load_recipe
-from fewstep.drawing import classes_of, draw, shape_of
 from fewstep.evaluation import evaluate as evaluation
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.extractor import SmallClassifier
@@ -23,6 +22,7 @@ from fewstep.flows.exact import CheckerboardField
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, VariancePreserving
+from fewstep.generation.drawing import classes_of, draw, shape_of
 from fewstep.networks import MLP, TwoTimeUNet, UNet
 from fewstep.parts import TeacherSamples
 from fewstep.runs import build, evaluate_run, load_run, open_run, run

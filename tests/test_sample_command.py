@@ -20,19 +20,19 @@ from torch import nn
 from unet_toys import tiny_student
 
 import fewstep
-from fewstep import drawing
-from fewstep.asked import Asked, Encoded, class_names, class_numbers, prompt_flags, read_lines
 from fewstep.cli import main
 from fewstep.common.console import progress_bar
 from fewstep.common.distributed import World
 from fewstep.common.sharing import shares
-from fewstep.drawing import draw
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.sampling import sample, sample_noise
+from fewstep.generation import drawing
+from fewstep.generation.drawing import draw
+from fewstep.generation.images import claim, save_pictures
+from fewstep.generation.placement import place
+from fewstep.generation.requests import Asked, Encoded, class_names, class_numbers, prompt_flags, read_lines
 from fewstep.loading import load
 from fewstep.networks.families import SD3, Flux
-from fewstep.pictures import claim, save_pictures
-from fewstep.placing import place
 
 CPU = torch.device("cpu")
 TEXTS = ["a cat", "dog", "a dog"]
@@ -203,7 +203,7 @@ def test_what_is_kept_of_prompts_that_come_again_has_an_end(monkeypatch: pytest.
             self.calls += len(prompts)
             return {"c": torch.tensor([[float(p)] for p in prompts])}
 
-    monkeypatch.setattr("fewstep.asked._KEPT_BYTES", 3 * 4)
+    monkeypatch.setattr("fewstep.generation.requests._KEPT_BYTES", 3 * 4)
     text: Any = Rows()
     encoded = Encoded(text, dict.fromkeys("123456", 2), CPU)
     encoded(list("123456"))

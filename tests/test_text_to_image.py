@@ -14,7 +14,7 @@ from family_toys import tiny_model, tiny_pipeline
 from PIL import Image
 
 import fewstep
-from fewstep import encoding, judge, watch
+from fewstep import judge, watch
 from fewstep.cli import main
 from fewstep.common.randomness import generator, sample_generators
 from fewstep.config import load_recipe
@@ -22,18 +22,19 @@ from fewstep.data import Encoded, Pairs, load_data
 from fewstep.data.arrays import ArrayData
 from fewstep.data.conditions import Dropped
 from fewstep.data.couplings import uncoupled
-from fewstep.drawing import draw
-from fewstep.encoding import encode
 from fewstep.evaluation import evaluate as evaluation
 from fewstep.flows.fields import Guided
 from fewstep.flows.sampling import sample_noise
+from fewstep.generation import encoding
+from fewstep.generation.drawing import draw
+from fewstep.generation.encoding import encode
+from fewstep.generation.reflow import make_pairs
+from fewstep.generation.teacher_samples import PromptedSamples
 from fewstep.latents.prompts import Prompts
 from fewstep.latents.vae import Latents
 from fewstep.parts import given_by, make_data, make_teacher
 from fewstep.playground import Playground, Wish
-from fewstep.reflow import make_pairs
 from fewstep.runs import build, evaluate_run, load_run, run
-from fewstep.teacher_samples import PromptedSamples
 
 FAMILIES = ("sd", "sdxl", "sd3", "flux")
 ALL = torch.arange(len(CAPTIONS))

@@ -15,10 +15,10 @@ import fewstep
 from fewstep.cli import main
 from fewstep.config import load_recipe
 from fewstep.data import ArrayData
-from fewstep.drawing import draw
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample
+from fewstep.generation.drawing import draw
 from fewstep.lora import add_lora
 from fewstep.networks import MLP
 from fewstep.playground import Playground, Wish

@@ -19,18 +19,18 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     from contextlib import ExitStack
     from math import prod
 
-    from fewstep.asked import prompt_flags
     from fewstep.common.distributed import choose_device, environment, join
     from fewstep.common.reading import check_memory
     from fewstep.common.received import without_places
     from fewstep.common.sharing import gathered, shares
-    from fewstep.drawing import draw_batches, labels_of, settled, shape_of, sized
     from fewstep.flows.maps import FlowMap
     from fewstep.flows.sampling import count_calls
+    from fewstep.generation.drawing import draw_batches, labels_of, settled, shape_of, sized
+    from fewstep.generation.images import check_out, claim, missing, picture_name, save_pictures, says, write
+    from fewstep.generation.placement import place
+    from fewstep.generation.requests import prompt_flags
     from fewstep.latents.prompts import TEXT_CONDITIONS
     from fewstep.parts import given_by
-    from fewstep.pictures import check_out, claim, missing, picture_name, save_pictures, says, write
-    from fewstep.placing import place
 
     world = environment()
     device = choose_device(args.device, world)
@@ -109,7 +109,7 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
 
 def _asked(args: argparse.Namespace, model: Any) -> Any:
     """Which samples are asked for."""
-    from fewstep.asked import Asked, class_names, class_numbers, is_number, read_lines
+    from fewstep.generation.requests import Asked, class_names, class_numbers, is_number, read_lines
 
     seeds = numbers("--seeds", args.seeds) if args.seeds else []
     if seeds and (args.seed is not None or args.first or args.count is not None):
@@ -181,13 +181,13 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.asked import read_lines
     from fewstep.common.distributed import environment
-    from fewstep.drawing import image_channels, shape_of, takes
     from fewstep.flows.fields import Guided, NetworkField, unguided
     from fewstep.flows.maps import FlowMap
+    from fewstep.generation.drawing import image_channels, shape_of, takes
+    from fewstep.generation.reflow import make_pairs
+    from fewstep.generation.requests import read_lines
     from fewstep.latents.encoders import kept_null
-    from fewstep.reflow import make_pairs
 
     model, run = open_model(args)
     shape = shape_of(model) if run is None else run.shape

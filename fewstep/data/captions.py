@@ -1,6 +1,6 @@
 """Pictures and what is said of them, where they lie: folders and Hugging Face data sets.
 
-Nothing is decoded here: ``fewstep.encoding`` turns them into what a latent model trains on.
+Nothing is decoded here: ``fewstep.generation.encoding`` turns them into what a latent model trains on.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """How noise is paired with data: independently, as objectives do themselves, or by minibatch optimal transport.
 
-Pairs that a model has made (reflow) come from ``fewstep.reflow`` and are read by ``fewstep.data.pairs``.
+Pairs that a model has made (reflow) come from ``fewstep.generation.reflow`` and are read by ``fewstep.data.pairs``.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Latents and text embeddings from a folder, as ``fewstep.encoding`` writes them: facts and an index in JSON, rows in
+"""Latents and text embeddings from a folder, as ``fewstep.generation.encoding`` writes them: facts and an index in JSON, rows in
 shards that are memory-mapped."""
 
 import hashlib

@@ -15,7 +15,7 @@ from fewstep.common.disk import replace_file
 from fewstep.common.model_files import ENCODER_WEIGHTS, class_of, read_json, weight_paths
 from fewstep.common.reading import no_file
 from fewstep.data.encoded import read_shard
-from fewstep.drawing import Model
+from fewstep.generation.drawing import Model
 from fewstep.latents.prompts import Prompts, text_parts
 from fewstep.latents.vae import Latents
 

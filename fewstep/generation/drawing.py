@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.asked import Asked, Encoded, Wanted
 from fewstep.common.randomness import sample_generators
 from fewstep.flows.exact import ExactField
 from fewstep.flows.fields import Guided, VelocityField, unguided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import check_options, count_calls, sample, sample_noise
+from fewstep.generation.requests import Asked, Encoded, Wanted
 from fewstep.networks import MLP
 from fewstep.networks.unet import OfDiffusers
 from fewstep.pipelines.arguments import side_step

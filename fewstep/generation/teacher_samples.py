@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.asked import read_lines
 from fewstep.common.console import progress_bar
 from fewstep.common.distributed import environment
 from fewstep.common.randomness import generator
@@ -18,10 +17,11 @@ from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch
 from fewstep.data.numpy_files import open_archive, read_member
 from fewstep.data.pairs import FACTS, Pairs, read_facts
-from fewstep.drawing import classes_of, draw, shape_of
 from fewstep.flows.fields import VelocityField
-from fewstep.pictures import write
-from fewstep.reflow import facts_of, make_pairs
+from fewstep.generation.drawing import classes_of, draw, shape_of
+from fewstep.generation.images import write
+from fewstep.generation.reflow import facts_of, make_pairs
+from fewstep.generation.requests import read_lines
 from fewstep.training.folder import differences
 
 _FEW, _SHARD = 8, 1000

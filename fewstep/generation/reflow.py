@@ -19,13 +19,13 @@ from fewstep.common.errors import unknown
 from fewstep.common.randomness import sample_generators
 from fewstep.data.encoded import MOST_SHARDS, Texts
 from fewstep.data.pairs import FACTS, FORMAT, read_facts, read_shard, shard_files, shard_rows
-from fewstep.drawing import Model, check_finite, classes_of, shape_of
 from fewstep.flows.identity import identity
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.flows.solvers import SOLVERS
+from fewstep.generation.drawing import Model, check_finite, classes_of, shape_of
+from fewstep.generation.texts import claim, turns_of, write_texts
 from fewstep.latents.encoders import text_identity
-from fewstep.texts import claim, turns_of, write_texts
 
 
 def make_pairs(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.common.errors import unknown
-from fewstep.drawing import Model
 from fewstep.flows.sampling import networks_of
+from fewstep.generation.drawing import Model
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

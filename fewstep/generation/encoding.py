@@ -25,9 +25,8 @@ from fewstep.data.decode import check_side, decode, unreadable
 from fewstep.data.encoded import FACTS, FORMAT, INDEX, TEXTS, Encoded, read_facts
 from fewstep.data.pairs import Pairs
 from fewstep.data.sources import listed
-from fewstep.drawing import Model, classes_of, shape_of
-from fewstep.latents.encoders import encoders_of, text_identity, vae_identity
-from fewstep.texts import (
+from fewstep.generation.drawing import Model, classes_of, shape_of
+from fewstep.generation.texts import (
     DTYPES,
     cast,
     claim,
@@ -41,6 +40,7 @@ from fewstep.texts import (
     turns_of,
     write_texts,
 )
+from fewstep.latents.encoders import encoders_of, text_identity, vae_identity
 
 Progress = Callable[[int, int], None]
 _KIND = "encoded data"

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fewstep.asked import Asked
 from fewstep.common.disk import create_file, replace_file, sweep
 from fewstep.common.model_files import read_json
 from fewstep.evaluation.plots import image_grid, png, points_figure
+from fewstep.generation.requests import Asked
 from fewstep.training.folder import differences
 
 # In a folder of pictures: what they were all drawn with, and what each of them is.

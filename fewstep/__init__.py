@@ -17,20 +17,20 @@ from fewstep.common.version import __version__ as __version__
 if TYPE_CHECKING:
     from fewstep.citing import cite
     from fewstep.comparing import compare_methods
-    from fewstep.converting import convert
     from fewstep.data import load_data
     from fewstep.evaluation.diagnostics import diagnose
     from fewstep.evaluation.evaluate import compare, evaluate
-    from fewstep.exporting import export
     from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField
     from fewstep.flows.fields import DiffusionField, Guided, NetworkField, VelocityField
     from fewstep.flows.maps import FlowMap
     from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
     from fewstep.flows.sampling import sample
     from fewstep.generation.encoding import encode
-    from fewstep.hub import push
-    from fewstep.loading import load
-    from fewstep.lora import add_lora, load_adapter, merge_lora, save_adapter
+    from fewstep.models.convert import convert
+    from fewstep.models.export import export
+    from fewstep.models.hub import push
+    from fewstep.models.loading import load
+    from fewstep.models.lora import add_lora, load_adapter, merge_lora, save_adapter
     from fewstep.objectives import (
         AYF,
         CTM,
@@ -104,23 +104,23 @@ _HOMES = {
     "TwoTime": "objectives",
     "VariancePreserving": "flows.paths",
     "VelocityField": "flows.fields",
-    "add_lora": "lora",
+    "add_lora": "models.lora",
     "cite": "citing",
     "compare": "evaluation.evaluate",
     "compare_methods": "comparing",
-    "convert": "converting",
+    "convert": "models.convert",
     "diagnose": "evaluation.diagnostics",
     "encode": "generation.encoding",
     "evaluate": "evaluation.evaluate",
-    "export": "exporting",
+    "export": "models.export",
     "fit": "training.fit",
-    "load": "loading",
-    "load_adapter": "lora",
+    "load": "models.loading",
+    "load_adapter": "models.lora",
     "load_data": "data",
-    "merge_lora": "lora",
-    "push": "hub",
+    "merge_lora": "models.lora",
+    "push": "models.hub",
     "sample": "flows.sampling",
-    "save_adapter": "lora",
+    "save_adapter": "models.lora",
 }
 
 __all__ = [

@@ -140,7 +140,7 @@ def find_model(source: str, options: dict[str, Any] | None = None) -> Any:
         if not isinstance(model, VelocityField | FlowMap):
             raise ValueError(f"{source!r} gave a {type(model).__name__}, not a VelocityField or FlowMap")
         return model
-    from fewstep.loading import load
+    from fewstep.models.loading import load
 
     return load(source, **arguments("teacher.options", load, options or {}, given=("source", "device", "trust")))
 
@@ -158,7 +158,7 @@ def make_student(
         model.latents, model.text, model.class_names = start.latents, start.text, start.class_names
         model.moments = start.moments or model.moments
     if section.lora is not None:
-        from fewstep.lora import add_lora
+        from fewstep.models.lora import add_lora
 
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)

@@ -22,6 +22,7 @@ from fewstep.counting import META, Counted, count_call, count_step
 from fewstep.data.batch import Batch
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
+from fewstep.models.weightless import conditions, sample_of, teacher_without_weights
 from fewstep.objectives.base import Objective
 from fewstep.parts import make_objective, make_student, trains_map
 from fewstep.recipe import Recipe
@@ -29,7 +30,6 @@ from fewstep.training.ema import Ema
 from fewstep.training.fit import PRECISIONS, use_checkpoints
 from fewstep.training.shares import default_chunk
 from fewstep.training.step import checkpoints_followed
-from fewstep.weightless import conditions, sample_of, teacher_without_weights
 
 GIB = 2**30
 # What is kept free of a GPU's memory: the context of CUDA and its libraries, and the part lost between blocks.

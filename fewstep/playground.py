@@ -20,7 +20,7 @@ from fewstep.evaluation.plots import COLOURS, image_grid, png
 from fewstep.flows.fields import Guided, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.generation.drawing import Model, classes_of, draw, shape_of, takes
-from fewstep.origin import is_run
+from fewstep.models.provenance import is_run
 from fewstep.parts import find_model, given_by, make_teacher
 
 # What a page that is left alone draws of the plane, and what is looked at to choose its extent.

@@ -29,8 +29,8 @@ from fewstep.flows.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.flows.maps import FlowMap
 from fewstep.generation.drawing import Model, classes_of, shape_of
 from fewstep.judge import judge, prepare
+from fewstep.models.provenance import is_run
 from fewstep.objectives.base import Objective
-from fewstep.origin import is_run
 from fewstep.parts import (
     check_teacher,
     data_of,
@@ -306,7 +306,7 @@ def _opening(run: Path) -> Iterator[None]:
 def load_run(path: str | Path, *, trust: bool = False) -> Model:
     """What a run trained, with its averaged weights, an adapter added in: a ``FlowMap`` or a ``NetworkField``; the
     arguments, and what is raised, are those of ``open_run``."""
-    from fewstep.lora import has_lora, merge_lora
+    from fewstep.models.lora import has_lora, merge_lora
 
     model = open_run(path, trust=trust).model
     return merge_lora(model).requires_grad_(False) if has_lora(model) else model

@@ -5,7 +5,7 @@ from pathlib import Path
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.generation.drawing import classes_of, shape_of
-from fewstep.loading import load
+from fewstep.models.loading import load
 from fewstep.networks import UNet
 from fewstep.networks.families import ConditionalUNet
 from fewstep.networks.unet import OfDiffusers, set_size

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fewstep.common.manifests import Diffusion
-from fewstep.exporting import diffusion_of
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.paths import Linear, Path, Preconditioned, Reversed, Tabulated, scaling
-from fewstep.loading import _spoken
+from fewstep.models.export import diffusion_of
+from fewstep.models.loading import _spoken
 from fewstep.networks.flow_model import flow_scaling
 from fewstep.networks.held import held_ratios
 from fewstep.pipelines.native_times import coefficients, second_timestep

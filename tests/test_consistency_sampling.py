@@ -9,11 +9,11 @@ from unet_toys import tiny_student
 
 from fewstep.common.randomness import sample_generators
 from fewstep.config import load_recipe
-from fewstep.exporting import export
 from fewstep.flows.sampling import sample, sample_noise
-from fewstep.loading import load
+from fewstep.models.export import export
+from fewstep.models.exported import FlowMapPipeline
+from fewstep.models.loading import load
 from fewstep.networks import MLP
-from fewstep.pipelines.exported import FlowMapPipeline
 from fewstep.runs import load_run, run
 
 RECIPE = {

@@ -29,7 +29,6 @@ from unet_toys import conditions, tiny_field, tiny_student, tiny_unet
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
 from fewstep.config import load_recipe
-from fewstep.exporting import export
 from fewstep.flows.exact import CheckerboardField
 from fewstep.flows.fields import DiffusionField, Guided, NetworkField
 from fewstep.flows.maps import FlowMap
@@ -37,10 +36,11 @@ from fewstep.flows.paths import Linear, Preconditioned, Reversed, Tabulated, Tri
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.latents.vae import Latents
-from fewstep.loading import load
+from fewstep.models.export import export
+from fewstep.models.exported import FlowMapPipeline
+from fewstep.models.loading import load
 from fewstep.networks import MLP, UNet, flow_model
 from fewstep.pipelines import flow_map
-from fewstep.pipelines.exported import FlowMapPipeline
 from fewstep.pipelines.native_times import coefficients
 from fewstep.pipelines.source import whole
 from fewstep.runs import run

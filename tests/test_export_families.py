@@ -19,16 +19,16 @@ from unet_toys import tiny_field, tiny_unet
 
 from fewstep.common.randomness import sample_generators
 from fewstep.config import load_recipe
-from fewstep.exporting import export
 from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.latents.vae import Latents
-from fewstep.loading import load
-from fewstep.lora import PEFT_CONFIG, PEFT_FILE, add_lora, load_adapter, merge_lora
+from fewstep.models.export import export
+from fewstep.models.exported import network_folder
+from fewstep.models.loading import load
+from fewstep.models.lora import PEFT_CONFIG, PEFT_FILE, add_lora, load_adapter, merge_lora
 from fewstep.networks import FAMILIES, UNet, two_times
-from fewstep.pipelines.exported import network_folder
 from fewstep.pipelines.source import whole
 from fewstep.runs import run
 

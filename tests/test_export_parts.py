@@ -13,12 +13,12 @@ from test_export import pipeline
 from test_export_families import asked, family_map, speak
 from unet_toys import tiny_field, tiny_student
 
-from fewstep.exporting import export
 from fewstep.flows.maps import FlowMap
 from fewstep.generation.requests import class_names
 from fewstep.latents.vae import Latents
-from fewstep.loading import load
-from fewstep.pipelines.exported import FlowMapPipeline
+from fewstep.models.export import export
+from fewstep.models.exported import FlowMapPipeline
+from fewstep.models.loading import load
 from fewstep.playground import _names
 
 CLASSES = [DiffusionPipeline, FlowMapPipeline]

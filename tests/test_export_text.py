@@ -18,11 +18,11 @@ from test_export_families import speak
 
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
-from fewstep.exporting import export
 from fewstep.flows.maps import FlowMap
 from fewstep.generation.drawing import draw
-from fewstep.loading import load
-from fewstep.pipelines.exported import FlowMapPipeline
+from fewstep.models.export import export
+from fewstep.models.exported import FlowMapPipeline
+from fewstep.models.loading import load
 
 NAMES = ["sd", "sdxl", "pixart", "sd3", "sd3 without", "flux"]
 PROMPTS = ["cat", "a dog", "cat"]

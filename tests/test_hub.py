@@ -16,10 +16,10 @@ import torch
 from unet_toys import tiny_field, tiny_student
 
 import fewstep
-from fewstep import hub
 from fewstep.cli import main
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
+from fewstep.models import hub
 from fewstep.networks import MLP
 
 TOKEN = "hf_" + "x" * 34

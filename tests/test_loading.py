@@ -22,11 +22,11 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from unet_toys import tiny_unet
 
-from fewstep.diffusers_folder import hub_files
 from fewstep.flows.fields import DiffusionField
 from fewstep.flows.paths import Linear
 from fewstep.latents.vae import Latents
-from fewstep.loading import load
+from fewstep.models.diffusers_pipeline import hub_files
+from fewstep.models.loading import load
 from fewstep.networks import FAMILIES, UNet
 
 
@@ -92,7 +92,7 @@ def test_classes_are_passed_through(tmp_path: Path) -> None:
 
 
 def test_a_flow_match_folder_round_trip(tmp_path: Path) -> None:
-    from fewstep.exporting import export
+    from fewstep.models.export import export
 
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
     field = check(write(tmp_path / "model", scheduler), scheduler)
@@ -190,8 +190,8 @@ def test_exports_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     """Whose configurations are not those of a diffusers model that fewstep knows."""
     from unet_toys import tiny_student
 
-    from fewstep.exporting import export
     from fewstep.flows.maps import FlowMap
+    from fewstep.models.export import export
     from fewstep.networks import MLP
 
     def download(name: str, allow_patterns: list[str]) -> str:
@@ -378,8 +378,8 @@ def test_a_configuration_that_is_no_json(tmp_path: Path) -> None:
 def test_damaged_exports(tmp_path: Path) -> None:
     from unet_toys import tiny_student
 
-    from fewstep.exporting import export
     from fewstep.flows.maps import FlowMap
+    from fewstep.models.export import export
     from fewstep.networks import MLP
 
     folder = export(tiny_student("flow"), tmp_path / "map")

@@ -12,13 +12,13 @@ from unet_toys import tiny_field, tiny_unet
 
 from fewstep.common.errors import TrainingError
 from fewstep.config import load_recipe
-from fewstep.exporting import export
 from fewstep.flows.exact import GaussianField
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed
-from fewstep.loading import load
-from fewstep.lora import DIFFUSERS_FILE, PEFT_FILE, add_lora, has_lora, load_adapter, merge_lora, save_adapter
+from fewstep.models.export import export
+from fewstep.models.loading import load
+from fewstep.models.lora import DIFFUSERS_FILE, PEFT_FILE, add_lora, has_lora, load_adapter, merge_lora, save_adapter
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, FlowMatching
 from fewstep.runs import build, open_run, run

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.flows.fields import DiffusionField
-from fewstep.lora import DIFFUSERS_FILE, load_adapter, merge_lora, save_adapter
+from fewstep.models.lora import DIFFUSERS_FILE, load_adapter, merge_lora, save_adapter
 from fewstep.networks import ConditionalUNet
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")

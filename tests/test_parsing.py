@@ -24,14 +24,14 @@ from fewstep.common.parsing import parse_yaml
 from fewstep.config import load_recipe
 from fewstep.data import pairs
 from fewstep.data.decode import check_side
-from fewstep.exporting import export
 from fewstep.latents.encoders import vae_identity
 from fewstep.latents.vae import Latents
-from fewstep.loading import load
+from fewstep.models.export import export
+from fewstep.models.loading import load
+from fewstep.models.writing import moments_in
 from fewstep.runs import open_run, run
 from fewstep.training import checkpoints
 from fewstep.training.trackers import read_metrics
-from fewstep.writing import moments_in
 
 ALIASES = "x0: &x0 [lol]\n" + "".join(f"x{i + 1}: &x{i + 1} [{', '.join([f'*x{i}'] * 9)}]\n" for i in range(9))
 MERGES = "x0: &x0 {a: 1}\n" + "".join(

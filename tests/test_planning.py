@@ -26,16 +26,16 @@ from fewstep.counting import META, LikeAGpu, count_call, count_step
 from fewstep.data import encoded, pairs
 from fewstep.data.batch import Batch
 from fewstep.evaluation.cost import step_cost
-from fewstep.exporting import export
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.lora import add_lora
+from fewstep.models.export import export
+from fewstep.models.lora import add_lora
+from fewstep.models.weightless import LONGEST, sample_of, teacher_without_weights, text_conditions
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, LMD, FlowMatching
 from fewstep.planning import GIB, GPUS, Plan, changes, fit_on, plan
 from fewstep.runs import build, run
 from fewstep.training.step import Step
-from fewstep.weightless import LONGEST, sample_of, teacher_without_weights, text_conditions
 
 POINTS: dict[str, Any] = {
     "name": "points",

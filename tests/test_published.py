@@ -19,9 +19,7 @@ from torch import Tensor
 from fewstep.cli import main
 from fewstep.common.model_files import load_weights, variant_in
 from fewstep.config import load_recipe
-from fewstep.diffusers_folder import look_into
 from fewstep.evaluation.agreement import compare_samplers
-from fewstep.exporting import export, no_pipeline
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Tabulated
 from fewstep.flows.sampling import sample
@@ -29,12 +27,14 @@ from fewstep.flows.schedules import schedule_of, todays_config
 from fewstep.generation.drawing import image_channels, takes
 from fewstep.latents.encoders import text_identity, vae_identity
 from fewstep.latents.vae import Latents
-from fewstep.loading import load
+from fewstep.models.diffusers_pipeline import look_into
+from fewstep.models.export import export, no_pipeline
+from fewstep.models.exported import FlowMapPipeline
+from fewstep.models.loading import load
+from fewstep.models.writing import copy_part
 from fewstep.parts import make_teacher
-from fewstep.pipelines.exported import FlowMapPipeline
 from fewstep.recipe import Teacher
 from fewstep.runs import build
-from fewstep.writing import copy_part
 
 
 def rows(network: Any, shape: tuple[int, ...], count: int) -> dict[str, Tensor]:

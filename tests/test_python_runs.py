@@ -17,7 +17,7 @@ from fewstep.config import load_recipe
 from fewstep.data import load_data
 from fewstep.flows.description import describe, made_again
 from fewstep.flows.maps import FlowMap
-from fewstep.lora import add_lora
+from fewstep.models.lora import add_lora
 from fewstep.networks import MLP
 from fewstep.objectives.base import Loss, Objective
 from fewstep.runs import evaluate_run, run

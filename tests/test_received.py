@@ -21,19 +21,19 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from unet_toys import tiny_field, tiny_student
 
-from fewstep import hub
 from fewstep.cli import main
 from fewstep.common.errors import TrainingError
 from fewstep.common.received import clean_png, is_place, own_file, plain_name, without_places
 from fewstep.config import load_recipe
-from fewstep.converting import convert
 from fewstep.data.encoded import Encoded
-from fewstep.exporting import export
 from fewstep.flows.maps import FlowMap
-from fewstep.loading import load
-from fewstep.lora import add_lora, load_adapter, save_adapter
+from fewstep.models import hub
+from fewstep.models.convert import convert
+from fewstep.models.export import export
+from fewstep.models.loading import load
+from fewstep.models.lora import add_lora, load_adapter, save_adapter
+from fewstep.models.runtimes import export_program
 from fewstep.runs import run
-from fewstep.runtimes import export_program
 from fewstep.training import checkpoints
 
 KEY = b"-----BEGIN OPENSSH PRIVATE KEY-----\nsecret\n"

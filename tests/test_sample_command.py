@@ -31,7 +31,7 @@ from fewstep.generation.drawing import draw
 from fewstep.generation.images import claim, save_pictures
 from fewstep.generation.placement import place
 from fewstep.generation.requests import Asked, Encoded, class_names, class_numbers, prompt_flags, read_lines
-from fewstep.loading import load
+from fewstep.models.loading import load
 from fewstep.networks.families import SD3, Flux
 
 CPU = torch.device("cpu")

@@ -16,12 +16,12 @@ from fewstep.citing import cite
 from fewstep.cli import main
 from fewstep.config import load_recipe
 from fewstep.data import ArrayData
-from fewstep.exporting import export
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Trigonometric
-from fewstep.loading import load
-from fewstep.lora import has_lora
+from fewstep.models.export import export
+from fewstep.models.loading import load
+from fewstep.models.lora import has_lora
 from fewstep.networks import MLP
 from fewstep.objectives import LMD
 from fewstep.recipe import Student

@@ -19,13 +19,13 @@ from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample
 from fewstep.generation.drawing import draw
-from fewstep.lora import add_lora
+from fewstep.models.lora import add_lora
+from fewstep.models.runtimes import export_program
+from fewstep.models.writing import MARK, check_target
 from fewstep.networks import MLP
 from fewstep.playground import Playground, Wish
 from fewstep.runs import open_run, run
-from fewstep.runtimes import export_program
 from fewstep.training import checkpoints
-from fewstep.writing import MARK, check_target
 
 
 def points_map(**options: Any) -> FlowMap:

@@ -9,10 +9,10 @@ from fewstep.common.console import print_table, say_next
 
 def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.common.model_files import read_json
-    from fewstep.exporting import export
     from fewstep.flows.description import code_named
-    from fewstep.lora import DIFFUSERS_FILE
-    from fewstep.writing import moments_in
+    from fewstep.models.export import export
+    from fewstep.models.lora import DIFFUSERS_FILE
+    from fewstep.models.writing import moments_in
 
     if args.format != "diffusers":
         return _export_program(args)
@@ -20,7 +20,7 @@ def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
     folder = export(args.model, folder, overwrite=args.overwrite, adapter=args.adapter)
     if args.adapter:
         others = "diffusers' load_lora_weights reads" if (folder / DIFFUSERS_FILE).is_file() else "peft reads"
-        print(f"{folder} is an adapter: fewstep.lora.load_adapter reads it, and {others} it too")
+        print(f"{folder} is an adapter: fewstep.models.lora.load_adapter reads it, and {others} it too")
         say_next([shlex.join(["fewstep", "export", str(args.model), f"{args.model.name}-export"])])
         return 0
     print(f"{folder} is a model of its own; its README.md says how to use it")
@@ -36,7 +36,7 @@ def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
 
 
 def _export_program(args: argparse.Namespace) -> int:
-    from fewstep.runtimes import export_program
+    from fewstep.models.runtimes import export_program
 
     if args.adapter:
         raise ValueError(f"--adapter writes weights that peft and diffusers read, --format {args.format} a program")
@@ -49,7 +49,7 @@ def _export_program(args: argparse.Namespace) -> int:
 
 
 def run_convert(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.converting import convert
+    from fewstep.models.convert import convert
 
     done = convert(
         args.model,
@@ -83,7 +83,7 @@ def run_convert(args: argparse.Namespace, _: dict[str, str]) -> int:
 
 
 def run_push(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.hub import how_to_load, kind_of, push
+    from fewstep.models.hub import how_to_load, kind_of, push
 
     print(push(args.folder, args.name, private=args.private or None, message=args.message))
     say_next([how_to_load(args.name, kind_of(args.folder))])

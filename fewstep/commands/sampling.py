@@ -241,7 +241,7 @@ def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
 
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model that is asked for (with --teacher, the teacher of the run), and its run if it is one."""
-    from fewstep.origin import is_run
+    from fewstep.models.provenance import is_run
     from fewstep.parts import find_model, make_teacher
     from fewstep.runs import open_run
 

@@ -30,7 +30,7 @@ class Mark(Said):
 
 
 class Diffusion(Said):
-    """What the network of an export speaks; ``fewstep.exporting.diffusion_of`` writes it."""
+    """What the network of an export speaks; ``fewstep.models.export.diffusion_of`` writes it."""
 
     prediction_type: Literal["velocity", "epsilon", "sample", "v_prediction"]
     timesteps: Above | None = None

@@ -34,7 +34,7 @@ class VelocityField(nn.Module):
         moments: mean and standard deviation of the data that it was trained on, where these were brought to 0 and 1
             (``data.normalize``): ``std * x + mean`` are its samples in the units of the data.
         source: what ``fewstep.load`` read it from, or the name of an exact field; None for one without a name.
-        distilled: what it was distilled into, a model for a few steps that is no velocity (``fewstep.distilled``);
+        distilled: what it was distilled into, a model for a few steps that is no velocity (``fewstep.models.distilled``);
             empty for any other, and for one that is to be taken for a velocity all the same.
     """
 

@@ -36,8 +36,8 @@ def encoders_of(source: str | Path, variant: str | None = None) -> Model:
     """
     import diffusers
 
+    from fewstep.models.weightless import field_without_weights
     from fewstep.parts import find_model
-    from fewstep.weightless import field_without_weights
 
     folder = Path(source).expanduser()
     is_pipeline = hasattr(diffusers, class_of(read_json(folder / "model_index.json")))

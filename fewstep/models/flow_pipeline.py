@@ -6,17 +6,15 @@ from typing import Any
 
 from fewstep.common.model_files import class_of, read_json
 from fewstep.common.version import __version__
-from fewstep.conversion import Conversion
-from fewstep.converted import FLOWS, ORIGINAL
 from fewstep.evaluation.agreement import scheduler_of
-from fewstep.exporting import diffusion_of, no_pipeline
 from fewstep.flows.fields import NetworkField
 from fewstep.generation.drawing import image_channels
 from fewstep.latents.vae import VAE_FOLDERS, Latents
-from fewstep.model_card import fewstep_code
-from fewstep.networks import UNet
-from fewstep.pipelines.source import whole
-from fewstep.writing import (
+from fewstep.models.conversion import Conversion
+from fewstep.models.converted import FLOWS, ORIGINAL
+from fewstep.models.export import diffusion_of, no_pipeline
+from fewstep.models.model_card import fewstep_code
+from fewstep.models.writing import (
     copy_part,
     is_whole_part,
     parts_in,
@@ -26,6 +24,8 @@ from fewstep.writing import (
     write_json,
     write_vae,
 )
+from fewstep.networks import UNet
+from fewstep.pipelines.source import whole
 
 # The pipeline of a model that comes without one.
 _PIPELINES = {

@@ -26,10 +26,10 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.paths import Tabulated, VariancePreserving
 from fewstep.generation.drawing import classes_of, image_channels, shape_of
-from fewstep.loading import load
-from fewstep.lora import has_lora, merge_lora
-from fewstep.program_card import program_card, program_config
-from fewstep.writing import aside, check_target, write_json
+from fewstep.models.loading import load
+from fewstep.models.lora import has_lora, merge_lora
+from fewstep.models.program_card import program_card, program_config
+from fewstep.models.writing import aside, check_target, write_json
 
 FORMATS = {"torch": "map.pt2", "onnx": "map.onnx"}
 Run = Callable[[dict[str, Tensor]], Tensor]
@@ -79,7 +79,7 @@ def export_program(
         FileExistsError: there is an export already, and overwrite is not set.
         ImportError: onnx, onnxscript or onnxruntime are not installed.
 
-    >>> fewstep.runtimes.export_program(student, "fast-onnx").difference
+    >>> fewstep.models.runtimes.export_program(student, "fast-onnx").difference
     2.4e-07
     """
     folder = Path(folder).expanduser().resolve()

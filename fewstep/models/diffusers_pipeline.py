@@ -22,11 +22,11 @@ from fewstep.common.model_files import (
     variant_in,
     weight_files,
 )
-from fewstep.distilled import distilled_as
 from fewstep.flows.fields import DiffusionField
 from fewstep.flows.schedules import schedule_of, todays_config
 from fewstep.latents.prompts import Prompts, knows_prompts
 from fewstep.latents.vae import VAE_FOLDERS, Latents
+from fewstep.models.distilled import distilled_as
 from fewstep.networks import FAMILIES, Flux
 from fewstep.networks.unet import keep_facts
 from fewstep.pipelines.arguments import side_step

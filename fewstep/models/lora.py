@@ -19,7 +19,7 @@ from fewstep.common.model_files import check_file, read_json
 from fewstep.common.write_errors import cannot_write
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.lora_keys import read_adapter
+from fewstep.models.lora_keys import read_adapter
 from fewstep.networks import SecondTime, TwoTimeNetwork, new_parts
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
     as it was saved, and trainable.
 
     Reads what :func:`save_adapter` writes, and adapters of diffusers' and peft's own in the same files, by whatever
-    names a version of diffusers gave their weights (``fewstep.lora_keys``).
+    names a version of diffusers gave their weights (``fewstep.models.lora_keys``).
 
     Raises:
         FileNotFoundError: no adapter in the folder.

@@ -12,8 +12,6 @@ from fewstep.common.errors import unknown
 from fewstep.common.manifests import AGAIN, Diffusion, read_map_index, read_timesteps
 from fewstep.common.model_files import check_file, check_weights, class_names_in, class_of, put_in, read_json
 from fewstep.common.trust import check_folder, trusting
-from fewstep.converted import is_converted, load_converted
-from fewstep.diffusers_folder import field_of_pipeline, hub_files, lack_weights, load_field, look_into
 from fewstep.flows.description import check_description, code_named, made_again
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
@@ -22,9 +20,11 @@ from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.schedules import PREDICTION_TYPES
 from fewstep.latents.prompts import Prompts
 from fewstep.latents.vae import Latents
+from fewstep.models.converted import is_converted, load_converted
+from fewstep.models.diffusers_pipeline import field_of_pipeline, hub_files, lack_weights, load_field, look_into
+from fewstep.models.writing import check_text, moments_in
 from fewstep.networks import FAMILIES
 from fewstep.networks.students import STUDENTS
-from fewstep.writing import check_text, moments_in
 
 _PLAIN_WEIGHTS = "model.safetensors"
 
@@ -59,7 +59,7 @@ def load(
 
     >>> teacher = fewstep.load("./my-ddpm")
     """
-    from fewstep.origin import is_run
+    from fewstep.models.provenance import is_run
 
     if not isinstance(source, str | Path):
         return field_of_pipeline(source).to(device).eval()
@@ -92,7 +92,7 @@ def find_configurations(source: str | Path) -> Path | None:
     Raises:
         FileNotFoundError: no such folder or hub model.
     """
-    from fewstep.origin import is_run
+    from fewstep.models.provenance import is_run
 
     folder = _find(source, weights=False)
     others = is_run(folder), _map_index(folder), _plain_config(folder), is_converted(folder)
@@ -103,7 +103,7 @@ def _find(source: str | Path, weights: bool = True, variant: str | None = None) 
     name = str(source)
     folder = Path(source).expanduser()
     if name.startswith("fewstep:"):
-        shipped = Path(__file__).parent / "pretrained"
+        shipped = Path(__file__).parents[1] / "pretrained"
         known = [f.name for f in shipped.glob("*/")]
         if name.removeprefix("fewstep:") not in known:
             raise unknown("packaged model", name.removeprefix("fewstep:"), known)
@@ -164,7 +164,7 @@ def _plain_config(folder: Path) -> dict[str, Any]:
 
 def _load_map(folder: Path, index: dict[str, Any]) -> FlowMap:
     """An export of a flow map of one of diffusers' families; no code of the folder is run."""
-    from fewstep.pipelines.exported import has_part, load_network, network_folder
+    from fewstep.models.exported import has_part, load_network, network_folder
 
     said = read_map_index(folder)
     check_weights(folder / network_folder(index))
@@ -193,7 +193,7 @@ def _student(model: Any) -> Any:
 
 
 def _spoken(diffusion: Diffusion | None, timesteps: float) -> tuple[Trajectory, str]:
-    """The native path of an export's network, and what it predicts there; ``fewstep.exporting.diffusion_of`` writes
+    """The native path of an export's network, and what it predicts there; ``fewstep.models.export.diffusion_of`` writes
     it."""
     if diffusion is None:
         return Reversed(timesteps), "flow"

@@ -9,8 +9,7 @@ from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.paths import Reversed
 from fewstep.generation.drawing import image_channels
 from fewstep.latents.vae import VAE_FOLDERS
-from fewstep.networks import SD3, Flux, Wan
-from fewstep.writing import (
+from fewstep.models.writing import (
     copy_part,
     is_whole_part,
     parts_in,
@@ -20,6 +19,7 @@ from fewstep.writing import (
     write_json,
     write_vae,
 )
+from fewstep.networks import SD3, Flux, Wan
 
 _CODE = """\
 import torch

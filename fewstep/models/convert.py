@@ -10,20 +10,20 @@ from torch import Tensor
 from fewstep.common.disk import replace_file
 from fewstep.common.distributed import World, choose_device
 from fewstep.common.randomness import sample_generators
-from fewstep.conversion import Conversion, describe
-from fewstep.converted import FLOWS
 from fewstep.evaluation.agreement import compare_samplers, scheduler_of, steps_for
 from fewstep.evaluation.plots import image_grid
-from fewstep.flow_folder import place, write_folder
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear
 from fewstep.flows.sampling import sample_noise
 from fewstep.generation.drawing import image_channels
-from fewstep.loading import load
-from fewstep.lora import has_lora, merge_lora
+from fewstep.models.conversion import Conversion, describe
+from fewstep.models.converted import FLOWS
+from fewstep.models.flow_pipeline import place, write_folder
+from fewstep.models.loading import load
+from fewstep.models.lora import has_lora, merge_lora
+from fewstep.models.writing import aside, check_target
 from fewstep.networks import FAMILIES
-from fewstep.writing import aside, check_target
 
 _SHOWN = 8  # pictures a row
 

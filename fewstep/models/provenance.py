@@ -11,7 +11,7 @@ from fewstep.common.received import clean_png, own_file, without_places
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.model_card import Origin
+from fewstep.models.model_card import Origin
 from fewstep.recipe import Recipe
 
 # Where an export of a run keeps what it has of the run. Not beside the model: a folder with a recipe.yaml is a run.

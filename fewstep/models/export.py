@@ -18,14 +18,11 @@ from fewstep.flows.paths import Forward, Linear, Preconditioned, Reversed, Tabul
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.schedules import PREDICTION_TYPES
 from fewstep.generation.drawing import image_channels
-from fewstep.loading import load
-from fewstep.lora import has_lora, merge_lora, save_adapter
-from fewstep.model_card import card
-from fewstep.networks import FAMILIES, UNet
-from fewstep.networks.students import TwoTimeNetwork
-from fewstep.networks.unet import OfDiffusers
-from fewstep.origin import citation, is_run, origin_of
-from fewstep.writing import (
+from fewstep.models.loading import load
+from fewstep.models.lora import has_lora, merge_lora, save_adapter
+from fewstep.models.model_card import card
+from fewstep.models.provenance import citation, is_run, origin_of
+from fewstep.models.writing import (
     aside,
     check_target,
     check_text,
@@ -35,6 +32,9 @@ from fewstep.writing import (
     write_text,
     write_vae,
 )
+from fewstep.networks import FAMILIES, UNet
+from fewstep.networks.students import TwoTimeNetwork
+from fewstep.networks.unet import OfDiffusers
 
 
 def export(
@@ -66,7 +66,7 @@ def export(
         overwrite: whether an export that is there already is replaced; nothing else is.
         method: the objective it was trained by, for the model card; a run knows its own.
         quality: a Markdown table for the model card; a run that has been evaluated knows its own.
-        adapter: write the adapter of a LoRA alone (``fewstep.lora.save_adapter``), not the model that it is added to.
+        adapter: write the adapter of a LoRA alone (``fewstep.models.lora.save_adapter``), not the model that it is added to.
         trust: as for :func:`fewstep.load`.
 
     Raises:
@@ -136,7 +136,7 @@ def _writer(model: FlowMap | VelocityField) -> Any:
         diffusion_of(model)
         return _write_map
     if not isinstance(model.network, UNet):
-        from fewstep.stock_folder import check_stock, write_stock
+        from fewstep.models.stock_pipeline import check_stock, write_stock
 
         check_stock(model)
         return write_stock
@@ -179,9 +179,9 @@ def _write_map(model: FlowMap, folder: Path) -> None:
     """A pipeline that carries its code, and the code of its model where diffusers has none."""
     import diffusers
 
+    from fewstep.models.exported import CARRIED
     from fewstep.networks import two_times
     from fewstep.pipelines import flow_map
-    from fewstep.pipelines.exported import CARRIED
     from fewstep.pipelines.source import whole
 
     network: Any = model.network

@@ -17,12 +17,12 @@ from fewstep.common.trust import is_code
 from fewstep.counting import META
 from fewstep.data import encoded, load_data, pairs
 from fewstep.data.decode import check_side
-from fewstep.diffusers_folder import look_into
 from fewstep.flows.fields import DiffusionField, Guided, VelocityField, unguided
 from fewstep.generation.drawing import classes_of, image_channels, shape_of
 from fewstep.latents.prompts import SIZES, TEXT_CONDITIONS
 from fewstep.latents.vae import Latents
-from fewstep.loading import find_configurations
+from fewstep.models.diffusers_pipeline import look_into
+from fewstep.models.loading import find_configurations
 from fewstep.networks.unet import OfDiffusers
 from fewstep.parts import EXACT, check_teacher, check_told, make_data, make_teacher, path_of, settled
 from fewstep.recipe import Recipe, Teacher
@@ -90,7 +90,7 @@ def field_without_weights(folder: Path, variant: str | None = None) -> Diffusion
         variant: of the weights of its VAE and text encoders.
 
     Raises:
-        FileNotFoundError, ValueError: as ``fewstep.diffusers_folder.look_into``.
+        FileNotFoundError, ValueError: as ``fewstep.models.diffusers_pipeline.look_into``.
     """
     found = look_into(folder, variant)
     field = DiffusionField(found.network, found.scheduler)

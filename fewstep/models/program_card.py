@@ -1,4 +1,4 @@
-"""What lies beside a program (``fewstep.runtimes``): what it takes, and the code that samples it."""
+"""What lies beside a program (``fewstep.models.runtimes``): what it takes, and the code that samples it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear
 from fewstep.generation.drawing import classes_of
-from fewstep.writing import vae_config
+from fewstep.models.writing import vae_config
 
 _START = {
     "onnx": """import onnxruntime

@@ -1,0 +1,1 @@
+"""Models as folders, in and out: loaded, converted, exported, on the hub."""

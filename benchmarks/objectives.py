@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from families import FAMILIES, Family
 
-from fewstep.comparing import Method, parse_method
-from fewstep.config import find_objective
 from fewstep.evaluation.cost import (
     UNITS,
     Cost,
@@ -35,6 +33,8 @@ from fewstep.evaluation.cost import (
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.objectives import OBJECTIVES
+from fewstep.runs.compare import Method, parse_method
+from fewstep.runs.recipes import find_objective
 
 METHODS = [*OBJECTIVES, "MeanFlow:teacher=none"]
 TOLERANCE = 1.1

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import matplotlib
 
-from fewstep.config import load_recipe
 from fewstep.generation.drawing import draw
-from fewstep.parts import make_teacher
-from fewstep.runs import load_run
+from fewstep.runs.build import make_teacher
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import load_run
 
 COLUMNS = 14
 

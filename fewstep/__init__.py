@@ -15,8 +15,6 @@ from fewstep.common.threads import wait_asleep
 from fewstep.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fewstep.citing import cite
-    from fewstep.comparing import compare_methods
     from fewstep.data import load_data
     from fewstep.evaluation.diagnostics import diagnose
     from fewstep.evaluation.evaluate import compare, evaluate
@@ -57,6 +55,8 @@ if TYPE_CHECKING:
         SplitMeanFlow,
         TwoTime,
     )
+    from fewstep.runs.cite import cite
+    from fewstep.runs.compare import compare_methods
     from fewstep.training.batches import Batches
     from fewstep.training.ema import Ema
     from fewstep.training.fit import fit
@@ -105,9 +105,9 @@ _HOMES = {
     "VariancePreserving": "flows.paths",
     "VelocityField": "flows.fields",
     "add_lora": "models.lora",
-    "cite": "citing",
+    "cite": "runs.cite",
     "compare": "evaluation.evaluate",
-    "compare_methods": "comparing",
+    "compare_methods": "runs.compare",
     "convert": "models.convert",
     "diagnose": "evaluation.diagnostics",
     "encode": "generation.encoding",

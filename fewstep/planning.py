@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.common.gpus import GPUS
-from fewstep.config import load_recipe
 from fewstep.counting import META, Counted, count_call, count_step
 from fewstep.data.batch import Batch
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.models.weightless import conditions, sample_of, teacher_without_weights
 from fewstep.objectives.base import Objective
-from fewstep.parts import make_objective, make_student, trains_map
-from fewstep.recipe import Recipe
+from fewstep.runs.build import make_objective, make_student, trains_map
+from fewstep.runs.recipe import Recipe
+from fewstep.runs.recipes import load_recipe
 from fewstep.training.ema import Ema
 from fewstep.training.fit import PRECISIONS, use_checkpoints
 from fewstep.training.shares import default_chunk
@@ -197,7 +197,7 @@ class _Run:
 
 
 def _build(recipe: Recipe) -> _Run:
-    """As ``fewstep.runs.build`` and ``fewstep.fit`` make them, before the first step."""
+    """As ``fewstep.runs.run.build`` and ``fewstep.fit`` make them, before the first step."""
     training = recipe.training
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is new in a student is said where it is trained

@@ -21,7 +21,7 @@ from fewstep.flows.fields import Guided, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.generation.drawing import Model, classes_of, draw, shape_of, takes
 from fewstep.models.provenance import is_run
-from fewstep.parts import find_model, given_by, make_teacher
+from fewstep.runs.build import find_model, given_by, make_teacher
 
 # What a page that is left alone draws of the plane, and what is looked at to choose its extent.
 POINTS, _LOOK = 4096, 1024
@@ -137,9 +137,9 @@ class Playground:
         """Of a run, or of whatever else ``fewstep sample`` takes.
 
         Raises:
-            FileNotFoundError, ValueError: as ``fewstep.runs.open_run``, ``fewstep.load`` and the class.
+            FileNotFoundError, ValueError: as ``fewstep.runs.run.open_run``, ``fewstep.load`` and the class.
         """
-        from fewstep.runs import open_run
+        from fewstep.runs.run import open_run
 
         run = open_run(source) if is_run(Path(source).expanduser()) else None
         model = find_model(source, {"variant": variant} if variant else None) if run is None else run.model

@@ -12,13 +12,14 @@ import yaml
 from torch import nn
 
 import fewstep
-from fewstep import citing, cli
-from fewstep.citing import bibliography, cite
-from fewstep.config import load_recipe
+from fewstep import cli
 from fewstep.flows.exact import CheckerboardField
 from fewstep.objectives import OBJECTIVES
-from fewstep.parts import make_objective, make_teacher
-from fewstep.runs import run
+from fewstep.runs.build import make_objective, make_teacher
+from fewstep.runs.cite import bibliography, cite
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import cite as citing
+from fewstep.runs.run import run
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(page for page in (DOCS / "methods").glob("*.md") if page.name != "index.md")

@@ -15,12 +15,14 @@ import pytest
 from PIL import Image
 
 import fewstep
-from fewstep import judge, runs, watch
 from fewstep.cli import main
 from fewstep.common.errors import TrainingError
-from fewstep.config import load_recipe
 from fewstep.evaluation.evaluate import Evaluation, compare
-from fewstep.judge import next_commands
+from fewstep.runs.judge import next_commands
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import judge
+from fewstep.runs.run import previews as watch
+from fewstep.runs.run import run as runs
 
 TINY = [
     "--teacher", "eight-gaussians", "--data", "eight-gaussians", "--steps", "4", "--training.batch", "32",

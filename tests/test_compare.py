@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 
-from fewstep import comparing, judge, watch
 from fewstep.cli import main
-from fewstep.comparing import compare_methods, parse_method
-from fewstep.config import load_recipe
 from fewstep.evaluation import evaluate as evaluation
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.plots import quality_figure
 from fewstep.objectives import MeanFlow
-from fewstep.parts import make_objective
-from fewstep.runs import build
-from fewstep.side_by_side import Comparison, MethodCost, Training
+from fewstep.runs.build import make_objective
+from fewstep.runs.compare import compare_methods, parse_method
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import build, judge
+from fewstep.runs.run import compare as comparing
+from fewstep.runs.run import previews as watch
+from fewstep.runs.side_by_side import Comparison, MethodCost, Training
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",

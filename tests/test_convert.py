@@ -549,7 +549,7 @@ def test_a_run_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (run / "checkpoints").mkdir(parents=True)
     (run / "recipe.yaml").write_text("objective: {name: FlowMatching}\n")
     field = tiny_field("v_prediction")
-    monkeypatch.setattr("fewstep.runs.load_run", lambda folder, **_: {run: field}[folder])
+    monkeypatch.setattr("fewstep.runs.run.load_run", lambda folder, **_: {run: field}[folder])
     convert(run, tmp_path / "flow", check=False)
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad():

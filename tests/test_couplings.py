@@ -9,14 +9,14 @@ import pytest
 import torch
 from training_toys import Gaussian, Rows
 
-from fewstep import judge, watch
 from fewstep.common.randomness import generator, normal
-from fewstep.config import load_recipe
 from fewstep.data import ArrayData
 from fewstep.data.batch import Batch, Data
 from fewstep.data.couplings import Coupled, couple
-from fewstep.parts import make_data
-from fewstep.runs import run
+from fewstep.runs.build import make_data
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import judge, run
+from fewstep.runs.run import previews as watch
 from fewstep.training.batches import Batches
 
 SMALL = {

@@ -11,10 +11,10 @@ from unet_toys import tiny_unet
 
 from fewstep import FlowMap, Guided, load, sample
 from fewstep.cli import main
-from fewstep.config import load_recipe
 from fewstep.data.couplings import uncoupled
-from fewstep.runs import build, load_run, run
-from fewstep.watch import Watch
+from fewstep.runs.previews import Watch
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import build, load_run, run
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from fewstep import ITVM, FlowMatching, Guided, Linear, MeanFlow, Trigonometric,
 from fewstep.flows.fields import KNOWN, DiffusionField, NetworkField
 from fewstep.models.weightless import teacher_without_weights
 from fewstep.networks import UNet
-from fewstep.recipe import Recipe
-from fewstep.runs import build
+from fewstep.runs.recipe import Recipe
+from fewstep.runs.run import build
 
 DISTILLED = {
     "lcm": (diffusers.LCMScheduler(), "model", "latent consistency model (LCM): its scheduler is the LCMScheduler"),

@@ -19,10 +19,10 @@ from torch import nn
 import fewstep
 from fewstep import commands
 from fewstep.cli import _parsed, _split
-from fewstep.config import load_recipe
 from fewstep.generation.reflow import make_pairs
 from fewstep.networks import MLP, SecondTime
 from fewstep.objectives import OBJECTIVES
+from fewstep.runs.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

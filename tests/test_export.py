@@ -28,7 +28,6 @@ from unet_toys import conditions, tiny_field, tiny_student, tiny_unet
 
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
-from fewstep.config import load_recipe
 from fewstep.flows.exact import CheckerboardField
 from fewstep.flows.fields import DiffusionField, Guided, NetworkField
 from fewstep.flows.maps import FlowMap
@@ -43,7 +42,8 @@ from fewstep.networks import MLP, UNet, flow_model
 from fewstep.pipelines import flow_map
 from fewstep.pipelines.native_times import coefficients
 from fewstep.pipelines.source import whole
-from fewstep.runs import run
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import run
 
 # Student's prediction and classes: each kind of network, with and without labels.
 STUDENTS = [("flow", None), ("flow", 5), ("epsilon", None), ("v_prediction", 5), ("sample", None)]
@@ -174,7 +174,7 @@ def test_a_run_is_exported_with_its_method(tmp_path: Path, monkeypatch: pytest.M
     (run / "checkpoints").mkdir(parents=True)
     (run / "recipe.yaml").write_text("name: run\ndata: checkerboard\nobjective: {name: LMD}\n")
     student = tiny_student("flow")
-    monkeypatch.setattr("fewstep.runs.load_run", lambda folder, **_: {run: student}[folder])
+    monkeypatch.setattr("fewstep.runs.run.load_run", lambda folder, **_: {run: student}[folder])
     folder = export(run, tmp_path / "export")
     assert torch.equal(pixels(load(folder), 2), pixels(student, 2))
     assert "Trained with LMD" in (folder / "README.md").read_text()

@@ -18,7 +18,6 @@ from torch import Tensor
 from unet_toys import tiny_field, tiny_unet
 
 from fewstep.common.randomness import sample_generators
-from fewstep.config import load_recipe
 from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed
@@ -30,7 +29,8 @@ from fewstep.models.loading import load
 from fewstep.models.lora import PEFT_CONFIG, PEFT_FILE, add_lora, load_adapter, merge_lora
 from fewstep.networks import FAMILIES, UNet, two_times
 from fewstep.pipelines.source import whole
-from fewstep.runs import run
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import run
 
 IS_FLOW = ("sd3", "flux", "wan")
 

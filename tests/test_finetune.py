@@ -13,7 +13,6 @@ from unet_toys import tiny_unet
 from fewstep import DiffusionField, FlowMap, FlowMatching, Linear, NetworkField, fit, load
 from fewstep.cli import main
 from fewstep.common.randomness import generator
-from fewstep.config import load_recipe
 from fewstep.data import ArrayData, load_data
 from fewstep.data.batch import Batch
 from fewstep.flows.exact import GaussianField
@@ -21,7 +20,8 @@ from fewstep.flows.paths import Reversed
 from fewstep.flows.sampling import count_calls
 from fewstep.networks import UNet
 from fewstep.networks.unet import with_image
-from fewstep.runs import build, load_run, run
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import build, load_run, run
 
 F64 = torch.float64
 

@@ -10,8 +10,8 @@ import pytest
 from diffusers import DDPMPipeline, DDPMScheduler
 from unet_toys import tiny_unet
 
-from fewstep.config import load_recipe
-from fewstep.runs import run
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import run
 
 POINTS = {
     "name": "points",

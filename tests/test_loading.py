@@ -139,7 +139,7 @@ def test_a_run_is_left_to_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "recipe.yaml").write_text("{}")
     field = DiffusionField(UNet(tiny_unet()), DDPMScheduler())
-    monkeypatch.setattr("fewstep.runs.load_run", lambda folder, **_: {tmp_path: field}[folder])
+    monkeypatch.setattr("fewstep.runs.run.load_run", lambda folder, **_: {tmp_path: field}[folder])
     assert load(str(tmp_path)) is field
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from unet_toys import tiny_field, tiny_unet
 
 from fewstep.common.errors import TrainingError
-from fewstep.config import load_recipe
 from fewstep.flows.exact import GaussianField
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
@@ -21,7 +20,8 @@ from fewstep.models.loading import load
 from fewstep.models.lora import DIFFUSERS_FILE, PEFT_FILE, add_lora, has_lora, load_adapter, merge_lora, save_adapter
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, FlowMatching
-from fewstep.runs import build, open_run, run
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import build, open_run, run
 from fewstep.training import checkpoints
 from fewstep.training.ema import Ema
 from fewstep.training.fit import fit

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.config import load_recipe
 from fewstep.flows.exact import CheckerboardField
-from fewstep.runs import build
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import build
 
 PAGE = Path(__file__).parents[1] / "docs" / "guides" / "own-objective.md"
 TINY = {

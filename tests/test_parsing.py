@@ -21,7 +21,6 @@ from fewstep import commands
 from fewstep.cli import main
 from fewstep.common.errors import TrainingError, briefly, refused, shortened, shown
 from fewstep.common.parsing import parse_yaml
-from fewstep.config import load_recipe
 from fewstep.data import pairs
 from fewstep.data.decode import check_side
 from fewstep.latents.encoders import vae_identity
@@ -29,7 +28,8 @@ from fewstep.latents.vae import Latents
 from fewstep.models.export import export
 from fewstep.models.loading import load
 from fewstep.models.writing import moments_in
-from fewstep.runs import open_run, run
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import open_run, run
 from fewstep.training import checkpoints
 from fewstep.training.trackers import read_metrics
 

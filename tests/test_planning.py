@@ -21,7 +21,6 @@ from fewstep import planning
 from fewstep.cli import main
 from fewstep.commands.planning import duration, fit_table, number
 from fewstep.common.randomness import generator
-from fewstep.config import load_recipe
 from fewstep.counting import META, LikeAGpu, count_call, count_step
 from fewstep.data import encoded, pairs
 from fewstep.data.batch import Batch
@@ -34,7 +33,8 @@ from fewstep.models.weightless import LONGEST, sample_of, teacher_without_weight
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, LMD, FlowMatching
 from fewstep.planning import GIB, GPUS, Plan, changes, fit_on, plan
-from fewstep.runs import build, run
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import build, run
 from fewstep.training.step import Step
 
 POINTS: dict[str, Any] = {

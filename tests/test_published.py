@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fewstep.cli import main
 from fewstep.common.model_files import load_weights, variant_in
-from fewstep.config import load_recipe
 from fewstep.evaluation.agreement import compare_samplers
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Tabulated
@@ -32,9 +31,10 @@ from fewstep.models.export import export, no_pipeline
 from fewstep.models.exported import FlowMapPipeline
 from fewstep.models.loading import load
 from fewstep.models.writing import copy_part
-from fewstep.parts import make_teacher
-from fewstep.recipe import Teacher
-from fewstep.runs import build
+from fewstep.runs.build import make_teacher
+from fewstep.runs.recipe import Teacher
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import build
 
 
 def rows(network: Any, shape: tuple[int, ...], count: int) -> dict[str, Tensor]:

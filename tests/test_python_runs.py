@@ -13,14 +13,14 @@ from torch import Tensor, nn
 import fewstep
 from fewstep.cli import main
 from fewstep.common.options import read_yaml
-from fewstep.config import load_recipe
 from fewstep.data import load_data
 from fewstep.flows.description import describe, made_again
 from fewstep.flows.maps import FlowMap
 from fewstep.models.lora import add_lora
 from fewstep.networks import MLP
 from fewstep.objectives.base import Loss, Objective
-from fewstep.runs import evaluate_run, run
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import evaluate_run, run
 from fewstep.training.run import Result
 
 FEW: Any = {"steps": 2, "batch": 8, "device": "cpu"}

@@ -24,7 +24,6 @@ from unet_toys import tiny_field, tiny_student
 from fewstep.cli import main
 from fewstep.common.errors import TrainingError
 from fewstep.common.received import clean_png, is_place, own_file, plain_name, without_places
-from fewstep.config import load_recipe
 from fewstep.data.encoded import Encoded
 from fewstep.flows.maps import FlowMap
 from fewstep.models import hub
@@ -33,7 +32,8 @@ from fewstep.models.export import export
 from fewstep.models.loading import load
 from fewstep.models.lora import add_lora, load_adapter, save_adapter
 from fewstep.models.runtimes import export_program
-from fewstep.runs import run
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import run
 from fewstep.training import checkpoints
 
 KEY = b"-----BEGIN OPENSSH PRIVATE KEY-----\nsecret\n"

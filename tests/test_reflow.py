@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
-from fewstep import judge, watch
 from fewstep.cli import main
 from fewstep.common.randomness import generator, sample_generators
-from fewstep.config import load_recipe
 from fewstep.data import Data, Pairs, load_data
 from fewstep.data.couplings import Coupled
 from fewstep.flows.exact import GaussianField, eight_gaussians
@@ -26,7 +24,9 @@ from fewstep.generation.drawing import draw
 from fewstep.generation.reflow import make_pairs
 from fewstep.networks import MLP
 from fewstep.objectives.flow_matching import FlowMatching
-from fewstep.runs import run
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import judge, run
+from fewstep.runs.run import previews as watch
 
 COUNT, SHARD = 23, 5  # five shards, the last of three
 TINY = ["--steps", "2", "--training.quiet", "true", "--training.batch", "8", "--evaluation.count", "0"]

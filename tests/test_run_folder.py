@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from training_toys import Matching, Rows, Student
 
-from fewstep import runs
 from fewstep.cli import main
 from fewstep.common import locks
 from fewstep.common.locks import BusyError, NoLocksError, owned
-from fewstep.comparing import compare_methods
-from fewstep.config import load_recipe
-from fewstep.runs import evaluate_run, open_run, run
+from fewstep.runs.compare import compare_methods
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import evaluate_run, open_run, run
+from fewstep.runs.run import run as runs
 from fewstep.training import checkpoints, folder
 from fewstep.training.fit import fit
 

@@ -13,8 +13,6 @@ import torch
 from PIL import Image
 
 import fewstep
-from fewstep import judge, watch
-from fewstep.config import known_recipes, load_recipe
 from fewstep.evaluation import evaluate as evaluation
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.extractor import SmallClassifier
@@ -24,8 +22,10 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, VariancePreserving
 from fewstep.generation.drawing import classes_of, draw, shape_of
 from fewstep.networks import MLP, TwoTimeUNet, UNet
-from fewstep.parts import TeacherSamples
-from fewstep.runs import build, evaluate_run, load_run, open_run, run
+from fewstep.runs.build import TeacherSamples
+from fewstep.runs.recipes import known_recipes, load_recipe
+from fewstep.runs.run import build, evaluate_run, judge, load_run, open_run, run
+from fewstep.runs.run import previews as watch
 
 POINTS: dict[str, Any] = {
     "name": "points",

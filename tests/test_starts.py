@@ -12,9 +12,7 @@ from family_toys import conditions
 from test_export_families import family_field, family_map
 from unet_toys import tiny_student, tiny_unet
 
-from fewstep.citing import cite
 from fewstep.cli import main
-from fewstep.config import load_recipe
 from fewstep.data import ArrayData
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
@@ -24,9 +22,11 @@ from fewstep.models.loading import load
 from fewstep.models.lora import has_lora
 from fewstep.networks import MLP
 from fewstep.objectives import LMD
-from fewstep.recipe import Student
-from fewstep.runs import build, open_run, run
-from fewstep.starts import started
+from fewstep.runs.cite import cite
+from fewstep.runs.recipe import Student
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import build, open_run, run
+from fewstep.runs.warm_start import started
 from fewstep.training.fit import fit
 
 SHORT: dict[str, Any] = {"training": {"steps": 1, "batch": 8, "quiet": True}, "evaluation": {"count": 0}}

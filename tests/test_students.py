@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from unet_toys import tiny_unet
 
 from fewstep.common.randomness import generator
-from fewstep.config import load_recipe
 from fewstep.data import ArrayData
 from fewstep.data.batch import Batch
 from fewstep.flows.fields import DiffusionField, Guided, NetworkField
@@ -41,7 +40,8 @@ from fewstep.objectives import (
     Objective,
     Shortcut,
 )
-from fewstep.runs import open_run, run
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import open_run, run
 from fewstep.training.fit import fit
 
 NAMES = ["unet", "unet of classes", *MODELS, "pixart of one size", "flux told", "wan"]

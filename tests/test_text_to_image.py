@@ -14,10 +14,8 @@ from family_toys import tiny_model, tiny_pipeline
 from PIL import Image
 
 import fewstep
-from fewstep import judge, watch
 from fewstep.cli import main
 from fewstep.common.randomness import generator, sample_generators
-from fewstep.config import load_recipe
 from fewstep.data import Encoded, Pairs, load_data
 from fewstep.data.arrays import ArrayData
 from fewstep.data.conditions import Dropped
@@ -32,9 +30,11 @@ from fewstep.generation.reflow import make_pairs
 from fewstep.generation.teacher_samples import PromptedSamples
 from fewstep.latents.prompts import Prompts
 from fewstep.latents.vae import Latents
-from fewstep.parts import given_by, make_data, make_teacher
 from fewstep.playground import Playground, Wish
-from fewstep.runs import build, evaluate_run, load_run, run
+from fewstep.runs.build import given_by, make_data, make_teacher
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import build, evaluate_run, judge, load_run, run
+from fewstep.runs.run import previews as watch
 
 FAMILIES = ("sd", "sdxl", "sd3", "flux")
 ALL = torch.arange(len(CAPTIONS))
@@ -134,7 +134,7 @@ def test_conditions_of_rows_are_given_in_turn_without_those_of_prompts(
 ) -> None:
     model: Any = fewstep.load(models / "sd")
     data = ArrayData(np.zeros((3, 4, 8, 8)), {"encoder_hidden_states": torch.arange(3.0), "class_labels": ALL[:3]})
-    monkeypatch.setattr("fewstep.parts.data_of", lambda *_: data)
+    monkeypatch.setattr("fewstep.runs.build.data_of", lambda *_: data)
     recipe = load_recipe(recipe_of(models / "sd", {"name": "rows.npz", "conditions": "rows.npz"}))
     assert given_by(recipe, model, 2, first=2)["encoder_hidden_states"].tolist() == [2, 0]
     assert given_by(recipe, model, 9).keys() == {"encoder_hidden_states"}

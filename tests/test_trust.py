@@ -15,8 +15,8 @@ import fewstep
 from fewstep.cli import main
 from fewstep.common import trust
 from fewstep.common.options import find_object
-from fewstep.config import load_recipe
-from fewstep.runs import open_run, run
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import open_run, run
 from fewstep.training.checkpoints import _seal
 from fewstep.training.folder import _SEEN, flat
 
@@ -45,7 +45,7 @@ class Own(fewstep.ITVM):
 
 
 def teacher():
-    return fewstep.parts.EXACT["eight-gaussians"]()
+    return fewstep.runs.build.EXACT["eight-gaussians"]()
 
 
 def network(width: int = 8):
@@ -69,7 +69,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "code.py").write_text(
-        CODE.replace("fewstep.parts.", "parts.")
+        CODE.replace("fewstep.runs.build.", "parts.")
         .replace("import fewstep\n", "import fewstep\nfrom fewstep import networks, parts\n")
         .replace("fewstep.networks.", "networks.")
     )
@@ -309,7 +309,8 @@ from os import system
 from subprocess import run
 
 from torch import nn
-from fewstep import VelocityField, parts
+from fewstep import VelocityField
+from fewstep.runs.run import build as parts
 
 
 class Net(nn.Module):
@@ -380,7 +381,7 @@ def test_functions_of_ones_own_file_and_those_that_say_what_they_return_are_fine
     with pytest.raises(ValueError, match="an objective is a class"):
         load_recipe({**SMALL, "objective": "kinds.py:plain"})
     with pytest.raises(ValueError, match="gave a int, not a network"):
-        fewstep.runs.build(load_recipe({**SMALL, "student": "kinds.py:number"}))
+        fewstep.runs.run.build(load_recipe({**SMALL, "student": "kinds.py:number"}))
 
 
 def test_bytecode_beside_a_file_is_not_what_runs(home: Path) -> None:

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fewstep import watch
-from fewstep.config import load_recipe
 from fewstep.data import load_data
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import previews as watch
 
 
 @pytest.fixture

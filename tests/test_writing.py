@@ -13,7 +13,6 @@ from unet_toys import tiny_field, tiny_student, tiny_unet
 
 import fewstep
 from fewstep.cli import main
-from fewstep.config import load_recipe
 from fewstep.data import ArrayData
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
@@ -24,7 +23,8 @@ from fewstep.models.runtimes import export_program
 from fewstep.models.writing import MARK, check_target
 from fewstep.networks import MLP
 from fewstep.playground import Playground, Wish
-from fewstep.runs import open_run, run
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import open_run, run
 from fewstep.training import checkpoints
 
 

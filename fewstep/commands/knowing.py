@@ -7,7 +7,7 @@ from fewstep.common.console import say_next
 
 
 def run_cite(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.citing import cite
+    from fewstep.runs.cite import cite
 
     print(cite(*args.what), end="")
     say_next([shlex.join(["fewstep", *args.argv]) + " > papers.bib"])
@@ -15,7 +15,7 @@ def run_cite(args: argparse.Namespace, _: dict[str, str]) -> int:
 
 
 def run_recipes(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.config import describe, find_recipe, known_recipes
+    from fewstep.runs.recipes import describe, find_recipe, known_recipes
 
     if args.recipe is not None:
         print(find_recipe(args.recipe).read_text(), end="")

@@ -22,7 +22,7 @@ _UNITS = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"), (0.
 def run_plan(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from fewstep.common.errors import unknown
     from fewstep.common.gpus import GPUS
-    from fewstep.config import load_recipe
+    from fewstep.runs.recipes import load_recipe
 
     if not 0 < args.utilization <= 1:
         raise ValueError(f"--utilization {args.utilization:g}: the share of its peak that a GPU reaches lies in (0, 1]")

@@ -30,7 +30,7 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.generation.placement import place
     from fewstep.generation.requests import prompt_flags
     from fewstep.latents.prompts import TEXT_CONDITIONS
-    from fewstep.parts import given_by
+    from fewstep.runs.build import given_by
 
     world = environment()
     device = choose_device(args.device, world)
@@ -242,8 +242,8 @@ def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model that is asked for (with --teacher, the teacher of the run), and its run if it is one."""
     from fewstep.models.provenance import is_run
-    from fewstep.parts import find_model, make_teacher
-    from fewstep.runs import open_run
+    from fewstep.runs.build import find_model, make_teacher
+    from fewstep.runs.run import open_run
 
     run = open_run(args.model) if is_run(Path(args.model).expanduser()) else None
     if args.teacher and (run is None or run.recipe.teacher is None):

@@ -12,7 +12,7 @@ _FROM_A_MODEL = "finetune"
 
 
 def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from fewstep.config import load_recipe
+    from fewstep.runs.recipes import load_recipe
 
     source, needed = args.recipe, DEFAULTS[args.name][0]
     if source is None:
@@ -31,8 +31,8 @@ def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     # And torch, once there is something to train.
     from fewstep.common.distributed import environment
     from fewstep.flows.maps import FlowMap
-    from fewstep.judge import next_commands
-    from fewstep.runs import build, run
+    from fewstep.runs.judge import next_commands
+    from fewstep.runs.run import build, run
 
     out = args.out or (Path(source) if Path(source).is_dir() else Path("runs") / recipe.name)
     if args.dry_run:
@@ -65,7 +65,7 @@ def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def run_evaluate(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.runs import evaluate_run
+    from fewstep.runs.run import evaluate_run
 
     asked = {"steps": args.steps, "teacher_steps": args.teacher_steps, "count": args.count, "seed": args.seed}
     asked |= {"teacher": args.teacher, "data": args.data}
@@ -86,7 +86,7 @@ def run_evaluate(args: argparse.Namespace, _: dict[str, str]) -> int:
 
 def run_compare(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.evaluation.evaluate import Evaluation
-    from fewstep.judge import compare_runs
+    from fewstep.runs.judge import compare_runs
 
     if args.methods:
         return _compare_methods(args)
@@ -114,7 +114,7 @@ def run_compare(args: argparse.Namespace, _: dict[str, str]) -> int:
 
 
 def _compare_methods(args: argparse.Namespace) -> int:
-    from fewstep.comparing import compare_methods
+    from fewstep.runs.compare import compare_methods
 
     if len(args.runs) != 1:
         raise ValueError(f"--methods are trained on one recipe, not on {len(args.runs)}")

@@ -37,7 +37,7 @@ def encoders_of(source: str | Path, variant: str | None = None) -> Model:
     import diffusers
 
     from fewstep.models.weightless import field_without_weights
-    from fewstep.parts import find_model
+    from fewstep.runs.build import find_model
 
     folder = Path(source).expanduser()
     is_pipeline = hasattr(diffusers, class_of(read_json(folder / "model_index.json")))

@@ -80,7 +80,7 @@ def export(
     folder = Path(folder).expanduser().resolve()
     check_target(folder, overwrite, model)
     if adapter:
-        from fewstep.runs import open_run
+        from fewstep.runs.run import open_run
 
         model = open_run(model, trust=trust).model if isinstance(model, str | Path) else model
         with aside(folder, model.moments) as part:

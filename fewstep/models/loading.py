@@ -68,7 +68,7 @@ def load(
     if variant is not None and not is_folder:
         raise ValueError(f"variant {variant!r}: {source} has its weights once, and is no folder of diffusers' alone")
     if is_run(folder):
-        from fewstep.runs import load_run
+        from fewstep.runs.run import load_run
 
         model = load_run(folder, trust=trust)
     elif index := _map_index(folder):

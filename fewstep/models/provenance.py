@@ -12,7 +12,7 @@ from fewstep.evaluation.evaluate import Evaluation
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.models.model_card import Origin
-from fewstep.recipe import Recipe
+from fewstep.runs.recipe import Recipe
 
 # Where an export of a run keeps what it has of the run. Not beside the model: a folder with a recipe.yaml is a run.
 TRAINING = "training"
@@ -74,7 +74,7 @@ def _picture(file: Path, run: Path) -> bytes | None:
 
 def citation(what: str) -> str | None:
     """BibTeX of a run or method, without remarks; None for one that names no papers, or cannot be read."""
-    from fewstep.citing import cite
+    from fewstep.runs.cite import cite
 
     try:
         found = cite(what)

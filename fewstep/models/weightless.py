@@ -24,8 +24,8 @@ from fewstep.latents.vae import Latents
 from fewstep.models.diffusers_pipeline import look_into
 from fewstep.models.loading import find_configurations
 from fewstep.networks.unet import OfDiffusers
-from fewstep.parts import EXACT, check_teacher, check_told, make_data, make_teacher, path_of, settled
-from fewstep.recipe import Recipe, Teacher
+from fewstep.runs.build import EXACT, check_teacher, check_told, make_data, make_teacher, path_of, settled
+from fewstep.runs.recipe import Recipe, Teacher
 
 # Tokens that the pipelines with a T5 cut a prompt to (the default of ``encode_prompt``).
 LONGEST = {
@@ -53,7 +53,7 @@ def teacher_without_weights(recipe: Recipe) -> VelocityField | None:
     loaded as they always are, and their numbers dropped.
 
     Raises:
-        FileNotFoundError, ValueError: as ``fewstep.parts.make_teacher``.
+        FileNotFoundError, ValueError: as ``fewstep.runs.build.make_teacher``.
     """
     if recipe.teacher is None:
         return None

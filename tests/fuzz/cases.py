@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from fewstep import cli
-from fewstep.recipe import Recipe
+from fewstep.runs.recipe import Recipe
 from fuzz.edits import Edit, kinds_for
 
 # Cheap, whatever the recipes say: a step of training, four samples judged.

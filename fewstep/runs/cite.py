@@ -8,13 +8,13 @@ from typing import Any
 
 from fewstep.common.errors import unknown
 from fewstep.common.trust import is_code, only_looking
-from fewstep.config import find_recipe, known_recipes, load_recipe
 from fewstep.data.pairs import FACTS
 from fewstep.flows.fields import NetworkField
 from fewstep.objectives import OBJECTIVES
-from fewstep.parts import EXACT, make_teacher
-from fewstep.recipe import Recipe, Teacher
-from fewstep.starts import recipe_of
+from fewstep.runs.build import EXACT, make_teacher
+from fewstep.runs.recipe import Recipe, Teacher
+from fewstep.runs.recipes import find_recipe, known_recipes, load_recipe
+from fewstep.runs.warm_start import recipe_of
 
 # A paper by its arXiv number, or "" for a remark, and what it is cited for.
 Use = tuple[str, str]

@@ -9,7 +9,7 @@ from fewstep.models.loading import load
 from fewstep.networks import UNet
 from fewstep.networks.families import ConditionalUNet
 from fewstep.networks.unet import OfDiffusers, set_size
-from fewstep.recipe import Student
+from fewstep.runs.recipe import Student
 
 
 def started(

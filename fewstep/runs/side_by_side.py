@@ -17,8 +17,8 @@ from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.measure import METRICS
 from fewstep.evaluation.plots import png, quality_figure
 from fewstep.evaluation.report import write_report
-from fewstep.judge import LABELS
-from fewstep.recipe import Recipe
+from fewstep.runs.judge import LABELS
+from fewstep.runs.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from fewstep.evaluation.report import write_report
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.generation.drawing import Model, draw
-from fewstep.parts import data_of, follows_teacher, strength_of
-from fewstep.recipe import Named, Recipe
+from fewstep.runs.build import data_of, follows_teacher, strength_of
+from fewstep.runs.recipe import Named, Recipe
 from fewstep.training.trackers import read_metrics
 
 if TYPE_CHECKING:

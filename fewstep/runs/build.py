@@ -17,7 +17,6 @@ from fewstep.common.model_files import check_numbers
 from fewstep.common.options import arguments, find_object
 from fewstep.common.randomness import generator
 from fewstep.common.trust import is_code
-from fewstep.config import find_objective
 from fewstep.data import FACTS, Encoded, Pairs, load_data
 from fewstep.data.batch import Data
 from fewstep.data.conditions import Dropped, Strengths
@@ -41,7 +40,8 @@ from fewstep.networks.families import ConditionalUNet
 from fewstep.networks.unet import set_size, with_image
 from fewstep.objectives import OBJECTIVES
 from fewstep.objectives.base import Objective, check_velocity
-from fewstep.recipe import PATHS, Named, Recipe, Student, Teacher
+from fewstep.runs.recipe import PATHS, Named, Recipe, Student, Teacher
+from fewstep.runs.recipes import find_objective
 from fewstep.training.leaving import UNNAMED
 
 EXACT: dict[str, Callable[[], VelocityField]] = {
@@ -177,7 +177,7 @@ def _bare_student(
 ) -> FlowMap | VelocityField:
     inner = unguided(teacher)
     if section.start is not None:
-        from fewstep.starts import started
+        from fewstep.runs.warm_start import started
 
         return started(section, shape, teacher, is_map)
     with torch.random.fork_rng([]):

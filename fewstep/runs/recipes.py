@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from fewstep.common.errors import unknown
 from fewstep.common.options import arguments, find_object, in_one_line, parse_value, read_yaml
 from fewstep.common.trust import came_with, check_folder, code_in, is_code, trusting
-from fewstep.recipe import NETWORKS, PATHS, Named, Recipe
+from fewstep.runs.recipe import NETWORKS, PATHS, Named, Recipe
 from fewstep.training.shares import check_shares, default_chunk
 
 # The key that a section's short form gives: `teacher: checkerboard` is `teacher: {source: checkerboard}`.
@@ -106,7 +106,7 @@ def find_recipe(source: str | Path) -> Path:
 
 def known_recipes() -> dict[str, Path]:
     """The recipes that come with fewstep, by name."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     # A wheel has them inside the package, a checkout beside it.
     folder = next((place for place in (package / "recipes", package.parent / "recipes") if place.is_dir()), package)
     return {path.stem: path for path in sorted(folder.glob("*.yaml")) if _has_its_code(path)}

@@ -20,14 +20,14 @@ from fewstep.common.model_files import read_json
 from fewstep.common.options import parse_value
 from fewstep.common.parsing import checked
 from fewstep.common.randomness import generator
-from fewstep.config import load_recipe
 from fewstep.data.batch import Batch, Data
 from fewstep.evaluation.cost import Cost, Counts, Entry, compare_costs, step_cost
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.objectives import FlowMatching
-from fewstep.recipe import Recipe
-from fewstep.runs import Built, build, run
-from fewstep.side_by_side import Comparison, MethodCost, Training
+from fewstep.runs.recipe import Recipe
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import Built, build, run
+from fewstep.runs.side_by_side import Comparison, MethodCost, Training
 from fewstep.training import checkpoints
 from fewstep.training.folder import MAY_DIFFER, check_ours, check_recipe, flat
 from fewstep.training.trackers import read_metrics
@@ -105,7 +105,7 @@ def compare_methods(
     metric, and ``budget.json``, the measured costs, which a later call reads back.
 
     Args:
-        recipe: as :func:`fewstep.config.load_recipe` takes it. methods: see :func:`parse_method`.
+        recipe: as :func:`fewstep.runs.recipes.load_recipe` takes it. methods: see :func:`parse_method`.
         steps: updates of each; by default what the recipe says.
         seconds: the same time for each instead: first the steps of all methods are timed in turn, in this process, and
             each gets as many as fit. Not the clock but that measurement decides, so that a run can be repeated and

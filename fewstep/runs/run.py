@@ -19,7 +19,6 @@ from fewstep.common.locks import BusyError, owned
 from fewstep.common.options import in_one_line, read_yaml
 from fewstep.common.randomness import generator
 from fewstep.common.trust import check_folder, code_in, remember, trusting
-from fewstep.config import find_objective, load_recipe
 from fewstep.data.batch import Data, has_classes
 from fewstep.data.conditions import Dropped
 from fewstep.data.couplings import uncoupled
@@ -28,10 +27,9 @@ from fewstep.flows.description import say_shape
 from fewstep.flows.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.flows.maps import FlowMap
 from fewstep.generation.drawing import Model, classes_of, shape_of
-from fewstep.judge import judge, prepare
 from fewstep.models.provenance import is_run
 from fewstep.objectives.base import Objective
-from fewstep.parts import (
+from fewstep.runs.build import (
     check_teacher,
     data_of,
     encoded_folder,
@@ -48,12 +46,14 @@ from fewstep.parts import (
     strength_of,
     trains_map,
 )
-from fewstep.recipe import Recipe
+from fewstep.runs.judge import judge, prepare
+from fewstep.runs.previews import Watch
+from fewstep.runs.recipe import Recipe
+from fewstep.runs.recipes import find_objective, load_recipe
 from fewstep.training import checkpoints, folder
 from fewstep.training.fit import fit
 from fewstep.training.leaving import check_from_recipe, is_from_python, student_of
 from fewstep.training.run import Result, frozen, put_back
-from fewstep.watch import Watch
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from fewstep.evaluation.points import error_quantiles, rmse
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample, sample_noise
-from fewstep.parts import strength_of
-from fewstep.recipe import Recipe
+from fewstep.runs.build import strength_of
+from fewstep.runs.recipe import Recipe
 from fewstep.training.run import Run
 
 _POINTS = 8192  # in a picture of a density

@@ -1,0 +1,1 @@
+"""From a recipe to its parts, to a run in its folder, and to what it is worth."""

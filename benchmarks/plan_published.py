@@ -30,7 +30,7 @@ from fewstep.commands.planning import (
 )
 from fewstep.common.console import markdown
 from fewstep.models.weightless import teacher_without_weights
-from fewstep.planning import GPUS, plan
+from fewstep.planning.plan import GPUS, plan
 from fewstep.runs.recipes import load_recipe
 
 VAE = {"_class_name": "AutoencoderKL", "latent_channels": 4, "block_out_channels": [128, 256, 512, 512]}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.common.console import print_table, say_next
 
 if TYPE_CHECKING:
-    from fewstep.planning import Plan
+    from fewstep.planning.plan import Plan
 
 Table = tuple[list[str], list[list[Any]]]
 
@@ -32,7 +32,7 @@ def run_plan(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     if source is None:
         raise ValueError("fewstep plan needs a recipe, --teacher or --data: `fewstep recipes` lists recipes")
     recipe = load_recipe(source, overrides)
-    from fewstep.planning import plan  # and torch, once there is something to plan
+    from fewstep.planning.plan import plan  # and torch, once there is something to plan
 
     found = plan(recipe)
     print(title(found))
@@ -73,7 +73,7 @@ def memory_table(plan: "Plan") -> Table:
 
 def fit_table(plan: "Plan") -> Table:
     """The largest micro-batch for each card, and what the recipe has to say for it or to change."""
-    from fewstep.planning import GIB, changes, fit_on
+    from fewstep.planning.plan import GIB, changes, fit_on
 
     rows: list[list[Any]] = []
     others = [({}, plan)]

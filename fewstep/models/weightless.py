@@ -14,7 +14,6 @@ from fewstep.common.errors import shown
 from fewstep.common.model_files import read_json
 from fewstep.common.randomness import generator
 from fewstep.common.trust import is_code
-from fewstep.counting import META
 from fewstep.data import encoded, load_data, pairs
 from fewstep.data.decode import check_side
 from fewstep.flows.fields import DiffusionField, Guided, VelocityField, unguided
@@ -24,6 +23,7 @@ from fewstep.latents.vae import Latents
 from fewstep.models.diffusers_pipeline import look_into
 from fewstep.models.loading import find_configurations
 from fewstep.networks.unet import OfDiffusers
+from fewstep.planning.counting import META
 from fewstep.runs.build import EXACT, check_teacher, check_told, make_data, make_teacher, path_of, settled
 from fewstep.runs.recipe import Recipe, Teacher
 

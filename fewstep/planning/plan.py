@@ -1,7 +1,7 @@
 """What a training will need, before it is started: parameters, memory by part, floating-point operations and time.
 
 The parts of the run are made as the run makes them, but on torch's ``meta`` device, and one step of it is counted there
-(``fewstep.counting``). Parameters, their copies and what a step keeps are exact; what a GPU adds to them (its context,
+(``fewstep.planning.counting``). Parameters, their copies and what a step keeps are exact; what a GPU adds to them (its context,
 what its allocator loses between blocks) and how fast it is are estimates, which :data:`CONTEXT`, :data:`LOST` and
 ``utilization`` say.
 """
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.common.gpus import GPUS
-from fewstep.counting import META, Counted, count_call, count_step
 from fewstep.data.batch import Batch
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.models.weightless import conditions, sample_of, teacher_without_weights
 from fewstep.objectives.base import Objective
+from fewstep.planning.counting import META, Counted, count_call, count_step
 from fewstep.runs.build import make_objective, make_student, trains_map
 from fewstep.runs.recipe import Recipe
 from fewstep.runs.recipes import load_recipe

@@ -19,7 +19,7 @@ from fewstep.latents.vae import Latents
 from fewstep.models.export import export
 from fewstep.models.exported import FlowMapPipeline
 from fewstep.models.loading import load
-from fewstep.playground import _names
+from fewstep.playground.shown import _names
 
 CLASSES = [DiffusionPipeline, FlowMapPipeline]
 TEXT = ["text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"]

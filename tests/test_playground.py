@@ -34,8 +34,8 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample_noise
 from fewstep.generation.drawing import draw
 from fewstep.networks import MLP
-from fewstep.playground import Playground, Wish, step_counts
-from fewstep.playground_door import Door
+from fewstep.playground.door import Door
+from fewstep.playground.shown import Playground, Wish, step_counts
 
 gradio = pytest.importorskip("gradio")
 from fewstep import playground_page  # noqa: E402
@@ -97,7 +97,7 @@ def test_a_field_is_held_against_itself() -> None:
 def test_the_teacher_is_drawn_again_only_where_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     play = Playground(points_map(), "one", teacher=fewstep.CheckerboardField())
     drawn: list[int] = []
-    monkeypatch.setattr("fewstep.playground.draw", lambda *a, **k: drawn.append(a[2]) or draw(*a, **k))
+    monkeypatch.setattr("fewstep.playground.shown.draw", lambda *a, **k: drawn.append(a[2]) or draw(*a, **k))
     for wish in (Wish(steps=1, count=4), Wish(steps=2, count=4, gamma=0.3), Wish(steps=1, count=4, seed=1)):
         list(play.panels(wish))
     assert drawn == [1, 50, 1, 2, 1, 50]

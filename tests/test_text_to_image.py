@@ -30,7 +30,7 @@ from fewstep.generation.reflow import make_pairs
 from fewstep.generation.teacher_samples import PromptedSamples
 from fewstep.latents.prompts import Prompts
 from fewstep.latents.vae import Latents
-from fewstep.playground import Playground, Wish
+from fewstep.playground.shown import Playground, Wish
 from fewstep.runs.build import given_by, make_data, make_teacher
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import build, evaluate_run, judge, load_run, run

@@ -22,7 +22,7 @@ from fewstep.models.lora import add_lora
 from fewstep.models.runtimes import export_program
 from fewstep.models.writing import MARK, check_target
 from fewstep.networks import MLP
-from fewstep.playground import Playground, Wish
+from fewstep.playground.shown import Playground, Wish
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import open_run, run
 from fewstep.training import checkpoints

@@ -9,8 +9,8 @@ from fewstep.common.console import say
 
 def run_ui(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.common.distributed import World, choose_device
-    from fewstep.playground import Playground
-    from fewstep.playground_page import check_gradio, serve
+    from fewstep.playground.page import check_gradio, serve
+    from fewstep.playground.shown import Playground
 
     check_gradio()  # before a model is loaded
     playground = Playground.open(args.model, choose_device(args.device, World()), args.variant)

@@ -15,8 +15,8 @@ from typing import Any
 
 from fewstep.flows.maps import FlowMap
 from fewstep.generation.requests import prompt_flags
-from fewstep.playground import POINTS, Panel, Playground, Wish
-from fewstep.playground_door import check_port, opened
+from fewstep.playground.door import check_port, opened
+from fewstep.playground.shown import POINTS, Panel, Playground, Wish
 
 # Drawings whose files are kept: those of pages that are open, mostly.
 _KEPT = 32

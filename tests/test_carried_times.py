@@ -1,7 +1,7 @@
 """One rule in three places: how a network of another path is asked, in fewstep and in two files that folders carry.
 
-``fewstep.flows.paths.scaling`` is the one; ``flow_model.flow_scaling`` and ``native_times.coefficients`` are written again,
-as they are carried alone. Over random schedules they are equal, at the ends and beyond them too.
+``fewstep.flows.paths.scaling`` is the one; ``flow_model.flow_scaling`` and ``native_times.coefficients`` are written
+again, as they are carried alone. Over random schedules they are equal, at the ends and beyond them too.
 """
 
 import math

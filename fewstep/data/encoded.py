@@ -1,5 +1,5 @@
-"""Latents and text embeddings from a folder, as ``fewstep.generation.encoding`` writes them: facts and an index in JSON, rows in
-shards that are memory-mapped."""
+"""Latents and text embeddings from a folder, as ``fewstep.generation.encoding`` writes them: facts and an index in
+JSON, rows in shards that are memory-mapped."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping

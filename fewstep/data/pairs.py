@@ -1,4 +1,5 @@
-"""Pairs of noise and data from a folder, as ``fewstep.generation.reflow`` writes them: facts in JSON, rows in shards."""
+"""Pairs of noise and data from a folder, as ``fewstep.generation.reflow`` writes them: facts in JSON, rows in
+shards."""
 
 from functools import cached_property
 from pathlib import Path

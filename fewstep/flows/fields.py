@@ -34,8 +34,9 @@ class VelocityField(nn.Module):
         moments: mean and standard deviation of the data that it was trained on, where these were brought to 0 and 1
             (``data.normalize``): ``std * x + mean`` are its samples in the units of the data.
         source: what ``fewstep.load`` read it from, or the name of an exact field; None for one without a name.
-        distilled: what it was distilled into, a model for a few steps that is no velocity (``fewstep.models.distilled``);
-            empty for any other, and for one that is to be taken for a velocity all the same.
+        distilled: what it was distilled into, a model for a few steps that is no velocity
+            (``fewstep.models.distilled``); empty for any other, and for one that is to be taken for a velocity all the
+            same.
     """
 
     path: Path
@@ -186,8 +187,8 @@ class DiffusionField(NetworkField):
 
     Args:
         network: called ``network(x, timestep, **cond)`` with (continuous) timesteps of the scheduler.
-        scheduler: any diffusers scheduler that ``fewstep.flows.schedules.schedule_of`` reads: one with ``alphas_cumprod``
-            (DDPM, DDIM, PNDM, DPM-Solver, UniPC, Euler, ...), of EDM, or flow-match.
+        scheduler: any diffusers scheduler that ``fewstep.flows.schedules.schedule_of`` reads: one with
+            ``alphas_cumprod`` (DDPM, DDIM, PNDM, DPM-Solver, UniPC, Euler, ...), of EDM, or flow-match.
         path: the path of the velocity, linear if not given.
 
     Raises:

@@ -66,7 +66,8 @@ def export(
         overwrite: whether an export that is there already is replaced; nothing else is.
         method: the objective it was trained by, for the model card; a run knows its own.
         quality: a Markdown table for the model card; a run that has been evaluated knows its own.
-        adapter: write the adapter of a LoRA alone (``fewstep.models.lora.save_adapter``), not the model that it is added to.
+        adapter: write the adapter of a LoRA alone (``fewstep.models.lora.save_adapter``), not the model that it is
+            added to.
         trust: as for :func:`fewstep.load`.
 
     Raises:

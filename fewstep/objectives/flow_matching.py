@@ -20,7 +20,8 @@ class FlowMatching(Objective):
     Trains a ``VelocityField``, or the diagonal of a ``FlowMap``.
 
     Args:
-        times: uniform, or logit-normal, which images prefer (arXiv 2403.03206), or see ``fewstep.flows.times.draw_times``.
+        times: uniform, or logit-normal, which images prefer (arXiv 2403.03206), or see
+            ``fewstep.flows.times.draw_times``.
         error_in: velocity, data or auto, as in :class:`TwoTime`: the velocity of a network that predicts data is its
             output over 1 - t, and the rows near t = 1 would drown all others.
     """

@@ -1,9 +1,9 @@
 """What a training will need, before it is started: parameters, memory by part, floating-point operations and time.
 
 The parts of the run are made as the run makes them, but on torch's ``meta`` device, and one step of it is counted there
-(``fewstep.planning.counting``). Parameters, their copies and what a step keeps are exact; what a GPU adds to them (its context,
-what its allocator loses between blocks) and how fast it is are estimates, which :data:`CONTEXT`, :data:`LOST` and
-``utilization`` say.
+(``fewstep.planning.counting``). Parameters, their copies and what a step keeps are exact; what a GPU adds to them (its
+context, what its allocator loses between blocks) and how fast it is are estimates, which :data:`CONTEXT`, :data:`LOST`
+and ``utilization`` say.
 """
 
 import math

@@ -84,7 +84,8 @@ class Playground:
         model: a flow map or velocity field of images with 1 or 3 channels, of their latents, or of points in the plane.
         name: what it is called. shape: of one sample; by default what the model says.
         teacher: drawn last, at its own number of steps; by default the model itself, if that is a field.
-        classes: what its classes are called. given: other conditions of the samples, as in ``fewstep.generation.drawing.draw``.
+        classes: what its classes are called. given: other conditions of the samples, as in
+            ``fewstep.generation.drawing.draw``.
 
     Raises:
         ValueError: samples that are no pictures, or conditions that nothing on the page would give.

@@ -18,7 +18,7 @@ from fewstep.objectives import OBJECTIVES
 from fewstep.runs.build import make_objective, make_teacher
 from fewstep.runs.cite import bibliography, cite
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import cite as citing
+from fewstep.runs import cite as citing
 from fewstep.runs.run import run
 
 DOCS = Path(__file__).parents[1] / "docs"

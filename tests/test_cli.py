@@ -21,7 +21,7 @@ from fewstep.evaluation.evaluate import Evaluation, compare
 from fewstep.runs.judge import next_commands
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import judge
-from fewstep.runs.run import previews as watch
+from fewstep.runs import previews as watch
 from fewstep.runs.run import run as runs
 
 TINY = [

@@ -18,8 +18,8 @@ from fewstep.runs.build import make_objective
 from fewstep.runs.compare import compare_methods, parse_method
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import build, judge
-from fewstep.runs.run import compare as comparing
-from fewstep.runs.run import previews as watch
+from fewstep.runs import compare as comparing
+from fewstep.runs import previews as watch
 from fewstep.runs.side_by_side import Comparison, MethodCost, Training
 
 RECIPE: dict[str, Any] = {

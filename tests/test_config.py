@@ -9,7 +9,7 @@ import yaml
 
 from fewstep.runs.recipe import Recipe, Training
 from fewstep.runs.recipes import describe, find_recipe, known_recipes, load_recipe
-from fewstep.runs.run import recipes as config
+from fewstep.runs import recipes as config
 from fewstep.training.fit import fit
 
 SMALL = {

@@ -16,7 +16,7 @@ from fewstep.data.couplings import Coupled, couple
 from fewstep.runs.build import make_data
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import judge, run
-from fewstep.runs.run import previews as watch
+from fewstep.runs import previews as watch
 from fewstep.training.batches import Batches
 
 SMALL = {

@@ -26,7 +26,7 @@ from fewstep.generation import encoding
 from fewstep.generation.encoding import encode, encoded_once
 from fewstep.generation.texts import turns_of, write_texts
 from fewstep.latents.prompts import Prompts
-from fewstep.latents.vae import Latents, encoders
+from fewstep.latents import Latents, encoders
 
 COUNT = len(CAPTIONS)
 

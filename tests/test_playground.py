@@ -38,7 +38,7 @@ from fewstep.playground.door import Door
 from fewstep.playground.shown import Playground, Wish, step_counts
 
 gradio = pytest.importorskip("gradio")
-from fewstep import playground_page  # noqa: E402
+from fewstep.playground import page as playground_page  # noqa: E402
 
 
 def points_map(**options: Any) -> FlowMap:

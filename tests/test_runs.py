@@ -25,7 +25,7 @@ from fewstep.networks import MLP, TwoTimeUNet, UNet
 from fewstep.runs.build import TeacherSamples
 from fewstep.runs.recipes import known_recipes, load_recipe
 from fewstep.runs.run import build, evaluate_run, judge, load_run, open_run, run
-from fewstep.runs.run import previews as watch
+from fewstep.runs import previews as watch
 
 POINTS: dict[str, Any] = {
     "name": "points",

@@ -34,7 +34,7 @@ from fewstep.playground.shown import Playground, Wish
 from fewstep.runs.build import given_by, make_data, make_teacher
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import build, evaluate_run, judge, load_run, run
-from fewstep.runs.run import previews as watch
+from fewstep.runs import previews as watch
 
 FAMILIES = ("sd", "sdxl", "sd3", "flux")
 ALL = torch.arange(len(CAPTIONS))

@@ -6,7 +6,7 @@ import pytest
 
 from fewstep.data import load_data
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import previews as watch
+from fewstep.runs import previews as watch
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from fewstep.common.threads import wait_asleep
 from fewstep.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fewstep.data import load_data
+    from fewstep.data import Batch, load_data
     from fewstep.evaluation.diagnostics import diagnose
     from fewstep.evaluation.evaluate import compare, evaluate
     from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField

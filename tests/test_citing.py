@@ -15,10 +15,10 @@ import fewstep
 from fewstep import cli
 from fewstep.flows.exact import CheckerboardField
 from fewstep.objectives import OBJECTIVES
+from fewstep.runs import cite as citing
 from fewstep.runs.build import make_objective, make_teacher
 from fewstep.runs.cite import bibliography, cite
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs import cite as citing
 from fewstep.runs.run import run
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -18,11 +18,11 @@ import fewstep
 from fewstep.cli import main
 from fewstep.common.errors import TrainingError
 from fewstep.evaluation.evaluate import Evaluation, compare
+from fewstep.runs import judge
+from fewstep.runs import previews as watch
+from fewstep.runs import run as runs
 from fewstep.runs.judge import next_commands
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import judge
-from fewstep.runs import previews as watch
-from fewstep.runs.run import run as runs
 
 TINY = [
     "--teacher", "eight-gaussians", "--data", "eight-gaussians", "--steps", "4", "--training.batch", "32",

@@ -14,12 +14,13 @@ from fewstep.evaluation import evaluate as evaluation
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.plots import quality_figure
 from fewstep.objectives import MeanFlow
+from fewstep.runs import compare as comparing
+from fewstep.runs import judge
+from fewstep.runs import previews as watch
 from fewstep.runs.build import make_objective
 from fewstep.runs.compare import compare_methods, parse_method
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import build, judge
-from fewstep.runs import compare as comparing
-from fewstep.runs import previews as watch
+from fewstep.runs.run import build
 from fewstep.runs.side_by_side import Comparison, MethodCost, Training
 
 RECIPE: dict[str, Any] = {

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fewstep.runs import recipes as config
 from fewstep.runs.recipe import Recipe, Training
 from fewstep.runs.recipes import describe, find_recipe, known_recipes, load_recipe
-from fewstep.runs import recipes as config
 from fewstep.training.fit import fit
 
 SMALL = {

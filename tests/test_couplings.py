@@ -13,10 +13,11 @@ from fewstep.common.randomness import generator, normal
 from fewstep.data import ArrayData
 from fewstep.data.batch import Batch, Data
 from fewstep.data.couplings import Coupled, couple
+from fewstep.runs import judge
+from fewstep.runs import previews as watch
 from fewstep.runs.build import make_data
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import judge, run
-from fewstep.runs import previews as watch
+from fewstep.runs.run import run
 from fewstep.training.batches import Batches
 
 SMALL = {

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fewstep.data import NAMED, files, pictures
+from fewstep.data import NAMED, files
+from fewstep.data import images as pictures
 
 PAGE = Path(__file__).parent.parent / "docs" / "guides" / "data.md"
 SECTION = PAGE.read_text().partition("## Every source\n")[2].partition("\n## ")[0]

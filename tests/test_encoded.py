@@ -25,8 +25,9 @@ from fewstep.flows.fields import VelocityField
 from fewstep.generation import encoding
 from fewstep.generation.encoding import encode, encoded_once
 from fewstep.generation.texts import turns_of, write_texts
+from fewstep.latents import encoders
 from fewstep.latents.prompts import Prompts
-from fewstep.latents import Latents, encoders
+from fewstep.latents.vae import Latents
 
 COUNT = len(CAPTIONS)
 

@@ -30,9 +30,9 @@ from fewstep.models.lora import add_lora
 from fewstep.models.weightless import LONGEST, sample_of, teacher_without_weights, text_conditions
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, LMD, FlowMatching
+from fewstep.planning import plan as planning
 from fewstep.planning.counting import META, LikeAGpu, count_call, count_step
 from fewstep.planning.plan import GIB, GPUS, Plan, changes, fit_on, plan
-from fewstep.planning.plan import plan as planning
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import build, run
 from fewstep.training.step import Step

@@ -24,9 +24,10 @@ from fewstep.generation.drawing import draw
 from fewstep.generation.reflow import make_pairs
 from fewstep.networks import MLP
 from fewstep.objectives.flow_matching import FlowMatching
-from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import judge, run
+from fewstep.runs import judge
 from fewstep.runs import previews as watch
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import run
 
 COUNT, SHARD = 23, 5  # five shards, the last of three
 TINY = ["--steps", "2", "--training.quiet", "true", "--training.batch", "8", "--evaluation.count", "0"]

@@ -22,10 +22,11 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, VariancePreserving
 from fewstep.generation.drawing import classes_of, draw, shape_of
 from fewstep.networks import MLP, TwoTimeUNet, UNet
+from fewstep.runs import judge
+from fewstep.runs import previews as watch
 from fewstep.runs.build import TeacherSamples
 from fewstep.runs.recipes import known_recipes, load_recipe
-from fewstep.runs.run import build, evaluate_run, judge, load_run, open_run, run
-from fewstep.runs import previews as watch
+from fewstep.runs.run import build, evaluate_run, load_run, open_run, run
 
 POINTS: dict[str, Any] = {
     "name": "points",

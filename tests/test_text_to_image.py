@@ -31,10 +31,11 @@ from fewstep.generation.teacher_samples import PromptedSamples
 from fewstep.latents.prompts import Prompts
 from fewstep.latents.vae import Latents
 from fewstep.playground.shown import Playground, Wish
+from fewstep.runs import judge
+from fewstep.runs import previews as watch
 from fewstep.runs.build import given_by, make_data, make_teacher
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import build, evaluate_run, judge, load_run, run
-from fewstep.runs import previews as watch
+from fewstep.runs.run import build, evaluate_run, load_run, run
 
 FAMILIES = ("sd", "sdxl", "sd3", "flux")
 ALL = torch.arange(len(CAPTIONS))

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from fewstep.data import load_data
-from fewstep.runs.recipes import load_recipe
 from fewstep.runs import previews as watch
+from fewstep.runs.recipes import load_recipe
 
 
 @pytest.fixture

@@ -25,7 +25,9 @@ class FlowMap(nn.Module):
 
     Args:
         network: called ``network(x, s, t, **cond)`` with times in the units of its native path.
-        native: the path it belongs to. prediction: what it predicts there. path: the path of the map.
+        native: the path it belongs to.
+        prediction: what it predicts there.
+        path: the path of the map.
 
     Attributes:
         gamma: how ``fewstep.sample`` re-noises between steps if nothing is said: 0, not at all, or 1 for a map that

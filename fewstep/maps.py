@@ -114,6 +114,10 @@ class FlowMap(nn.Module):
         prediction = checked(self.network(expand(c.into, x) * x, c.time, second, **cond), x, self.network)
         return expand(c.skip, x) * x + expand(c.out, x) * prediction
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, s: Tensor | float, t: Tensor | float, **cond: Any) -> Tensor: ...
+
     def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, **cond: Any) -> Tensor:
         """``X_{s,t}(x)``, (B, ...); x itself, to the last bit, where s = t."""
         s, t = as_times(s, x), as_times(t, x)

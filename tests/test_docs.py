@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def _command_lines(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_line_parses(page: Path) -> None:
     for line in _command_lines(page):
-        words = ["1" if word == "N" else word for word in shlex.split(line, comments=True)[1:]]
+        words = takewhile(lambda word: word != ">", shlex.split(line, comments=True)[1:])  # the shell's
+        words = ["1" if word == "N" else word for word in words]
         rest, overrides = _split(words)
         args = _parsed(rest)
         if args.name not in (*commands.DEFAULTS, "plan"):

@@ -30,7 +30,15 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NUMBERS = {15: "fifteen", 16: "sixteen", 17: "seventeen", 18: "eighteen", 19: "nineteen", 22: "twenty-two"}
 # Pages whose blocks need what is not here, or have tests of their own: a network, a page that is served, a model of
 # gigabytes, a file of ONNX, pipelines of text.
-ELSEWHERE = {"hub.md", "playground.md", "planning.md", "runtimes.md", "exporting.md", "text-to-image.md"}
+ELSEWHERE = {
+    "coming-from.md",
+    "hub.md",
+    "playground.md",
+    "planning.md",
+    "runtimes.md",
+    "exporting.md",
+    "text-to-image.md",
+}
 COMMAND = re.compile(r"(?:^|(?<=  )|-m )(fewstep [a-z].*?)(?=   |  fewstep|$)")
 COMMANDS = {
     "train", "distill", "plan", "sample", "ui", "evaluate", "compare", "reflow", "encode", "export", "convert", "push",

@@ -1,7 +1,8 @@
 # make demo   set up and run the main job: two distillations, pictures, a report
 # make test   set up and run the tests
+# make docs   set up and build the site; make docs-serve shows it
 #
-# Both make .venv with the CPU build of torch, pinned, so that a machine without a GPU never downloads CUDA.
+# Each makes .venv with the CPU build of torch, pinned, so that a machine without a GPU never downloads CUDA.
 # For a GPU:  make demo TORCH=torch==2.13.0
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 READY = .venv/.ready-$(subst /,-,$(TORCH))
 
-.PHONY: demo test lint leaderboard clean
+.PHONY: demo test lint leaderboard docs docs-serve clean
 
 demo: $(READY)
 	.venv/bin/fewstep distill checkerboard-itvm --out runs/checkerboard
@@ -28,6 +29,20 @@ lint: $(READY)
 # benchmarks/LEADERBOARD.md, from benchmarks/results
 leaderboard: $(READY)
 	.venv/bin/python benchmarks/leaderboard.py
+
+# The site, into docs/_build/html: offline, every warning an error
+docs: $(READY)-docs
+	rm -rf docs/_build
+	.venv/bin/python -m sphinx --nitpicky --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html is the site; make docs-serve shows it"
+
+# The site at http://127.0.0.1:8000, for this machine alone
+docs-serve: docs
+	.venv/bin/python -m http.server --bind 127.0.0.1 --directory docs/_build/html $(or $(PORT),8000)
+
+$(READY)-docs: $(READY)
+	$(PIP) install -q -c constraints.txt -e ".[docs]"
+	touch $@
 
 # torch first: any package that asks for "torch" is then content with what is there.
 # The indexes pip knows come first; torch's own only where they do not have the CPU build.

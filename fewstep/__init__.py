@@ -183,12 +183,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
-    value = getattr(import_module(f"fewstep.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+# Hidden from type checkers, which would take any misspelt name for one.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
+        value = getattr(import_module(f"fewstep.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

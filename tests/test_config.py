@@ -209,8 +209,8 @@ def test_a_recipe_whose_code_is_not_there_is_not_listed(tmp_path: Path, monkeypa
     assert "mnist-vit-itvm" in known_recipes()
     monkeypatch.chdir(tmp_path)  # they are found from anywhere
     assert load_recipe("mnist-vit-itvm").student.network.endswith("examples/mnist_vit.py:student")
-    shutil.copytree(Path(config.__file__).parent.parent / "recipes", tmp_path / "fewstep" / "recipes")
-    monkeypatch.setattr(config, "__file__", str(tmp_path / "fewstep" / "config.py"))
+    shutil.copytree(Path(config.__file__).parents[2] / "recipes", tmp_path / "fewstep" / "recipes")
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "fewstep" / "runs" / "recipes.py"))
     assert "checkerboard-itvm" in known_recipes()
     assert "mnist-vit-itvm" not in known_recipes()
     with pytest.raises(FileNotFoundError, match="there is no recipe 'mnist-vit-itvm'"):

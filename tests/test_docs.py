@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,15 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NUMBERS = {15: "fifteen", 16: "sixteen", 17: "seventeen", 18: "eighteen", 19: "nineteen", 22: "twenty-two"}
 # Pages whose blocks need what is not here, or have tests of their own: a network, a page that is served, a model of
 # gigabytes, a file of ONNX, pipelines of text.
-ELSEWHERE = {"hub.md", "playground.md", "planning.md", "runtimes.md", "exporting.md", "text-to-image.md"}
+ELSEWHERE = {
+    "coming-from.md",
+    "hub.md",
+    "playground.md",
+    "planning.md",
+    "runtimes.md",
+    "exporting.md",
+    "text-to-image.md",
+}
 COMMAND = re.compile(r"(?:^|(?<=  )|-m )(fewstep [a-z].*?)(?=   |  fewstep|$)")
 COMMANDS = {
     "train", "distill", "plan", "sample", "ui", "evaluate", "compare", "reflow", "encode", "export", "convert", "push",
@@ -52,7 +61,8 @@ def _command_lines(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_line_parses(page: Path) -> None:
     for line in _command_lines(page):
-        words = ["1" if word == "N" else word for word in shlex.split(line, comments=True)[1:]]
+        words = takewhile(lambda word: word != ">", shlex.split(line, comments=True)[1:])  # the shell's
+        words = ["1" if word == "N" else word for word in words]
         rest, overrides = _split(words)
         args = _parsed(rest)
         if args.name not in (*commands.DEFAULTS, "plan"):

@@ -55,6 +55,9 @@ def two_moons(noise: float = 0.05) -> Toy:
     """Two half circles of radius 1, interleaved; ``noise`` is a standard deviation in units of that radius.
 
     The mean is (1/2, 1/4), the variances are 3/4 + noise^2 and 9/16 - 1/pi + noise^2.
+
+    Args:
+        noise: standard deviation of what is added to a point, in units of the radius.
     """
     mean = torch.tensor([0.5, 0.25])
     scale = torch.tensor([3 / 4 + noise**2, 9 / 16 - 1 / math.pi + noise**2]).sqrt()
@@ -92,6 +95,9 @@ def swiss_roll(noise: float = 0.5) -> Toy:
 
     Turns lie 2 pi apart. The mean is (2, 2 / (3 pi)). With h = 39/8 pi^2 + noise^2, the variances are h - 17/4 and
     h + 1/4 - 4 / (9 pi^2).
+
+    Args:
+        noise: standard deviation of what is added to a point.
     """
     mean = torch.tensor([2, 2 / (3 * math.pi)])
     half = 39 / 8 * math.pi**2 + noise**2

@@ -58,7 +58,8 @@ class GaussianField(ExactField):
     """Data N(mean, cov): ``v = m' + (1/2) C' C^-1 (x - m)`` with ``m_t = a mean``, ``C_t = a^2 cov + s^2``.
 
     Args:
-        mean: (...), any shape of D numbers in all. cov: (D, D), positive definite.
+        mean: (...), any shape of D numbers in all.
+        cov: (D, D), positive definite.
     """
 
     mean: Tensor
@@ -115,7 +116,9 @@ class MixtureField(ExactField):
     """Data from a mixture of isotropic Gaussians: the components' velocities, weighted by their posteriors.
 
     Args:
-        means: (K, D). scales: standard deviations (K,), positive. weights: (K,), positive; normalised here.
+        means: (K, D).
+        scales: standard deviations (K,), positive.
+        weights: (K,), positive; normalised here.
     """
 
     means: Tensor

@@ -47,6 +47,10 @@ class VelocityField(nn.Module):
     class_names: tuple[str, ...] = ()
     moments: tuple[float, float] | None = None
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor: ...
+
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         raise NotImplementedError
 

@@ -25,7 +25,9 @@ class FlowMap(nn.Module):
 
     Args:
         network: called ``network(x, s, t, **cond)`` with times in the units of its native path.
-        native: the path it belongs to. prediction: what it predicts there. path: the path of the map.
+        native: the path it belongs to.
+        prediction: what it predicts there.
+        path: the path of the map.
 
     Attributes:
         gamma: how ``fewstep.sample`` re-noises between steps if nothing is said: 0, not at all, or 1 for a map that
@@ -111,6 +113,10 @@ class FlowMap(nn.Module):
         c = scaling(self.native, self.prediction, self.path, s)
         prediction = checked(self.network(expand(c.into, x) * x, c.time, second, **cond), x, self.network)
         return expand(c.skip, x) * x + expand(c.out, x) * prediction
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, s: Tensor | float, t: Tensor | float, **cond: Any) -> Tensor: ...
 
     def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, **cond: Any) -> Tensor:
         """``X_{s,t}(x)``, (B, ...); x itself, to the last bit, where s = t."""

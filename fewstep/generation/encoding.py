@@ -77,7 +77,8 @@ def encode(
         out: the folder of ``encoded.json``, ``index.json`` and the shards; each file is whole or absent.
         size: side of the pictures in pixels: the middle square is cut out and resized. By default that of the model.
         dtype: how latents and embeddings are kept: float16, bfloat16 or float32.
-        batch: pictures and captions encoded at once. shard: pictures in a file; by default about 256 MB.
+        batch: pictures and captions encoded at once.
+        shard: pictures in a file; by default about 256 MB.
         on_error: what a picture that cannot be read does, or a row without caption: raise, or skip.
         device: the default is the process's GPU if there is one, else the CPU.
         command: what to type to go on, told where a shard is missing.

@@ -56,7 +56,9 @@ def convert(
         model: a field of a diffusers model, or the folder of one, or of a run that trained one.
         check: whether the two samplers are compared; the first thing done, so that what cannot be sampled is not
             written.
-        count: samples compared, in one batch. steps: numbers of steps (10, 50 and 200). seed: decides the noise.
+        count: samples compared, in one batch.
+        steps: numbers of steps (10, 50 and 200).
+        seed: decides the noise.
         labels: classes, given to the samples in turn; all by default.
         prompts: texts, given to the samples in turn, for a model with text encoders; none by default, "".
         cond: other conditions, (count, ...) each, by name.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,19 @@ class Objective(nn.Module):
         for teacher in self._teacher:  # but it moves to the student's device with it
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            student: Any,
+            batch: Batch,
+            *,
+            target: Any = None,
+            progress: float = 0.0,
+            step: int = 0,
+            generator: Generators,
+        ) -> Loss: ...
 
     def forward(
         self,

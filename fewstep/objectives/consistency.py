@@ -64,7 +64,8 @@ class ConsistencyTraining(_Consistency):
     parts of the training. The bias is of order ``q^-k``. Current weights are the goal, with the same dropout.
 
     Args:
-        stages: the last k. q: the base.
+        stages: the last k.
+        q: the base.
         huber: c of the pseudo-Huber distance, 0 for the squared error.
         stretch: steps are ``1 + stretch sigmoid(-n)`` times as long where the noise is n beside the data, and never
             longer than the way to t = 1 (n(t) of easy consistency tuning, where it is 8).

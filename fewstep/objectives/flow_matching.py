@@ -133,7 +133,8 @@ class Recentred(VelocityField):
     """The velocity of a field that was trained with contrast: ``v = (1 - l) u + l E[dx_t]`` (arXiv 2506.05350).
 
     Args:
-        field: what :class:`ContrastiveFlowMatching` trained, noise and data of mean 0 and ``mean``. weight: its l.
+        field: what :class:`ContrastiveFlowMatching` trained, noise and data of mean 0 and ``mean``.
+        weight: its l.
         mean: the mean of the data that it was set against: one sample's shape, or with ``other_classes``
             (classes, ...), for each class the mean of the others.
         trained_on: the path of the training, that of the field if not given.

@@ -105,7 +105,8 @@ def compare_methods(
     metric, and ``budget.json``, the measured costs, which a later call reads back.
 
     Args:
-        recipe: as :func:`fewstep.runs.recipes.load_recipe` takes it. methods: see :func:`parse_method`.
+        recipe: as :func:`fewstep.runs.recipes.load_recipe` takes it.
+        methods: see :func:`parse_method`.
         steps: updates of each; by default what the recipe says.
         seconds: the same time for each instead: first the steps of all methods are timed in turn, in this process, and
             each gets as many as fit. Not the clock but that measurement decides, so that a run can be repeated and

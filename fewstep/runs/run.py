@@ -71,7 +71,7 @@ class Built:
 class Finished:
     """What a run came to: the training, and its evaluation where it got that far."""
 
-    result: Result
+    result: Result[Model]
     evaluation: Evaluation | None
 
 

@@ -1,12 +1,15 @@
 """A slow copy of a model: the weights that are evaluated and exported, and the target that some objectives want."""
 
 from copy import deepcopy
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Model = TypeVar("Model", bound=nn.Module)
 
-class Ema:
+
+class Ema(Generic[Model]):
     """An exponential moving average of a model's weights, kept in float32 (float64 for a float64 model).
 
     After each update of the model, ``shadow = decay * shadow + (1 - decay) * weight``; buffers are copied.
@@ -20,12 +23,12 @@ class Ema:
             untrained weights. Off unless asked for: it changes what the decay means.
     """
 
-    def __init__(self, model: nn.Module, decay: float, warmup: bool = False) -> None:
+    def __init__(self, model: Model, decay: float, warmup: bool = False) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"an EMA decay must be in [0, 1), got {decay}")
         self.decay, self.warmup = decay, warmup
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-        self.module = deepcopy(model, {**frozen}).eval().requires_grad_(False)
+        self.module: Model = deepcopy(model, {**frozen}).eval().requires_grad_(False)
         self._shadows: list[Tensor] = [p for p in self.module.parameters() if id(p) not in frozen]
         self._buffers: list[Tensor] = list(self.module.buffers())
         for tensor in (*self._shadows, *self._buffers):

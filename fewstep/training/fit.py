@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from fewstep.data.given import as_data
 from fewstep.objectives.base import Objective
 from fewstep.training import checkpoints, folder, interrupt, trackers
 from fewstep.training.batches import Batches
-from fewstep.training.ema import Ema
+from fewstep.training.ema import Ema, Model
 from fewstep.training.leaving import leave
 from fewstep.training.logbook import Logbook
 from fewstep.training.meter import Meter
@@ -46,7 +46,7 @@ PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def fit(
-    student: nn.Module,
+    student: Model,
     objective: Objective,
     data: Any,
     steps: int | None = None,
@@ -78,7 +78,7 @@ def fit(
     fingerprint: dict[str, Any] | None = None,
     resume: bool = True,
     quiet: bool = False,
-) -> Result:
+) -> Result[Model]:
     """Train ``student`` with ``objective`` on ``data``, in place.
 
     >>> result = fit(student, ITVM(teacher), data, steps=20_000, out="runs/fast")
@@ -264,7 +264,8 @@ def fit(
         stopped = "interrupted" if run.progress < 1.0 else "done" if steps and run.step >= steps else "time"
         losses = run.losses or run.meter.means(world)
         book.end(run, stopped)
-    return Result(student, run.ema, run.step, run.seconds, run.step / run.seconds, losses, out, stopped)
+    # The average is a copy of the student.
+    return Result(student, cast(Model, run.ema), run.step, run.seconds, run.step / run.seconds, losses, out, stopped)
 
 
 def _threads(run: Run, model: Step, batches: Batches, half: torch.dtype | None) -> int:

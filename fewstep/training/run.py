@@ -4,7 +4,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from fewstep.common.model_files import put_in
 from fewstep.objectives.base import Objective
 from fewstep.training import checkpoints
 from fewstep.training.checkpoints import Checkpoint, Tensors
-from fewstep.training.ema import Ema
+from fewstep.training.ema import Ema, Model
 from fewstep.training.meter import Meter
 
 
@@ -26,8 +26,8 @@ class Run:
     objective: Objective
     optimizers: dict[str, torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
-    average: Ema | None
-    slow: Ema | None
+    average: Ema[nn.Module] | None
+    slow: Ema[nn.Module] | None
     out: Path | None
     fingerprint: dict[str, Any]
     meter: Meter = field(default_factory=Meter)
@@ -49,7 +49,7 @@ class Run:
         return None if self.slow is None else self.slow.module
 
     @property
-    def copies(self) -> list[Ema]:
+    def copies(self) -> list[Ema[nn.Module]]:
         """The averages that follow the student."""
         return [copy for copy in (self.average, self.slow) if copy is not None]
 
@@ -107,15 +107,15 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Generic[Model]):
     """What a training came to.
 
     ``ema`` holds the averaged weights (the student itself where ``ema=None``): the ones to use. ``losses`` are the
     means last logged. ``stopped`` says why: all steps done, the time used up, or Ctrl-C / SIGTERM.
     """
 
-    student: nn.Module
-    ema: nn.Module
+    student: Model
+    ema: Model
     step: int
     seconds: float
     steps_per_second: float

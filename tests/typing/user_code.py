@@ -1,0 +1,144 @@
+"""A user's code that touches every public name; pyright reads it in strict mode (test_user_code.py), nobody runs it.
+
+What is assigned to an annotated name says what a user may count on.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fewstep
+from fewstep.training.run import Run
+
+
+def fields_and_paths(network: nn.Module, scheduler: object, x: Tensor, t: Tensor) -> Tensor:
+    paths = [fewstep.Linear(), fewstep.Trigonometric(), fewstep.VariancePreserving(beta_max=12.0)]
+    table = fewstep.Tabulated((1.0, 0.0, -1.0))
+    alpha: Tensor = paths[0].alpha(t)
+    x_t, dx_t = paths[1].sample(x, x, t)
+    velocity: Tensor = table.to_velocity(x, x_t, t, "noise")
+
+    own: fewstep.VelocityField = fewstep.NetworkField(network, path=fewstep.Linear())
+    diffusion = fewstep.DiffusionField(network, scheduler)
+    gaussian = fewstep.GaussianField(torch.zeros(2), torch.eye(2))
+    mixture = fewstep.MixtureField(torch.zeros(3, 2), torch.ones(3), torch.ones(3) / 3)
+    board = fewstep.CheckerboardField()
+    guided = fewstep.Guided(own, 2.0, (0.1, 0.9), null={"label": torch.tensor(10)})
+    recentred = fewstep.Recentred(own, 0.05, x)
+    total = alpha.sum() + dx_t.sum() + velocity.sum()
+    for field in (own, diffusion, gaussian, mixture, board, guided, recentred):
+        moved: fewstep.VelocityField = field.on(fewstep.Trigonometric())
+        total = total + moved(x, t).sum() + field.velocity(x, 0.5).sum() + field.score(x, t).sum()
+    return total
+
+
+def maps(field: fewstep.VelocityField, network: nn.Module, x: Tensor) -> Tensor:
+    student: fewstep.FlowMap = fewstep.FlowMap.from_field(field, network)
+    average: Tensor = student.average_velocity(x, 0.0, 1.0)
+    jumped: Tensor = student(x, 0.0, 1.0)
+    here: Tensor = student.velocity(x, 0.5)
+    again: Tensor = fewstep.FlowMap(network)(x, 0.2, 0.4)
+    generator = torch.Generator().manual_seed(0)
+    few: Tensor = fewstep.sample(student, x, steps=4, gamma=0.5, generator=generator)
+    many: Tensor = fewstep.sample(field, x, 100, solver="heun", label=torch.zeros(len(x)))
+    return average + jumped + here + again + few + many
+
+
+def objectives(teacher: fewstep.VelocityField) -> dict[str, nn.Module]:
+    with_teacher: list[Callable[[fewstep.VelocityField], nn.Module]] = [
+        fewstep.AYF,
+        fewstep.CTM,
+        fewstep.ConsistencyDistillation,
+        fewstep.EMD,
+        fewstep.ITVM,
+        fewstep.LMD,
+        fewstep.PFMM,
+        fewstep.AlphaFlow,
+        fewstep.ESD,
+        fewstep.ImprovedMeanFlow,
+        fewstep.LSD,
+        fewstep.MeanFlow,
+        fewstep.PSD,
+        fewstep.SCM,
+        fewstep.Shortcut,
+        fewstep.SplitMeanFlow,
+        fewstep.TVM,
+    ]
+    alone: list[Callable[[], nn.Module]] = [
+        fewstep.ConsistencyTraining,
+        fewstep.ContrastiveFlowMatching,
+        fewstep.Denoising,
+        fewstep.FlowMatching,
+        fewstep.FMM,
+    ]
+    made = [make(teacher) for make in with_teacher] + [make() for make in alone]
+    return {type(objective).__name__: objective for objective in made}
+
+
+class Own(fewstep.TwoTime):
+    """A method of a user's own."""
+
+    def __init__(self, teacher: fewstep.VelocityField) -> None:
+        super().__init__(teacher, diagonal=0.5, times="logit_normal", weights=(1.0, 2.0))
+
+
+def draw(run: Run) -> None:
+    print(run.step, run.losses, run.ema)
+
+
+def training(student: fewstep.FlowMap, teacher: fewstep.VelocityField, points: Tensor, out: Path) -> fewstep.FlowMap:
+    data = fewstep.load_data("checkerboard", count=1000)
+    first = fewstep.fit(student, Own(teacher), data, steps=20, out=out, device="cpu", callbacks=[draw])
+    result = fewstep.fit(first.ema, fewstep.ITVM(teacher, ema=0.9), points, max_seconds=60)
+    losses: dict[str, float] = result.losses
+    print(first.step, first.stopped, losses, fewstep.sample(result.ema, points, steps=2).shape)
+    return result.student
+
+
+def loop_of_ones_own(student: fewstep.FlowMap, teacher: fewstep.VelocityField) -> fewstep.FlowMap:
+    objective = fewstep.ITVM(teacher)
+    average = fewstep.Ema(student, 0.999)
+    batches = fewstep.Batches(fewstep.load_data("checkerboard"), batch=256, chunk=64, seed=0)
+    for number in range(3):
+        batch, generators = batches.micro(number, 0)
+        rows: fewstep.Batch = batch.to("cpu")
+        loss = objective(student, rows, target=average.module, step=number, generator=generators)
+        total: Tensor = loss.total
+        total.backward()  # pyright: ignore[reportUnknownMemberType] (torch does not annotate it)
+        print(len(rows), {name: float(term) for name, term in loss.terms.items()})
+        average.update(number)
+    averaged: fewstep.FlowMap = average.module
+    return averaged
+
+
+def judging(student: fewstep.FlowMap, teacher: fewstep.VelocityField, data: Tensor) -> str:
+    judged = fewstep.evaluate(student, teacher=teacher, data=data, steps=(1, 2), count=100, metrics=["w2"])
+    header, rows = fewstep.compare({"ours": judged})
+    wrong = fewstep.diagnose(student, teacher, data, times=[0.0, 0.5, 1.0])
+    methods = fewstep.compare_methods("checkerboard-itvm", ["ITVM", "LMD"], seeds=[0, 1], seconds=60.0)
+    print(wrong, methods)
+    return f"{header[0]} {len(rows)} {judged}"
+
+
+def folders(out: Path) -> str:
+    model: fewstep.VelocityField | fewstep.FlowMap = fewstep.load("./my-ddpm", device="cpu")
+    if not isinstance(model, fewstep.FlowMap):
+        print(fewstep.convert(model, out / "flow", count=4))
+    rows: int = fewstep.encode("./my-model", "./captioned-pictures", out / "encoded", size=512)
+    folder: Path = fewstep.export(model, out / "pipeline", overwrite=True)
+    address: str = fewstep.push(folder, "owner/name", private=True)
+    papers: str = fewstep.cite(out)
+    return f"{rows} {address} {papers}"
+
+
+def adapters(model: fewstep.FlowMap, folder: Path) -> fewstep.FlowMap:
+    fewstep.add_lora(model, rank=4, targets=["to_q", "to_v"])
+    kept: Path = fewstep.save_adapter(model, folder)
+    fewstep.load_adapter(model, kept)
+    merged: fewstep.FlowMap = fewstep.merge_lora(model)
+    return merged
+
+
+version: str = fewstep.__version__

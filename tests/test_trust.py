@@ -36,6 +36,8 @@ from pathlib import Path
 from torch import nn
 
 import fewstep
+from fewstep.networks import MLP
+from fewstep.runs.build import EXACT
 
 Path(__file__).with_name("RAN").touch()
 
@@ -45,11 +47,11 @@ class Own(fewstep.ITVM):
 
 
 def teacher():
-    return fewstep.runs.build.EXACT["eight-gaussians"]()
+    return EXACT["eight-gaussians"]()
 
 
 def network(width: int = 8):
-    return fewstep.networks.MLP(2, times=2, width=width, depth=2)
+    return MLP(2, times=2, width=width, depth=2)
 """
 
 
@@ -68,11 +70,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(trust, "_written", {})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "code.py").write_text(
-        CODE.replace("fewstep.runs.build.", "parts.")
-        .replace("import fewstep\n", "import fewstep\nfrom fewstep import networks, parts\n")
-        .replace("fewstep.networks.", "networks.")
-    )
+    (tmp_path / "theirs" / "code.py").write_text(CODE)
     return tmp_path
 
 
@@ -310,7 +308,7 @@ from subprocess import run
 
 from torch import nn
 from fewstep import VelocityField
-from fewstep.runs.run import build as parts
+from fewstep.runs import build
 
 
 class Net(nn.Module):
@@ -318,7 +316,7 @@ class Net(nn.Module):
 
 
 def plain():
-    return parts.EXACT["spiral"]()
+    return build.EXACT["spiral"]()
 
 
 def said() -> VelocityField:

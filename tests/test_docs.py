@@ -52,7 +52,7 @@ def _blocks(page: Path, language: str) -> list[str]:
 
 def _command_lines(page: Path) -> list[str]:
     """What is to be typed on a page: in blocks, and in lines that are set in by four spaces."""
-    lines = [line for block in _blocks(page, "bash") for line in block.splitlines()]
+    lines = [line for block in _blocks(page, "bash") for line in re.sub(r"\\\n *", "", block).splitlines()]
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     lines += re.findall(r"^    (.*)$", text, re.MULTILINE)
     return [part for line in lines for part in COMMAND.findall(line) if part.split()[1] in COMMANDS]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fewstep.evaluation.plots import png, points_figure
 from fewstep.generation.drawing import draw
-from fewstep.runs.run import load_run
+from fewstep.runs.opening import load_run
 
 STEPS = (1, 2, 4, 8)
 

@@ -29,8 +29,8 @@ from fewstep.commands.planning import (
     title,
 )
 from fewstep.common.console import markdown
-from fewstep.models.weightless import teacher_without_weights
 from fewstep.planning.plan import GPUS, plan
+from fewstep.planning.weightless import teacher_without_weights
 from fewstep.runs.recipes import load_recipe
 
 VAE = {"_class_name": "AutoencoderKL", "latent_channels": 4, "block_out_channels": [128, 256, 512, 512]}

@@ -9,9 +9,8 @@ from pathlib import Path
 import matplotlib
 
 from fewstep.generation.drawing import draw
-from fewstep.runs.build import make_teacher
+from fewstep.runs.opening import load_run, make_teacher
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import load_run
 
 COLUMNS = 14
 

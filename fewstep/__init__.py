@@ -23,11 +23,7 @@ if TYPE_CHECKING:
     from fewstep.flows.maps import FlowMap
     from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
     from fewstep.flows.sampling import sample
-    from fewstep.generation.encoding import encode
-    from fewstep.models.convert import convert
-    from fewstep.models.export import export
     from fewstep.models.hub import push
-    from fewstep.models.loading import load
     from fewstep.models.lora import add_lora, load_adapter, merge_lora, save_adapter
     from fewstep.objectives import (
         AYF,
@@ -57,6 +53,10 @@ if TYPE_CHECKING:
     )
     from fewstep.runs.cite import cite
     from fewstep.runs.compare import compare_methods
+    from fewstep.runs.convert import convert
+    from fewstep.runs.encode import encode
+    from fewstep.runs.export import export
+    from fewstep.runs.opening import load
     from fewstep.training.batches import Batches
     from fewstep.training.ema import Ema
     from fewstep.training.fit import fit
@@ -108,13 +108,13 @@ _HOMES = {
     "cite": "runs.cite",
     "compare": "evaluation.evaluate",
     "compare_methods": "runs.compare",
-    "convert": "models.convert",
+    "convert": "runs.convert",
     "diagnose": "evaluation.diagnostics",
-    "encode": "generation.encoding",
+    "encode": "runs.encode",
     "evaluate": "evaluation.evaluate",
-    "export": "models.export",
+    "export": "runs.export",
     "fit": "training.fit",
-    "load": "models.loading",
+    "load": "runs.opening",
     "load_adapter": "models.lora",
     "load_data": "data",
     "merge_lora": "models.lora",

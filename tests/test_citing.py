@@ -16,8 +16,9 @@ from fewstep import cli
 from fewstep.flows.exact import CheckerboardField
 from fewstep.objectives import OBJECTIVES
 from fewstep.runs import cite as citing
-from fewstep.runs.build import make_objective, make_teacher
 from fewstep.runs.cite import bibliography, cite
+from fewstep.runs.objective import make_objective
+from fewstep.runs.opening import make_teacher
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 

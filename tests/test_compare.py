@@ -17,10 +17,10 @@ from fewstep.objectives import MeanFlow
 from fewstep.runs import compare as comparing
 from fewstep.runs import judge
 from fewstep.runs import previews as watch
-from fewstep.runs.build import make_objective
+from fewstep.runs.build import build
 from fewstep.runs.compare import compare_methods, parse_method
+from fewstep.runs.objective import make_objective
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import build
 from fewstep.runs.side_by_side import Comparison, MethodCost, Training
 
 RECIPE: dict[str, Any] = {

@@ -9,12 +9,12 @@ from unet_toys import tiny_student
 
 from fewstep.common.randomness import sample_generators
 from fewstep.flows.sampling import sample, sample_noise
-from fewstep.models.export import export
 from fewstep.models.exported import FlowMapPipeline
-from fewstep.models.loading import load
 from fewstep.networks import MLP
+from fewstep.runs.export import export
+from fewstep.runs.opening import load, load_run
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import load_run, run
+from fewstep.runs.run import run
 
 RECIPE = {
     "name": "consistency",

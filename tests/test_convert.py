@@ -38,12 +38,12 @@ from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.flows.solvers import integrate
 from fewstep.latents.vae import Latents
-from fewstep.models.convert import convert
 from fewstep.models.export import diffusion_of
-from fewstep.models.loading import load
 from fewstep.networks import FAMILIES, MLP, UNet, flow_model
 from fewstep.networks.calls import pack
 from fewstep.networks.unet import public_config, with_image
+from fewstep.runs.convert import convert
+from fewstep.runs.opening import load
 
 FLOW_SIGMAS: Any = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 NAMES = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
@@ -549,7 +549,7 @@ def test_a_run_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (run / "checkpoints").mkdir(parents=True)
     (run / "recipe.yaml").write_text("objective: {name: FlowMatching}\n")
     field = tiny_field("v_prediction")
-    monkeypatch.setattr("fewstep.runs.run.load_run", lambda folder, **_: {run: field}[folder])
+    monkeypatch.setattr("fewstep.runs.opening.load_run", lambda folder, **_: {run: field}[folder])
     convert(run, tmp_path / "flow", check=False)
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
@@ -679,7 +679,7 @@ def test_parts_that_are_needed_are_missed_before_anything_is_drawn(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("something was drawn")
 
-    monkeypatch.setattr("fewstep.models.convert.compare_samplers", never)
+    monkeypatch.setattr("fewstep.runs.convert.compare_samplers", never)
     with pytest.raises(FileNotFoundError, match=r"no text_encoder in .*original, or not its weights.*--no-check"):
         convert(field, tmp_path / "flow")
     report = convert(field, tmp_path / "flow", check=False)
@@ -763,9 +763,9 @@ def test_a_field_goes_back_to_where_it_was(tmp_path: Path, monkeypatch: pytest.M
         return field if moves[-1] == "cuda" else plain(place)
 
     field.to = move
-    monkeypatch.setattr("fewstep.models.convert.choose_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr("fewstep.runs.convert.choose_device", lambda *_: torch.device("cuda"))
     convert(field, tmp_path / "flow", steps=[2], count=2)
-    monkeypatch.setattr("fewstep.models.convert.compare_samplers", lambda *_: 1 / 0)
+    monkeypatch.setattr("fewstep.runs.convert.compare_samplers", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert(field, tmp_path / "again", steps=[2], count=2)
     assert moves == ["cuda", "cpu", "cuda", "cpu"]
@@ -776,7 +776,7 @@ def test_the_command_fails_where_the_flow_is_not_the_model(
 ) -> None:
     field: Any = tiny_field("sample")
     field.scheduler = DDPMScheduler(prediction_type="sample", beta_end=0.012)
-    monkeypatch.setattr("fewstep.models.convert.load", lambda *_, **__: field)
+    monkeypatch.setattr("fewstep.runs.convert.load", lambda *_, **__: field)
     command = ["convert", "ddpm", "--out", str(tmp_path / "flow"), "--steps", "2", "--count", "2", "--device", "cpu"]
     assert main(command) == 1
     assert "NOT" in capsys.readouterr().out

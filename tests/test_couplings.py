@@ -15,7 +15,7 @@ from fewstep.data.batch import Batch, Data
 from fewstep.data.couplings import Coupled, couple
 from fewstep.runs import judge
 from fewstep.runs import previews as watch
-from fewstep.runs.build import make_data
+from fewstep.runs.datasets import make_data
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 from fewstep.training.batches import Batches

@@ -6,10 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.data import load_data
+from fewstep.data import densities, load_data
 from fewstep.data.toy import silhouette, swiss_roll, two_moons
 from fewstep.flows import exact
-from fewstep.flows.exact import checkerboard_boxes
 
 N = 200_000
 NAMES = ["checkerboard", "two-moons", "eight-gaussians", "spiral", "pinwheel", "swiss-roll", "silhouette"]
@@ -47,7 +46,7 @@ def test_scale_accounts_for_the_noise(make):
 
 
 def test_checkerboard_boxes_are_the_board_of_the_closed_form():
-    boxes = checkerboard_boxes()
+    boxes = densities.checkerboard().sides
     assert boxes.shape == (8, 2, 2)
     assert boxes.dtype == torch.float64
     side = math.sqrt(3) / 2
@@ -60,7 +59,7 @@ def test_checkerboard_boxes_are_the_board_of_the_closed_form():
 
 
 def test_checkerboard_fills_each_box_evenly_and_nothing_else():
-    x, boxes = points(load_data("checkerboard")), checkerboard_boxes()
+    x, boxes = points(load_data("checkerboard")), densities.checkerboard().sides
     inside = ((x[:, None] >= boxes[..., 0] - 1e-6) & (x[:, None] <= boxes[..., 1] + 1e-6)).all(-1)
     assert inside.any(1).all()
     assert (inside.float().mean(0) - 1 / 8).abs().max() < 0.004  # five standard deviations

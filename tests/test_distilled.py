@@ -13,10 +13,10 @@ from unet_toys import tiny_unet
 
 from fewstep import ITVM, FlowMatching, Guided, Linear, MeanFlow, Trigonometric, load, sample
 from fewstep.flows.fields import KNOWN, DiffusionField, NetworkField
-from fewstep.models.weightless import teacher_without_weights
 from fewstep.networks import UNet
+from fewstep.planning.weightless import teacher_without_weights
+from fewstep.runs.build import build
 from fewstep.runs.recipe import Recipe
-from fewstep.runs.run import build
 
 DISTILLED = {
     "lcm": (diffusers.LCMScheduler(), "model", "latent consistency model (LCM): its scheduler is the LCMScheduler"),

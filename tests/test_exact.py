@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fewstep.common.randomness import generator
+from fewstep.data import densities
 from fewstep.flows.exact import (
     BoxesField,
     CheckerboardField,
     GaussianField,
     MixtureField,
-    checkerboard_boxes,
     eight_gaussians,
 )
 from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
@@ -283,7 +283,7 @@ def test_gaussians_on_a_variance_preserving_path_are_finite_at_its_end(gaussian,
 
 
 def test_checkerboard():
-    board = checkerboard_boxes()
+    board = densities.checkerboard().sides
     assert board.shape == (8, 2, 2)
     middle, width = board.mean(-1), board[..., 1] - board[..., 0]
     # Mean 0, variance 1: of the middles, and of a uniform number within.

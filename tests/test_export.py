@@ -35,13 +35,13 @@ from fewstep.flows.paths import Linear, Preconditioned, Reversed, Tabulated, Tri
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.latents.vae import Latents
-from fewstep.models.export import export
 from fewstep.models.exported import FlowMapPipeline
-from fewstep.models.loading import load
 from fewstep.networks import MLP, UNet, flow_model
 from fewstep.pipelines import flow_map
 from fewstep.pipelines.native_times import coefficients
 from fewstep.pipelines.source import whole
+from fewstep.runs.export import export
+from fewstep.runs.opening import load
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 
@@ -174,7 +174,7 @@ def test_a_run_is_exported_with_its_method(tmp_path: Path, monkeypatch: pytest.M
     (run / "checkpoints").mkdir(parents=True)
     (run / "recipe.yaml").write_text("name: run\ndata: checkerboard\nobjective: {name: LMD}\n")
     student = tiny_student("flow")
-    monkeypatch.setattr("fewstep.runs.run.load_run", lambda folder, **_: {run: student}[folder])
+    monkeypatch.setattr("fewstep.runs.opening.load_run", lambda folder, **_: {run: student}[folder])
     folder = export(run, tmp_path / "export")
     assert torch.equal(pixels(load(folder), 2), pixels(student, 2))
     assert "Trained with LMD" in (folder / "README.md").read_text()

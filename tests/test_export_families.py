@@ -23,12 +23,12 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.latents.vae import Latents
-from fewstep.models.export import export
 from fewstep.models.exported import network_folder
-from fewstep.models.loading import load
 from fewstep.models.lora import PEFT_CONFIG, PEFT_FILE, add_lora, load_adapter, merge_lora
 from fewstep.networks import FAMILIES, UNet, two_times
 from fewstep.pipelines.source import whole
+from fewstep.runs.export import export
+from fewstep.runs.opening import load
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 

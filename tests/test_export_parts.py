@@ -16,10 +16,10 @@ from unet_toys import tiny_field, tiny_student
 from fewstep.flows.maps import FlowMap
 from fewstep.generation.requests import class_names
 from fewstep.latents.vae import Latents
-from fewstep.models.export import export
 from fewstep.models.exported import FlowMapPipeline
-from fewstep.models.loading import load
 from fewstep.playground.shown import _names
+from fewstep.runs.export import export
+from fewstep.runs.opening import load
 
 CLASSES = [DiffusionPipeline, FlowMapPipeline]
 TEXT = ["text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"]

@@ -20,9 +20,9 @@ from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
 from fewstep.flows.maps import FlowMap
 from fewstep.generation.drawing import draw
-from fewstep.models.export import export
 from fewstep.models.exported import FlowMapPipeline
-from fewstep.models.loading import load
+from fewstep.runs.export import export
+from fewstep.runs.opening import load
 
 NAMES = ["sd", "sdxl", "pixart", "sd3", "sd3 without", "flux"]
 PROMPTS = ["cat", "a dog", "cat"]

@@ -12,7 +12,8 @@ from unet_toys import tiny_student, tiny_unet
 from fewstep.flows.fields import DiffusionField, Guided, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, VariancePreserving
-from fewstep.generation.drawing import classes_of, draw, shape_of
+from fewstep.flows.signature import classes_of, shape_of
+from fewstep.generation.drawing import draw
 from fewstep.networks import FAMILIES, SD3, ConditionalUNet, DiT, Flux, PixArt, TwoTimeUNet, UNet
 from fewstep.networks.calls import pack, unpack
 

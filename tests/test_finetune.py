@@ -20,8 +20,10 @@ from fewstep.flows.paths import Reversed
 from fewstep.flows.sampling import count_calls
 from fewstep.networks import UNet
 from fewstep.networks.unet import with_image
+from fewstep.runs.build import build
+from fewstep.runs.opening import load_run
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import build, load_run, run
+from fewstep.runs.run import run
 
 F64 = torch.float64
 

@@ -12,8 +12,8 @@ from first_hour import write_ddpm, write_photos
 import fewstep
 from fewstep.cli import _as_flags, _parsed, main
 from fewstep.common.options import read_yaml
+from fewstep.runs.build import build
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import build
 
 SMALL = ("--steps", "2", "--training.batch", "4", "--evaluation.count", "4", "--evaluation.steps", "[1, 2]")
 

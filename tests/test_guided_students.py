@@ -7,8 +7,9 @@ from fewstep.cli import main
 from fewstep.flows.exact import eight_gaussians
 from fewstep.flows.fields import Guided
 from fewstep.networks import MLP
+from fewstep.runs.opening import load_run
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import load_run, run
+from fewstep.runs.run import run
 
 FIELDS = """
 from fewstep.flows.exact import MixtureField, eight_gaussians
@@ -56,7 +57,7 @@ def test_a_student_learns_the_strength_it_is_given(recipe, tmp_path):
 def test_what_cannot_be(recipe):
     with pytest.raises(ValueError, match="guidance needs null conditions, such as"):
         load_recipe({**recipe, "teacher": {"source": "eight-gaussians", "guidance": {"scale": 2.0}}})
-    from fewstep.runs.run import build
+    from fewstep.runs.build import build
 
     recipe["student"]["options"]["guidance"] = False
     with pytest.raises(ValueError, match=r"the student does not take the data .* conditions guidance: .*make it with"):

@@ -26,8 +26,8 @@ from fewstep.flows.fields import DiffusionField
 from fewstep.flows.paths import Linear
 from fewstep.latents.vae import Latents
 from fewstep.models.diffusers_pipeline import hub_files
-from fewstep.models.loading import load
 from fewstep.networks import FAMILIES, UNet
+from fewstep.runs.opening import load
 
 
 def write(folder: Path, scheduler: Any = None, layout: str = "pipeline", **options: Any) -> Path:
@@ -92,7 +92,7 @@ def test_classes_are_passed_through(tmp_path: Path) -> None:
 
 
 def test_a_flow_match_folder_round_trip(tmp_path: Path) -> None:
-    from fewstep.models.export import export
+    from fewstep.runs.export import export
 
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
     field = check(write(tmp_path / "model", scheduler), scheduler)
@@ -139,7 +139,7 @@ def test_a_run_is_left_to_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "recipe.yaml").write_text("{}")
     field = DiffusionField(UNet(tiny_unet()), DDPMScheduler())
-    monkeypatch.setattr("fewstep.runs.run.load_run", lambda folder, **_: {tmp_path: field}[folder])
+    monkeypatch.setattr("fewstep.runs.opening.load_run", lambda folder, **_: {tmp_path: field}[folder])
     assert load(str(tmp_path)) is field
 
 
@@ -191,8 +191,8 @@ def test_exports_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     from unet_toys import tiny_student
 
     from fewstep.flows.maps import FlowMap
-    from fewstep.models.export import export
     from fewstep.networks import MLP
+    from fewstep.runs.export import export
 
     def download(name: str, allow_patterns: list[str]) -> str:
         """What of the repository is asked for, and nothing else."""
@@ -379,8 +379,8 @@ def test_damaged_exports(tmp_path: Path) -> None:
     from unet_toys import tiny_student
 
     from fewstep.flows.maps import FlowMap
-    from fewstep.models.export import export
     from fewstep.networks import MLP
+    from fewstep.runs.export import export
 
     folder = export(tiny_student("flow"), tmp_path / "map")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")

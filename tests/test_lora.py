@@ -15,13 +15,14 @@ from fewstep.flows.exact import GaussianField
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed
-from fewstep.models.export import export
-from fewstep.models.loading import load
 from fewstep.models.lora import DIFFUSERS_FILE, PEFT_FILE, add_lora, has_lora, load_adapter, merge_lora, save_adapter
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, FlowMatching
+from fewstep.runs.build import build
+from fewstep.runs.export import export
+from fewstep.runs.opening import load, open_run
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import build, open_run, run
+from fewstep.runs.run import run
 from fewstep.training import checkpoints
 from fewstep.training.ema import Ema
 from fewstep.training.fit import fit

@@ -9,8 +9,8 @@ import torch
 
 import fewstep
 from fewstep.flows.exact import CheckerboardField
+from fewstep.runs.build import build
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import build
 
 PAGE = Path(__file__).parents[1] / "docs" / "guides" / "own-objective.md"
 TINY = {

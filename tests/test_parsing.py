@@ -25,11 +25,11 @@ from fewstep.data import pairs
 from fewstep.data.decode import check_side
 from fewstep.latents.encoders import vae_identity
 from fewstep.latents.vae import Latents
-from fewstep.models.export import export
-from fewstep.models.loading import load
 from fewstep.models.writing import moments_in
+from fewstep.runs.export import export
+from fewstep.runs.opening import load, open_run
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import open_run, run
+from fewstep.runs.run import run
 from fewstep.training import checkpoints
 from fewstep.training.trackers import read_metrics
 

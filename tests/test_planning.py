@@ -25,16 +25,18 @@ from fewstep.data.batch import Batch
 from fewstep.evaluation.cost import step_cost
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.models.export import export
 from fewstep.models.lora import add_lora
-from fewstep.models.weightless import LONGEST, sample_of, teacher_without_weights, text_conditions
+from fewstep.models.weightless import LONGEST, META, text_conditions
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, LMD, FlowMatching
 from fewstep.planning import plan as planning
-from fewstep.planning.counting import META, LikeAGpu, count_call, count_step
+from fewstep.planning.counting import LikeAGpu, count_call, count_step
 from fewstep.planning.plan import GIB, GPUS, Plan, changes, fit_on, plan
+from fewstep.planning.weightless import sample_of, teacher_without_weights
+from fewstep.runs.build import build
+from fewstep.runs.export import export
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import build, run
+from fewstep.runs.run import run
 from fewstep.training.step import Step
 
 POINTS: dict[str, Any] = {

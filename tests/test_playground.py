@@ -354,7 +354,7 @@ def test_the_command_under_the_pictures_draws_them(tmp_path: Path, monkeypatch: 
     *_, said = playground_page.draw_page(play, "my tiny", tmp_path, asked)
     words = shlex.split(html.unescape(re.findall("<code>(.*)</code>", said)[0]))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fewstep.runs.build.find_model", lambda *_: student)
+    monkeypatch.setattr("fewstep.runs.opening.find_model", lambda *_: student)
     assert main([*words[1:], "--out", "x.npy", "--device", "cpu"]) == 0
     *_, shown = play.panels(Wish(steps=4, seed=5, count=3, gamma=0.0))
     assert np.allclose(np.load("x.npy"), shown.samples, atol=1e-5)

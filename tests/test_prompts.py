@@ -19,7 +19,7 @@ from fewstep.flows.sampling import sample, sample_noise
 from fewstep.flows.solvers import integrate
 from fewstep.generation.drawing import draw
 from fewstep.latents.prompts import Prompts, knows_prompts
-from fewstep.models.loading import load
+from fewstep.runs.opening import load
 
 TEXTS = ["a cat", "a dog"]
 NAMES = ["sd", "sdxl", "pixart", "sd3", "sd3 without", "flux"]

@@ -23,18 +23,18 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Tabulated
 from fewstep.flows.sampling import sample
 from fewstep.flows.schedules import schedule_of, todays_config
-from fewstep.generation.drawing import image_channels, takes
+from fewstep.flows.signature import image_channels, takes
 from fewstep.latents.encoders import text_identity, vae_identity
 from fewstep.latents.vae import Latents
 from fewstep.models.diffusers_pipeline import look_into
-from fewstep.models.export import export, no_pipeline
+from fewstep.models.export import no_pipeline
 from fewstep.models.exported import FlowMapPipeline
-from fewstep.models.loading import load
 from fewstep.models.writing import copy_part
-from fewstep.runs.build import make_teacher
+from fewstep.runs.build import build
+from fewstep.runs.export import export
+from fewstep.runs.opening import load, make_teacher
 from fewstep.runs.recipe import Teacher
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import build
 
 
 def rows(network: Any, shape: tuple[int, ...], count: int) -> dict[str, Tensor]:

@@ -27,13 +27,13 @@ from fewstep.common.received import clean_png, is_place, own_file, plain_name, w
 from fewstep.data.encoded import Encoded
 from fewstep.flows.maps import FlowMap
 from fewstep.models import hub
-from fewstep.models.convert import convert
-from fewstep.models.export import export
-from fewstep.models.loading import load
 from fewstep.models.lora import add_lora, load_adapter, save_adapter
-from fewstep.models.runtimes import export_program
+from fewstep.runs.convert import convert
+from fewstep.runs.export import export
+from fewstep.runs.opening import load
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
+from fewstep.runs.runtimes import export_program
 from fewstep.training import checkpoints
 
 KEY = b"-----BEGIN OPENSSH PRIVATE KEY-----\nsecret\n"

@@ -20,13 +20,15 @@ from fewstep.flows.exact import CheckerboardField
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, VariancePreserving
-from fewstep.generation.drawing import classes_of, draw, shape_of
+from fewstep.flows.signature import classes_of, shape_of
+from fewstep.generation.drawing import draw
 from fewstep.networks import MLP, TwoTimeUNet, UNet
 from fewstep.runs import judge
 from fewstep.runs import previews as watch
-from fewstep.runs.build import TeacherSamples
+from fewstep.runs.build import TeacherSamples, build
+from fewstep.runs.opening import load_run, open_run
 from fewstep.runs.recipes import known_recipes, load_recipe
-from fewstep.runs.run import build, evaluate_run, load_run, open_run, run
+from fewstep.runs.run import evaluate_run, run
 
 POINTS: dict[str, Any] = {
     "name": "points",

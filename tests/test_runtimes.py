@@ -19,8 +19,8 @@ from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
 from fewstep.flows.paths import Path as Trajectory
-from fewstep.models.runtimes import Counted, export_program
 from fewstep.networks import FAMILIES, MLP, UNet
+from fewstep.runs.runtimes import Counted, export_program
 
 pytest.importorskip("onnxruntime")
 
@@ -203,7 +203,7 @@ def test_what_cannot_be_a_program_is_refused_and_leaves_nothing(
     refuse(of_family("sd")[0], "needs the condition encoder_hidden_states")
     refuse(FlowMap(Looks()), "torch.export cannot follow a map of a Looks")
     refuse(FlowMap(Counts()), "does not take 1 rows")
-    monkeypatch.setattr("fewstep.models.runtimes.TOLERANCE", -1.0)
+    monkeypatch.setattr("fewstep.runs.runtimes.TOLERANCE", -1.0)
     refuse(points(), "differs from the model by")
     assert capfd.readouterr().err == "", "torch prints graphs"
 

@@ -24,6 +24,7 @@ from fewstep.cli import main
 from fewstep.common.console import progress_bar
 from fewstep.common.distributed import World
 from fewstep.common.sharing import shares
+from fewstep.flows import signature
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.generation import drawing
@@ -31,8 +32,8 @@ from fewstep.generation.drawing import draw
 from fewstep.generation.images import claim, save_pictures
 from fewstep.generation.placement import place
 from fewstep.generation.requests import Asked, Encoded, class_names, class_numbers, prompt_flags, read_lines
-from fewstep.models.loading import load
 from fewstep.networks.families import SD3, Flux
+from fewstep.runs.opening import load
 
 CPU = torch.device("cpu")
 TEXTS = ["a cat", "dog", "a dog"]
@@ -258,9 +259,9 @@ def test_the_batch_changes_nothing(draws: Draw) -> None:
 def test_half_precision_is_near_and_its_state_is_float32(name: str, models: Path) -> None:
     model: Any = load(models / name)
     cond: Any = {"class_labels": torch.tensor([0, 4])} if name == "dit" else {}
-    noise = sample_noise((2, *drawing.shape_of(model)), torch.Generator().manual_seed(0))
+    noise = sample_noise((2, *signature.shape_of(model)), torch.Generator().manual_seed(0))
     full = sample(model, noise, 2, **cond)
-    taken = [drawing.takes(model, condition) for condition in ("class_labels", "something")]
+    taken = [signature.takes(model, condition) for condition in ("class_labels", "something")]
     seen: list[torch.dtype] = []
     given: list[torch.dtype] = []
     model.network.register_forward_hook(lambda _m, _x, out: given.append(out.dtype))
@@ -268,7 +269,7 @@ def test_half_precision_is_near_and_its_state_is_float32(name: str, models: Path
         lambda _m, _x, out: seen.append(out.dtype)
     )
     half = sample(place(model, CPU, "bf16"), noise, 2, **cond)
-    assert [drawing.takes(model, condition) for condition in ("class_labels", "something")] == taken == [True, False]
+    assert [signature.takes(model, condition) for condition in ("class_labels", "something")] == taken == [True, False]
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert (set(seen), set(given)) == ({torch.bfloat16}, {torch.float32})
     assert half.dtype == torch.float32
@@ -569,12 +570,12 @@ def test_an_exact_field_has_nothing_to_cast(refused: Any, capsys: Any) -> None:
 
 def test_sizes_that_a_network_cannot_draw() -> None:
     model = NetworkField(SD3(tiny_model("sd3")))
-    assert drawing.sized(model, (4, 8, 8), (12, 16)) == (4, 12, 16)
+    assert signature.sized(model, (4, 8, 8), (12, 16)) == (4, 12, 16)
     with pytest.raises(ValueError, match="size 20x8: this SD3Transformer2DModel draws up to 16x16"):
-        drawing.sized(model, (4, 8, 8), (20, 8))
+        signature.sized(model, (4, 8, 8), (20, 8))
     flux = NetworkField(Flux(tiny_model("flux")))
-    assert drawing.sized(flux, (4, 128, 128), (8, 6)) == (4, 8, 6)
+    assert signature.sized(flux, (4, 128, 128), (8, 6)) == (4, 8, 6)
     with pytest.raises(ValueError, match="multiples of 2 pixels"):
-        drawing.sized(flux, (4, 128, 128), (8, 7))
+        signature.sized(flux, (4, 128, 128), (8, 7))
     with pytest.raises(ValueError, match="no pictures"):
-        drawing.sized(model, (2,), (8, 8))
+        signature.sized(model, (2,), (8, 8))

@@ -17,15 +17,16 @@ from fewstep.data import ArrayData
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Trigonometric
-from fewstep.models.export import export
-from fewstep.models.loading import load
 from fewstep.models.lora import has_lora
 from fewstep.networks import MLP
 from fewstep.objectives import LMD
+from fewstep.runs.build import build
 from fewstep.runs.cite import cite
+from fewstep.runs.export import export
+from fewstep.runs.opening import load, open_run
 from fewstep.runs.recipe import Student
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import build, open_run, run
+from fewstep.runs.run import run
 from fewstep.runs.warm_start import started
 from fewstep.training.fit import fit
 
@@ -153,6 +154,6 @@ def test_a_start_that_is_told_no_strength(tmp_path: Path) -> None:
     folder = export(tiny_student("v_prediction", 5), tmp_path / "map")
     section = Student.model_validate({"start": str(folder), "guidance": True})
     with pytest.raises(ValueError, match="told no strength of guidance, and strengths are drawn"):
-        started(section, (1, 8, 8), None, True)
+        started(load(folder), section, (1, 8, 8), None, True)
     with pytest.raises(ValueError, match=r"for samples of shape \(1, 8, 8\), these are \(3, 8, 8\)"):
-        started(Student.model_validate({"start": str(folder)}), (3, 8, 8), None, True)
+        started(load(folder), Student.model_validate({"start": str(folder)}), (3, 8, 8), None, True)

@@ -40,8 +40,9 @@ from fewstep.objectives import (
     Objective,
     Shortcut,
 )
+from fewstep.runs.opening import open_run
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import open_run, run
+from fewstep.runs.run import run
 from fewstep.training.fit import fit
 
 NAMES = ["unet", "unet of classes", *MODELS, "pixart of one size", "flux told", "wan"]

@@ -33,9 +33,11 @@ from fewstep.latents.vae import Latents
 from fewstep.playground.shown import Playground, Wish
 from fewstep.runs import judge
 from fewstep.runs import previews as watch
-from fewstep.runs.build import given_by, make_data, make_teacher
+from fewstep.runs.build import build
+from fewstep.runs.datasets import given_by, make_data
+from fewstep.runs.opening import load_run, make_teacher
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import build, evaluate_run, load_run, run
+from fewstep.runs.run import evaluate_run, run
 
 FAMILIES = ("sd", "sdxl", "sd3", "flux")
 ALL = torch.arange(len(CAPTIONS))
@@ -135,7 +137,7 @@ def test_conditions_of_rows_are_given_in_turn_without_those_of_prompts(
 ) -> None:
     model: Any = fewstep.load(models / "sd")
     data = ArrayData(np.zeros((3, 4, 8, 8)), {"encoder_hidden_states": torch.arange(3.0), "class_labels": ALL[:3]})
-    monkeypatch.setattr("fewstep.runs.build.data_of", lambda *_: data)
+    monkeypatch.setattr("fewstep.runs.datasets.data_of", lambda *_: data)
     recipe = load_recipe(recipe_of(models / "sd", {"name": "rows.npz", "conditions": "rows.npz"}))
     assert given_by(recipe, model, 2, first=2)["encoder_hidden_states"].tolist() == [2, 0]
     assert given_by(recipe, model, 9).keys() == {"encoder_hidden_states"}

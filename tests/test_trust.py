@@ -15,8 +15,9 @@ import fewstep
 from fewstep.cli import main
 from fewstep.common import trust
 from fewstep.common.options import find_object
+from fewstep.runs.opening import open_run
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import open_run, run
+from fewstep.runs.run import run
 from fewstep.training.checkpoints import _seal
 from fewstep.training.folder import _SEEN, flat
 
@@ -37,7 +38,7 @@ from torch import nn
 
 import fewstep
 from fewstep.networks import MLP
-from fewstep.runs.build import EXACT
+from fewstep.runs.opening import EXACT
 
 Path(__file__).with_name("RAN").touch()
 
@@ -379,7 +380,7 @@ def test_functions_of_ones_own_file_and_those_that_say_what_they_return_are_fine
     with pytest.raises(ValueError, match="an objective is a class"):
         load_recipe({**SMALL, "objective": "kinds.py:plain"})
     with pytest.raises(ValueError, match="gave a int, not a network"):
-        fewstep.runs.run.build(load_recipe({**SMALL, "student": "kinds.py:number"}))
+        fewstep.runs.build.build(load_recipe({**SMALL, "student": "kinds.py:number"}))
 
 
 def test_bytecode_beside_a_file_is_not_what_runs(home: Path) -> None:

@@ -19,12 +19,13 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample
 from fewstep.generation.drawing import draw
 from fewstep.models.lora import add_lora
-from fewstep.models.runtimes import export_program
 from fewstep.models.writing import MARK, check_target
 from fewstep.networks import MLP
 from fewstep.playground.shown import Playground, Wish
+from fewstep.runs.opening import open_run
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import open_run, run
+from fewstep.runs.run import run
+from fewstep.runs.runtimes import export_program
 from fewstep.training import checkpoints
 
 

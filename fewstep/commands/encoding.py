@@ -10,8 +10,7 @@ from fewstep.common.console import progress_bar, say_next
 def run_encode(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.common.distributed import environment
     from fewstep.data import Encoded
-    from fewstep.generation.encoding import encode
-    from fewstep.latents.encoders import encoders_of
+    from fewstep.runs.encode import encode, encoders_of
 
     again, is_main = shlex.join(["fewstep", *args.argv]), environment().is_main
     options = {name: getattr(args, name) for name in ("caption", "image", "label", "split", "config")}

@@ -10,9 +10,9 @@ from fewstep.common.console import print_table, say_next
 def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.common.model_files import read_json
     from fewstep.flows.description import code_named
-    from fewstep.models.export import export
     from fewstep.models.lora import DIFFUSERS_FILE
     from fewstep.models.writing import moments_in
+    from fewstep.runs.export import export
 
     if args.format != "diffusers":
         return _export_program(args)
@@ -36,7 +36,7 @@ def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
 
 
 def _export_program(args: argparse.Namespace) -> int:
-    from fewstep.models.runtimes import export_program
+    from fewstep.runs.runtimes import export_program
 
     if args.adapter:
         raise ValueError(f"--adapter writes weights that peft and diffusers read, --format {args.format} a program")
@@ -49,7 +49,7 @@ def _export_program(args: argparse.Namespace) -> int:
 
 
 def run_convert(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.models.convert import convert
+    from fewstep.runs.convert import convert
 
     done = convert(
         args.model,

@@ -25,12 +25,13 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.common.sharing import gathered, shares
     from fewstep.flows.maps import FlowMap
     from fewstep.flows.sampling import count_calls
-    from fewstep.generation.drawing import draw_batches, labels_of, settled, shape_of, sized
+    from fewstep.flows.signature import shape_of, sized
+    from fewstep.generation.drawing import draw_batches, labels_of, settled
     from fewstep.generation.images import check_out, claim, missing, picture_name, save_pictures, says, write
     from fewstep.generation.placement import place
     from fewstep.generation.requests import prompt_flags
     from fewstep.latents.prompts import TEXT_CONDITIONS
-    from fewstep.runs.build import given_by
+    from fewstep.runs.datasets import given_by
 
     world = environment()
     device = choose_device(args.device, world)
@@ -184,7 +185,7 @@ def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.common.distributed import environment
     from fewstep.flows.fields import Guided, NetworkField, unguided
     from fewstep.flows.maps import FlowMap
-    from fewstep.generation.drawing import image_channels, shape_of, takes
+    from fewstep.flows.signature import image_channels, shape_of, takes
     from fewstep.generation.reflow import make_pairs
     from fewstep.generation.requests import read_lines
     from fewstep.latents.encoders import kept_null
@@ -241,9 +242,8 @@ def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
 
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model that is asked for (with --teacher, the teacher of the run), and its run if it is one."""
-    from fewstep.models.provenance import is_run
-    from fewstep.runs.build import find_model, make_teacher
-    from fewstep.runs.run import open_run
+    from fewstep.runs.opening import find_model, make_teacher, open_run
+    from fewstep.training.folder import is_run
 
     run = open_run(args.model) if is_run(Path(args.model).expanduser()) else None
     if args.teacher and (run is None or run.recipe.teacher is None):

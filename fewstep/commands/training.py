@@ -31,8 +31,9 @@ def run_fit(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     # And torch, once there is something to train.
     from fewstep.common.distributed import environment
     from fewstep.flows.maps import FlowMap
+    from fewstep.runs.build import build
     from fewstep.runs.judge import next_commands
-    from fewstep.runs.run import build, run
+    from fewstep.runs.run import run
 
     out = args.out or (Path(source) if Path(source).is_dir() else Path("runs") / recipe.name)
     if args.dry_run:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fewstep.data import densities
 from fewstep.data.batch import Batch
 from fewstep.data.decode import decode
-from fewstep.flows import exact
-from fewstep.flows.exact import CheckerboardField
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,18 +36,18 @@ class Toy:
 
 
 def checkerboard() -> Toy:
-    """Uniform on ``fewstep.flows.exact.checkerboard_boxes()``: the data of ``CheckerboardField``."""
-    return Toy(CheckerboardField().data)
+    """Uniform on the filled cells of a board: the data of ``CheckerboardField``."""
+    return Toy(densities.checkerboard().draw)
 
 
 def eight_gaussians() -> Toy:
     """Eight equal Gaussians on a circle: the data of ``fewstep.flows.exact.eight_gaussians()``."""
-    return Toy(exact.eight_gaussians().data)
+    return Toy(densities.eight_gaussians().draw)
 
 
 def spiral() -> Toy:
     """Gaussians along a spiral: the data of ``fewstep.flows.exact.spiral()``."""
-    return Toy(exact.spiral().data)
+    return Toy(densities.spiral().draw)
 
 
 def two_moons(noise: float = 0.05) -> Toy:

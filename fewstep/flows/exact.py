@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.special import erfcx
 
-from fewstep.common.randomness import generator, normal, uniform
+from fewstep.common.randomness import generator, normal
+from fewstep.data import densities
+from fewstep.data.densities import Boxes, Mixture
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.paths import Linear, Path, Tabulated, as_times
 from fewstep.flows.solvers import integrate
@@ -46,12 +48,6 @@ class ExactField(VelocityField):
 def _columns(path: Path, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(alpha, sigma, alpha_dot, sigma sigma_dot) at t (B,), each (B, 1)."""
     return path.alpha(t)[:, None], path.sigma(t)[:, None], path.alpha_dot(t)[:, None], path.noise_rate(t)[:, None]
-
-
-def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` indices of probabilities as the weights are, drawn where the generator lives."""
-    index = torch.multinomial(weights.to(generator.device), count, replacement=True, generator=generator)
-    return index.to(weights.device)
 
 
 class GaussianField(ExactField):
@@ -151,9 +147,7 @@ class MixtureField(ExactField):
         return velocity.to(x.dtype)
 
     def data(self, count: int, generator: torch.Generator) -> Tensor:
-        which = _draw(self.weights, count, generator)
-        noise = normal(self.means.new_empty(count, self.means.shape[1]), generator)
-        return self.means[which] + self.scales[which, None] * noise
+        return Mixture(self.means, self.scales, self.weights).draw(count, generator)
 
     def on(self, path: Path) -> "MixtureField":
         return MixtureField(self.means, self.scales, self.weights, path)
@@ -196,10 +190,7 @@ class BoxesField(ExactField):
 
     def data(self, count: int, generator: torch.Generator) -> Tensor:
         """float32, (count, D)."""
-        volume = (self.boxes[..., 1] - self.boxes[..., 0]).prod(1)
-        box = self.boxes[_draw(volume, count, generator)].float()
-        part = uniform(count * box.shape[1], generator).reshape(box.shape[:2]).to(box)
-        return box[..., 0] + part * (box[..., 1] - box[..., 0])
+        return Boxes(self.boxes).draw(count, generator)
 
     def on(self, path: Path) -> "BoxesField":
         return type(self)(self.boxes, path)
@@ -260,43 +251,26 @@ def _wide(l: Tensor, u: Tensor, z: Tensor, d: Tensor, middle: Tensor, width: Ten
     return log, middle + width * (z - noise) / d, noise
 
 
-def checkerboard_boxes() -> Tensor:
-    """The 8 filled cells of a 4 x 4 board, scaled to a standard deviation of 1 on each axis: (8, 2, 2), float64."""
-    cells = [(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0]
-    corners = torch.tensor(cells, dtype=torch.float64) - 2
-    return torch.stack([corners, corners + 1], dim=-1) * (math.sqrt(3) / 2)
-
-
 class CheckerboardField(BoxesField):
-    """The checkerboard of :func:`checkerboard_boxes`: sharp edges, many modes, an exact teacher."""
+    """The checkerboard of ``fewstep.data.densities``: sharp edges, many modes, an exact teacher."""
 
     def __init__(self, boxes: Tensor | None = None, path: Path | None = None) -> None:
-        super().__init__(checkerboard_boxes() if boxes is None else boxes, path)
+        super().__init__(densities.checkerboard().sides if boxes is None else boxes, path)
         self.source = "checkerboard" if boxes is None else None
 
 
 def eight_gaussians() -> MixtureField:
-    """Eight equal Gaussians on a circle, their scale an eighth of its radius r, with r^2 / 2 + (r / 8)^2 = 1: a
-    standard deviation of 1 on each axis."""
-    radius = 8 / math.sqrt(33)
-    angle = torch.arange(8) * (math.pi / 4)
-    means = radius * torch.stack([angle.cos(), angle.sin()], dim=1)
-    return _named("eight-gaussians", MixtureField(means, torch.full((8,), radius / 8), torch.ones(8)))
+    """The field of ``fewstep.data.densities.eight_gaussians``."""
+    return _named("eight-gaussians", densities.eight_gaussians())
 
 
 def spiral() -> MixtureField:
-    """Forty-eight equal Gaussians along a spiral of two turns, scaled to a standard deviation of 1 over both axes."""
-    radius = torch.linspace(0.2**2, 1, 48, dtype=torch.float64).sqrt()  # evenly spaced, as the turns are of one width
-    angle = 4 * math.pi * radius
-    means = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
-    means, scale = means - means.mean(0), 0.05
-    size = (means.square().sum(1).mean() / 2 + scale**2).sqrt()
-    return _named(
-        "spiral", MixtureField((means / size).float(), torch.full((48,), scale / float(size)), torch.ones(48))
-    )
+    """The field of ``fewstep.data.densities.spiral``."""
+    return _named("spiral", densities.spiral())
 
 
-def _named(name: str, field: MixtureField) -> MixtureField:
-    """The field under the name that a recipe gives it."""
+def _named(name: str, density: Mixture) -> MixtureField:
+    """The field of a density under the name that a recipe gives it."""
+    field = MixtureField(density.means, density.scales, density.weights)
     field.source = name
     return field

@@ -1,6 +1,5 @@
 """Samples of a trained model: what it takes, and what it draws, a batch at a time."""
 
-import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,104 +11,12 @@ from torch import Tensor
 
 from fewstep.common.randomness import sample_generators
 from fewstep.flows.exact import ExactField
-from fewstep.flows.fields import Guided, VelocityField, unguided
+from fewstep.flows.fields import Guided, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import check_options, count_calls, sample, sample_noise
+from fewstep.flows.signature import Model, check_image, classes_of, network_of, shape_of, takes
 from fewstep.generation.requests import Asked, Encoded, Wanted
 from fewstep.networks import MLP
-from fewstep.networks.unet import OfDiffusers
-from fewstep.pipelines.arguments import side_step
-
-Model = FlowMap | VelocityField
-
-
-def shape_of(model: Model) -> tuple[int, ...]:
-    """The shape of one of a model's samples; a network of one's own says it as ``shape``.
-
-    Raises:
-        ValueError: its network does not say.
-    """
-    inner = _inside(model)
-    if isinstance(inner, MLP):
-        return (inner.config["dim"],)
-    if hasattr(inner, "shape"):
-        return tuple(inner.shape)
-    raise ValueError(
-        f"{type(inner).__name__} does not say what its samples look like: data: {{name: teacher, shape: [1, 28, 28]}}"
-    )
-
-
-def sized(model: Model, shape: tuple[int, ...] | None, size: tuple[int, int]) -> tuple[int, ...]:
-    """The shape of a model's samples, of images of ``size`` (height, width) in pixels and not of its own.
-
-    Args:
-        shape: of its own samples; None for a model that does not say.
-
-    Raises:
-        ValueError: samples that are no pictures, or a size that the VAE or the network does not take.
-    """
-    said, inner = f"size {size[0]}x{size[1]}", _inside(model)
-    own = getattr(inner, "model", None)
-    kind, config = type(own).__name__, getattr(own, "config", {})
-    if shape is None:
-        is_free = isinstance(inner, OfDiffusers) and not inner.has_size
-        shape = (inner.channels, *size) if is_free else shape_of(model)
-    if len(shape) < 3:
-        raise ValueError(f"{said}: samples of shape {shape} are no pictures")
-    height, width = size
-    factor = 1 if model.latents is None else model.latents.factor
-    step = side_step(config)
-    if min(size) < 1 or height % (factor * step) or width % (factor * step):
-        raise ValueError(f"{said}: both sides must be multiples of {factor * step} pixels for this model")
-    if "DiT" in kind and height != width:
-        raise ValueError(f"{said}: a {kind} draws squares alone")
-    most = (config.get("pos_embed_max_size") or 0) * factor * step
-    if most and max(size) > most:
-        raise ValueError(f"{said}: this {kind} draws up to {most}x{most}")
-    return (*shape[:-2], height // factor, width // factor)
-
-
-def classes_of(model: Model) -> int:
-    """How many classes a model is conditioned on, 0 for none; a network of one's own says it as ``classes``."""
-    inner = _inside(model)
-    return inner.config["classes"] if isinstance(inner, MLP) else getattr(inner, "classes", 0)
-
-
-def image_channels(model: Model) -> int:
-    """How many channels of an image a U-Net takes beside the state, as the condition ``image``; 0 for none."""
-    inner = _inside(model)
-    return inner.image_channels if isinstance(inner, OfDiffusers) else 0
-
-
-def check_image(model: Model, cond: Mapping[str, Any]) -> None:
-    """That a model which takes an image beside the state is given one.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if (channels := image_channels(model)) and "image" not in cond:
-        raise ValueError(
-            f"the model takes an image of {channels} channels beside the state, the condition image, which is not "
-            "given: the samples of a run take it from the run's data, and Python any, "
-            f"fewstep.sample(model, noise, image=tensor of shape (B, {channels}, H, W))"
-        )
-
-
-def needed_conditions(model: Model) -> list[str]:
-    """The names of the conditions without which a model cannot be called; not all networks say so."""
-    times = 2 if isinstance(model, FlowMap) else 1
-    inner = _inside(model)
-    if isinstance(inner, OfDiffusers):
-        return [*inner.needed, *(["image"] if inner.image_channels else [])]
-    taken = list(inspect.signature(inner.forward).parameters.values())[1 + times :]
-    required = [p.name for p in taken if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return required
-
-
-def _inside(model: Model) -> Any:
-    """The network of a model, or the model itself where it has none."""
-    model = unguided(model)
-    return getattr(model, "network", model)
 
 
 def draw(
@@ -165,7 +72,7 @@ def settled(model: Model, asked: Asked, given: Mapping[str, Tensor] | None = Non
         ValueError: labels that the model does not have, a text model without prompts or another with them, a model of
             an image without one.
     """
-    classes, inner = classes_of(model), _inside(model)
+    classes, inner = classes_of(model), network_of(model)
     labels = asked.labels if len(asked.labels) else range(classes)
     if classes and not all(0 <= label < classes for label in labels):
         raise ValueError(f"labels {_few(labels)}: the model has the classes 0 to {classes - 1}")
@@ -282,14 +189,3 @@ def finished(model: Model, samples: Tensor) -> Tensor:
         mean, std = model.moments
         samples = samples * std + mean
     return samples if model.latents is None else model.latents.decode(samples)
-
-
-def takes(model: Model, name: str) -> bool:
-    """Whether a condition of this name may be given to a model."""
-    inner = _inside(model)
-    if name == "image" and isinstance(inner, OfDiffusers):
-        return inner.image_channels > 0
-    if name == "guidance" and not getattr(inner, "takes_guidance", True):
-        return False
-    taken = inspect.signature(inner.forward).parameters
-    return name in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())

@@ -25,7 +25,7 @@ from fewstep.data.decode import check_side, decode, unreadable
 from fewstep.data.encoded import FACTS, FORMAT, INDEX, TEXTS, Encoded, read_facts
 from fewstep.data.pairs import Pairs
 from fewstep.data.sources import listed
-from fewstep.generation.drawing import Model, classes_of, shape_of
+from fewstep.flows.signature import Model, classes_of, shape_of
 from fewstep.generation.texts import (
     DTYPES,
     cast,
@@ -40,14 +40,14 @@ from fewstep.generation.texts import (
     turns_of,
     write_texts,
 )
-from fewstep.latents.encoders import encoders_of, text_identity, vae_identity
+from fewstep.latents.encoders import text_identity, vae_identity
 
 Progress = Callable[[int, int], None]
 _KIND = "encoded data"
 
 
 def encode(
-    model: Model | str | Path,
+    model: Model,
     data: str | Path | Captioned,
     out: str | Path,
     *,
@@ -62,41 +62,10 @@ def encode(
     rest: bool = False,
     **options: Any,
 ) -> int:
-    """Encode pictures and their captions for a latent model, once, into the folder ``out``; returns how many shards are
-    still missing.
-
-    Shards that are there with the hash that they were written with stay, so a call that was stopped, repeated, goes on.
-    Under torchrun or SLURM the processes share out the shards, with no word between them: what is missing at the end
-    is still on its way in another process. Each distinct caption is encoded once; latents are the means of the VAE's
-    posterior.
-
-    Args:
-        model: what they are encoded for, a model with ``latents`` (and ``text``), or its name: of a diffusers folder
-            only VAE and text encoders are loaded.
-        data: a folder of pictures, ``hf:NAME``, webdataset shards: see ``fewstep.data.captions``.
-        out: the folder of ``encoded.json``, ``index.json`` and the shards; each file is whole or absent.
-        size: side of the pictures in pixels: the middle square is cut out and resized. By default that of the model.
-        dtype: how latents and embeddings are kept: float16, bfloat16 or float32.
-        batch: pictures and captions encoded at once.
-        shard: pictures in a file; by default about 256 MB.
-        on_error: what a picture that cannot be read does, or a row without caption: raise, or skip.
-        device: the default is the process's GPU if there is one, else the CPU.
-        command: what to type to go on, told where a shard is missing.
-        progress: called with the pictures and captions done and all those of this process.
-        rest: afterwards, make what the other processes have not made yet.
-        options: of the kind of data (``caption``, ``image``, ``split``, ...).
-
-    Raises:
-        FileNotFoundError: no such data. ValueError: arguments that cannot be, a folder of other data or of another
-            model, or of something else; a picture that cannot be read; numbers that the dtype cannot hold.
-
-    >>> encode("./stable-diffusion", "./photos", "encoded", size=512)
-    >>> fit(student, ITVM(teacher), load_data("encoded"), steps=20_000)
-    """
+    """As ``fewstep.encode``, for a model that is open."""
     for name, value in (("batch", batch), ("shard", shard)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be at least 1, got {value!r}")
-    model = encoders_of(model) if isinstance(model, str | Path) else model
     source = data if isinstance(data, Captioned) else listed(data, model.text is not None, **options)
     out = Path(out).expanduser()
     facts = settings(model, source, size, dtype, on_error)

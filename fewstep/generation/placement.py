@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import unknown
 from fewstep.flows.sampling import networks_of
-from fewstep.generation.drawing import Model
+from fewstep.flows.signature import Model
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -22,8 +22,9 @@ from fewstep.data.pairs import FACTS, FORMAT, read_facts, read_shard, shard_file
 from fewstep.flows.identity import identity
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample, sample_noise
+from fewstep.flows.signature import Model, classes_of, shape_of
 from fewstep.flows.solvers import SOLVERS
-from fewstep.generation.drawing import Model, check_finite, classes_of, shape_of
+from fewstep.generation.drawing import check_finite
 from fewstep.generation.texts import claim, turns_of, write_texts
 from fewstep.latents.encoders import text_identity
 

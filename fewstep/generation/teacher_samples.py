@@ -18,7 +18,8 @@ from fewstep.data.batch import Batch
 from fewstep.data.numpy_files import open_archive, read_member
 from fewstep.data.pairs import FACTS, Pairs, read_facts
 from fewstep.flows.fields import VelocityField
-from fewstep.generation.drawing import classes_of, draw, shape_of
+from fewstep.flows.signature import classes_of, shape_of
+from fewstep.generation.drawing import draw
 from fewstep.generation.images import write
 from fewstep.generation.reflow import facts_of, make_pairs
 from fewstep.generation.requests import read_lines

@@ -12,38 +12,15 @@ from torch import Tensor
 
 from fewstep.common.cache import cache_folder
 from fewstep.common.disk import replace_file
-from fewstep.common.model_files import ENCODER_WEIGHTS, class_of, read_json, weight_paths
+from fewstep.common.model_files import ENCODER_WEIGHTS, read_json, weight_paths
 from fewstep.common.reading import no_file
 from fewstep.data.encoded import read_shard
-from fewstep.generation.drawing import Model
 from fewstep.latents.prompts import Prompts, text_parts
 from fewstep.latents.vae import Latents
 
 _TEXT_FILES = ("*.json", "*.txt", "*.model")
 # Keys of a config.json that say where it is from and by what it was written, not what the model is.
 _NOT_THE_MODEL = ("transformers_version", "torch_dtype", "dtype", "architectures", "name_or_path")
-
-
-def encoders_of(source: str | Path, variant: str | None = None) -> Model:
-    """A model for its VAE, its text encoders, its classes and the size of its samples alone: of a diffusers folder, the
-    weights of the network are not read.
-
-    Args:
-        variant: of their weights, as for ``fewstep.load``.
-
-    Raises:
-        FileNotFoundError, ValueError: as ``fewstep.load``.
-    """
-    import diffusers
-
-    from fewstep.models.weightless import field_without_weights
-    from fewstep.runs.build import find_model
-
-    folder = Path(source).expanduser()
-    is_pipeline = hasattr(diffusers, class_of(read_json(folder / "model_index.json")))
-    if is_pipeline:
-        return field_without_weights(folder, variant)
-    return find_model(str(source), {"variant": variant} if variant else None)
 
 
 def vae_identity(latents: Latents) -> str:

@@ -8,7 +8,7 @@ from fewstep.common.model_files import class_of, read_json
 from fewstep.common.version import __version__
 from fewstep.evaluation.agreement import scheduler_of
 from fewstep.flows.fields import NetworkField
-from fewstep.generation.drawing import image_channels
+from fewstep.flows.signature import image_channels
 from fewstep.latents.vae import VAE_FOLDERS, Latents
 from fewstep.models.conversion import Conversion
 from fewstep.models.converted import FLOWS, ORIGINAL

@@ -1,4 +1,4 @@
-"""Models from disk: a diffusers folder, an export or a run of fewstep's, as a velocity field or a flow map."""
+"""Models from disk: a diffusers folder or an export of fewstep's, as a velocity field or a flow map."""
 
 import re
 from difflib import get_close_matches
@@ -25,53 +25,20 @@ from fewstep.models.diffusers_pipeline import field_of_pipeline, hub_files, lack
 from fewstep.models.writing import check_text, moments_in
 from fewstep.networks import FAMILIES
 from fewstep.networks.students import STUDENTS
+from fewstep.training.folder import is_run
 
 _PLAIN_WEIGHTS = "model.safetensors"
 
 
-def load(
-    source: Any, *, device: str = "cpu", trust: bool = False, variant: str | None = None
-) -> VelocityField | FlowMap:
-    """A model from a folder, in evaluation mode.
-
-    Args:
-        source: one of
-
-            * a diffusers folder with a model of ``fewstep.networks.FAMILIES`` and a scheduler (a pipeline, or a bare
-              model with ``scheduler_config.json`` beside it), as a velocity field on the linear path
-              (arXiv 2506.02221), with the ``latents`` of its VAE and the ``text`` of its encoders;
-            * an export of fewstep's, as what was exported, or what ``fewstep.convert`` wrote, as what was converted;
-            * a run folder, as what was trained;
-            * ``fewstep:NAME``, a model that comes with fewstep;
-            * ``owner/name``, a diffusers model on the Hugging Face hub;
-            * a pipeline of diffusers in memory, whose model and VAE are used as they are.
-        device: where it goes.
-        trust: whether code may run that the recipe of a run names, where this user's fewstep did not write that run:
-            see ``fewstep.common.trust``; and the code that an export of a network of one's own carries.
-        variant: which weights of a diffusers model are read, such as fp16; by default the plain ones, or the only ones
-            that there are.
-
-    Raises:
-        FileNotFoundError: no such folder or hub model; a folder without model, scheduler, its VAE or safetensors
-            weights.
-        ValueError: a model, scheduler or VAE that fewstep does not know, parts that do not belong together, or a file
-            that cannot be read; code of a run that is not known to be this user's.
-
-    >>> teacher = fewstep.load("./my-ddpm")
-    """
-    from fewstep.models.provenance import is_run
-
+def load_folder(source: Any, *, trust: bool = False, variant: str | None = None) -> VelocityField | FlowMap:
+    """A model from a folder that is no run, from the hub, or from a pipeline in memory, in evaluation mode: all that
+    :func:`fewstep.load` takes but runs. Arguments and errors are its own."""
     if not isinstance(source, str | Path):
-        return field_of_pipeline(source).to(device).eval()
+        return field_of_pipeline(source).eval()
     folder = _find(source, variant=variant)
-    is_folder = not (is_run(folder) or _map_index(folder) or _plain_config(folder) or is_converted(folder))
-    if variant is not None and not is_folder:
-        raise ValueError(f"variant {variant!r}: {source} has its weights once, and is no folder of diffusers' alone")
-    if is_run(folder):
-        from fewstep.runs.run import load_run
-
-        model = load_run(folder, trust=trust)
-    elif index := _map_index(folder):
+    if variant is not None and (_map_index(folder) or _plain_config(folder) or is_converted(folder)):
+        raise has_one_variant(source, variant)
+    if index := _map_index(folder):
         model = _load_map(folder, index)
     elif config := _plain_config(folder):
         with trusting(trust):
@@ -82,18 +49,21 @@ def load(
         model = load_field(folder, variant)
     model.moments = moments_in(folder) or model.moments
     model.source = str(folder.resolve()) if Path(source).expanduser().is_dir() else str(source)
-    return model.to(device).eval()
+    return model.eval()
+
+
+def has_one_variant(source: str | Path, variant: str) -> ValueError:
+    """What to raise where a variant of weights is asked for, and there are none."""
+    return ValueError(f"variant {variant!r}: {source} has its weights once, and is no folder of diffusers' alone")
 
 
 def find_configurations(source: str | Path) -> Path | None:
     """The folder of a diffusers model, of which the configurations alone are sure to be there: nothing else of a model
-    on the hub is fetched. None for what :func:`load` does not read as one (a run, an export, a converted model).
+    on the hub is fetched. None for what is none (a run, an export, a converted model).
 
     Raises:
         FileNotFoundError: no such folder or hub model.
     """
-    from fewstep.models.provenance import is_run
-
     folder = _find(source, weights=False)
     others = is_run(folder), _map_index(folder), _plain_config(folder), is_converted(folder)
     return None if any(others) else folder

@@ -7,7 +7,7 @@ from typing import Any
 from fewstep.common.model_files import class_of
 from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.paths import Reversed
-from fewstep.generation.drawing import image_channels
+from fewstep.flows.signature import image_channels
 from fewstep.latents.vae import VAE_FOLDERS
 from fewstep.models.writing import (
     copy_part,

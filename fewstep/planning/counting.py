@@ -26,8 +26,6 @@ from fewstep.objectives import Objective
 from fewstep.training.shares import default_chunk
 from fewstep.training.step import Step
 
-META = torch.device("meta")
-
 # By the names of the functions, as CUDA's autocast sorts them (torch.amp's table of operations).
 _IN_HALF = frozenset(
     {

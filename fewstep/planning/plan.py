@@ -20,12 +20,15 @@ from fewstep.common.gpus import GPUS
 from fewstep.data.batch import Batch
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.models.weightless import conditions, sample_of, teacher_without_weights
+from fewstep.models.weightless import META
 from fewstep.objectives.base import Objective
-from fewstep.planning.counting import META, Counted, count_call, count_step
-from fewstep.runs.build import make_objective, make_student, trains_map
+from fewstep.planning.counting import Counted, count_call, count_step
+from fewstep.planning.weightless import conditions, sample_of, teacher_without_weights
+from fewstep.runs.objective import make_objective, trains_map
+from fewstep.runs.opening import start_of
 from fewstep.runs.recipe import Recipe
 from fewstep.runs.recipes import load_recipe
+from fewstep.runs.students import make_student
 from fewstep.training.ema import Ema
 from fewstep.training.fit import PRECISIONS, use_checkpoints
 from fewstep.training.shares import default_chunk
@@ -197,7 +200,7 @@ class _Run:
 
 
 def _build(recipe: Recipe) -> _Run:
-    """As ``fewstep.runs.run.build`` and ``fewstep.fit`` make them, before the first step."""
+    """As ``fewstep.runs.build.build`` and ``fewstep.fit`` make them, before the first step."""
     training = recipe.training
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is new in a student is said where it is trained
@@ -205,7 +208,9 @@ def _build(recipe: Recipe) -> _Run:
         shape, given = sample_of(recipe, teacher)
         # What it starts from is loaded, which the meta device does not let it be.
         with META if recipe.student.start is None else nullcontext():
-            student: Any = make_student(recipe.student, shape, teacher, trains_map(recipe), recipe.seed)
+            student: Any = make_student(
+                recipe.student, shape, teacher, trains_map(recipe), recipe.seed, start_of(recipe.student)
+            )
     if training.gradient_checkpointing:
         use_checkpoints(student)
     objective = make_objective(recipe, teacher)

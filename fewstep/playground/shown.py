@@ -19,9 +19,11 @@ from torch import Tensor
 from fewstep.evaluation.plots import COLOURS, image_grid, png
 from fewstep.flows.fields import Guided, VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.generation.drawing import Model, classes_of, draw, shape_of, takes
-from fewstep.models.provenance import is_run
-from fewstep.runs.build import find_model, given_by, make_teacher
+from fewstep.flows.signature import Model, classes_of, shape_of, takes
+from fewstep.generation.drawing import draw
+from fewstep.runs.datasets import given_by
+from fewstep.runs.opening import find_model, make_teacher
+from fewstep.training.folder import is_run
 
 # What a page that is left alone draws of the plane, and what is looked at to choose its extent.
 POINTS, _LOOK = 4096, 1024
@@ -138,9 +140,9 @@ class Playground:
         """Of a run, or of whatever else ``fewstep sample`` takes.
 
         Raises:
-            FileNotFoundError, ValueError: as ``fewstep.runs.run.open_run``, ``fewstep.load`` and the class.
+            FileNotFoundError, ValueError: as ``fewstep.runs.opening.open_run``, ``fewstep.load`` and the class.
         """
-        from fewstep.runs.run import open_run
+        from fewstep.runs.opening import open_run
 
         run = open_run(source) if is_run(Path(source).expanduser()) else None
         model = find_model(source, {"variant": variant} if variant else None) if run is None else run.model

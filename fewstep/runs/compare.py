@@ -24,9 +24,10 @@ from fewstep.data.batch import Batch, Data
 from fewstep.evaluation.cost import Cost, Counts, Entry, compare_costs, step_cost
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.objectives import FlowMatching
+from fewstep.runs.build import Built, build
 from fewstep.runs.recipe import Recipe
 from fewstep.runs.recipes import load_recipe
-from fewstep.runs.run import Built, build, run
+from fewstep.runs.run import run
 from fewstep.runs.side_by_side import Comparison, MethodCost, Training
 from fewstep.training import checkpoints
 from fewstep.training.folder import MAY_DIFFER, check_ours, check_recipe, flat

@@ -20,8 +20,10 @@ from fewstep.evaluation.plots import image_grid, loss_figure, png, points_figure
 from fewstep.evaluation.report import write_report
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.generation.drawing import Model, draw
-from fewstep.runs.build import data_of, follows_teacher, strength_of
+from fewstep.flows.signature import Model
+from fewstep.generation.drawing import draw
+from fewstep.runs.datasets import data_of
+from fewstep.runs.objective import follows_teacher, strength_of
 from fewstep.runs.recipe import Named, Recipe
 from fewstep.training.trackers import read_metrics
 

@@ -15,7 +15,7 @@ from fewstep.evaluation.points import error_quantiles, rmse
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample, sample_noise
-from fewstep.runs.build import strength_of
+from fewstep.runs.objective import strength_of
 from fewstep.runs.recipe import Recipe
 from fewstep.training.run import Run
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.generation.drawing import classes_of, shape_of
-from fewstep.models.loading import load
+from fewstep.flows.signature import classes_of, shape_of
 from fewstep.networks import UNet
 from fewstep.networks.families import ConditionalUNet
 from fewstep.networks.unet import OfDiffusers, set_size
@@ -13,24 +12,19 @@ from fewstep.runs.recipe import Student
 
 
 def started(
-    section: Student, shape: tuple[int, ...], teacher: VelocityField | None, is_map: bool
+    model: FlowMap | VelocityField,
+    section: Student,
+    shape: tuple[int, ...],
+    teacher: VelocityField | None,
+    is_map: bool,
 ) -> FlowMap | NetworkField:
-    """The model of ``student.start``, as a student for samples of ``shape``.
+    """The ``model`` that ``student.start`` names, as a student for samples of ``shape``.
 
     Raises:
         ValueError: it is of another kind than what is trained, on another path than the teacher, for other samples, or
             told its second time, or no guidance, otherwise than the recipe says.
-        FileNotFoundError: there is none.
     """
-    start = str(section.start)
-    try:
-        model = load(start)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"student.start: {error}. The student goes on from it, and its run is opened with it: put it back, or say "
-            "where it is now, student.start in the recipe (of a run, its recipe.yaml)"
-        ) from None
-    said = f"student.start: {start} is"
+    said = f"student.start: {section.start} is"
     if not isinstance(model, FlowMap | NetworkField):
         raise ValueError(f"{said} a {type(model).__name__}, which has no network to train")
     if is_map and not isinstance(model, FlowMap):

@@ -285,3 +285,8 @@ def _is_resolved(file: Path) -> bool:
         ) == file.read_text()
     except (OSError, ValueError):
         return False
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return (folder / "recipe.yaml").is_file() and (folder / "checkpoints").is_dir()

@@ -12,16 +12,12 @@ from fewstep.evaluation.evaluate import Evaluation
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.models.model_card import Origin
+from fewstep.runs.cite import cite
 from fewstep.runs.recipe import Recipe
 
 # Where an export of a run keeps what it has of the run. Not beside the model: a folder with a recipe.yaml is a run.
 TRAINING = "training"
 _BASE = ("license", "license_name", "license_link", "base_model")
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run."""
-    return (folder / "recipe.yaml").is_file() and (folder / "checkpoints").is_dir()
 
 
 def origin_of(model: FlowMap | NetworkField, run: Path | None, export: Path) -> Origin:
@@ -74,8 +70,6 @@ def _picture(file: Path, run: Path) -> bytes | None:
 
 def citation(what: str) -> str | None:
     """BibTeX of a run or method, without remarks; None for one that names no papers, or cannot be read."""
-    from fewstep.runs.cite import cite
-
     try:
         found = cite(what)
     except (OSError, ValueError, ImportError):

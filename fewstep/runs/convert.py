@@ -16,14 +16,14 @@ from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear
 from fewstep.flows.sampling import sample_noise
-from fewstep.generation.drawing import image_channels
+from fewstep.flows.signature import image_channels
 from fewstep.models.conversion import Conversion, describe
 from fewstep.models.converted import FLOWS
 from fewstep.models.flow_pipeline import place, write_folder
-from fewstep.models.loading import load
 from fewstep.models.lora import has_lora, merge_lora
 from fewstep.models.writing import aside, check_target
 from fewstep.networks import FAMILIES
+from fewstep.runs.opening import load
 
 _SHOWN = 8  # pictures a row
 

@@ -25,11 +25,11 @@ from fewstep.common.randomness import generator
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.paths import Tabulated, VariancePreserving
-from fewstep.generation.drawing import classes_of, image_channels, shape_of
-from fewstep.models.loading import load
+from fewstep.flows.signature import classes_of, image_channels, shape_of
 from fewstep.models.lora import has_lora, merge_lora
-from fewstep.models.program_card import program_card, program_config
 from fewstep.models.writing import aside, check_target, write_json
+from fewstep.runs.opening import load
+from fewstep.runs.program_card import program_card, program_config
 
 FORMATS = {"torch": "map.pt2", "onnx": "map.onnx"}
 Run = Callable[[dict[str, Tensor]], Tensor]
@@ -79,7 +79,7 @@ def export_program(
         FileExistsError: there is an export already, and overwrite is not set.
         ImportError: onnx, onnxscript or onnxruntime are not installed.
 
-    >>> fewstep.models.runtimes.export_program(student, "fast-onnx").difference
+    >>> fewstep.runs.runtimes.export_program(student, "fast-onnx").difference
     2.4e-07
     """
     folder = Path(folder).expanduser().resolve()

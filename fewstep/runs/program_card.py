@@ -1,4 +1,4 @@
-"""What lies beside a program (``fewstep.models.runtimes``): what it takes, and the code that samples it."""
+"""What lies beside a program (``fewstep.runs.runtimes``): what it takes, and the code that samples it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear
-from fewstep.generation.drawing import classes_of
+from fewstep.flows.signature import classes_of
 from fewstep.models.writing import vae_config
 
 _START = {

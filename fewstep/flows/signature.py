@@ -1,0 +1,113 @@
+"""What a model takes and gives: the shape of a sample, its classes, the conditions that it needs."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from fewstep.flows.fields import VelocityField, unguided
+from fewstep.flows.maps import FlowMap
+from fewstep.networks import MLP
+from fewstep.networks.unet import OfDiffusers
+from fewstep.pipelines.arguments import side_step
+
+Model = FlowMap | VelocityField
+
+
+def shape_of(model: Model) -> tuple[int, ...]:
+    """The shape of one of a model's samples; a network of one's own says it as ``shape``.
+
+    Raises:
+        ValueError: its network does not say.
+    """
+    inner = network_of(model)
+    if isinstance(inner, MLP):
+        return (inner.config["dim"],)
+    if hasattr(inner, "shape"):
+        return tuple(inner.shape)
+    raise ValueError(
+        f"{type(inner).__name__} does not say what its samples look like: data: {{name: teacher, shape: [1, 28, 28]}}"
+    )
+
+
+def sized(model: Model, shape: tuple[int, ...] | None, size: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of a model's samples, of images of ``size`` (height, width) in pixels and not of its own.
+
+    Args:
+        shape: of its own samples; None for a model that does not say.
+
+    Raises:
+        ValueError: samples that are no pictures, or a size that the VAE or the network does not take.
+    """
+    said, inner = f"size {size[0]}x{size[1]}", network_of(model)
+    own = getattr(inner, "model", None)
+    kind, config = type(own).__name__, getattr(own, "config", {})
+    if shape is None:
+        is_free = isinstance(inner, OfDiffusers) and not inner.has_size
+        shape = (inner.channels, *size) if is_free else shape_of(model)
+    if len(shape) < 3:
+        raise ValueError(f"{said}: samples of shape {shape} are no pictures")
+    height, width = size
+    factor = 1 if model.latents is None else model.latents.factor
+    step = side_step(config)
+    if min(size) < 1 or height % (factor * step) or width % (factor * step):
+        raise ValueError(f"{said}: both sides must be multiples of {factor * step} pixels for this model")
+    if "DiT" in kind and height != width:
+        raise ValueError(f"{said}: a {kind} draws squares alone")
+    most = (config.get("pos_embed_max_size") or 0) * factor * step
+    if most and max(size) > most:
+        raise ValueError(f"{said}: this {kind} draws up to {most}x{most}")
+    return (*shape[:-2], height // factor, width // factor)
+
+
+def classes_of(model: Model) -> int:
+    """How many classes a model is conditioned on, 0 for none; a network of one's own says it as ``classes``."""
+    inner = network_of(model)
+    return inner.config["classes"] if isinstance(inner, MLP) else getattr(inner, "classes", 0)
+
+
+def image_channels(model: Model) -> int:
+    """How many channels of an image a U-Net takes beside the state, as the condition ``image``; 0 for none."""
+    inner = network_of(model)
+    return inner.image_channels if isinstance(inner, OfDiffusers) else 0
+
+
+def check_image(model: Model, cond: Mapping[str, Any]) -> None:
+    """That a model which takes an image beside the state is given one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if (channels := image_channels(model)) and "image" not in cond:
+        raise ValueError(
+            f"the model takes an image of {channels} channels beside the state, the condition image, which is not "
+            "given: the samples of a run take it from the run's data, and Python any, "
+            f"fewstep.sample(model, noise, image=tensor of shape (B, {channels}, H, W))"
+        )
+
+
+def needed_conditions(model: Model) -> list[str]:
+    """The names of the conditions without which a model cannot be called; not all networks say so."""
+    times = 2 if isinstance(model, FlowMap) else 1
+    inner = network_of(model)
+    if isinstance(inner, OfDiffusers):
+        return [*inner.needed, *(["image"] if inner.image_channels else [])]
+    taken = list(inspect.signature(inner.forward).parameters.values())[1 + times :]
+    required = [p.name for p in taken if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return required
+
+
+def network_of(model: Model) -> Any:
+    """The network of a model, or the model itself where it has none."""
+    model = unguided(model)
+    return getattr(model, "network", model)
+
+
+def takes(model: Model, name: str) -> bool:
+    """Whether a condition of this name may be given to a model."""
+    inner = network_of(model)
+    if name == "image" and isinstance(inner, OfDiffusers):
+        return inner.image_channels > 0
+    if name == "guidance" and not getattr(inner, "takes_guidance", True):
+        return False
+    taken = inspect.signature(inner.forward).parameters
+    return name in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())

@@ -1,0 +1,97 @@
+"""Encoding for a model that is named: of a diffusers folder, its VAE and text encoders alone are loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.common.model_files import class_of, read_json
+from fewstep.data.captions import Captioned
+from fewstep.flows.signature import Model
+from fewstep.generation import encoding
+from fewstep.generation.encoding import Progress
+from fewstep.models.weightless import field_without_weights
+from fewstep.runs.opening import find_model
+
+
+def encoders_of(source: str | Path, variant: str | None = None) -> Model:
+    """A model for its VAE, its text encoders, its classes and the size of its samples alone: of a diffusers folder, the
+    weights of the network are not read.
+
+    Args:
+        variant: of their weights, as for ``fewstep.load``.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``fewstep.load``.
+    """
+    import diffusers
+
+    folder = Path(source).expanduser()
+    is_pipeline = hasattr(diffusers, class_of(read_json(folder / "model_index.json")))
+    if is_pipeline:
+        return field_without_weights(folder, variant)
+    return find_model(str(source), {"variant": variant} if variant else None)
+
+
+def encode(
+    model: Model | str | Path,
+    data: str | Path | Captioned,
+    out: str | Path,
+    *,
+    size: int | None = None,
+    dtype: str = "float16",
+    batch: int = 16,
+    shard: int | None = None,
+    on_error: str = "raise",
+    device: torch.device | str | None = None,
+    command: str = "fewstep.encode with the same arguments",
+    progress: Progress | None = None,
+    rest: bool = False,
+    **options: Any,
+) -> int:
+    """Encode pictures and their captions for a latent model, once, into the folder ``out``; returns how many shards are
+    still missing.
+
+    Shards that are there with the hash that they were written with stay, so a call that was stopped, repeated, goes on.
+    Under torchrun or SLURM the processes share out the shards, with no word between them: what is missing at the end
+    is still on its way in another process. Each distinct caption is encoded once; latents are the means of the VAE's
+    posterior.
+
+    Args:
+        model: what they are encoded for, a model with ``latents`` (and ``text``), or its name: of a diffusers folder
+            only VAE and text encoders are loaded.
+        data: a folder of pictures, ``hf:NAME``, webdataset shards: see ``fewstep.data.captions``.
+        out: the folder of ``encoded.json``, ``index.json`` and the shards; each file is whole or absent.
+        size: side of the pictures in pixels: the middle square is cut out and resized. By default that of the model.
+        dtype: how latents and embeddings are kept: float16, bfloat16 or float32.
+        batch: pictures and captions encoded at once.
+        shard: pictures in a file; by default about 256 MB.
+        on_error: what a picture that cannot be read does, or a row without caption: raise, or skip.
+        device: the default is the process's GPU if there is one, else the CPU.
+        command: what to type to go on, told where a shard is missing.
+        progress: called with the pictures and captions done and all those of this process.
+        rest: afterwards, make what the other processes have not made yet.
+        options: of the kind of data (``caption``, ``image``, ``split``, ...).
+
+    Raises:
+        FileNotFoundError: no such data. ValueError: arguments that cannot be, a folder of other data or of another
+            model, or of something else; a picture that cannot be read; numbers that the dtype cannot hold.
+
+    >>> encode("./stable-diffusion", "./photos", "encoded", size=512)
+    >>> fit(student, ITVM(teacher), load_data("encoded"), steps=20_000)
+    """
+    return encoding.encode(
+        encoders_of(model) if isinstance(model, str | Path) else model,
+        data,
+        out,
+        size=size,
+        dtype=dtype,
+        batch=batch,
+        shard=shard,
+        on_error=on_error,
+        device=device,
+        command=command,
+        progress=progress,
+        rest=rest,
+        **options,
+    )

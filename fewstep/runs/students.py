@@ -1,0 +1,181 @@
+"""What is trained: the student of a recipe, its network and its first weights."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.common.errors import refused
+from fewstep.common.model_files import check_numbers
+from fewstep.common.options import arguments, find_object
+from fewstep.common.trust import is_code
+from fewstep.flows.description import maker_of, set_maker
+from fewstep.flows.fields import NetworkField, VelocityField, unguided
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear, Reversed, Trigonometric, VariancePreserving
+from fewstep.flows.paths import Path as Trajectory
+from fewstep.models.lora import add_lora
+from fewstep.networks import MLP, UNet, gains_second_time
+from fewstep.networks.families import ConditionalUNet
+from fewstep.networks.unet import set_size, with_image
+from fewstep.runs.recipe import PATHS, Student
+from fewstep.runs.warm_start import started
+
+_PATHS: dict[str, Callable[[], Trajectory]] = dict(zip(PATHS, (Linear, Trigonometric, VariancePreserving), strict=True))
+
+
+def make_student(
+    section: Student,
+    shape: tuple[int, ...],
+    teacher: VelocityField | None,
+    is_map: bool,
+    seed: int,
+    start: FlowMap | VelocityField | None = None,
+) -> FlowMap | VelocityField:
+    """What is trained, for samples of ``shape``: its first weights come from the seed, or are the teacher's.
+
+    Args:
+        start: the model that ``student.start`` names, where it names one (``fewstep.runs.opening.start_of``).
+
+    Raises:
+        ValueError: a network that does not fit the shape, options that are not known, weights that do not fit.
+    """
+    if start is not None:
+        model: FlowMap | VelocityField = started(start, section, shape, teacher, is_map)
+    else:
+        model = _bare_student(section, shape, teacher, is_map, seed)
+    if (inner := unguided(teacher)) is not None and model.latents is None:
+        model.latents, model.text, model.class_names = inner.latents, inner.text, inner.class_names
+        model.moments = inner.moments or model.moments
+    if section.lora is not None:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            add_lora(model, **section.lora.model_dump())  # pyright: ignore[reportArgumentType]
+        first = getattr(getattr(model.network, "model", None), "conv_in", None)
+        if section.image is not None and not hasattr(first, "lora_A"):
+            raise ValueError(
+                "student.image adds channels to the layer conv_in, and the adapter leaves that as it is, so that the "
+                "image would never be seen: name conv_in among student.lora.targets"
+            )
+    return model
+
+
+def _bare_student(
+    section: Student, shape: tuple[int, ...], teacher: VelocityField | None, is_map: bool, seed: int
+) -> FlowMap | VelocityField:
+    inner = unguided(teacher)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        if section.network == "auto":
+            if not isinstance(inner, NetworkField):
+                raise ValueError(
+                    f"student.network: auto takes the teacher's network, and {type(inner).__name__} has none: "
+                    "say mlp, unet, or FILE.py:FUNCTION"
+                )
+            field = _started(inner, section, shape)
+            if not is_map:
+                return field.requires_grad_(True)
+            return FlowMap.from_field(
+                field,
+                guidance=bool(section.guidance),
+                second_time=section.second_time or "t",
+                share=section.lora is not None,
+            )
+        is_random = not isinstance(inner, NetworkField) or section.weights == "random"
+        if section.lora is not None and is_random and not is_code(section.network):
+            raise ValueError(
+                "student.lora trains an adapter of weights that stay as they are, and the student starts from random "
+                "ones: start it from a teacher with a network, or leave lora out"
+            )
+        network = make_network(section, shape)
+        if isinstance(network, FlowMap | VelocityField):
+            return network
+        start = inner if isinstance(inner, NetworkField) and section.weights != "random" else None
+        if section.weights == "teacher" and start is None:
+            raise ValueError("student.weights: teacher, but the teacher has no network to take them from")
+        return _wrap(network, section, start, teacher, is_map)
+
+
+def _started(field: NetworkField, section: Student, shape: tuple[int, ...]) -> NetworkField:
+    """The teacher's field as a student starts: a copy, with what the recipe changes about its network."""
+    # With an adapter the weights stay as they are, and the teacher and the student can have one copy of them.
+    shared = {id(weight): weight for weight in field.parameters()} if section.lora is not None else {}
+    field = deepcopy(field, shared)
+    if section.image is not None:
+        field.network = with_image(field.network, section.image)
+    if isinstance(field.network, UNet | ConditionalUNet):
+        set_size(field.network.model, shape)
+    if section.conversion == "none":
+        return NetworkField(field.network, Reversed(1000.0), "flow", path=Linear())
+    return field
+
+
+def make_network(section: Student, shape: tuple[int, ...]) -> Any:
+    """The bare network of a recipe: with one time where fewstep can add the second, else as its function gives it."""
+    options = section.options
+    if section.network == "mlp":
+        if len(shape) != 1:
+            raise ValueError(f"student.network: mlp takes points (D,), the data has shape {shape}: say unet for images")
+        return MLP(shape[0], **arguments("student.options", MLP, options, given=("dim", "times")))
+    if section.network == "unet":
+        from diffusers import UNet2DModel
+
+        if len(shape) != 3:
+            raise ValueError(
+                f"student.network: unet takes images (C, H, W), the data has shape {shape}: say mlp for points"
+            )
+        size = {"sample_size": shape[1] if shape[1] == shape[2] else shape[1:]}
+        fitting = {**size, "in_channels": shape[0], "out_channels": shape[0], **options}
+        fitting = arguments("student.options", UNet2DModel, fitting)
+        check_numbers(fitting, "student.options")
+        with refused("student.options: diffusers cannot make a UNet2DModel of these"):
+            return UNet(UNet2DModel(**fitting))
+    function = find_object(section.network, nn.Module)
+    network = function(**arguments("student.options", function, options))
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"student.network: {section.network!r} gave a {type(network).__name__}, not a network")
+    if not isinstance(network, FlowMap | VelocityField):
+        set_maker(network, section.network, options)
+    return network
+
+
+def _wrap(
+    network: nn.Module, section: Student, start: NetworkField | None, teacher: VelocityField | None, is_map: bool
+) -> FlowMap | VelocityField:
+    """The network as a map or a field, with the weights of ``start`` where there is one."""
+    path = teacher.path if teacher is not None else _PATHS[section.path or "linear"]()
+    native, prediction = path, section.prediction or "velocity"
+    if isinstance(network, UNet):
+        # Timesteps and output as diffusers' flow-match models have them, so that an export is one of those.
+        native, prediction = Reversed(1000.0), section.prediction or "flow"
+    if start is not None:
+        native, prediction = start.native, start.prediction
+    field = NetworkField(network, native, prediction, path=path)
+    try:
+        if is_map and not gains_second_time(network):
+            # A network of one's own comes with its second time.
+            return (
+                FlowMap(network, native, prediction, path=path) if start is None else FlowMap.from_field(start, network)
+            )
+        if start is not None:
+            new, extra = network.load_state_dict(start.network.state_dict(), strict=False)
+            if extra or not all(name.startswith("strength.") for name in new):  # the strength of guidance may be new
+                raise ValueError(f"unlike: {', '.join([*new, *extra])}")
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the teacher's weights do not fit the student's {type(network).__name__} "
+            f"({' '.join(str(error).split())[:200]}): say student.weights: random, or student.network: auto"
+        ) from None
+    if not is_map:
+        return field
+    student = FlowMap.from_field(field, guidance=bool(section.guidance), second_time=section.second_time or "t")
+    if maker := maker_of(network):
+        set_maker(student.network, maker["name"], maker["options"], told_guidance=bool(section.guidance))
+    return student
+
+
+def path_of(section: Student) -> Trajectory | None:
+    """The path that a recipe asks for."""
+    return _PATHS[section.path]() if section.path else None

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-# What is no figure: code, where links lead, pictures, numbers of papers, commits.
+# What is no figure: code, formulas, where links lead, pictures, numbers of papers, commits.
 _ASIDE = re.compile(
-    r"`[^`]*`|!\[[^\]]*\]\([^)]*\)|\]\([^)]*\)|https?://\S+|<!--.*?-->|\b\d{4}\.\d{5}\b|\b(?=\w*\d)(?=\w*[a-f])[0-9a-f]{7,40}\b",
+    r"`[^`]*`|\$\$.*?\$\$|\$[^$\n]+\$|!\[[^\]]*\]\([^)]*\)|\]\([^)]*\)|https?://\S+|<!--.*?-->|\b\d{4}\.\d{5}\b|\b(?=\w*\d)(?=\w*[a-f])[0-9a-f]{7,40}\b",
     re.DOTALL,
 )
 _FENCE = re.compile(r"`{3,}|~{3,}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fewstep
 from fewstep.commands import DEFAULTS
-from fewstep.recipe import Recipe
+from fewstep.runs.recipe import Recipe
 
 PAGE = (Path(__file__).parent.parent / "docs" / "guides" / "glossary.md").read_text()
 ROWS = [re.split(r"(?<!\\)\|", row) for row in PAGE.splitlines() if row.startswith("| **")]

@@ -11,7 +11,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 READY = .venv/.ready-$(subst /,-,$(TORCH))
 
-.PHONY: demo test lint leaderboard docs docs-serve clean
+.PHONY: demo test lint leaderboard figures docs docs-serve clean
 
 demo: $(READY)
 	.venv/bin/fewstep distill checkerboard-itvm --out runs/checkerboard
@@ -29,6 +29,10 @@ lint: $(READY)
 # benchmarks/LEADERBOARD.md, from benchmarks/results
 leaderboard: $(READY)
 	.venv/bin/python benchmarks/leaderboard.py
+
+# Every figure of README and docs against benchmarks/results
+figures: $(READY)
+	.venv/bin/python benchmarks/figures.py
 
 # The site, into docs/_build/html: offline, every warning an error
 docs: $(READY)-docs

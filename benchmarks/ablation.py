@@ -4,8 +4,8 @@
     python benchmarks/ablation.py mnist-vit --cpu-seconds 200          # wants $FEWSTEP_DATA, see examples/mnist_vit.py
 
 One thread; for the same number of steps, or the same CPU time (wall time would favour whom the machine favours).
-Prints a Markdown table: for points, the RMSE to the teacher's exact end points at 1, 2, 4, 8 steps; for images, the
-Frechet distance in a small classifier's features. ``--only NAME`` runs some of the variants.
+Writes a results file (--out): for points, the RMSE to the teacher's exact end points at 1, 2, 4, 8 steps; for images,
+the Frechet distance in a small classifier's features. ``--only NAME`` runs some of the variants.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import here, write
 
 from fewstep.common.randomness import generator, sample_generators
 from fewstep.data import Data, Toy
@@ -120,14 +121,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="the same number of steps for each instead")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--out", type=Path, default=Path("ablation.json"))
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
     exact = {"checkerboard": CheckerboardField, "eight-gaussians": eight_gaussians}
     setting = mnist_vit() if arguments.data == "mnist-vit" else points(exact[arguments.data]())
     build, data, score, options = setting
-    print(f"| {arguments.data} | steps | ms | " + " | ".join(f"{n}" for n in STEPS) + " |")
-    print("|---" * (3 + len(STEPS)) + "|")
+    rows: list[list[Any]] = []
     for variant in arguments.only:
         runs = [
             train(build, data, variant, seed, arguments.steps, arguments.cpu_seconds, options)
@@ -135,11 +136,18 @@ def main() -> None:
         ]
         scores = zip(*[score(model) for model, _, _ in runs], strict=True)
         cells = [
-            f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+            {"mean": statistics.mean(values), "std": statistics.stdev(values)} if len(values) > 1 else values[0]
             for values in scores
         ]
-        row = [variant, str(runs[0][1]), f"{1000 * runs[0][2]:.1f}", *cells]
-        print("| " + " | ".join(row) + " |", flush=True)
+        rows.append([variant, runs[0][1], 1000 * runs[0][2], *cells])
+        print(*rows[-1], flush=True)
+    names = [str(n) for n in STEPS]
+    spread = "{mean:.3f} ± {std:.3f}" if len(arguments.seeds) > 1 else "{:.3f}"
+    write(
+        arguments.out, title=f"The ablation of ITVM: {arguments.data}", columns=["variant", "steps", "ms", *names],
+        rows=rows, formats={"ms": "{:.1f}", **dict.fromkeys(names, spread)},
+        **here(arguments.seeds, ["By network calls; `ms` is CPU time of a step."]),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
     python benchmarks/diff2flow.py FOLDER distill     --prediction v_prediction
     python benchmarks/diff2flow_pictures.py FOLDER docs/images
 
-Every stage keeps what it made in FOLDER. MNIST is looked for in $FEWSTEP_DATA/mnist.
+Every stage keeps what it made in FOLDER, its numbers as results files. MNIST is looked for in $FEWSTEP_DATA/mnist.
 
 The teachers: class-conditional DDPMs (1,000 steps, linear betas) of MNIST at 16 x 16, one that predicts the noise and
 one that predicts v. ``adapt`` brings them to Fashion-MNIST (clothes) or to the 1,797 digits of UCI (handwriting), by
@@ -17,7 +17,6 @@ Frechet distance of 1,000 samples in the features of a small classifier of the t
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from record import here, write
 from torch import nn
 
 from fewstep import (
@@ -119,11 +119,12 @@ def adapt(folder: Path, prediction: str, target: str, way: str, lora: bool, seed
     data = Dropped(data, 0.1, {"class_labels": NULL})
     result = fit(field, objective, data, steps=marks[-1], batch=64, lr=lr, warmup=20, ema=0.99, seed=seed,
                  callbacks=[measure], quiet=True)  # fmt: skip
-    facts = {
-        "prediction": prediction, "target": target, "way": way, "lora": lora, "lr": lr, "seed": seed,
-        "trained": trained, "rows": rows,
-    }  # fmt: skip
-    (folder / f"adapt-{name}.json").write_text(json.dumps(facts))
+    write(
+        folder / f"adapt-{name}.json", title=f"Fine-tuned to {target}",
+        columns=["target", "predicts", "trained", "by", "step", "FD"],
+        rows=[[target, prediction, "LoRA" if lora else "full", way, row["step"], row["10"]] for row in rows],
+        **here([seed], [f"10 Euler steps, 1,000 samples; learning rate {lr}, {trained:,} weights trained."]),
+    )  # fmt: skip
     torch.save(samples_of(result.ema), folder / f"adapt-{name}.pt")
 
 
@@ -147,8 +148,7 @@ def straighten(folder: Path, prediction: str) -> None:
                    every(2000, lambda run: export(run.ema, folder / f"straight-{prediction}", overwrite=True))],
         )  # fmt: skip
     found["straight"] = quality(load(folder / f"straight-{prediction}"), digits, judge, steps)
-    (folder / f"straight-{prediction}.json").write_text(json.dumps(found))
-    print(found)
+    record(folder / f"straight-{prediction}.json", "A diffusion model straightened", found)
 
 
 def distill(folder: Path, prediction: str) -> None:
@@ -162,8 +162,7 @@ def distill(folder: Path, prediction: str) -> None:
     )  # fmt: skip
     export(result.ema, folder / f"fast-{prediction}", overwrite=True, method="ITVM")  # pyright: ignore
     found = quality(load(folder / f"fast-{prediction}"), digits, judge, (1, 2, 4, 8))
-    (folder / f"fast-{prediction}.json").write_text(json.dumps(found))
-    print(found)
+    record(folder / f"fast-{prediction}.json", "A diffusion model distilled by ITVM", {"distilled": found})
 
 
 def grids(folder: Path, prediction: str) -> None:
@@ -171,10 +170,21 @@ def grids(folder: Path, prediction: str) -> None:
     judge, teacher = trained_classifier(pictures("mnist")), load(folder / f"teacher-{prediction}")
     digits = pictures("mnist", "test").rows(torch.arange(2000), torch.Generator()).data
     real = FeatureStatistics.of(extract(judge, digits))
+    rows: dict[str, dict[str, float]] = {}
     for grid in ("uniform", "native"):
         drawn = {n: draw(teacher, 1000, n, labels=range(NULL), grid=grid)[0] for n in (2, 4, 8)}
         found = {n: frechet_distance(real, FeatureStatistics.of(extract(judge, x))) for n, x in drawn.items()}
-        print(prediction, grid, {n: round(fd, 2) for n, fd in found.items()}, flush=True)
+        rows[grid] = {str(n): fd for n, fd in found.items()}
+        print(prediction, grid, rows[grid], flush=True)
+    record(folder / f"grids-{prediction}.json", f"Where the teacher takes its steps: {prediction}", rows)
+
+
+def record(path: Path, title: str, found: dict[str, dict[str, float]]) -> None:
+    """Frechet distances by model and number of network calls, as a results file."""
+    calls = list(dict.fromkeys(name for row in found.values() for name in row))
+    rows = [[model, *map(row.get, calls)] for model, row in found.items()]
+    notes = ["Frechet distances of 1,000 samples in the features of a small classifier, by network calls."]
+    write(path, title=title, columns=["model", *calls], rows=rows, **here([0], notes))
 
 
 def main() -> None:

@@ -1,17 +1,17 @@
-"""The tables and pictures of docs/guides/diff2flow.md, from what benchmarks/diff2flow.py left in its folder.
+"""The pictures of docs/guides/diff2flow.md, and a results file for each target, from what diff2flow.py left in FOLDER.
 
 python benchmarks/diff2flow_pictures.py FOLDER docs/images
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from record import here, write
+from record import read as results
 
 from fewstep import load
-from fewstep.common.console import markdown
 from fewstep.evaluation.plots import COLOURS
 from fewstep.generation.drawing import draw
 
@@ -23,21 +23,31 @@ def read(folder: Path) -> dict[tuple[str, str, bool], dict[str, dict[int, float]
     """FD by (target, prediction, LoRA), way and step."""
     found: dict[tuple[str, str, bool], dict[str, dict[int, float]]] = {}
     for file in sorted(folder.glob("adapt-*-seed0.json")):
-        facts = json.loads(file.read_text())
-        key = (facts["target"], facts["prediction"], facts["lora"])
-        found.setdefault(key, {})[facts["way"]] = {row["step"]: row["10"] for row in facts["rows"]}
+        for target, prediction, trained, way, step, fd in results(file).rows:
+            ways: Any = found.setdefault((str(target), str(prediction), trained == "LoRA"), {})
+            ways.setdefault(way, {})[step] = float(fd)  # pyright: ignore[reportArgumentType]
     return found
 
 
-def table(found: dict[tuple[str, str, bool], dict[str, dict[int, float]]], target: str) -> str:
+def record(folder: Path, found: dict[tuple[str, str, bool], dict[str, dict[int, float]]], target: str) -> None:
+    """A results file of one target; its commit and command are those of the trainings."""
+    parts = [results(file) for file in sorted(folder.glob(f"adapt-*-{target}-*-seed0.json"))]
+    commits = dict.fromkeys(part.commit for part in parts if part.commit)
     steps = sorted({step for key, ways in found.items() if key[0] == target for row in ways.values() for step in row})
     rows = [
-        [PREDICTIONS[prediction], "LoRA" if lora else "full", NAMES[way], *(f"{row[step]:.1f}" for step in steps)]
+        [PREDICTIONS[prediction], "LoRA" if lora else "full", NAMES[way], *map(row.get, steps)]
         for (aim, prediction, lora), ways in found.items()
         if aim == target
         for way, row in ways.items()
     ]
-    return markdown(["predicts", "trained", "by", *map(str, steps)], rows)
+    names = [str(step) for step in steps]
+    facts = here([0], ["Frechet distances of 1,000 samples of 10 Euler steps, by steps of fine-tuning."])
+    facts["commands"] = [*dict.fromkeys(command for part in parts for command in part.commands), *facts["commands"]]
+    facts["commit"] = ", ".join(commits) or facts["commit"]
+    write(
+        folder / f"diff2flow-{target}.json", title=f"A diffusion model of digits fine-tuned: {target}", rows=rows,
+        columns=["predicts", "trained", "by", *names], formats=dict.fromkeys(names, "{:.1f}"), **facts,
+    )  # fmt: skip
 
 
 def curves(found: dict[tuple[str, str, bool], dict[str, dict[int, float]]], out: Path) -> None:
@@ -94,7 +104,7 @@ def main(folder: Path, out: Path) -> None:
     matplotlib.use("Agg")
     found = read(folder)
     for target in sorted({key[0] for key in found}):
-        print(f"{target}\n{table(found, target)}\n")
+        record(folder, found, target)
     curves(found, out / "diff2flow-finetune.png")
     for prediction in PREDICTIONS:
         if (folder / f"fast-{prediction}").is_dir() and (folder / f"straight-{prediction}").is_dir():

@@ -58,7 +58,9 @@ def section(name: str, folder: Path = FOLDER) -> str:
     results, mark = read(folder / name), f"<!-- figures: {name} -->"
     commands = "\n".join(results.commands) or f"(the command was {NOT_RECORDED})"
     notes = [f"{mark}\n{' '.join(results.sentences)}"] if results.sentences else []
-    return "\n\n".join([f"```text\n{commands}\n```", *notes, f"{mark}\n\n{table(results)}", facts(results, name)])
+    return "\n\n".join(
+        [f"```text\n{commands}\n```", *notes, f"{mark}\n\n{table(results)}", f"{mark}\n{facts(results, name)}"]
+    )
 
 
 def page(text: str, folder: Path = FOLDER) -> str:

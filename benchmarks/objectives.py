@@ -3,21 +3,24 @@
     python benchmarks/objectives.py                                      # all families: some minutes each on one core
     python benchmarks/objectives.py --family MLP --only ITVM MeanFlow:diagonal=0.75 --rounds 21
 
-A step is the loss and its backward pass. Prints a Markdown table a family: the measured time; the time that the counted
-calls of networks should take, by what one call of each kind costs in the same rounds; the most memory held beside the
-weights and their gradients; and the calls, in batches: F forward alone, F+B forward and backward, F+B(x) backward to
-the inputs alone, J forward mode, J+B forward mode and backward through it. (!) marks a time more than 10 % above that
-of its calls. One thread, CPU time, medians of ratios within rounds, so that a busy machine hits all alike.
+A step is the loss and its backward pass. Writes a results file (--out), for each family: the measured time; the time
+that the counted calls of networks should take, by what one call of each kind costs in the same rounds; the most memory
+held beside the weights and their gradients; and the calls, in batches: F forward alone, F+B forward and backward,
+F+B(x) backward to the inputs alone, J forward mode, J+B forward mode and backward through it. (!) marks a time more
+than 10 % above that of its calls. One thread, CPU time, medians of ratios within rounds, so that a busy machine hits
+all alike.
 """
 
 import argparse
 import gc
 import inspect
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from families import FAMILIES, Family
+from record import here, write
 
 from fewstep.evaluation.cost import (
     UNITS,
@@ -70,19 +73,20 @@ def calls(counts: Counts) -> str:
     return ", ".join(f"{rows:.3g} {_KINDS[kind]}" for kind, rows in counts.rows.items())
 
 
-def table(costs: dict[str, Cost]) -> list[str]:
-    """The Markdown table of a family."""
+def table(name: str, costs: dict[str, Cost]) -> tuple[list[list[Any]], str]:
+    """The rows of a family, and what one call of each kind takes."""
     base, units = costs["trained"], unit_costs(costs)
-    lines = ["| objective | time / FM | of its calls | off | memory / FM | calls | JVPs |", "|---" * 7 + "|"]
+    rows: list[list[Any]] = []
     for label, cost in costs.items():
         if label in UNITS:
             continue
         time, expected = cost.over(base), expected_cost(cost.counts, units)
+        memory = cost.peak_bytes / base.peak_bytes
+        rows.append([name, label, time, expected, memory, calls(cost.counts), cost.counts.jvps])
         off = f"{100 * (time / expected - 1):+.0f} %{' (!)' if time > TOLERANCE * expected else ''}"
-        cells = [f"{time:.2f}", f"{expected:.2f}", off, f"{cost.peak_bytes / base.peak_bytes:.2f}"]
-        lines.append(f"| {label} | {' | '.join(cells)} | {calls(cost.counts)} | {cost.counts.jvps} |")
+        print(f"{name}: {label}: {time:.2f} ({expected:.2f}, {off}), memory {memory:.2f}", flush=True)
     kinds = ", ".join(f"{_KINDS[kind]} {cost:.2f}" for kind, cost in units.items())
-    return [*lines, "", f"One call of each kind, in steps of FM: {kinds}. FM: {1000 * base.seconds:.0f} ms."]
+    return rows, f"{name}: one call of each kind, in steps of FM: {kinds}. FM: {1000 * base.seconds:.0f} ms."
 
 
 def main() -> None:
@@ -92,18 +96,28 @@ def main() -> None:
         "--only", nargs="+", metavar="METHOD", default=list(OBJECTIVES), help="NAME:key=value for options"
     )
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--out", type=Path, default=Path("objectives.json"))
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
 
     methods = [parse_method(text) for text in arguments.only]
+    rows: list[list[Any]] = []
+    notes = [
+        f"As multiples of a step of flow matching (FM), medians of {arguments.rounds} rounds. Calls are in batches."
+    ]
     for name in arguments.family:
         costs, failed = measured(FAMILIES[name], methods, arguments.rounds)
-        print(f"\n## {name}\n", *table(costs), sep="\n")
-        for label, why in failed.items():
-            print(f"\n{label} cannot run: {why}")
-        print(flush=True)
+        found, units = table(name, costs)
+        rows += found
+        notes += [units, *(f"{name}: {label} cannot run: {why}" for label, why in failed.items())]
+        print(*notes[1:], sep="\n", flush=True)
         gc.collect()
+    columns = ["family", "objective", "time", "time of its calls", "memory", "calls", "JVPs"]
+    write(
+        arguments.out, title="What a step costs", columns=columns, rows=rows, group="family",
+        formats=dict.fromkeys(columns[2:5], "{:.2f}"), **here(seeds=[0], notes=notes),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the published models need to be distilled: plans of the shipped recipes on folders of configurations alone.
 
-    python benchmarks/plan_published.py                    # all four, as Markdown
+    python benchmarks/plan_published.py                    # all four, as Markdown; and plans.json (or --out FILE)
     python benchmarks/plan_published.py --only sd15-itvm --training.gradient_checkpointing false
 
 The last table has a row a model: what lies in memory throughout, rows at once on GPUs of 24, 48 and 80 GB (with more
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 
 from fewstep.commands.planning import (
@@ -125,6 +126,7 @@ def write(name: str, folder: Path) -> Path:
 def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     flags = {flag.removeprefix("--"): value for flag, value in zip(argv[::2], argv[1::2], strict=True)}
+    out = Path(flags.pop("out", "plans.json"))
     names = [flags.pop("only")] if "only" in flags else list(MODELS)
     summary: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -148,6 +150,14 @@ def main(argv: list[str]) -> None:
             print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     columns = ["recipe", "teacher", "train", "throughout", "24 GB", "48 GB", "80 GB", "a row", "an update, H100"]
     print(markdown(columns, summary))
+    note = "Computed, not measured: times are operations over 40 % of the peak of the GPU. No seed is used."
+    record.write(
+        out,
+        title="What the published models need to be distilled",
+        columns=columns,
+        rows=[[None if c == "-" else c for c in r] for r in summary],
+        **record.here(notes=[note]),
+    )
 
 
 def _extra(keys: str) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -110,7 +111,7 @@ def here(seeds: Sequence[int] | None = None, notes: Iterable[str] = ()) -> dict[
     with contextlib.suppress(ValueError):
         script = script.relative_to(Path(__file__).resolve().parent.parent)
     return {
-        "commands": [" ".join(["python", str(script), *sys.argv[1:]])],
+        "commands": [shlex.join(["python", str(script), *sys.argv[1:]])],
         "commit": commit,
         "seeds": None if seeds is None else list(seeds),
         "machine": machine(),
@@ -128,7 +129,7 @@ def machine() -> str:
     load = ", load " + " / ".join(f"{value:.1f}" for value in os.getloadavg()) if hasattr(os, "getloadavg") else ""
     return (
         f"{platform.machine()}, {cores} cores, {gpu}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads{load}"
+        f"threads: {torch.get_num_threads()}{load}"
     )
 
 

@@ -5,9 +5,9 @@
 
 Bare calls are N times ``network(x, s, t, **cond)`` without grad. ``fewstep.sample`` adds the algebra of the map;
 ``draw`` also draws each sample's noise from a generator of its own, counts the calls and collects the samples, as a
-batch of `fewstep sample` does. Prints a Markdown table of medians of the ratios within rounds, in each of which all run
-in another order, so that a busy machine hits all alike. "own" is what each takes with a network that does nothing, over
-the bare calls in the same rounds: 1 + own is the ratio without the scatter of the networks' times, and should stay
+batch of `fewstep sample` does. Writes a results file (--out): medians of the ratios within rounds, in each of which all
+run in another order, so that a busy machine hits all alike. "own" is what each takes with a network that does nothing,
+over the bare calls in the same rounds: 1 + own is the ratio without the scatter of the networks' times, and should stay
 under 1.02; (!) marks where it does not. One thread and CPU time; on a GPU (--device cuda) the clock.
 """
 
@@ -17,11 +17,13 @@ import time
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from families import FAMILIES, Family
+from record import here, write
 from torch import Tensor
 
 from fewstep.flows.maps import FlowMap
@@ -92,23 +94,33 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("sampling.json"))
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     device = torch.device(arguments.device)
 
-    print("| network | steps | fewstep.sample / bare | its own | draw / bare | its own | bare, ms |")
-    print("|---" * 7 + "|")
+    rows: list[list[Any]] = []
     for family in arguments.family:
         for steps in arguments.steps:
             found = ratios(ways(FAMILIES[family], steps, arguments.rows, device), arguments.rounds, device)
             middle = {name: float(np.median(values)) for name, values in found.items()}
-            cells = []
-            for name in ("fewstep.sample", "draw"):
-                own = middle[f"own of {name}"]
-                cells += [f"{middle[name]:.3f}", f"{100 * own:.1f} %{' (!)' if 1 + own > TOLERANCE else ''}"]
-            print(f"| {family} | {steps} | {' | '.join(cells)} | {1000 * middle['bare']:.0f} |", flush=True)
+            ours = [value for n in ("fewstep.sample", "draw") for value in (middle[n], 100 * middle[f"own of {n}"])]
+            rows.append([family, steps, *ours, 1000 * middle["bare"]])
+            slow = [name for name in ("fewstep.sample", "draw") if 1 + middle[f"own of {name}"] > TOLERANCE]
+            print(*rows[-1], *(f"(!) {name}" for name in slow), flush=True)
             gc.collect()
+    ratio, own = ["fewstep.sample / bare", "draw / bare"], ["own part of fewstep.sample", "own part of draw"]
+    note = (
+        f"Time over as many bare calls of the same network on the same {arguments.rows} rows, medians of the ratios "
+        f"within {arguments.rounds} rounds; 'own' is what each takes with a network that does nothing."
+    )
+    write(
+        arguments.out, title="What sampling costs beside its network calls",
+        columns=["network", "steps", ratio[0], own[0], ratio[1], own[1], "bare, ms"], rows=rows,
+        formats={**dict.fromkeys(ratio, "{:.3f}"), **dict.fromkeys(own, "{:.1f} %"), "bare, ms": "{:.0f}"},
+        **here(seeds=[0], notes=[note]),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/second_time.py FOLDER --network dit unet --methods ITVM LMD --seeds 0 1
 
 Trains class-conditional teachers of the 8 x 8 digits that scikit-learn brings (flow matching; kept in FOLDER), then a
-student of each for every option and seed, by the same recipe, and prints a Markdown table: the error to the end points
-of the teacher's trajectories (rmse) and the Frechet distance in the features of a small classifier (fd) at 1, 2 and 4
-network calls, means over the seeds and how far the seeds lie apart.
+student of each for every option and seed, by the same recipe, and writes a results file (--out): the error to the
+end points of the teacher's trajectories (rmse) and the Frechet distance in the features of a small classifier (fd) at
+1, 2 and 4 network calls, means over the seeds and how far the seeds lie apart.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from record import here, write
 
 from fewstep import ITVM, LMD, DiffusionField, FlowMap, FlowMatching, evaluate, fit, load_data
 from fewstep.evaluation.extractor import trained_classifier
@@ -62,11 +63,12 @@ def main() -> None:
     parser.add_argument("--network", nargs="+", default=["dit", "unet"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--out", type=Path, default=Path("second-time.json"))
     args = parser.parse_args()
     data = load_data("digits")
     judge = trained_classifier(data)
     numbers = [f"{m} {n}" for m in ("rmse", "fd") for n in (1, 2, 4)]
-    lines = ["| network | method | second time | " + " | ".join(numbers) + " |", "|---" * (3 + len(numbers)) + "|"]
+    rows: list[list[Any]] = []
     for name in args.network:
         teacher = teacher_of(name, data, args.folder)
         shown: dict[str, float] = {}
@@ -84,14 +86,16 @@ def main() -> None:
                     found.append(json.loads(file.read_text()))
                 shown = found[0]
                 cells = [[row[f"student {number}"] for row in found] for number in numbers]
-                spread = [f" ± {(max(c) - min(c)) / 2:.3f}" if len(c) > 1 else "" for c in cells]
-                means = [f"{statistics.mean(c):.3f}{s}" for c, s in zip(cells, spread, strict=True)]
-                lines.append(f"| {name} | {method} | {how} | " + " | ".join(means) + " |")
-                print("\n".join(lines), flush=True)
-        lines.append(
-            f"| {name} | teacher, Euler | | " + " | ".join(f"{shown[f'teacher {n}']:.3f}" for n in numbers) + " |"
-        )
-    print("\n".join(lines))
+                means = [{"mean": statistics.mean(c), "half": (max(c) - min(c)) / 2} for c in cells]
+                rows.append([name, method, how, *means])
+                print(*rows[-1], flush=True)
+        rows.append([name, "teacher, Euler", None, *(shown[f"teacher {n}"] for n in numbers)])
+    note = f"{STEPS} steps of {BATCH} rows. Means over the seeds, and half of how far they lie apart; by calls."
+    write(
+        args.out, title="The second time of a student", rows=rows,
+        columns=["network", "method", "second time", *numbers],
+        formats=dict.fromkeys(numbers, "{mean:.3f} ± {half:.3f}"), **here(args.seeds, [note]),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@
 4 x 8 x 8), encodes both once, trains a U-Net to denoise the latents by their captions, a tenth of which is dropped, and
 saves it all as a ``StableDiffusionPipeline``. Its CLIP has random weights: what matters is that it is frozen and that
 captions differ. ``distill`` runs `fewstep distill` on that folder and the pictures, with guidance 2 folded in.
-``judge`` decodes 1,000 samples a step count, and prints the Frechet distance in the features of a small classifier of
-the pictures, and how many are of the class that the prompt names.
+``judge`` decodes 1,000 samples a step count, and writes FOLDER/text-to-image.json: the Frechet distance in the features
+of a small classifier of the pictures, and how many are of the class that the prompt names.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from record import here, write
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -143,7 +144,7 @@ def judge(folder: Path) -> None:
     held_out = clothes("test").rows(torch.arange(5000), torch.Generator()).data
     real = FeatureStatistics.of(extract(classifier, held_out))
     wanted = torch.arange(COUNT) % len(PROMPTS)
-    print("| model | network calls | FD | of the class asked for |", "|---|---|---|---|", sep="\n")
+    rows: list[list[Any]] = []
     runs = {f"ITVM, {way}": folder / f"itvm-{way}" for way in WAYS if (folder / f"itvm-{way}").is_dir()}
     for name, source in {**runs, "teacher": folder / "pipeline"}.items():
         model = fewstep.load(source)
@@ -152,7 +153,14 @@ def judge(folder: Path) -> None:
             guidance = {} if is_map else {"guidance": GUIDANCE}
             pictures, _, calls = draw(model, COUNT, steps, prompts=PROMPTS, decode=True, batch=250, **guidance)
             fd = frechet_distance(FeatureStatistics.of(extract(classifier, pictures)), real)
-            print(f"| {name} | {calls:g} | {fd:.2f} | {accuracy(classifier, pictures, wanted):.1%} |", flush=True)
+            rows.append([name, int(calls), fd, 100 * accuracy(classifier, pictures, wanted)])
+            print(*rows[-1], flush=True)
+    write(
+        folder / "text-to-image.json", title="Text to image, clothes", rows=rows,
+        columns=["model", "network calls", "FD", "of the class asked for"],
+        formats={"FD": "{:.2f}", "of the class asked for": "{:.1f} %"},
+        **here([0], [f"{COUNT} samples against 5,000 pictures, features of a small classifier."]),
+    )  # fmt: skip
 
 
 def picture(folder: Path, out: Path) -> None:

@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from family_toys import conditions, tiny_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -359,6 +360,30 @@ def test_diffusers_loads_the_adapter_of_a_conditional_unet(tmp_path):
     load_adapter(back, tmp_path)
     again = back.network(x, torch.tensor([10.0, 500.0]), encoder_hidden_states=text)
     assert torch.equal(again, expected)
+
+
+def test_the_adapter_of_a_field_goes_into_its_students_too(tmp_path):
+    """A style's adapter in a map made of the field that it was trained on, as in the field and then the map, though
+    the second time has layers whose names end like those that the adapter is for."""
+    field = trained(adapted(images(classes=5)))
+    save_adapter(field, tmp_path)
+    expected, student = FlowMap.from_field(merge_lora(field)), FlowMap.from_field(images(classes=5))
+    load_adapter(student, tmp_path)
+    assert not [n for n, m in student.named_modules() if "second" in n and hasattr(m, "lora_A")]
+    assert (call(expected) - call(FlowMap.from_field(images(classes=5)))).abs().max() > 1e-3
+    torch.testing.assert_close(call(student), call(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_diffusers_goes_into_a_conditional_student(tmp_path):
+    """Its file says `unet.`, and the student's class is called TwoTimeUNet2DConditionModel."""
+    field = load(tiny_pipeline("sd"))
+    style = trained(adapted(load(tiny_pipeline("sd"))))
+    save_adapter(style, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [DIFFUSERS_FILE]
+    student, expected = FlowMap.from_field(field), FlowMap.from_field(merge_lora(style))
+    load_adapter(student, tmp_path)
+    x, s, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.4]), torch.tensor([0.6, 1.0]), conditions("sd")
+    torch.testing.assert_close(student(x, s, t, **cond), expected(x, s, t, **cond), rtol=1e-4, atol=1e-5)
 
 
 def test_the_average_shares_what_is_frozen():

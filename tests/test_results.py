@@ -1,5 +1,6 @@
 """The files of benchmarks/results, and the leaderboard that is written from them."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -26,6 +27,11 @@ def test_a_results_file_has_its_form(file: Path) -> None:
     results = read(file)
     assert results.rows
     assert json.loads(file.read_text())["columns"] == results.columns  # plain JSON, for everybody
+
+
+@pytest.mark.parametrize("script", sorted(FOLDER.parent.glob("*.py")), ids=lambda script: script.stem)
+def test_a_script_finds_what_it_imports(script: Path) -> None:
+    importlib.import_module(script.stem)
 
 
 def test_the_leaderboard_is_what_its_files_say() -> None:

@@ -200,6 +200,10 @@ def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
     for name, value in whole.items():
         if name not in own or own[name].shape != value.shape:
             raise ValueError(f"{wrong}, which has no weight {name} of shape {tuple(value.shape)}")
+    # Targets go by the ends of names, and what fewstep added has names that end like others: it has no adapter.
+    added = [f"{name}.{inner}" for name, part in _in_full(model).items() for inner, _ in part.named_modules() if inner]
+    if added and not isinstance(config.exclude_modules, str):
+        config.exclude_modules = [*(config.exclude_modules or ()), *added]
     try:
         _inject(model, config)
     except (re.error, TypeError, KeyError, AttributeError) as error:  # patterns that are none, ranks that are words
@@ -257,7 +261,7 @@ def _inner(model: Any) -> Any:
 
 def _prefix(network: nn.Module) -> str:
     """How diffusers' pipelines call the model in a file of adapters."""
-    return "unet" if type(network).__name__.startswith("UNet") else "transformer"
+    return "unet" if "UNet" in type(network).__name__ else "transformer"  # TwoTimeUNet2DConditionModel too
 
 
 def _in_full(model: NetworkField | FlowMap) -> dict[str, nn.Module]:

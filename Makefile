@@ -24,7 +24,7 @@ test: $(READY)
 	.venv/bin/python -m pytest
 
 lint: $(READY)
-	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyright
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/lint-imports && .venv/bin/pyright
 
 # benchmarks/LEADERBOARD.md, from benchmarks/results
 leaderboard: $(READY)

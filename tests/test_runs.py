@@ -22,10 +22,11 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, VariancePreserving
 from fewstep.flows.signature import classes_of, shape_of
 from fewstep.generation.drawing import draw
+from fewstep.generation.teacher_samples import TeacherSamples
 from fewstep.networks import MLP, TwoTimeUNet, UNet
 from fewstep.runs import judge
 from fewstep.runs import previews as watch
-from fewstep.runs.build import TeacherSamples, build
+from fewstep.runs.build import build
 from fewstep.runs.opening import load_run, open_run
 from fewstep.runs.recipes import known_recipes, load_recipe
 from fewstep.runs.run import evaluate_run, run

@@ -38,21 +38,6 @@ def has_classes(cond: Mapping[str, Any]) -> bool:
     return labels.ndim < 2 and not labels.is_floating_point()
 
 
-class Around:
-    """Data around other data: what it does not have itself (``cond``, ``classes``, ``denormalize``) is the other's."""
-
-    def __init__(self, data: Any) -> None:
-        from fewstep.data.given import as_data
-
-        data = as_data(data)
-        self.data, self.shape, self.size = data, data.shape, data.size
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "data":  # copying looks for such names before ``data`` is there
-            raise AttributeError(name)
-        return getattr(self.data, name)
-
-
 @runtime_checkable
 class Data(Protocol):
     """A data set or density.

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fewstep.common.randomness import uniform
-from fewstep.data.batch import Around, Batch, Data
+from fewstep.data.batch import Batch, Data
+from fewstep.data.given import Around
 
 
 class Dropped(Around):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import normal
-from fewstep.data.batch import Around, Batch, Data
+from fewstep.data.batch import Batch, Data
+from fewstep.data.given import Around
 from fewstep.data.pairs import Pairs
 
 

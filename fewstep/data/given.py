@@ -76,3 +76,16 @@ class Items:
                 "label), is needed (of pictures, torchvision's ToTensor() and Normalize(0.5, 0.5) make one)"
             )
         return torch.as_tensor(row), None if label is None else int(label)
+
+
+class Around:
+    """Data around other data: what it does not have itself (``cond``, ``classes``, ``denormalize``) is the other's."""
+
+    def __init__(self, data: Any) -> None:
+        data = as_data(data)
+        self.data, self.shape, self.size = data, data.shape, data.size
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "data":  # copying looks for such names before ``data`` is there
+            raise AttributeError(name)
+        return getattr(self.data, name)

@@ -17,7 +17,7 @@ from fewstep.flows.signature import Model, classes_of, shape_of
 from fewstep.objectives.base import Objective
 from fewstep.runs.datasets import encoded_folder, encoded_shape, make_data, null_of, settled
 from fewstep.runs.objective import follows_teacher, make_objective, trains_map
-from fewstep.runs.opening import _teacher, start_of
+from fewstep.runs.opening import start_of, teacher_of
 from fewstep.runs.recipe import Recipe
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.students import make_student
@@ -47,7 +47,7 @@ def build(recipe: Recipe, out: Path | None = None, fresh: bool = False) -> Built
         ValueError: parts that are not known, or do not fit each other.
         FileNotFoundError: data or a teacher that are not there.
     """
-    teacher = _teacher(recipe)
+    teacher = teacher_of(recipe)
     if fresh or out is None or not _is_unsettled(out):
         recipe = settled(recipe, teacher)
     # Pictures may take hours to encode: what can be known to fit before is.
@@ -69,7 +69,7 @@ def build(recipe: Recipe, out: Path | None = None, fresh: bool = False) -> Built
             recipe.data.name,
             Dropped(uncoupled(data), 1.0, null_of(recipe.drop.null, teacher, encoded_folder(recipe))),
         )
-    return Built(recipe, student, objective, data, _held_against(recipe, teacher, data))
+    return Built(recipe, student, objective, data, held_against(recipe, teacher, data))
 
 
 def _is_unsettled(out: Path) -> bool:
@@ -81,7 +81,7 @@ def _is_unsettled(out: Path) -> bool:
     )
 
 
-def _held_against(recipe: Recipe, teacher: VelocityField | None, data: Data) -> VelocityField | None:
+def held_against(recipe: Recipe, teacher: VelocityField | None, data: Data) -> VelocityField | None:
     """The teacher as what the student is held against: none where the student only starts from it, and it does not
     take these data (another size, a condition more).
 

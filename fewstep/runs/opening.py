@@ -280,7 +280,7 @@ def _teacher_of(path: Path, recipe: Recipe) -> VelocityField | None:
     try:
         if source and is_nowhere(source):
             raise FileNotFoundError(f"no folder {source}")
-        return _teacher(recipe)
+        return teacher_of(recipe)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{source} is the teacher of the run in {path}, and is not there ({str(error)[:100]}). Put it back, or say "
@@ -288,7 +288,7 @@ def _teacher_of(path: Path, recipe: Recipe) -> VelocityField | None:
         ) from None
 
 
-def _teacher(recipe: Recipe) -> VelocityField | None:
+def teacher_of(recipe: Recipe) -> VelocityField | None:
     if recipe.teacher is None:
         return None
     teacher, path = make_teacher(recipe.teacher, encoded_folder(recipe)), path_of(recipe.student)

@@ -13,10 +13,10 @@ from fewstep.common.trust import code_in, remember
 from fewstep.data.couplings import uncoupled
 from fewstep.evaluation.evaluate import Evaluation
 from fewstep.flows.signature import Model
-from fewstep.runs.build import _held_against, build
+from fewstep.runs.build import build, held_against
 from fewstep.runs.datasets import make_data, settled
 from fewstep.runs.judge import judge, prepare
-from fewstep.runs.opening import Trained, _teacher, open_run, recipe_of
+from fewstep.runs.opening import Trained, open_run, recipe_of, teacher_of
 from fewstep.runs.previews import Watch
 from fewstep.runs.recipe import Recipe
 from fewstep.training import checkpoints, folder
@@ -120,13 +120,13 @@ def _evaluate(
     if data is not None:
         tree["data"] = {"name": data}
     recipe = recipe_of(path, tree)
-    field = _teacher(recipe)
+    field = teacher_of(recipe)
     if data is not None:
         recipe = settled(recipe, field or run.model)  # pyright: ignore[reportArgumentType]
     place = distributed.choose_device(device, World())
     # With the seed that its samples were drawn with.
     rows = make_data(recipe.model_copy(update={"seed": run.recipe.seed}), field, path)
-    field = _held_against(recipe, field, rows)
+    field = held_against(recipe, field, rows)
     return judge(run.model.to(place), recipe, uncoupled(rows), None if field is None else field.to(place), path)
 
 

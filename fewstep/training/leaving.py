@@ -13,7 +13,8 @@ from fewstep.common.disk import replace_file
 from fewstep.common.model_files import read_json
 from fewstep.common.trust import check_folder, remember
 from fewstep.common.version import __version__
-from fewstep.data.batch import Around, Data
+from fewstep.data.batch import Data
+from fewstep.data.given import Around
 from fewstep.flows.description import check_description, code_named, describe, made_again
 from fewstep.flows.fields import Guided, VelocityField, unguided
 from fewstep.flows.maps import FlowMap

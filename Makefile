@@ -1,6 +1,7 @@
 # make demo   set up and run the main job: two distillations, pictures, a report
-# make test   set up and run the tests
+# make test   set up and run the tests; make test-fast leaves out those that take seconds each
 # make docs   set up and build the site; make docs-serve shows it
+# make package   wheel and sdist into dist/, tried in an environment of their own
 #
 # Each makes .venv with the CPU build of torch, pinned, so that a machine without a GPU never downloads CUDA.
 # For a GPU:  make demo TORCH=torch==2.13.0
@@ -11,7 +12,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 READY = .venv/.ready-$(subst /,-,$(TORCH))
 
-.PHONY: demo test lint leaderboard figures docs docs-serve clean
+.PHONY: demo test test-fast package lint leaderboard figures docs docs-serve clean
 
 demo: $(READY)
 	.venv/bin/fewstep distill checkerboard-itvm --out runs/checkerboard
@@ -20,8 +21,18 @@ demo: $(READY)
 	@echo "The pictures: runs/checkerboard/samples and runs/fashion-mnist-demo/samples, one each eighth of the training;"
 	@echo "the reports:  runs/checkerboard/report.html and runs/fashion-mnist-demo/report.html"
 
+# Two processes take 2 GB of memory together. make test WORKERS=8 on a larger machine
+WORKERS ?= 2
+PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
 test: $(READY)
-	.venv/bin/python -m pytest
+	$(PYTEST)
+
+test-fast: $(READY)
+	$(PYTEST) -m "not slow and not takes_seconds"
+
+package: $(READY)
+	.venv/bin/python tests/packaged.py
 
 lint: $(READY)
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/lint-imports && .venv/bin/pyright

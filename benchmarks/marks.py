@@ -51,6 +51,8 @@ def blocks(text: str) -> Iterator[Block]:
                 said, comment = comment[len(_START) : -len(_END)].strip(), ""
                 mark = f"{mark}; {said}" if mark else said
             continue
+        if not fence and not block and bare.startswith("<!--") and bare.endswith(_END):
+            continue  # a comment of another kind
         opening = _FENCE.match(bare)
         if fence or opening:
             if not fence and opening:

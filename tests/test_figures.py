@@ -46,6 +46,7 @@ RIGHT = {
     "text": "<!-- figures: a.json -->\nAfter 1,000 samples and 500 steps ITVM has .070 / .067,\nCTM .161.",
     "a list": "<!-- figures: a.json -->\n* ITVM .070\n* and CTM .12",
     "a fenced text": "<!-- figures: a.json -->\n```\nITVM 0.070\n```",
+    "another comment": "<!-- figures: a.json -->\n<!-- docs: not run -->\n```\nITVM 0.070\n```",
     "two files": "<!-- figures: a.json, b.json -->\nITVM .070 and 2.5 %, CTM 86.1 %.",
     "a sum": "<!-- figures: a.json; 2.3 = .161 / .070 -->\nCTM has 2.3 times the error.",
     "a difference in per cent": "<!-- figures: a.json; 57 % = 1 - .070 / .161 -->\nITVM is 57 % better.",
@@ -58,6 +59,7 @@ RIGHT = {
 }  # fmt: skip
 WRONG = {
     "a number that is not there": ("<!-- figures: a.json -->\nITVM .071.", ".071 is not in a.json"),
+    "below another comment": ("<!-- figures: a.json -->\n<!-- docs: x -->\n```\n0.071\n```", "0.071 is not in a.json"),
     "too many digits": ("<!-- figures: a.json -->\nIt has .0702.", ".0702 is not in a.json"),
     "a whole number": ("<!-- figures: a.json -->\nAfter 501 steps.", "501 is not in a.json"),
     "a number of another row": ("<!-- figures: a.json -->\nITVM .161.", "ITVM .161: no row of a.json that names ITVM"),

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from fewstep.common.errors import TrainingError
+from fewstep.common.errors import TrainingError, briefly, shortened
 
 _SILENT = 10.0  # seconds of waiting before a word is said
 _PATIENCE = timedelta(seconds=5)  # with processes that may have died
@@ -150,10 +150,9 @@ def _meet(world: World, device: torch.device) -> None:
             backend, store=dist.PrefixStore("fewstep", store), rank=world.rank, world_size=world.size
         )
     except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:90]
         raise LostProcessError(
-            f"{who}: not all came to {place} within {patience.total_seconds():g} seconds ({reason}). torchrun starts "
-            "all; for one alone, unset RANK and WORLD_SIZE; FEWSTEP_PATIENCE=SECONDS waits longer"
+            f"{who}: not all came to {place} within {patience.total_seconds():g} seconds ({briefly(error)}). "
+            "torchrun starts all; for one alone, unset RANK and WORLD_SIZE; FEWSTEP_PATIENCE=SECONDS waits longer"
         ) from error
     finally:
         note.cancel()
@@ -193,7 +192,7 @@ def _of_the_others(error: RuntimeError) -> str | None:
     said = " ".join(str(error).split())
     if not isinstance(error, dist.DistError) and not re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)", said):
         return None
-    return re.sub(r"^\[[^\]]*\] ?", "", said).split(". ")[0][:90]
+    return shortened(re.sub(r"^\[[^\]]*\] ?", "", said).split(". ")[0], 90)
 
 
 def _leave() -> None:

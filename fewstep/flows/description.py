@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.errors import refused, shown, unknown
+from fewstep.common.errors import briefly, refused, shown, unknown
 from fewstep.common.manifests import AGAIN, Described
 from fewstep.common.model_files import check_numbers
 from fewstep.common.options import arguments, find_object
@@ -133,7 +133,7 @@ def _network(network: Any) -> dict[str, Any]:
     try:
         made = _own(found)
     except (TypeError, ValueError, RuntimeError, OSError) as error:
-        raise ValueError(f"{_CONFIG.format(name=name)} ({' '.join(str(error).split())[:120]})") from None
+        raise ValueError(f"{_CONFIG.format(name=name)} ({briefly(error)})") from None
     if {k: v.shape for k, v in made.state_dict().items()} != {k: v.shape for k, v in network.state_dict().items()}:
         raise ValueError(f"{_CONFIG.format(name=name)}, and has other weights")
     return found

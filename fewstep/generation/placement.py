@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.errors import unknown
+from fewstep.common.errors import shortened, unknown
 from fewstep.flows.sampling import networks_of
 from fewstep.flows.signature import Model
 
@@ -71,7 +71,7 @@ def _compile(network: Any) -> None:
         try:
             return fast(*args, **cond)
         except (TorchDynamoException, InductorError) as error:
-            reason = " ".join(str(error).partition("Set TORCH")[0].split())[:200]
+            reason = shortened(str(error).partition("Set TORCH")[0], 200)
             raise ValueError(
                 f"torch could not compile {_name(network)} ({reason}): leave --compile out, or see what "
                 "it lacks here (a C++ compiler on a CPU, Triton on a GPU)"

@@ -8,6 +8,7 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
+from fewstep.common.errors import briefly
 from fewstep.common.model_files import read_json
 from fewstep.common.version import __version__
 from fewstep.flows.description import NETWORKS, code_named, describe
@@ -216,7 +217,7 @@ def _write_plain(model: FlowMap | NetworkField, folder: Path) -> None:
         except (ImportError, ValueError, TypeError, RuntimeError, FileNotFoundError) as error:
             raise ValueError(
                 f"the code of the {type(model.network).__name__} does not make it again where it stands alone "
-                f"({' '.join(str(error).split())[:160]}): an export carries the file of its class alone, with "
+                f"({briefly(error)}): an export carries the file of its class alone, with "
                 "imports of what is installed"
             ) from None
         del again

@@ -213,7 +213,7 @@ def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
     try:
         peft.set_peft_model_state_dict(network, weights, adapter_name="default")
     except RuntimeError as error:
-        raise ValueError(f"{wrong}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{wrong}: {briefly(error)}") from None
     network.load_state_dict(whole, strict=False)
 
 

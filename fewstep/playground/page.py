@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fewstep.common.errors import shortened
 from fewstep.flows.maps import FlowMap
 from fewstep.generation.requests import prompt_flags
 from fewstep.playground.door import check_port, opened
@@ -199,8 +200,7 @@ def draw_page(playground: Playground, source: str, folder: Path, asked: dict[str
 
 def _line(said: Any) -> str:
     """What is said, as one line of a length that can be read."""
-    text = " ".join(str(said).split())
-    return text if len(text) <= 400 else f"{text[:397]}..."
+    return shortened(str(said))
 
 
 def wish_of(asked: dict[str, Any], limits: dict[str, tuple[int, int]]) -> Wish:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fewstep.common.errors import unknown
+from fewstep.common.errors import briefly, unknown
 from fewstep.common.trust import is_code, only_looking
 from fewstep.data.pairs import FACTS
 from fewstep.flows.fields import NetworkField
@@ -165,8 +165,7 @@ def _teacher(section: Teacher) -> Iterator[Use]:
         # What the teacher is made of is known for sure only once it is made.
         field: Any = make_teacher(section.model_copy(update={"guidance": None}))
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        said = " ".join(str(error).split())
-        yield "", f"what the teacher {section.source} uses is not known, as it cannot be loaded: {said}"
+        yield "", f"what the teacher {section.source} uses is not known, as it cannot be loaded: {briefly(error)}"
         return
     if isinstance(field, NetworkField) and not field.native.same_as(field.path):
         yield "2506.02221", "the change of path (a diffusion model as a flow)"

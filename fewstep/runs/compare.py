@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from fewstep.common.disk import replace_file
 from fewstep.common.distributed import choose_device, environment
-from fewstep.common.errors import TrainingError
+from fewstep.common.errors import TrainingError, shortened
 from fewstep.common.locks import owned
 from fewstep.common.model_files import read_json
 from fewstep.common.options import parse_value
@@ -210,7 +210,7 @@ def _train(label: str, recipe: Recipe, folder: Path) -> Training:
             if done.result.stopped == "interrupted":
                 raise KeyboardInterrupt
         except _FAILURES as error:  # all that can be refused has been: this is the method's own
-            failed = " ".join(str(error).split())
+            failed = shortened(str(error))
             note = {"why": failed, "recipe": recipe.as_dict()}
             replace_file(folder / "failed.json", json.dumps(note, indent=2).encode())
     metrics = folder / "metrics.jsonl"
@@ -290,7 +290,7 @@ def _measure(built: dict[str, Built], recipe: Recipe) -> tuple[Cost, dict[str, C
         try:
             step_cost(part[0], part[1], batch, rounds=1)
         except _FAILURES as error:
-            failed[label] = " ".join(str(error).split())
+            failed[label] = shortened(str(error))
             del parts[label]
     student = next(iter(parts.values()))[0] if parts else next(iter(built.values())).student
     base: dict[str, Entry] = {"": (student, FlowMatching(), None)}

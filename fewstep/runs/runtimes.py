@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.errors import unknown
+from fewstep.common.errors import briefly, shortened, unknown
 from fewstep.common.randomness import generator
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path as Trajectory
@@ -206,7 +206,7 @@ def _traced(program: Bare) -> Any:
         inner = getattr(program.map.network, "model", program.map.network)
         raise ValueError(
             f"torch.export cannot follow a map of a {type(inner).__name__} on {program.map.path}: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"{type(error).__name__}: {shortened(str(error), 300)}"
         ) from error
 
 
@@ -261,7 +261,7 @@ def _write_onnx(traced: Any, file: Path) -> tuple[Run, int | None]:
     except Exception as error:  # torch and onnxruntime raise what they like
         reason = re.search(r"No ONNX function found for .*?overload", str(error))
         said = reason.group() if reason else str(error)
-        raise ValueError(f"the map cannot be said in ONNX: {' '.join(said.split())[:300]}") from error
+        raise ValueError(f"the map cannot be said in ONNX: {shortened(said, 300)}") from error
     return lambda inputs: torch.from_numpy(session.run(None, {n: v.numpy() for n, v in inputs.items()})[0]), None
 
 
@@ -280,7 +280,7 @@ def _difference(program: Bare, run: Run) -> float:
         except Exception as error:  # the runtimes raise what they like
             raise ValueError(
                 f"the program does not take {rows} rows, which is so where a network takes len(tensor), and not "
-                f"tensor.shape[0], for their number: {' '.join(str(error).split())[:200]}"
+                f"tensor.shape[0], for their number: {briefly(error)}"
             ) from error
         found.append((got - wanted).abs().max() / wanted.abs().max().clamp(min=1))
     return float(torch.stack(found).max())

@@ -70,6 +70,8 @@ def stored(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """The notebook as it is kept, in place: small pictures, nothing that says when it ran."""
     for cell in book.cells:
         cell.metadata.pop("execution", None)
+        if "outputs" in cell:  # nobody who reads a page lacks a progress bar
+            cell.outputs = [output for output in cell.outputs if "IProgress not found" not in output.get("text", "")]
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = _small(output.data["image/png"])

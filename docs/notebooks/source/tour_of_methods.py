@@ -12,8 +12,8 @@
 # $u$ along the flow.
 #
 # **How to read it.** Each method has its defaults, the same network, the same number of updates, and one seed. So this
-# is a tour and not a ranking: updates cost different times, and seeds scatter. For a ranking see *Compare
-# methods honestly*.
+# is a tour and not a ranking: updates cost different times, and seeds scatter. For a ranking see
+# [Compare methods honestly](comparing_honestly.ipynb).
 
 # %%
 import os
@@ -112,8 +112,8 @@ scores = {}
 # A frozen teacher gives the velocity, and the student learns the jumps of that flow. On some of the rows $s = t$, and
 # there the student's velocity is to be the teacher's. On the others each method has an equation of its own.
 #
-# * **ITVM** asks for no derivative: the mean velocity of a long way is put together from its two halves, taken from the
-#   slow copy, with $m$ the middle of $s$ and $t$.
+# * **ITVM** asks for no derivative: the mean velocity of a long way is put together from its two halves, taken from
+#   the slow copy, with $m$ the middle of $s$ and $t$.
 #   $$\mathbb{E}\,\left|u(x_s,s,t) - \mathrm{sg}[\tfrac12 u^-(x_s,s,m) + \tfrac12 u^-(X^-_{s,m}(x_s),m,t)]\right|^2$$
 # * **LMD** (Lagrangian): move the *end* of the jump, and the end point moves with the teacher's velocity there.
 #   $$\mathbb{E}\,\left|\partial_t X_{s,t}(x_s) - v_t(X_{s,t}(x_s))\right|^2$$
@@ -246,11 +246,12 @@ Markdown("\n".join(rows))
 #
 # * W2 weighs the coarse shape. Euler in 4 calls has a larger W2 than the untouched noise, since it draws all points
 #   inwards, although its picture has the cells and the noise has none. So look at the picture and at the number.
-# * Methods that ask a teacher learn faster than those that learn from the data, whose targets are noisy.
+# * At one call the best that have a teacher (ITVM, EMD) are ahead of the best that learn from the data (LSD, ESD),
+#   whose targets are noisy. A teacher alone does not do it: AYF, PFMM and SCM have one too.
 # * Methods that build long jumps from short ones (PFMM, PSD, SplitMeanFlow) have their one call last: the outline is a
 #   rounded square first, and cells at 2 and 4 calls.
-# * Consistency training has hardly left the noise after this short training, and SCM is on its way. Their authors train
-#   hundreds of times longer. That is no fault of the code: the same classes are tested against closed forms.
+# * Consistency training has hardly left the noise after this short training, and SCM is on its way. Their authors
+#   train far longer.
 #
-# Which one to take for what: [Which method?](../guides/choosing.md) Each method's page, with its cost and how it fails:
-# [Methods](../methods/index.md).
+# Which one to take for what: [Which method?](../guides/choosing.md) Each method's page, with its cost and how it
+# fails: [Methods](../methods/index.md).

@@ -25,6 +25,7 @@ extensions = [
 exclude_patterns = ["_build", "_ext", "**.ipynb_checkpoints"]
 source_suffix = {".md": "myst-nb", ".rst": "restructuredtext", ".ipynb": "myst-nb"}
 nb_execution_mode = "off"  # their outputs are stored with them
+nb_render_markdown_format = "myst"  # tables that a cell makes
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_dmath_double_inline = True
 myst_heading_anchors = 4

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 IN_WHEEL = ["fewstep/py.typed", "fewstep/pretrained/fashion-mnist/model_index.json"]
 IN_SDIST = ["pyproject.toml", "Makefile", "constraints.txt", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"]
 # Nothing that was built or measured here belongs to a package.
-NOT_IN_EITHER = re.compile(r"(^|/)(_build|__pycache__|\.venv|runs|\.git)/(?!.*\.py$)|\.pyc$")
+NOT_IN_EITHER = re.compile(r"(^|/)(_build|__pycache__|\.venv|\.git)/|^runs/|\.pyc$")
 
 
 def build(out: Path) -> tuple[Path, Path]:

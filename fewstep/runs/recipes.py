@@ -113,7 +113,7 @@ def known_recipes() -> dict[str, Path]:
 
 
 def _has_its_code(recipe: Path) -> bool:
-    """Whether the files of code that a recipe names are there: a checkout has examples, a wheel has none."""
+    """Whether the files of code that a recipe names are there."""
     files = [name.rpartition(":")[0] for name in code_in(read_yaml(recipe)).values()]
     return all((recipe.parent / file).is_file() for file in files if file.endswith(".py"))
 

@@ -32,7 +32,7 @@ test-fast: $(READY)
 	$(PYTEST) -m "not slow and not takes_seconds"
 
 package: $(READY)
-	.venv/bin/python tests/packaged.py
+	.venv/bin/python tests/toys/packaged.py
 
 lint: $(READY)
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/lint-imports && .venv/bin/pyright

@@ -10,8 +10,8 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 import pytest
 import torch
-from elsewhere import elsewhere  # noqa: F401
 from torch import Tensor, nn
+from toys.elsewhere import elsewhere  # noqa: F401
 
 from fewstep.flows.exact import GaussianField
 from fewstep.flows.maps import FlowMap

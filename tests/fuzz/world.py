@@ -7,13 +7,13 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
-import family_toys
 import numpy as np
 import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
-from unet_toys import tiny_unet
+from toys import families as family_toys
+from toys.unet import tiny_unet
 
 from fewstep.cli import main
 

@@ -1,0 +1,552 @@
+"""Every family of diffusers as a student: how it starts, what its second time reaches, and that it trains."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+from toys.families import MODELS, conditions, ddim, made, tiny_model
+from toys.unet import tiny_unet
+
+from fewstep.common.randomness import generator
+from fewstep.data import ArrayData
+from fewstep.data.batch import Batch
+from fewstep.flows.fields import DiffusionField, Guided, NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import sample
+from fewstep.models.lora import add_lora, load_adapter, merge_lora, save_adapter
+from fewstep.networks import FAMILIES, MLP, SECOND_TIMES, gains_second_time, with_second_time
+from fewstep.networks.two_times import SECOND_TIMES as CARRIED
+from fewstep.objectives import (
+    AYF,
+    CTM,
+    EMD,
+    FMM,
+    ITVM,
+    LMD,
+    LSD,
+    PFMM,
+    SCM,
+    AlphaFlow,
+    ConsistencyDistillation,
+    ImprovedMeanFlow,
+    MeanFlow,
+    Objective,
+    Shortcut,
+)
+from fewstep.runs.opening import open_run
+from fewstep.runs.recipes import load_recipe
+from fewstep.runs.run import run
+from fewstep.training.fit import fit
+
+NAMES = ["unet", "unet of classes", *MODELS, "pixart of one size", "flux told", "wan"]
+CALLS = [(name, how, told) for name in NAMES for how in SECOND_TIMES for told in (False, True)]
+
+
+def network(name: str) -> Any:
+    """The network of a field, with random weights."""
+    match name:
+        case "unet" | "unet of classes":
+            model: Any = tiny_unet(classes=5 if "classes" in name else None, in_channels=4, out_channels=4)
+        case "pixart of one size":
+            model = tiny_model("pixart", use_additional_conditions=False, num_layers=3)
+        case "flux told":
+            model = tiny_model("flux", guidance_embeds=True)
+        case "wan":
+            model = made(
+                diffusers.WanTransformer3DModel, num_attention_heads=2, attention_head_dim=12, in_channels=4,
+                out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=3, rope_max_seq_len=32,
+            )  # fmt: skip
+        case _:
+            model = tiny_model(name)
+    return FAMILIES[type(model).__name__](model)
+
+
+def rows(name: str, count: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
+    """A state and its conditions."""
+    draw = torch.Generator().manual_seed(5)
+    shape = (4, 3, 8, 8) if name == "wan" else (4, 8, 8)
+    known = {"unet": {}, "unet of classes": {"class_labels": torch.arange(count) % 5}}
+    known["wan"] = {"encoder_hidden_states": torch.randn(count, 8, 16, generator=draw)}
+    cond = known[name] if name in known else conditions(name.split(" ")[0], count)
+    if name == "pixart of one size":
+        cond = {"encoder_hidden_states": cond["encoder_hidden_states"]}
+    if name == "flux told":
+        cond["guidance"] = torch.tensor([3.5, 1.0])[:count]
+    return torch.randn(count, *shape, generator=draw), cond
+
+
+def refused(name: str, how: str, told: bool) -> bool:
+    return (name, how) == ("pixart", "late") or (name == "flux told" and told)
+
+
+def field_of(name: str) -> DiffusionField:
+    return DiffusionField(network(name), FlowMatchEulerDiscreteScheduler())
+
+
+S, T = torch.tensor([100.0, 730.0]), torch.tensor([50.0, 20.0])
+
+
+@pytest.mark.parametrize(("name", "how", "told"), [call for call in CALLS if not refused(*call)])
+def test_a_student_starts_as_its_teacher_to_the_last_bit(name: str, how: str, told: bool) -> None:
+    teacher = network(name)
+    student = with_second_time(teacher, told, how)
+    (x, cond), state = rows(name), teacher.state_dict()
+    told_more = {**cond, "guidance": torch.tensor([2.0, 3.0])} if told else cond
+    with torch.no_grad():
+        start = teacher(x, S, **cond)
+        assert torch.equal(student(x, S, S, **cond), start)
+        assert torch.equal(student(x, S, S, **told_more), start)
+        later = student(x, S, T, **told_more)
+    # A new embedding is silent wherever the map ends; told late, the last blocks are told another time.
+    assert torch.equal(later, start) == (how != "late")
+    assert student.second_time == how
+    assert student.takes_guidance == (told or name == "flux told")
+    # The weights are the teacher's by name; only a class embedding has moved in with the second time.
+    own = student.state_dict()
+    same = [key for key in state if "class_embedding." not in key or "unet" not in name]
+    assert all(torch.equal(own[key], state[key]) for key in same)
+    assert not any(value.is_meta for value in [*student.parameters(), *student.buffers()])
+    assert (student.shape, student.classes) == (teacher.shape, teacher.classes)
+
+
+SCHEDULES = {
+    "flow": FlowMatchEulerDiscreteScheduler(),
+    "noise": ddim(),
+    "v": DDPMScheduler(prediction_type="v_prediction"),
+    "EDM": EDMEulerScheduler(sigma_data=0.5, sigma_min=0.002, sigma_max=80.0),
+}
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@pytest.mark.parametrize("name", ["unet of classes", "sd", "dit", "sd3"])
+def test_a_map_starts_as_its_field_whatever_that_was_trained_as(name: str, schedule: str) -> None:
+    """Told late or by its span, the second time is in the timesteps that the first is in, of whatever schedule."""
+    field, (x, cond) = DiffusionField(network(name), SCHEDULES[schedule]), rows(name)
+    x, cond = (
+        x[:1].repeat(5, 1, 1, 1),
+        {key: value[:1].repeat(5, *[1] * (value.ndim - 1)) for key, value in cond.items()},
+    )
+    t = torch.tensor([0.0, 0.01, 0.3, 0.7, 0.995])
+    with torch.no_grad():
+        expected = field(x, t, **cond)
+        for how in SECOND_TIMES:
+            student = FlowMap.from_field(field, second_time=how)
+            assert torch.equal(student.velocity(x, t, **cond), expected)
+            told: dict[str, Tensor] = {}
+            student.network.model.predict = lambda x, s, t, *_, told=told, **__: told.update(s=s, t=t) or x
+            student.velocity(x, t, **cond)
+            assert how == "t" or torch.equal(told["s"], told["t"])
+
+
+def test_what_a_model_has_no_room_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="PixArt is told the size of the image with its time: say t"):
+        with_second_time(network("pixart"), second_time="late")
+    with pytest.raises(ValueError, match="told the strength of guidance as it is: leave guidance out"):
+        with_second_time(network("flux told"), guidance=True)
+    told = FAMILIES["UNet2DConditionModel"](tiny_model("sd", time_cond_proj_dim=8))
+    with pytest.raises(ValueError, match="takes a timestep_cond with its time: say t"):
+        with_second_time(told, second_time="late")
+    with pytest.raises(ValueError, match="class_embed_type='timestep' has no room for a second time"):
+        with_second_time(FAMILIES["UNet2DModel"](tiny_unet(class_embed_type="timestep")))
+    with pytest.raises(ValueError, match="unknown second_time 'spam': did you mean 'span'"):
+        with_second_time(network("dit"), second_time="spam")
+    with pytest.raises(ValueError, match="is told no strength of guidance"):
+        with_second_time(network("unet"))(rows("unet")[0], S, T, guidance=S)
+    with pytest.raises(ValueError, match="needs the condition encoder_hidden_states"):
+        with_second_time(network("sd3"))(rows("sd3")[0], S, T)
+    assert not gains_second_time(nn.Linear(2, 2))
+    assert CARRIED == SECOND_TIMES
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_the_conditions_of_a_time_stay_those_of_the_model(name: str) -> None:
+    """A guidance-distilled U-Net takes its strength as timestep_cond, and its student goes on doing so."""
+    teacher = FAMILIES["UNet2DConditionModel"](tiny_model(name, time_cond_proj_dim=8))
+    student, (x, cond) = with_second_time(teacher), rows(name)
+    with torch.no_grad():
+        plain = student(x, S, T, **cond)
+        told = student(x, S, T, timestep_cond=torch.ones(2, 8), **cond)
+        assert torch.equal(told, teacher(x, S, timestep_cond=torch.ones(2, 8), **cond))
+    assert not torch.equal(told, plain)
+
+
+def test_labels_that_are_vectors_stay_conditions() -> None:
+    """Stable Diffusion 2.1 unCLIP tells its U-Net a noisy picture's embedding as a class label."""
+    teacher = FAMILIES["UNet2DConditionModel"](
+        tiny_model("sd", class_embed_type="projection", projection_class_embeddings_input_dim=6)
+    )
+    (x, cond), vector = rows("sd"), torch.randn(2, 6)
+    with torch.no_grad():
+        for how in SECOND_TIMES:
+            student = with_second_time(teacher, second_time=how)
+            assert torch.equal(
+                student(x, S, S, class_labels=vector, **cond), teacher(x, S, class_labels=vector, **cond)
+            )
+    with pytest.raises(ValueError, match="needs the condition class_labels"):
+        student(x, S, T, **cond)
+
+
+def loud(student: nn.Module) -> nn.Module:
+    """With no layer of zeros, as after training."""
+    for weight in student.parameters():
+        if not weight.any():
+            nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(2))
+    return student
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trained_student_hears_what_it_is_told(name: str) -> None:
+    x, cond = rows(name)
+    with torch.no_grad():
+        by_end, by_span = (loud(with_second_time(network(name), second_time=how)) for how in ("t", "span"))
+        assert not torch.equal(by_end(x, S, T, **cond), by_end(x, S, T + 9, **cond))
+        assert not torch.equal(by_span(x, S, T, **cond), by_span(x, S, T + 9, **cond))
+        if name != "unet":  # The same weights, told t - s where the other, of another class there, is told t.
+            by_span.load_state_dict(by_end.state_dict())
+            torch.testing.assert_close(by_span(x, S, T + S, **cond), by_end(x, S, T, **cond), rtol=1e-4, atol=1e-5)
+        if name != "flux told":
+            told = loud(with_second_time(network(name), guidance=True))
+            one, two = (told(x, S, T, guidance=torch.tensor([g, g]), **cond) for g in (1.0, 2.0))
+            assert not torch.equal(one, two)
+            assert torch.equal(one, told(x, S, T, **cond))  # 1, which is none, where it is not given
+
+
+@contextmanager
+def heard(blocks: list[Any], find: Any) -> Iterator[list[Any]]:
+    """What each block is passed, in the order of the calls."""
+    told: list[Any] = [None] * len(blocks)
+
+    def keep(k: int) -> Any:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            told[k] = find([*args, *kwargs.values()])
+
+        return hook
+
+    handles = [block.register_forward_pre_hook(keep(k), with_kwargs=True) for k, block in enumerate(blocks)]
+    try:
+        yield told
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+BLOCKS: dict[str, Any] = {
+    "unet": lambda m: [*m.down_blocks, m.mid_block, *m.up_blocks],
+    "unet of classes": lambda m: [*m.down_blocks, m.mid_block, *m.up_blocks],
+    "sdxl": lambda m: [*m.down_blocks, m.mid_block, *m.up_blocks],
+    "dit": lambda m: list(m.transformer_blocks),
+    "pixart of one size": lambda m: list(m.transformer_blocks),
+    "sd3": lambda m: [*m.transformer_blocks, m.norm_out],
+    "flux": lambda m: [*m.transformer_blocks, *m.single_transformer_blocks, m.norm_out],
+    "wan": lambda m: list(m.blocks),
+}
+
+
+@pytest.mark.parametrize("name", list(BLOCKS))
+def test_told_late_the_first_blocks_hear_s_and_the_last_hear_t_as_the_teacher_would(name: str) -> None:
+    """arXiv 2510.24474: no block hears both, and each hears what a model at that time alone is told."""
+    teacher, student = network(name), with_second_time(network(name), second_time="late")
+    x, cond = rows(name)
+    ndim = 4 if name == "wan" else 2
+
+    def find(values: list[Any]) -> Tensor:
+        times = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+        if name == "dit":
+            return next(v for v in times if v.ndim < 3)[:2].flatten()
+        return next(v for v in reversed(times) if v.ndim == ndim or (name == "wan" and v.shape[1:2] == (6,))).flatten()
+
+    told = {}
+    with torch.no_grad():
+        for time in (S, T):
+            with heard(BLOCKS[name](teacher.model), find) as alone:
+                teacher(x, time, **cond)
+            told[id(time)] = list(alone)
+        with heard(BLOCKS[name](student.model), find) as both:
+            student(x, S, T, **cond)
+    hears_s = [torch.equal(a, b) for a, b in zip(both, told[id(S)], strict=True)]
+    hears_t = [torch.equal(a, b) for a, b in zip(both, told[id(T)], strict=True)]
+    assert [not s for s in hears_s] == hears_t
+    first = hears_t.index(True)
+    assert 0 < first < len(hears_t)
+    assert all(hears_t[first:])
+
+
+OBJECTIVES: dict[str, Any] = {
+    "ITVM": ITVM, "LMD": LMD, "EMD": EMD, "AYF": AYF, "PFMM": PFMM, "ConsistencyDistillation": ConsistencyDistillation,
+    "CTM": CTM, "SCM": SCM, "MeanFlow": lambda _: MeanFlow(), "ImprovedMeanFlow": lambda _: ImprovedMeanFlow(),
+    "AlphaFlow": lambda _: AlphaFlow(), "FMM": lambda _: FMM(), "LSD": lambda _: LSD(),
+    "Shortcut": lambda _: Shortcut(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("pixart of one size", "flux told")])
+def test_a_step_of_every_family_of_objectives_reaches_the_second_time(name: str) -> None:
+    field = field_of(name)
+    x, cond = rows(name)
+    batch = Batch(x.repeat_interleave(2, 0), {key: value.repeat_interleave(2, 0) for key, value in cond.items()})
+    start = FlowMap.from_field(field)
+    for method, make in OBJECTIVES.items():
+        student, target = deepcopy(start), deepcopy(start)
+        objective: Objective = make(field)
+        objective.adopt(student)
+        loud(student)  # else what the second time says would not depend on its first layer
+        loss = objective(student, batch, target=target, progress=0.5, step=0, generator=generator(0)).total
+        loss.backward()
+        assert loss.isfinite(), method
+        new = {key for key in student.state_dict() if key not in field.state_dict()}
+        reached = [p.grad for key, p in student.named_parameters() if key in new and p.grad is not None]
+        assert any(grad.abs().max() > 0 for grad in reached), method
+        assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None), method
+
+
+@pytest.mark.parametrize("how", ["t", "late"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("unet", "pixart", "flux told")])
+def test_gradient_checkpointing_changes_no_gradient(name: str, how: str) -> None:
+    """With two calls at other times before one backward pass, of which a side channel would mix the times."""
+    x, cond = rows(name)
+    gradients = []
+    for is_on in (False, True):
+        student = FlowMap.from_field(field_of(name), second_time=how).train()
+        loud(student)
+        if is_on:
+            student.network.model.enable_gradient_checkpointing()
+        middle = student(x, torch.tensor([0.1, 0.3]), torch.tensor([0.5, 0.6]), **cond)
+        end = student(x, torch.tensor([0.5, 0.6]), torch.tensor([0.9, 0.8]), **cond)
+        (middle * end).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["unet of classes", "sdxl", "dit", "pixart of one size", "sd3", "flux", "wan"])
+def test_a_student_is_traced_as_one_graph(name: str) -> None:
+    """What torch.compile needs; the code that it makes is tried in the slow test."""
+    x, cond = rows(name)
+    for how in ("t", "late"):
+        student = loud(with_second_time(network(name), second_time=how))
+        torch._dynamo.reset()
+        compiled = torch.compile(student, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, S, T, **cond), student(x, S, T, **cond))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unet of classes", "sd", "dit", "sd3", "flux", "wan"])
+def test_a_student_compiles(name: str) -> None:
+    x, cond = rows(name)
+    student = loud(with_second_time(network(name)))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(student)(x, S, T, **cond), student(x, S, T, **cond), atol=1e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_student_in_every_type_of_numbers(name: str, dtype: torch.dtype) -> None:
+    """Cast before and after the second time is added, each way that it goes in: at s = t its field, to the last bit."""
+    x, cond = rows(name)
+    x, cond = x.to(dtype), {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.items()}
+    t = torch.tensor([0.3, 0.7])
+    for how in SECOND_TIMES:
+        for told in (False, True):
+            if refused(name, how, told):
+                continue
+            field = field_of(name).to(dtype)
+            cast_after = FlowMap.from_field(field_of(name), guidance=told, second_time=how).to(dtype)
+            for student in (FlowMap.from_field(field, guidance=told, second_time=how), cast_after):
+                with torch.no_grad():
+                    assert torch.equal(student.velocity(x, t, **cond), field(x, t, **cond))
+                end = student(x, 0.0, 1.0, **cond)
+                assert end.dtype == dtype
+                assert end.isfinite().all()
+                end.float().square().mean().backward()
+                gradients = [p.grad for p in student.parameters() if p.grad is not None]
+                assert gradients
+                assert all(grad.dtype == dtype for grad in gradients)
+
+
+def test_a_time_that_no_student_can_be_told_is_refused() -> None:
+    for kind, options in (("fourier", {}), ("learned", {"num_train_timesteps": 1000})):
+        field = DiffusionField(
+            FAMILIES["UNet2DModel"](tiny_unet(time_embedding_type=kind, **options)), FlowMatchEulerDiscreteScheduler()
+        )
+        for how in SECOND_TIMES:
+            with pytest.raises(ValueError, match=f"a UNet2DModel with time_embedding_type: {kind} .* positional"):
+                FlowMap.from_field(field, second_time=how)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_student_in_half_precision(name: str) -> None:
+    x, cond = rows(name)
+    student = FlowMap.from_field(field_of(name))
+    s, t = torch.tensor([0.1, 0.3]), torch.tensor([0.5, 0.6])
+    exact = student(x, s, t, **cond).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = student(x, s, t, **cond)
+        out.square().mean().backward()
+    torch.testing.assert_close(out.float(), exact, atol=0.1, rtol=0.1)
+    assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("how", SECOND_TIMES)
+@pytest.mark.parametrize("name", ["unet of classes", "sdxl", "dit", "sd3", "flux told", "wan"])
+def test_a_student_is_saved_and_read_by_its_own_class(name: str, how: str, tmp_path: Any) -> None:
+    student = loud(with_second_time(network(name), name != "flux told", how))
+    student.model.save_pretrained(tmp_path)
+    again = type(student)(type(student.model).from_pretrained(tmp_path))
+    (x, cond), strength = rows(name), torch.tensor([2.0, 4.0])
+    cond["guidance"] = strength
+    with torch.no_grad():
+        assert torch.equal(again(x, S, T, **cond), student(x, S, T, **cond))
+    assert again.second_time == how
+
+
+@pytest.mark.parametrize("how", SECOND_TIMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "pixart"])
+def test_an_adapter_and_what_is_new_train_and_are_saved_small(name: str, how: str, tmp_path: Any) -> None:
+    field = field_of(name)
+    student = FlowMap.from_field(field, second_time=how)
+    add_lora(student, rank=2)
+    moving = {key for key, p in student.named_parameters() if p.requires_grad}
+    new = [key for key in moving if ".lora_" not in key]
+    assert bool(new) == (how != "late")
+    assert all("second" in key or "class_embedding" in key for key in new)
+    with torch.no_grad():
+        for key, weight in student.named_parameters():
+            if key in moving:
+                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(len(key)))
+    save_adapter(student, tmp_path)
+    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert size < 0.8 * 4 * sum(p.numel() for p in student.parameters())
+    again = FlowMap.from_field(field, second_time=how)
+    load_adapter(again, tmp_path)
+    x, cond = rows(name)
+    s, t = torch.tensor([0.1, 0.3]), torch.tensor([0.5, 0.6])
+    with torch.no_grad():
+        told = student(x, s, t, **cond)
+        assert torch.equal(again(x, s, t, **cond), told)
+        torch.testing.assert_close(merge_lora(student)(x, s, t, **cond), told, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(told, FlowMap.from_field(field, second_time=how)(x, s, t, **cond))
+
+
+@pytest.mark.parametrize("name", ["unet", "unet of classes", "sd", "dit", "sd3", "flux", "wan"])
+def test_one_copy_of_the_weights_is_teacher_and_student(name: str) -> None:
+    field = field_of(name)
+    student = FlowMap.from_field(field, share=True)
+    theirs = {id(p) for p in field.parameters()}
+    alone = [p for p in student.parameters() if id(p) not in theirs]
+    assert sum(p.numel() for p in alone) < 0.5 * sum(p.numel() for p in student.parameters())
+    x, cond = rows(name)
+    t = torch.tensor([0.3, 0.7])
+    with torch.no_grad():
+        before = field(x, t, **cond)
+        add_lora(student, rank=2)
+        for p in student.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+        assert torch.equal(field(x, t, **cond), before)  # the teacher hears nothing of the adapter
+        assert not torch.equal(student.velocity(x, t, **cond), before)
+    # Shared weights are frozen, with an adapter or without.
+    bare = FlowMap.from_field(field.requires_grad_(True), share=True)
+    assert not any(p.requires_grad for p in field.parameters())
+    assert all(p.requires_grad for p in bare.parameters() if id(p) not in theirs)
+    # Without sharing nothing is.
+    assert theirs.isdisjoint(id(p) for p in FlowMap.from_field(field).parameters())
+
+
+def test_a_student_told_the_strength_learns_each_strength_of_its_teacher() -> None:
+    """Classifier-free guidance folded in as an input, on a text model: ITVM's terms at s = t say so at once."""
+    field = field_of("sd")
+    x, cond = rows("sd")
+    null = {"encoder_hidden_states": torch.zeros_like(cond["encoder_hidden_states"][0])}
+    teacher = Guided(field, 4.0, null=null)
+    student = FlowMap.from_field(field, guidance=True)
+    cond = {**cond, "guidance": torch.tensor([1.0, 5.0])}
+    loss = ITVM(teacher)(student, Batch(x, cond), target=deepcopy(student), progress=0.0, generator=generator(0))
+    loss.total.backward()
+    strength = student.network.model.class_embedding.strength  # pyright: ignore
+    assert strength.linear_2.weight.grad.abs().max() > 0
+
+
+def write(name: str, folder: Any) -> None:
+    """A diffusers folder of a family, without a pipeline around it."""
+    network(name).model.save_pretrained(folder)
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder)
+
+
+@pytest.mark.parametrize("how", SECOND_TIMES)
+def test_a_recipe_says_how_the_second_time_goes_in(how: str, tmp_path: Any) -> None:
+    write("dit", tmp_path / "teacher")
+    np.savez(tmp_path / "latents.npz", data=np.zeros((8, 4, 8, 8), np.float32), labels=np.arange(8) % 5)
+    recipe = {
+        "name": "how", "teacher": str(tmp_path / "teacher"), "data": str(tmp_path / "latents.npz"),
+        "student": {"network": "auto", "second_time": how}, "objective": "ITVM",
+        "training": {"steps": 2, "batch": 8, "quiet": True, "gradient_checkpointing": True},
+        "evaluation": {"count": 0},
+    }  # fmt: skip
+    run(load_recipe(recipe), tmp_path / "run")
+    model = open_run(tmp_path / "run").model
+    assert model.network.second_time == how  # pyright: ignore
+    # The same without checkpointing, to the last bit; and a run that goes on may turn it off.
+    plain = {**recipe, "training": {**recipe["training"], "gradient_checkpointing": False}}
+    run(load_recipe(plain), tmp_path / "plain")
+    again = open_run(tmp_path / "plain").model
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    run(load_recipe({**plain, "training": {**plain["training"], "steps": 3}}), tmp_path / "run")
+    assert open_run(tmp_path / "run").step == 3
+
+
+def test_a_teacher_that_is_told_the_strength_makes_a_student_that_is(tmp_path: Any) -> None:
+    """Flux.1-dev takes guidance as a condition: the data brings it, and samples are drawn at the recipe's."""
+    write("flux told", tmp_path / "teacher")
+    cond = {key: value.repeat(4, *[1] * (value.ndim - 1)).numpy() for key, value in rows("flux")[1].items()}
+    np.savez(tmp_path / "latents.npz", data=np.zeros((8, 4, 8, 8), np.float32), **cond)
+    recipe = {
+        "name": "told", "data": {"name": str(tmp_path / "latents.npz"), "conditions": list(cond)}, "objective": "ITVM",
+        "training": {"steps": 1, "batch": 8, "quiet": True}, "evaluation": {"count": 0},
+    }  # fmt: skip
+    teacher = {"source": str(tmp_path / "teacher"), "guidance": {"scale": 3.5, "told": True}}
+    run(load_recipe({**recipe, "teacher": teacher}), tmp_path / "run")
+    model = open_run(tmp_path / "run").model
+    assert (model.guidance, model.network.takes_guidance) == (3.5, True)  # pyright: ignore
+    x, text = rows("flux")
+    with torch.no_grad():
+        as_told = sample(model, x, 2, guidance=torch.full((2,), 3.5), **text)
+        assert torch.equal(sample(model, x, 2, **text), as_told)
+        assert not torch.equal(sample(model, x, 2, guidance=torch.full((2,), 9.0), **text), as_told)
+    teacher["guidance"]["null"] = {"class_labels": 3}
+    with pytest.raises(ValueError, match="told to the teacher needs no null conditions"):
+        load_recipe({**recipe, "teacher": teacher})
+    write("flux", tmp_path / "plain")
+    teacher = {"source": str(tmp_path / "plain"), "guidance": {"scale": 3.5, "told": True}}
+    with pytest.raises(ValueError, match="is told no strength of guidance: say null"):
+        run(load_recipe({**recipe, "teacher": teacher}), tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["dit", "unet of classes"])
+def test_objectives_that_checkpoints_cannot_follow_say_so(name: str) -> None:
+    field, (x, cond) = field_of(name), rows(name)
+    data = ArrayData(x.repeat(4, 1, 1, 1), {key: value.repeat(4) for key, value in cond.items()})
+    given: Any = {"steps": 1, "batch": 8, "quiet": True, "gradient_checkpointing": True}
+    with pytest.raises(ValueError, match=r"LMD differentiates the network forward and back.*jvp: difference"):
+        fit(FlowMap.from_field(field), LMD(field), data, **given)
+    fit(FlowMap.from_field(field), LMD(field, jvp="difference"), data, **given)
+    fit(FlowMap.from_field(field), MeanFlow(), data, **given)  # whose derivative is without grad
+
+
+def test_checkpointing_and_second_times_are_refused_where_they_mean_nothing() -> None:
+    field = NetworkField(MLP(2))
+    with pytest.raises(ValueError, match="gradient_checkpointing=True is for diffusers models"):
+        fit(FlowMap.from_field(field), ITVM(field), torch.randn(64, 2), steps=1, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="second_time: span is for models of diffusers, a MLP is told t"):
+        FlowMap.from_field(field, second_time="span")
+    with pytest.raises(ValueError, match=r"student.second_time is for flow maps, and student.kind is field"):
+        load_recipe("checkerboard-itvm", {"student.second_time": "late", "student.kind": "field"})

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, data and folders as strangers have them."""

@@ -42,6 +42,7 @@ SPOKEN = [(tables, kind) for kind in ("noise", "data", "v")] + [(scalings, kind)
 SPOKEN += [(lines, kind) for kind in ("noise", "data")]
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(("natives", "kind"), SPOKEN, ids=["table"] * 3 + ["EDM"] * 2 + ["line"] * 2)
 def test_the_three_are_one(natives: Any, kind: str) -> None:
     @settings(max_examples=40, deadline=None, derandomize=True, database=None)

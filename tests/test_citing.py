@@ -147,6 +147,7 @@ def test_a_teacher_on_a_path_of_diffusion_is_cited(tmp_path: Path) -> None:
     assert numbers(said) == ["2505.01169", "2506.02221"]
 
 
+@pytest.mark.takes_seconds
 def test_a_teacher_that_was_trained_here_is_cited_too(tmp_path: Path) -> None:
     tree = {key: value for key, value in RECIPE.items() if key != "teacher"} | {"objective": "FlowMatching"}
     out = tmp_path / "teacher"

@@ -151,6 +151,7 @@ def test_a_variance_is_kept_where_the_pipeline_splits_it_off_itself(tmp_path: Pa
         assert flow.shape[1] == channels
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("family", TOYS)
 def test_fewstep_reads_a_converted_model_back_to_the_bit(family: str, tmp_path: Path) -> None:
     field = toy(family, "v_prediction")
@@ -241,6 +242,7 @@ def flow_grid(steps: int) -> Tensor:
     return 1 - scheduler.sigmas
 
 
+@pytest.mark.takes_seconds
 def test_the_same_images_without_fewstep(tmp_path: Path, elsewhere: Callable[..., str]) -> None:
     fields = {"plain": tiny_field("v_prediction"), "classes": tiny_field("sample", 5)}
     for name, field in fields.items():
@@ -253,6 +255,7 @@ def test_the_same_images_without_fewstep(tmp_path: Path, elsewhere: Callable[...
         assert images.std() > 0.01
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["dit", "sd", "sdxl", "pixart", "sd3", "flux"])
 def test_a_pipeline_keeps_its_parts_and_its_class(name: str, tmp_path: Path) -> None:
     original = tiny_pipeline(name)
@@ -291,6 +294,7 @@ def test_a_pipeline_keeps_its_parts_and_its_class(name: str, tmp_path: Path) -> 
     torch.testing.assert_close(images, back.latents.decode(samples) / 2 + 0.5, atol=1e-4, rtol=0)
 
 
+@pytest.mark.takes_seconds
 def test_guidance_acts_on_a_flow_as_on_the_noise(tmp_path: Path) -> None:
     tiny_pipeline("sd").save_pretrained(tmp_path / "original")
     convert(tmp_path / "original", tmp_path / "flow", check=False)
@@ -395,6 +399,7 @@ def original_by_hand(field: DiffusionField, noise: Tensor, steps: int) -> Tensor
     return ddim(scheduler, Bare(), noise, steps)
 
 
+@pytest.mark.takes_seconds
 def test_the_numbers_of_the_report_are_what_they_say() -> None:
     field: Any = tiny_field("v_prediction")
     noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -466,6 +471,7 @@ def test_the_sampler_of_a_flow_has_its_shift() -> None:
         assert config.get("shift", config.get("flow_shift")) == 3.0
 
 
+@pytest.mark.takes_seconds
 def test_the_rows_of_the_picture(tmp_path: Path) -> None:
     field: Any = tiny_field("sample")
     convert(field, tmp_path / "flow", steps=[2, 5, 10], count=3)
@@ -476,6 +482,7 @@ def test_the_rows_of_the_picture(tmp_path: Path) -> None:
     assert (tmp_path / "flow" / "conversion.png").read_bytes() == expected
 
 
+@pytest.mark.takes_seconds
 def test_a_conversion_by_another_schedule_is_found_out(tmp_path: Path) -> None:
     field: Any = tiny_field("sample")
     field.scheduler = DDPMScheduler(prediction_type="sample", beta_end=0.012)
@@ -731,6 +738,7 @@ def test_a_text_model_that_was_given_an_image(tmp_path: Path, monkeypatch: pytes
     assert names["images"].shape == (4, 3, 16, 16)
 
 
+@pytest.mark.takes_seconds
 def test_a_latent_model_of_images_without_its_pipeline(tmp_path: Path) -> None:
     """By the pipeline that decodes; where that would do so wrongly, the card says how."""
     for name, options in (("plain", {}), ("shifted", {"shift_factor": 0.2})):

@@ -116,6 +116,7 @@ def test_the_last_step_without_signal_is_trained_and_asked() -> None:
     assert network.k.unique().tolist() == [49]
 
 
+@pytest.mark.takes_seconds
 def test_what_it_trains_is_the_flow_of_the_data() -> None:
     """From scratch, as a diffusion model, and read as a flow."""
     torch.manual_seed(0)

@@ -182,6 +182,7 @@ def test_euler_on_the_steps_of_ddim_is_ddim(prediction: str) -> None:
     torch.testing.assert_close(got, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
 
 
+@pytest.mark.takes_seconds
 def test_many_steps_of_either_agree() -> None:
     """100 steps of DDIM, which is of first order, and 50 of Heun on a grid of their own: to 2 % of the image."""
     model, scheduler, field, noise, x = ddim_case("v_prediction")

@@ -58,6 +58,7 @@ def _command_lines(page: Path) -> list[str]:
     return [part for line in lines for part in COMMAND.findall(line) if part.split()[1] in COMMANDS]
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_line_parses(page: Path) -> None:
     for line in _command_lines(page):
@@ -142,6 +143,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 WITH_PYTHON = [page for page in PAGES if _blocks(page, "python") and page.name not in ELSEWHERE]
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
 def test_every_block_of_python_runs(page: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(place, tmp_path / "here")

@@ -300,6 +300,7 @@ def test_checkerboard():
 # What all share
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("make", [mixture, boxes], ids=["mixture", "boxes"])
 def test_flows_compose_and_invert(make):
     field, x = make(), torch.randn(16, 2, generator=generator(5), dtype=F64)
@@ -323,6 +324,7 @@ def test_mixture_flow_carries_noise_to_the_data():
     close(end.T.cov(correction=0), cov, 0.02)
 
 
+@pytest.mark.takes_seconds
 def test_boxes_flow_carries_noise_to_the_data():
     end = boxes().flow(normal_points(512), 0.0, 1 - 1e-3)
     inside = ((end[:, None] > LOW - 0.01) & (end[:, None] < HIGH + 0.01)).all(-1).double()
@@ -412,6 +414,7 @@ def test_the_flow_on_a_schedule_of_a_thousand_steps_ends():
         assert counted.count < 1000
 
 
+@pytest.mark.takes_seconds
 def test_an_adaptive_solve_without_end_says_so():
     def jumping(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return x * torch.sign(torch.sin(1e7 * t))[:, None]

@@ -90,6 +90,7 @@ ELSEWHERE = """
 """
 
 
+@pytest.mark.takes_seconds
 def test_the_same_pixels_without_fewstep(tmp_path: Path, elsewhere: Callable[..., str]) -> None:
     """Bit-equal: the pipeline does fewstep's arithmetic in fewstep's order, in float32, its coefficients in float64.
     Only the re-noising in between (0 < gamma < 1) is written more simply, and may differ in the last place."""
@@ -180,6 +181,7 @@ def test_a_run_is_exported_with_its_method(tmp_path: Path, monkeypatch: pytest.M
     assert "Trained with LMD" in (folder / "README.md").read_text()
 
 
+@pytest.mark.takes_seconds
 def test_what_a_run_hands_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -386,6 +388,7 @@ def test_without_a_model(tmp_path: Path) -> None:
         export(tmp_path / "nowhere", tmp_path / "export")
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("classes", [None, 5])
 def test_a_student_that_is_told_the_strength_of_guidance(
     classes: int | None, elsewhere: Callable[..., str], tmp_path: Path
@@ -451,6 +454,7 @@ def latent_field(prediction: str, vae: Any) -> NetworkField:
     return field
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("vae", VAES)
 def test_a_latent_map_gives_the_images_of_its_vae(
     vae: str, tmp_path: Path, elsewhere: Callable[..., str], capsys: pytest.CaptureFixture[str]
@@ -515,6 +519,7 @@ def test_a_latent_pipeline_stays_one(tmp_path: Path) -> None:
     assert images.shape == (1, 3, 16, 16)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     ("field", "reason"),
     [
@@ -558,6 +563,7 @@ def test_a_vae_that_is_gone(tmp_path: Path) -> None:
 # An image beside the state
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("classes", [None, 5])
 def test_a_map_that_takes_an_image(
     classes: int | None, tmp_path: Path, elsewhere: Callable[..., str], monkeypatch: pytest.MonkeyPatch

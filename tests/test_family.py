@@ -159,6 +159,7 @@ def test_the_exact_map_is_where_every_gradient_vanishes(world: str, name: str):
     assert (off.norm(dim=2) > 1e-3).all()
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_integral_of_itvm_is_exact_on_average_over_its_time(world: str, fraction: Callable[[float], None]):
     field, exact = make_world(world)

@@ -40,6 +40,7 @@ class Endless(IterableDataset[Any]):
         return iter(ROWS)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     ("data", "has_labels"),
     [

@@ -239,6 +239,7 @@ def test_counts_without_end_are_one_line(out: str, tmp_path: Path, capsys: pytes
     _one_line([*words, "9" * 40], "10,000,000 samples at most", capsys)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "metrics.jsonl", "quality.json"])
 def test_a_pipe_in_a_run_is_not_waited_for(name: str, trained: Path, tmp_path: Path) -> None:
     out, _ = _copied(trained, tmp_path)

@@ -61,6 +61,7 @@ def predictions(path, x1, x0, t):
 # Coefficients
 
 
+@pytest.mark.takes_seconds
 @by_path
 @few
 @given(t=st.floats(0.001, 0.999))

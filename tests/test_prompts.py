@@ -152,6 +152,7 @@ def test_prompts_are_given_to_the_samples_in_turn(folders: dict[str, Path]) -> N
         draw(field, 3, 2, prompts=["a cat"])
 
 
+@pytest.mark.takes_seconds
 def test_samples_of_a_text_model_from_the_command_line(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +195,7 @@ def test_without_transformers(folders: dict[str, Path], monkeypatch: pytest.Monk
         prompts.encode(["a cat"])
 
 
+@pytest.mark.takes_seconds
 def test_bad_prompts_and_folders(folders: dict[str, Path], tmp_path: Path) -> None:
     prompts = Prompts(folders["sd"])
     for wrong in ("a cat", []):

@@ -154,6 +154,7 @@ def test_trajectories_begin_at_noise_and_end_at_data():
     assert np.allclose(ends.get_offsets(), path[-1, :20].numpy())
 
 
+@pytest.mark.takes_seconds
 def test_heat_maps_have_s_across_and_t_up():
     times = torch.tensor([0.0, 0.5, 1.0])
     values = torch.full((3, 3), float("nan")).double()

@@ -78,6 +78,7 @@ def schedules(draw: Any) -> Any:
     return DDPMScheduler(num_train_timesteps=steps, prediction_type=prediction, **options)
 
 
+@pytest.mark.takes_seconds
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(scheduler=schedules())
 def test_any_schedule_is_exact_at_its_steps_and_finite_everywhere(scheduler: Any) -> None:

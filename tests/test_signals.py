@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.takes_seconds
 def test_tests_that_were_started_in_the_background_hear_ctrl_c():
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import conftest, subprocess, sys;"

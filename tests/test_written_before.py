@@ -38,6 +38,7 @@ def test_a_run_is_opened(before: Path) -> None:
     torch.testing.assert_close(samples, expected["samples"], rtol=0.0, atol=1e-5)
 
 
+@pytest.mark.takes_seconds
 def test_a_run_goes_on(before: Path) -> None:
     run = before / "run"
     assert main(["distill", str(run / "recipe.yaml"), "--steps", "5", "--out", str(run)]) == 0
@@ -54,6 +55,7 @@ def test_an_export_is_opened(before: Path) -> None:
     torch.testing.assert_close(images, expected["images"], rtol=0.0, atol=1e-5)
 
 
+@pytest.mark.takes_seconds
 def test_an_export_runs_in_diffusers(before: Path) -> None:
     expected = load_file(before / "expected.safetensors")
     pipeline: Any = DiffusionPipeline.from_pretrained(before / "export", trust_remote_code=True)

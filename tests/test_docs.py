@@ -38,6 +38,9 @@ ELSEWHERE = {
     "runtimes.md",
     "exporting.md",
     "text-to-image.md",
+    "style-lora.md",
+    "symptoms.md",
+    "tune-a-distilled-model.md",
 }
 COMMAND = re.compile(r"(?:^|(?<=  )|-m )(fewstep [a-z].*?)(?=   |  fewstep|$)")
 COMMANDS = {

@@ -17,7 +17,8 @@ from fewstep.common.version import __version__ as __version__
 if TYPE_CHECKING:
     from fewstep.data import Batch, load_data
     from fewstep.evaluation.diagnostics import diagnose
-    from fewstep.evaluation.evaluate import compare, evaluate
+    from fewstep.evaluation.evaluate import evaluate
+    from fewstep.evaluation.results import compare
     from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField
     from fewstep.flows.fields import DiffusionField, Guided, NetworkField, VelocityField
     from fewstep.flows.maps import FlowMap
@@ -106,7 +107,7 @@ _HOMES = {
     "VelocityField": "flows.fields",
     "add_lora": "models.lora",
     "cite": "runs.cite",
-    "compare": "evaluation.evaluate",
+    "compare": "evaluation.results",
     "compare_methods": "runs.compare",
     "convert": "runs.convert",
     "diagnose": "evaluation.diagnostics",

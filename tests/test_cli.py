@@ -17,7 +17,7 @@ from PIL import Image
 import fewstep
 from fewstep.cli import main
 from fewstep.common.errors import TrainingError
-from fewstep.evaluation.evaluate import Evaluation, compare
+from fewstep.evaluation.results import Evaluation, compare
 from fewstep.runs import judge
 from fewstep.runs import previews as watch
 from fewstep.runs import run as runs

@@ -11,8 +11,8 @@ import pytest
 
 from fewstep.cli import main
 from fewstep.evaluation import evaluate as evaluation
-from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.plots import quality_figure
+from fewstep.evaluation.results import Evaluation
 from fewstep.objectives import MeanFlow
 from fewstep.runs import compare as comparing
 from fewstep.runs import judge

@@ -29,7 +29,7 @@ import fewstep
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
 from fewstep.evaluation.agreement import SAME, compare_samplers, sampler_of, steps_for
-from fewstep.evaluation.plots import image_grid
+from fewstep.evaluation.grids import image_grid
 from fewstep.flows.exact import CheckerboardField
 from fewstep.flows.fields import DiffusionField, Guided, NetworkField
 from fewstep.flows.maps import FlowMap

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fewstep.cli import main
-from fewstep.evaluation.evaluate import Evaluation
+from fewstep.evaluation.results import Evaluation
 
 DEEP = "[" * 100_000
 ROW = {"model": "student", "steps": 1, "nfe": 1, "rmse": 0.5}

@@ -28,7 +28,7 @@ from unet_toys import tiny_field, tiny_student
 import fewstep
 from fewstep.cli import _parser, main
 from fewstep.common.randomness import sample_generators
-from fewstep.evaluation.plots import image_grid
+from fewstep.evaluation.grids import image_grid
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample_noise

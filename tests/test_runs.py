@@ -14,8 +14,8 @@ from PIL import Image
 
 import fewstep
 from fewstep.evaluation import evaluate as evaluation
-from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.extractor import SmallClassifier
+from fewstep.evaluation.results import Evaluation
 from fewstep.flows.exact import CheckerboardField
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap

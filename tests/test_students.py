@@ -352,6 +352,7 @@ def test_a_student_compiles(name: str) -> None:
         )
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_student_in_every_type_of_numbers(name: str, dtype: torch.dtype) -> None:

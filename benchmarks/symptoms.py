@@ -23,8 +23,10 @@ from torch.utils.data import TensorDataset
 
 import fewstep
 from fewstep.common.errors import TrainingError
-from fewstep.evaluation.plots import image_grid, png, points_figure
+from fewstep.evaluation.grids import image_grid
+from fewstep.evaluation.plots import points_figure
 from fewstep.evaluation.points import sliced_wasserstein
+from fewstep.evaluation.style import png
 from fewstep.networks import MLP
 
 IMAGES = FOLDER.parent.parent / "docs" / "images"

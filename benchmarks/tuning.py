@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import fewstep
-from fewstep.evaluation.plots import image_grid
+from fewstep.evaluation.grids import image_grid
 
 IMAGES = FOLDER.parent.parent / "docs" / "images"
 COUNTS = (1, 2, 4)

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField
     from fewstep.flows.fields import DiffusionField, Guided, NetworkField, VelocityField
     from fewstep.flows.maps import FlowMap
-    from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
+    from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
     from fewstep.flows.sampling import sample
+    from fewstep.flows.tabulated import Tabulated
     from fewstep.models.hub import push
     from fewstep.models.lora import add_lora, load_adapter, merge_lora, save_adapter
     from fewstep.objectives import (
@@ -100,7 +101,7 @@ _HOMES = {
     "Shortcut": "objectives",
     "SplitMeanFlow": "objectives",
     "TVM": "objectives",
-    "Tabulated": "flows.paths",
+    "Tabulated": "flows.tabulated",
     "Trigonometric": "flows.paths",
     "TwoTime": "objectives",
     "VariancePreserving": "flows.paths",

@@ -30,13 +30,16 @@ from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
 from fewstep.evaluation.agreement import SAME, compare_samplers, sampler_of, steps_for
 from fewstep.evaluation.grids import image_grid
+from fewstep.flows.change_of_path import scaling
 from fewstep.flows.exact import CheckerboardField
 from fewstep.flows.fields import DiffusionField, Guided, NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import Linear, Preconditioned, Reversed, Tabulated, Trigonometric, scaling
+from fewstep.flows.paths import Linear, Reversed, Trigonometric
 from fewstep.flows.paths import Path as Trajectory
+from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.flows.solvers import integrate
+from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.vae import Latents
 from fewstep.models.export import diffusion_of
 from fewstep.networks import FAMILIES, MLP, UNet, flow_model

@@ -9,7 +9,9 @@ from fewstep import Denoising, DiffusionField, FlowMap, Linear, NetworkField, fi
 from fewstep.common.randomness import generator, normal, uniform
 from fewstep.data.batch import Batch
 from fewstep.flows.exact import GaussianField
-from fewstep.flows.paths import Preconditioned, Tabulated, Trigonometric
+from fewstep.flows.paths import Trigonometric
+from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.tabulated import Tabulated
 from fewstep.networks import MLP
 
 F64 = torch.float64

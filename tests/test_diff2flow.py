@@ -14,9 +14,10 @@ from unet_toys import tiny_unet
 
 from fewstep.flows.exact import GaussianField
 from fewstep.flows.fields import DiffusionField, NetworkField
-from fewstep.flows.paths import Linear, Tabulated
+from fewstep.flows.paths import Linear
 from fewstep.flows.sampling import sample
 from fewstep.flows.solvers import integrate
+from fewstep.flows.tabulated import Tabulated
 from fewstep.networks import UNet
 
 MEAN = torch.tensor([0.8, -0.4], dtype=torch.float64)

@@ -16,9 +16,10 @@ from fewstep.flows.exact import (
     MixtureField,
     eight_gaussians,
 )
-from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
+from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
 from fewstep.flows.sampling import count_calls
 from fewstep.flows.solvers import integrate
+from fewstep.flows.tabulated import Tabulated
 
 F64 = torch.float64
 DDPM = Tabulated.from_alphas_cumprod((1 - torch.linspace(1e-4, 0.02, 1000, dtype=F64)).cumprod(0))

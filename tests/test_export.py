@@ -31,9 +31,11 @@ from fewstep.common.randomness import sample_generators
 from fewstep.flows.exact import CheckerboardField
 from fewstep.flows.fields import DiffusionField, Guided, NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import Linear, Preconditioned, Reversed, Tabulated, Trigonometric
+from fewstep.flows.paths import Linear, Reversed, Trigonometric
 from fewstep.flows.paths import Path as Trajectory
+from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.sampling import sample, sample_noise
+from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.vae import Latents
 from fewstep.models.exported import FlowMapPipeline
 from fewstep.networks import MLP, UNet, flow_model
@@ -745,7 +747,7 @@ def trajectories() -> list[Trajectory]:
     found, classes = [], Trajectory.__subclasses__()
     for kind in classes:
         classes.extend(kind.__subclasses__())
-        if kind.__module__ == "fewstep.flows.paths":
+        if kind.__module__.startswith("fewstep.flows."):
             found.append(kind(**options.get(kind, {})))
     return found
 

@@ -16,7 +16,8 @@ from fewstep.data.couplings import Coupled
 from fewstep.data.given import as_data
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import Linear, Preconditioned
+from fewstep.flows.paths import Linear
+from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.schedules import kind_of
 from fewstep.networks import MLP
 

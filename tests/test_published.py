@@ -20,10 +20,10 @@ from fewstep.cli import main
 from fewstep.common.model_files import load_weights, variant_in
 from fewstep.evaluation.agreement import compare_samplers
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import Tabulated
 from fewstep.flows.sampling import sample
 from fewstep.flows.schedules import schedule_of, todays_config
 from fewstep.flows.signature import image_channels, takes
+from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.encoders import text_identity, vae_identity
 from fewstep.latents.vae import Latents
 from fewstep.models.diffusers_pipeline import look_into

@@ -17,8 +17,9 @@ import fewstep
 from fewstep.cli import main
 from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
+from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
 from fewstep.flows.paths import Path as Trajectory
+from fewstep.flows.tabulated import Tabulated
 from fewstep.networks import FAMILIES, MLP, UNet
 from fewstep.runs.runtimes import Counted, export_program
 

@@ -18,8 +18,8 @@ from fewstep.common.randomness import Generators, generator
 from fewstep.data.batch import Batch
 from fewstep.evaluation.calls import UNITS, Counts, counting
 from fewstep.evaluation.memory import held_bytes, synchronize
+from fewstep.flows.broadcasting import as_times
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import as_times
 from fewstep.flows.times import draw_pairs
 from fewstep.objectives import FlowMatching, Loss, Objective
 from fewstep.objectives.base import noise_of, squared_error

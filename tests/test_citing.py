@@ -227,6 +227,7 @@ def test_the_commands_of_a_page_are_those_of_its_method(page: Path) -> None:
             make_objective(recipe, teacher)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):

@@ -186,6 +186,7 @@ def test_the_table_in_the_folder_is_the_one_that_counts(tmp_path: Path) -> None:
     assert back.native == Tabulated(tuple(config["diffusion"]["log_ratios"]))
 
 
+@pytest.mark.takes_seconds
 def test_other_schedules_are_read_back(tmp_path: Path) -> None:
     zero = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([0.0, 0.4, 1.0])
@@ -325,6 +326,7 @@ def test_a_model_without_its_pipeline_says_what_is_missing(tmp_path: Path) -> No
     assert ", vae=..." in (tmp_path / "flow" / "README.md").read_text()
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("inverted", [False, True])
 def test_a_flow_is_written_as_it_is(inverted: bool, tmp_path: Path) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=inverted)
@@ -566,6 +568,7 @@ def test_a_run_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(load(tmp_path / "flow").velocity(x, 0.3), field(x, 0.3))
 
 
+@pytest.mark.takes_seconds
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained("ddpm")
@@ -662,6 +665,7 @@ def broken(folder: Path, how: str) -> None:
             (folder / part / name).write_text(json.dumps({"_class_name": "CLIPImageProcessor"}))
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("how", ["absent", "snapshot"])
 def test_optional_parts_that_are_not_whole_are_left_out(how: str, tmp_path: Path) -> None:
     broken(tmp_path / "original", how)
@@ -728,6 +732,7 @@ def test_a_model_that_takes_an_image(prediction: str, tmp_path: Path, monkeypatc
     assert names["x"].shape == (4, 1, 8, 8)
 
 
+@pytest.mark.takes_seconds
 def test_a_text_model_that_was_given_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_pipeline("sd").save_pretrained(tmp_path / "sd")
     field: Any = load(tmp_path / "sd")

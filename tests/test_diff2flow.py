@@ -140,6 +140,7 @@ def test_the_velocity_is_finite_and_near_beyond_the_schedule(schedule: str, pred
         torch.testing.assert_close(below, above, atol=1e-5, rtol=0)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(("schedule", "prediction"), CASES)
 def test_200_steps_land_on_the_closed_form(schedule: str, prediction: str) -> None:
     """From the schedule's own noisiest point: before it the schedule, and so the model, knows nothing."""

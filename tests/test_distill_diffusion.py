@@ -45,6 +45,7 @@ def recipe_of(teacher: Path, objective: Any = "ITVM", **guidance: Any) -> dict[s
 NULL = {"class_labels": 10}
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("objective", ["ITVM", "LMD", "AYF", "PSD", "MeanFlow", "ConsistencyDistillation"])
 def test_any_objective_takes_a_diffusion_model(ddpm: Path, objective: str) -> None:
     built = build(load_recipe(recipe_of(ddpm, objective)))

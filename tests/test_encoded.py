@@ -68,6 +68,7 @@ def images(data: Path, size: int = 16) -> torch.Tensor:
     return array.rows(torch.arange(COUNT), generator(0)).data
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["sd", "sdxl", "pixart", "sd3", "flux"])
 def test_rows_are_what_the_model_makes_of_them(tmp_path: Path, photos: Path, name: str) -> None:
     folder = pipeline_folder(tmp_path / name, name)
@@ -211,6 +212,7 @@ def test_what_the_shards_share_is_known_and_mended_too(
     assert files(out) == before
 
 
+@pytest.mark.takes_seconds
 def test_what_was_made_otherwise_is_refused(field: VelocityField, sd: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     make(field, photos, out)

@@ -500,6 +500,7 @@ def test_a_latent_map_gives_the_images_of_its_vae(
         torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.takes_seconds
 def test_a_latent_pipeline_stays_one(tmp_path: Path) -> None:
     LDMPipeline(tiny_vq(), tiny_unet(), DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / "ldm")
     field = load(tmp_path / "ldm")

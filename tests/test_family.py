@@ -140,6 +140,7 @@ def test_the_quadrature_knows_what_led_to_a_state(world: str):
 ON_A_BENT_PATH = ("LMD", "EMD", "SCM", *FROM_DATA)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     ("world", "name"),
     [(world, name) for world in WORLDS for name in EXACT if world != "bent" or name in ON_A_BENT_PATH],

@@ -165,6 +165,7 @@ def test_conditions_are_dropped_in_training_and_not_in_judging(tmp_path: Path) -
         build(load_recipe(recipe_of(teacher, "digits", drop={"share": 0.5, "null": {"text": 10}})))
 
 
+@pytest.mark.takes_seconds
 def test_conditions_for_none_that_the_model_does_not_know_are_found_before_the_training(tmp_path: Path) -> None:
     teacher = ddpm(tmp_path / "ddpm", classes=11)
     with pytest.raises(ValueError, match=r"Are the conditions for none, \{'class_labels': 11\}, among those that it"):

@@ -465,6 +465,7 @@ def test_conditions_have_the_shapes_that_text_encoders_give(name: str, tmp_path:
     }
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("length", ["77", -1, 10**30])
 def test_lengths_of_prompts_are_numbers(length: Any, tmp_path: Path) -> None:
     tiny_pipeline("sd").save_pretrained(tmp_path)

@@ -62,6 +62,7 @@ def expected(name: str, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": text, "pooled_projections": pooled}
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts_are_encoded_as_the_pipeline_does(
     name: str, pipelines: dict[str, Any], folders: dict[str, Path]

@@ -156,6 +156,7 @@ def test_a_student_knows_it_too(name: str, tmp_path: Path) -> None:
         assert torch.equal(stock(x, 0.4, **cond), field(x, 0.4, **cond))
 
 
+@pytest.mark.takes_seconds
 @torch.no_grad()
 def test_kandinsky_and_wan_decode_as_their_pipelines_do(tmp_path: Path) -> None:
     """``KandinskyV22Pipeline`` by neither scale nor codebook, ``WanPipeline`` by the statistics of each channel."""
@@ -182,6 +183,7 @@ def test_kandinsky_and_wan_decode_as_their_pipelines_do(tmp_path: Path) -> None:
             field.latents.shape_of(shape)
 
 
+@pytest.mark.takes_seconds
 def test_an_index_with_code_of_its_own(tmp_path: Path) -> None:
     """``_class_name`` is a pair there: the file, and the class."""
     folder = LOADED["stable-diffusion 1.5"][0](tmp_path / "model")
@@ -389,6 +391,7 @@ def test_sides_that_the_levels_cannot_halve(tmp_path: Path) -> None:
         sample(load(folder), torch.randn(1, 3, 15, 15), steps=1)
 
 
+@pytest.mark.takes_seconds
 def test_attention_as_the_first_versions_named_it(tmp_path: Path) -> None:
     """``query``, ``key``, ``value`` and ``proj_attn``, in U-Nets and VAEs: of what google/ddpm and the first Stable
     Diffusions were saved with."""

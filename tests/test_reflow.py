@@ -307,6 +307,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "shared: 1 shards are still missing" in capsys.readouterr().out
 
 
+@pytest.mark.takes_seconds
 def test_the_teacher_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
     small = ["--student.options.width", "8", "--student.options.depth", "2", "--training.chunk", "8", *TINY]

@@ -139,6 +139,7 @@ def test_a_comparison_owns_its_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 # The recipe
 
 
+@pytest.mark.takes_seconds
 def test_the_recipe_counts_before_there_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, recipe = tmp_path / "run", load_recipe(POINTS)
     with monkeypatch.context() as patch:

@@ -64,6 +64,7 @@ def test_a_run_goes_on_from_a_run_or_its_export(tmp_path: Path) -> None:
     assert "of the model that the student goes on from: LMD" in said
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["sd", "dit", "sd3"])
 def test_a_map_of_diffusers_is_trained_on(name: str, tmp_path: Path) -> None:
     """In Python it is load and fit."""

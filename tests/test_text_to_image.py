@@ -96,6 +96,7 @@ def test_from_pictures_and_captions_to_a_student(models: Path, photos: Path, tmp
     assert len(list((tmp_path / "cache" / "encoded").iterdir())) == 1
 
 
+@pytest.mark.takes_seconds
 def test_sample_grids_are_decoded(models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of pictures for each step count and one of the teacher's, of the captions of the first rows."""
     recipe = load_recipe(recipe_of(models / "sd", {"name": str(photos), "size": 16}))
@@ -212,6 +213,7 @@ def test_captions_are_dropped_in_favour_of_the_empty_prompt(models: Path, photos
     assert kept.cond["encoder_hidden_states"].any()
 
 
+@pytest.mark.takes_seconds
 def test_data_encoded_by_another_model_is_refused(models: Path, photos: Path, tmp_path: Path) -> None:
     encode(models / "sd", photos, tmp_path / "encoded", size=16)
     with pytest.raises(ValueError, match=r"encoded was encoded by another model: vae is AutoencoderKL \w+ there and"):
@@ -234,12 +236,14 @@ def test_pairs_of_other_text_encoders_are_refused(models: Path, tmp_path: Path) 
         build(load_recipe(tree))
 
 
+@pytest.mark.takes_seconds
 def test_options_of_another_type_are_one_error(models: Path, photos: Path) -> None:
     for option, said in (("size", "size='big': the side of a picture"), ("encode_batch", "batch must be .*'big'")):
         with pytest.raises(ValueError, match=said):
             build(load_recipe(recipe_of(models / "sd", {"name": str(photos), "size": 16, option: "big"})))
 
 
+@pytest.mark.takes_seconds
 def test_a_damaged_empty_prompt_is_named_in_a_training(models: Path, photos: Path, tmp_path: Path) -> None:
     encode(models / "sd", photos, tmp_path / "encoded", size=16)
     file = tmp_path / "encoded" / "null.safetensors"
@@ -460,6 +464,7 @@ def test_conditions_that_would_fill_the_memory_are_read_as_they_are_needed(
     assert max(most) == 2
 
 
+@pytest.mark.takes_seconds
 def test_an_extractor_of_images_sees_latents_decoded(models: Path, photos: Path, tmp_path: Path) -> None:
     class Mean(torch.nn.Module):
         num_features = 3
@@ -480,6 +485,7 @@ def test_an_extractor_of_images_sees_latents_decoded(models: Path, photos: Path,
     assert found.rows[0]["fd"] > 0
 
 
+@pytest.mark.takes_seconds
 def test_a_student_of_another_size_than_the_teacher(models: Path, photos: Path, tmp_path: Path) -> None:
     data = make_data(load_recipe(recipe_of(models / "sd", {"name": str(photos), "size": 32})), None, None)
     assert data.shape == (3, 32, 32)  # no teacher, no latents

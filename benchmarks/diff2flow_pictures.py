@@ -12,7 +12,7 @@ from record import here, write
 from record import read as results
 
 from fewstep import load
-from fewstep.evaluation.plots import COLOURS
+from fewstep.evaluation.style import COLOURS
 from fewstep.generation.drawing import draw
 
 NAMES = {"diff2flow": "exact velocity", "naive": "raw network", "diffusion": "diffusion, gone on with"}

@@ -9,7 +9,8 @@ Runs that were not evaluated are left out.
 import argparse
 from pathlib import Path
 
-from fewstep.evaluation.plots import png, points_figure
+from fewstep.evaluation.plots import points_figure
+from fewstep.evaluation.style import png
 from fewstep.generation.drawing import draw
 from fewstep.runs.opening import load_run
 

@@ -22,17 +22,8 @@ import torch
 from families import FAMILIES, Family
 from record import here, write
 
-from fewstep.evaluation.cost import (
-    UNITS,
-    Cost,
-    Counts,
-    Entry,
-    compare_costs,
-    expected_cost,
-    probes,
-    step_cost,
-    unit_costs,
-)
+from fewstep.evaluation.calls import UNITS, Counts
+from fewstep.evaluation.cost import Cost, Entry, compare_costs, expected_cost, probes, step_cost, unit_costs
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.objectives import OBJECTIVES

@@ -17,12 +17,14 @@ from fewstep.common.version import __version__ as __version__
 if TYPE_CHECKING:
     from fewstep.data import Batch, load_data
     from fewstep.evaluation.diagnostics import diagnose
-    from fewstep.evaluation.evaluate import compare, evaluate
+    from fewstep.evaluation.evaluate import evaluate
+    from fewstep.evaluation.results import compare
     from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField
     from fewstep.flows.fields import DiffusionField, Guided, NetworkField, VelocityField
     from fewstep.flows.maps import FlowMap
-    from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
+    from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
     from fewstep.flows.sampling import sample
+    from fewstep.flows.tabulated import Tabulated
     from fewstep.models.hub import push
     from fewstep.models.lora import add_lora, load_adapter, merge_lora, save_adapter
     from fewstep.objectives import (
@@ -99,14 +101,14 @@ _HOMES = {
     "Shortcut": "objectives",
     "SplitMeanFlow": "objectives",
     "TVM": "objectives",
-    "Tabulated": "flows.paths",
+    "Tabulated": "flows.tabulated",
     "Trigonometric": "flows.paths",
     "TwoTime": "objectives",
     "VariancePreserving": "flows.paths",
     "VelocityField": "flows.fields",
     "add_lora": "models.lora",
     "cite": "runs.cite",
-    "compare": "evaluation.evaluate",
+    "compare": "evaluation.results",
     "compare_methods": "runs.compare",
     "convert": "runs.convert",
     "diagnose": "evaluation.diagnostics",

@@ -13,16 +13,27 @@ from typing import Any
 
 import api
 import commands
+import drawing
 import keys
 from sphinx.application import Sphinx
 
 DOCS = Path(__file__).resolve().parents[1]
 ROOT = DOCS.parent
+
+
+def _drawn(name: str) -> str:
+    """A drawing as part of the page, whose colours it takes."""
+    return f'```{{raw}} html\n<div class="drawing">{" ".join(drawing.drawings()[name].split())}</div>\n```'
+
+
 TEXTS: dict[str, Callable[[], str]] = {
     "keys": keys.keys,
     "recipes": keys.recipes,
     "commands": commands.commands,
     "public-names": api.index,
+    "house": lambda: _drawn("house"),
+    "batch": lambda: _drawn("batch"),
+    "sample": lambda: _drawn("sample"),
 }
 # Files outside docs that have a page on the site.
 PAGES = {

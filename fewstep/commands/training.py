@@ -86,7 +86,7 @@ def run_evaluate(args: argparse.Namespace, _: dict[str, str]) -> int:
 
 
 def run_compare(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.evaluation.evaluate import Evaluation
+    from fewstep.evaluation.results import Evaluation
     from fewstep.runs.judge import compare_runs
 
     if args.methods:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from fewstep.flows.fields import DiffusionField, NetworkField
-from fewstep.flows.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
+from fewstep.flows.paths import Forward, Linear, Reversed
+from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.sampling import count_calls
 from fewstep.flows.schedules import PREDICTION_TYPES
 from fewstep.flows.solvers import integrate
+from fewstep.flows.tabulated import Tabulated
 
 STEPS = (10, 50, 200)
 # On the same steps the two samplers differ by rounding alone, 1e-6 in float32 and more on GPUs that round to TF32;

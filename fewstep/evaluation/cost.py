@@ -7,24 +7,19 @@ calls say they should be: an objective costs what its network calls cost.
 
 import statistics
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fewstep.common.randomness import Generators, generator
 from fewstep.data.batch import Batch
-from fewstep.flows.fields import Guided, NetworkField, VelocityField
+from fewstep.evaluation.calls import UNITS, Counts, counting
+from fewstep.evaluation.memory import held_bytes, synchronize
+from fewstep.flows.broadcasting import as_times
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import as_times
 from fewstep.flows.times import draw_pairs
 from fewstep.objectives import FlowMatching, Loss, Objective
 from fewstep.objectives.base import noise_of, squared_error
@@ -32,37 +27,6 @@ from fewstep.objectives.derivative import derivative
 
 # What is measured: a student, its loss, and the slow copy of the student where the loss wants one (made if None).
 Entry = tuple[Any, Objective, Any]
-
-# What a batch through a network costs, in steps of flow matching, by kind of call (see Counts). A backward pass is
-# worth two forward passes, one to the inputs and one to the weights. Forward mode has no such rule: what ``probes``
-# measured on the MLP of ``benchmarks/objectives.py``, one CPU thread (plain came out as 0.34 there, frozen as 0.64).
-UNITS = {"trained": 1.0, "frozen": 2 / 3, "plain": 1 / 3, "tangent": 0.75, "tangent_trained": 2.35}
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What a step asks of the networks of student, target and teacher.
-
-    Rows, in batches, by kind of call: ``trained``, forward and backward to the weights; ``frozen``, forward and
-    backward to the inputs alone; ``plain``, forward alone; ``tangent``, forward mode (value and derivative) with no
-    backward; ``tangent_trained``, forward mode and backward through it. ``calls`` is how often a network was called,
-    ``jvps`` how often in forward mode. Whether a call has a backward pass is judged as it is made: one whose result is
-    detached later counts as one that has.
-    """
-
-    trained: float = 0.0
-    frozen: float = 0.0
-    plain: float = 0.0
-    tangent: float = 0.0
-    tangent_trained: float = 0.0
-    calls: int = 0
-    jvps: int = 0
-
-    @property
-    def rows(self) -> dict[str, float]:
-        """The kinds of call that occur, and their rows in batches."""
-        kinds = {field.name: getattr(self, field.name) for field in fields(self) if field.name in UNITS}
-        return {kind: rows for kind, rows in kinds.items() if rows}
 
 
 @dataclass(frozen=True)
@@ -132,12 +96,12 @@ def compare_costs(
         student, objective, target = ready[name]
         draw = generator(seed, step)
         torch.manual_seed(seed)  # dropout
-        _wait(device)
+        synchronize(device)
         start = clock()
         with torch.autocast(device.type, precision, enabled=precision is not None):
             loss = objective(student, batch, target=target, progress=0.5, step=step, generator=draw)
         loss.total.backward()
-        _wait(device)
+        synchronize(device)
         seconds = clock() - start
         for module in (student, objective):
             module.zero_grad(set_to_none=True)
@@ -149,7 +113,7 @@ def compare_costs(
             with counting(*parts) as calls:
                 run(name, 0)
             counts[name] = calls(len(batch))
-            with _peak(device, *parts) as peak:
+            with held_bytes(device, *parts) as peak:
                 run(name, 1)
             peaks[name] = peak()
         times = []
@@ -211,116 +175,3 @@ def _prepared(student: Any, objective: Objective, target: Any) -> Entry:
         target = deepcopy(student).eval().requires_grad_(False)
     objective.adopt(student)
     return student.train(), objective, target
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@contextmanager
-def counting(student: nn.Module, objective: Objective, target: nn.Module | None) -> Iterator[Callable[[int], Counts]]:
-    """Count the calls of all networks that a loss knows; gives a function from the rows of a batch to the counts."""
-    rows = dict.fromkeys(UNITS, 0)
-    calls = jvps = 0
-
-    def hook(network: nn.Module, arguments: tuple[Any, ...]) -> None:
-        nonlocal calls, jvps
-        is_dual = any(isinstance(a, Tensor) and _has_tangent(a) for a in arguments)
-        has_weights = any(p.requires_grad for p in network.parameters())
-        is_deep = torch.is_grad_enabled() and (has_weights or any(_wants_grad(a) for a in arguments))
-        kind = "trained" if has_weights else "frozen"
-        if is_dual:
-            kind = "tangent_trained" if is_deep else "tangent"
-        elif not is_deep:
-            kind = "plain"
-        rows[kind] += len(arguments[0])
-        calls, jvps = calls + 1, jvps + is_dual
-
-    handles = [network.register_forward_pre_hook(hook) for network in _networks(student, objective, target)]
-    try:
-        yield lambda batch: Counts(**{kind: n / batch for kind, n in rows.items()}, calls=calls, jvps=jvps)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _networks(student: nn.Module, objective: Objective, target: nn.Module | None) -> set[nn.Module]:
-    """What is called: the networks of maps and fields, and the fields that have none (exact ones)."""
-    models = [student, objective, *([target] if target is not None else [])]
-    if objective.has_teacher:
-        models.append(objective.teacher)
-    found: set[nn.Module] = set()
-    for part in (part for model in models for part in model.modules()):
-        if isinstance(part, FlowMap | NetworkField):
-            found.add(part.network)
-        elif isinstance(part, VelocityField) and not isinstance(part, Guided):
-            found.add(part)
-    return found
-
-
-def _has_tangent(x: Tensor) -> bool:
-    is_inside = forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
-    return is_inside and forward_ad.unpack_dual(x).tangent is not None
-
-
-def _wants_grad(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-@contextmanager
-def _peak(device: torch.device, *parts: nn.Module | None) -> Iterator[Callable[[], int]]:
-    """The most bytes held at once inside; gradients of weights are left out: all methods have them."""
-    with dropping_gradients(*parts):
-        if device.type == "cuda":
-            _wait(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            yield lambda: torch.cuda.max_memory_allocated(device) - before
-        else:
-            with Allocations() as made:
-                yield lambda: made.peak
-
-
-@contextmanager
-def dropping_gradients(*parts: nn.Module | None) -> Iterator[None]:
-    """Gradients of weights are dropped as they come."""
-
-    def drop(parameter: Tensor) -> None:
-        parameter.grad = None
-
-    weights = {p for part in parts if part is not None for p in part.parameters() if p.requires_grad}
-    handles = [p.register_post_accumulate_grad_hook(drop) for p in weights]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of the tensors that operations made and that still live: torch counts none on the CPU. It sits below
-    autograd and forward mode, so that it sees what they keep; the work space inside a kernel it does not see."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        for address, storage in {storage._cdata: storage for storage in _storages(result)}.items():
-            if address in given:  # a view, or written in place
-                continue
-            size = storage.nbytes()
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._freed, size)
-        return result
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -1,111 +1,29 @@
 """Quality against network calls: a few-step model and its teacher side by side, from the same noise."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from fewstep.common.parsing import checked
-from fewstep.common.randomness import Generators, generator, sample_generators
-from fewstep.common.reading import parse_json, read_text
+from fewstep.common.randomness import Generators, generator
 from fewstep.data.batch import Batch, Data, has_classes
 from fewstep.data.given import as_data
 from fewstep.data.toy import Toy
-from fewstep.evaluation.measure import ENDS, METRICS, Judge, choose_metrics, possible_metrics
+from fewstep.evaluation.inputs import Reader, Starts, bytes_of_row, conditions, gather, two_sets
+from fewstep.evaluation.measure import ENDS, Judge, choose_metrics, possible_metrics
+from fewstep.evaluation.results import Evaluation
 from fewstep.flows.exact import ExactField
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import count_calls, sample, sample_noise
+from fewstep.flows.sampling import count_calls, sample
 
 _SOLVE = 128  # midpoint steps to the end points of a teacher without a closed form; Heun would ask at t = 1
 _SOLVED = 1000  # images solved so: 256 calls for each are the dearest part of an evaluation
 _LARGE = 1 << 30  # bytes of conditions that are kept in memory
-_SMALL = 1 << 25  # bytes of noise that are
-_BLOCK = 1000  # rows of data gathered at once: fixed, so that fresh data does not depend on ``batch``
-# Keep the generators of rows, fresh data and conditions apart from each other and from those of training.
-_ROWS, _FRESH, _CONDITIONS = 0x726F7773, 0x66726573, 0x636F6E64
-
-
-@dataclass(eq=False)
-class Evaluation:
-    """How good a model is at each number of network calls, and its teacher beside it.
-
-    Attributes:
-        rows: one a model and step count: ``model`` (student or teacher), ``steps``, ``nfe`` (network calls a sample;
-            guidance makes two a step) and the metrics.
-        floor: the metrics of data against data, as many rows: what a perfect model would have. Empty where there are
-            not enough data for two sets.
-        facts: what else decides the numbers: shape, count, seed, rows of data, rows with end points, extractor.
-        samples: the first 64 of each row, ``"student 1"``, ``"teacher 100"``, ..., and of ``"data"``, on the CPU.
-        captions: the prompts of those samples; empty where they were not asked for by a text.
-    """
-
-    rows: list[dict[str, Any]]
-    floor: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    samples: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    captions: list[str] = field(default_factory=list, repr=False)
-
-    def table(self) -> tuple[list[str], list[list[Any]]]:
-        """Columns and rows. The floor, where there is one, is the last row; None stands where there is no value."""
-        columns = list(dict.fromkeys(chain.from_iterable(self.rows)))
-        rows = [*self.rows, {"model": "data", **self.floor}] if self.floor else self.rows
-        return columns, [[row.get(column) for column in columns] for row in rows]
-
-    def to_json(self) -> str:
-        """All but the samples."""
-        return json.dumps({"rows": self.rows, "floor": self.floor, "facts": self.facts}, indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Evaluation":
-        """What ``to_json`` wrote."""
-        return cls._of(parse_json(text, "an evaluation"), "an evaluation")
-
-    @classmethod
-    def read(cls, file: Path) -> "Evaluation":
-        """That of a ``quality.json``.
-
-        Raises:
-            ValueError: it is none, or was changed; says what is wrong.
-        """
-        return cls._of(parse_json(read_text(file), str(file)), file)
-
-    @classmethod
-    def _of(cls, value: Any, where: str | Path) -> "Evaluation":
-        kept = checked(_Kept, value, where, "measure again, with fewstep evaluate RUN")
-        return cls(**kept.model_dump(exclude_unset=True))
-
-
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, float | None]  # the metrics  # pyright: ignore[reportIncompatibleVariableOverride]
-    model: str
-    steps: int
-    nfe: float
-
-
-class _Facts(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    shape: list[int]
-    count: int
-
-
-class _Kept(BaseModel):
-    """What ``quality.json`` says."""
-
-    model_config = ConfigDict(extra="forbid")
-    rows: list[_Row] = Field(min_length=1)
-    floor: dict[str, float | None] = {}
-    facts: _Facts
 
 
 def evaluate(
@@ -165,7 +83,7 @@ def evaluate(
     _check(model, teacher, data, extractor, (*steps, *teacher_steps), count, batch)
     asked = data.rows(torch.zeros(1, dtype=torch.long), generator(0)).cond if cond is None else cond
     # Conditions of text fill the memory: they are read as they are needed.
-    is_large = cond is None and data.size is not None and count * _bytes(asked) > _LARGE
+    is_large = cond is None and data.size is not None and count * bytes_of_row(asked) > _LARGE
     possible = possible_metrics(data.shape, teacher is not None, extractor, has_classes(asked))
     names = choose_metrics(metrics, possible)
 
@@ -179,15 +97,15 @@ def evaluate(
     calls = sum(n for *_, n in plan) * -(-count // batch) + 2 * _SOLVE * -(-solved // batch)
     tick = _ticker(progress, calls)
 
-    first, second = _two_sets(data, count, seed)
+    first, second = two_sets(data, count, seed)
     with _eval_mode(model, teacher, extractor):
         judge = Judge(names, extractor, decode)
-        known = judge.learn(_gather(data, first, seed, 0, is_large))
-        given = _conditions(known if cond is None else cond, count, seed)
+        known = judge.learn(gather(data, first, seed, 0, is_large))
+        given = conditions(known if cond is None else cond, count, seed)
         if guidance is not None:
             given["guidance"] = torch.full((count,), guidance)
-        rows_of = _Reader(data, first, seed) if is_large else None
-        starts = _Starts(tuple(data.shape), seed, batch, given, rows_of)
+        rows_of = Reader(data, first, seed) if is_large else None
+        starts = Starts(tuple(data.shape), seed, batch, given, rows_of)
         if teacher is not None and solved:
             judge.ends = torch.cat(
                 [_ends(teacher, noise, some, tick).cpu() for noise, _, some in starts.of(teacher, solved)]
@@ -200,7 +118,7 @@ def evaluate(
             samples[f"{role} {n}"] = shown
         floor, also = {}, [n for n in names if n not in ENDS and (n != "accuracy" or has_classes(known))]
         if len(second) == len(first):
-            floor, _ = judge.measure(_gather(data, second, seed, 1, is_large), also)
+            floor, _ = judge.measure(gather(data, second, seed, 1, is_large), also)
     facts = {
         "shape": list(data.shape), "count": count, "seed": seed, "data": len(first), "ends": solved,
         "extractor": _identity(extractor),
@@ -208,102 +126,6 @@ def evaluate(
     tell: Any = getattr(data, "captions", None) if cond is None else None
     captions = [] if tell is None else tell(first[torch.arange(len(judge.shown)) % len(first)])
     return Evaluation(rows, floor, facts, {**samples, "data": judge.shown}, captions)
-
-
-# What decides the numbers of an evaluation: with other values they say nothing beside each other.
-_DECISIVE = ("shape", "count", "data", "extractor")
-
-
-def alike(evaluations: Mapping[str, Evaluation]) -> list[dict[str, Evaluation]]:
-    """The evaluations in groups that :func:`compare` takes: of one shape, count, data and extractor each."""
-    groups: dict[str, dict[str, Evaluation]] = {}
-    for name, evaluation in evaluations.items():
-        key = json.dumps([evaluation.facts.get(fact) for fact in _DECISIVE])
-        groups.setdefault(key, {})[name] = evaluation
-    return list(groups.values())
-
-
-def compare(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[list[Any]]]:
-    """Several students side by side: columns ``metric``, ``nfe``, one for each name, and one for the teacher, or one
-    for each teacher where they differ. A row is a metric at a number of network calls; None where it was not measured.
-
-    Raises:
-        ValueError: if they were measured on another number of samples, shape or extractor: such values say nothing
-            beside each other.
-    """
-    (base, one), *others = evaluations.items()
-    for name, other in others:
-        for fact in _DECISIVE:
-            if one.facts.get(fact) != other.facts.get(fact):
-                has, differs = one.facts.get(fact), other.facts.get(fact)
-                raise ValueError(
-                    f"{base!r} was evaluated with {fact} = {has}, {name!r} with {differs}: evaluate both alike"
-                )
-    series = {name: _by_calls(e, "student") for name, e in evaluations.items()}
-    teachers = {name: found for name, e in evaluations.items() if (found := _by_calls(e, "teacher"))}
-    if len({json.dumps(t) for t in teachers.values()}) == 1:
-        teachers = {"teacher": next(iter(teachers.values()))}
-    else:
-        teachers = {f"{name}'s teacher": t for name, t in teachers.items()}
-    series |= teachers
-    metrics = dict.fromkeys(m for points in series.values() for row in points.values() for m in row if m in METRICS)
-    rows = []
-    for metric in metrics:
-        for nfe in sorted({n for points in series.values() for n in points}):
-            values = [points.get(nfe, {}).get(metric) for points in series.values()]
-            rows.append([metric, nfe, *values])
-    return ["metric", "nfe", *series], rows
-
-
-def _by_calls(evaluation: Evaluation, role: str) -> dict[int, dict[str, Any]]:
-    return {row["nfe"]: row for row in evaluation.rows if row["model"] == role}
-
-
-@dataclass(frozen=True)
-class _Starts:
-    """Where samples start: the noise of each, and what is asked of it."""
-
-    shape: tuple[int, ...]
-    seed: int
-    batch: int
-    cond: dict[str, Tensor]
-    more: "_Reader | None" = None
-    kept: dict[range, Tensor] = field(default_factory=dict)  # the noise of small samples: drawing it takes its time
-
-    def of(self, model: nn.Module, count: int) -> Iterator[tuple[Tensor, Generators, dict[str, Any]]]:
-        """Noise, the generators it came from (where the model draws more from them) and conditions of the first
-        ``count`` samples, batch by batch, where the model is."""
-        device = next((p.device for p in chain(model.parameters(), model.buffers())), torch.device("cpu"))
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        is_renoised = isinstance(model, FlowMap) and model.gamma > 0  # which goes on drawing from the generators
-        for first in range(0, count, self.batch):
-            rows = range(first, min(first + self.batch, count))
-            generators: Generators = []
-            if is_renoised or rows not in self.kept:
-                # The same bits for all: drawn in float32, whatever the model computes in.
-                generators = sample_generators(self.seed, rows)
-                drawn = sample_noise((len(rows), *self.shape), generators)
-                if count * drawn[0].nbytes <= _SMALL:
-                    self.kept[rows] = drawn
-            else:
-                drawn = self.kept[rows]
-            noise = drawn.to(device, dtype)
-            cond = {name: value[rows.start : rows.stop] for name, value in self.cond.items()}
-            cond |= {} if self.more is None else self.more(rows)
-            yield noise, generators, {name: value.to(device) for name, value in cond.items()}
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """What samples are asked for, as the data has it: read when it is needed."""
-
-    data: Data
-    index: Tensor
-    seed: int
-
-    def __call__(self, samples: range) -> dict[str, Tensor]:
-        rows = self.index[torch.arange(samples.start, samples.stop) % len(self.index)]
-        return self.data.rows(rows, generator(self.seed, _FRESH, 0, samples.start)).cond
 
 
 def _sampled(
@@ -358,39 +180,6 @@ def _check(
         raise ValueError(f"{count} samples against {data.size or count} rows of data: at least 4 of each are needed")
     if extractor is not None and len(data.shape) != 3:
         raise ValueError(f"an extractor judges images (C, H, W), and a sample has shape {tuple(data.shape)}")
-
-
-def _two_sets(data: Data, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of two sets of rows, ``count`` each or as many as there are."""
-    if data.size is None:
-        return torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
-    index = torch.randperm(data.size, generator=generator(seed, _ROWS))
-    return index[:count], index[count : 2 * count]
-
-
-def _gather(data: Data, index: Tensor, seed: int, which: int, bare: bool) -> Iterator[Batch]:
-    """Rows of the data; ``bare`` without their conditions, which are not read where the data can do without."""
-    alone: Any = getattr(data, "bare", None)
-    for block, rows in enumerate(index.split(_BLOCK)):
-        draw = generator(seed, _FRESH, which, block)
-        if not bare:
-            yield data.rows(rows, draw)
-        else:
-            yield Batch(data.rows(rows, draw).data if alone is None else alone(rows))
-
-
-def _bytes(cond: Mapping[str, Any]) -> int:
-    """Those of a row."""
-    return sum(value[0].nbytes for value in cond.values())
-
-
-def _conditions(cond: Mapping[str, Tensor | int], count: int, seed: int) -> dict[str, Tensor]:
-    """What each sample is asked for, ``count`` rows."""
-    draw, rows = generator(seed, _CONDITIONS), {}
-    for name, value in cond.items():
-        value = torch.randint(value, (count,), generator=draw) if isinstance(value, int) else value
-        rows[name] = value[torch.arange(count) % len(value)]
-    return rows
 
 
 def _identity(extractor: nn.Module | None) -> str | None:

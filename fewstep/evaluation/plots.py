@@ -1,116 +1,18 @@
-"""Pictures: grids of images as PNG, and figures in one restrained style.
+"""Figures of samples, of their paths, of quality against network calls, of losses and of residuals."""
 
-Figures are matplotlib ``Figure`` objects that no global state knows of: they need no display, may be made in any
-thread and vanish with their last reference. ``png`` turns one into bytes.
-"""
-
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from fewstep.common.disk import replace_file
+from fewstep.evaluation.style import COLOURS, DENSITY, INK, QUIET, frame, panels, plain_log_ticks
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from PIL.Image import Image
 
     from fewstep.evaluation.diagnostics import Diagnosis
-
-INK, QUIET, FAINT = "#202124", "#5f6368", "#e6e8eb"
-COLOURS = ("#2f6fde", "#d9622b", "#2a9d6f", "#8e5bd0", "#c2a01c", "#c43d6b", "#3aa6b9")
-_DENSITY = ("#ffffff", "#c9dbf8", "#6f9ee8", "#2f5fc4", "#17307a", "#0a1538")
-_STYLE: dict[Any, Any] = {
-    "font.size": 10.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 11,
-    "axes.titlepad": 6,
-    "axes.edgecolor": "#9aa0a6",
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.8,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    "lines.linewidth": 2,
-    "lines.solid_capstyle": "round",
-    "figure.constrained_layout.h_pad": 0.08,
-    "figure.constrained_layout.w_pad": 0.08,
-    "legend.frameon": False,
-    "legend.fontsize": 10,
-}
-
-
-def image_grid(
-    images: Tensor, path: str | Path | None = None, columns: int | None = None, labels: Sequence[str] = ()
-) -> bytes:
-    """A grid of images (N, 1 or 3, H, W) in [-1, 1] as PNG; written to ``path`` where one is given.
-
-    Small images are enlarged by a whole factor, to some 64 pixels, so that each pixel stays a sharp square.
-
-    Args:
-        columns: images a row; by default such that the grid is about square.
-        labels: what each row shows, written at its left.
-    """
-    from PIL import Image
-
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise ValueError(f"a grid takes images of shape (N, 1 or 3, H, W), not {tuple(images.shape)}")
-    count, channels, height, width = images.shape
-    columns = min(columns or math.ceil(math.sqrt(count)), count)
-    rows = -(-count // columns)
-    factor = max(1, 64 // max(height, width))
-    gap = 2
-    pixels = images.detach().float().cpu().add(1).mul(127.5).round().clamp(0, 255).byte()
-    pixels = pixels.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3).permute(0, 2, 3, 1).numpy()
-    height, width = height * factor + gap, width * factor + gap
-    canvas = np.full((rows * height + gap, columns * width + gap, channels), 255, dtype=np.uint8)
-    for i, tile in enumerate(pixels):
-        top, left = i // columns * height + gap, i % columns * width + gap
-        canvas[top : top + height - gap, left : left + width - gap] = tile
-    picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
-    if labels:
-        picture = _labelled(picture, labels, [gap + (row + 0.5) * height for row in range(rows)])
-    content = io.BytesIO()
-    picture.save(content, format="png", optimize=True)
-    if path is not None:
-        replace_file(Path(path), content.getvalue())
-    return content.getvalue()
-
-
-def _labelled(picture: "Image", labels: Sequence[str], middles: Sequence[float]) -> "Image":
-    """The picture with words at its left, each at the height of its middle."""
-    from PIL import Image, ImageColor, ImageDraw, ImageFont
-
-    font = ImageFont.load_default(size=13)
-    margin = 20 + round(max(font.getlength(label) for label in labels))
-    white, ink = (ImageColor.getcolor(colour, picture.mode) for colour in ("white", INK))
-    wider = Image.new(picture.mode, (picture.width + margin, picture.height), white)
-    wider.paste(picture, (margin, 0))
-    for label, middle in zip(labels, middles, strict=True):
-        ImageDraw.Draw(wider).text((margin - 10, middle), label, fill=ink, font=font, anchor="rm")
-    return wider
-
-
-def png(figure: "Figure", path: str | Path | None = None) -> bytes:
-    """A figure as PNG of 192 dots an inch, sharp on any screen; written to ``path`` where one is given."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=192)
-    if path is not None:
-        replace_file(Path(path), content.getvalue())
-    return content.getvalue()
 
 
 def _extent(points: Any) -> Any:
@@ -132,18 +34,18 @@ def points_figure(samples: Mapping[str, Tensor]) -> "Figure":
     bins = min(max(40, int(0.8 * math.sqrt(min(map(len, clouds.values()))))), 160)  # enough points a bin to see a shade
     densities = [np.histogram2d(*cloud.T, bins=bins, range=box)[0].T / len(cloud) for cloud in clouds.values()]
     brightest = float(np.quantile(densities[-1][densities[-1] > 0], 0.99))
-    with _panels(len(clouds), size=2.05) as (figure, axes):
+    with panels(len(clouds), size=2.05) as (figure, axes):
         for ax, name, density in zip(axes, clouds, densities, strict=True):
             ax.imshow(
                 density,
                 origin="lower",
                 extent=(*box[0], *box[1]),
-                cmap=LinearSegmentedColormap.from_list("density", _DENSITY),
+                cmap=LinearSegmentedColormap.from_list("density", DENSITY),
                 vmin=0,
                 vmax=brightest,
                 interpolation="nearest",
             )
-            _frame(ax, name)
+            frame(ax, name)
     return figure
 
 
@@ -156,7 +58,7 @@ def trajectory_figure(paths: Mapping[str, Tensor], lines: int = 150) -> "Figure"
     everything = np.concatenate([track.reshape(-1, 2) for track in tracks.values()])
     low, high = np.quantile(everything, [0.005, 0.995], axis=0)
     centre, half = (low + high) / 2, 0.58 * float((high - low).max())
-    with _panels(len(tracks), size=3.0) as (figure, axes):
+    with panels(len(tracks), size=3.0) as (figure, axes):
         for ax, (name, track) in zip(axes, tracks.items(), strict=True):
             ax.add_collection(LineCollection(list(track.swapaxes(0, 1)), colors=QUIET, linewidths=0.6, alpha=0.35))
             for inner in track[1:-1] if len(track) <= 9 else ():
@@ -164,7 +66,7 @@ def trajectory_figure(paths: Mapping[str, Tensor], lines: int = 150) -> "Figure"
             ax.scatter(*track[0].T, s=7, color="#9aa0a6", linewidths=0, label="noise", zorder=3)
             ax.scatter(*track[-1].T, s=9, color=COLOURS[0], linewidths=0, label="data", zorder=4)
             ax.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half), aspect="equal")
-            _frame(ax, name)
+            frame(ax, name)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, markerscale=2)
     return figure
 
@@ -191,7 +93,7 @@ def quality_figure(rows: Sequence[Mapping[str, Any]], metric: str, label: str | 
     calls = sorted({nfe for points in lines.values() for nfe in points})
     is_crowded = len(lines) > 7  # then the names stand outside, and a second round of colours is dotted
     columns = math.ceil(len(lines) / 18)  # of names that find room beside the plot
-    with _panels(1, size=(5.6 + 2.8 * columns, 4.8) if is_crowded else (4.9, 3.6)) as (figure, (ax,)):
+    with panels(1, size=(5.6 + 2.8 * columns, 4.8) if is_crowded else (4.9, 3.6)) as (figure, (ax,)):
         looks = ((colour, *look) for look in (("-", "o"), (":", "D"), ("-.", "v")) * len(lines) for colour in COLOURS)
         for name, points in lines.items():
             is_teacher = name.startswith("teacher")
@@ -216,7 +118,7 @@ def quality_figure(rows: Sequence[Mapping[str, Any]], metric: str, label: str | 
         ax.xaxis.set_major_locator(FixedLocator(ticks))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
-        _plain_log_ticks(ax)
+        plain_log_ticks(ax)
         if is_crowded:
             figure.legend(loc="outside right upper", ncols=columns)
         else:
@@ -237,7 +139,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], terms: Sequence[str] | None =
     curves = {term: np.array(points) for term, points in curves.items() if points}
     if not curves:
         raise ValueError(f"no row has a loss to draw among {list(terms) or 'loss, loss/...'}")
-    with _panels(1, size=(4.9, 3.6)) as (figure, (ax,)):
+    with panels(1, size=(4.9, 3.6)) as (figure, (ax,)):
         for i, (term, points) in enumerate(curves.items()):
             colour = INK if term == "loss" else COLOURS[i % len(COLOURS)]
             steps, values = points.T
@@ -247,7 +149,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], terms: Sequence[str] | None =
         ax.locator_params(axis="x", nbins=5)
         if all((points[:, 1] > 0).all() for points in curves.values()):
             ax.set_yscale("log")
-            _plain_log_ticks(ax)
+            plain_log_ticks(ax)
         ax.legend()
     return figure
 
@@ -260,8 +162,8 @@ def diagnostics_figure(diagnosis: "Diagnosis") -> "Figure":
 
     times = diagnosis.times.numpy()
     maps = {name: diagnosis.relative(name).numpy() for name in diagnosis.residuals if name != "tangent"}
-    cmap = LinearSegmentedColormap.from_list("residual", _DENSITY)
-    with _panels(1 + len(maps), size=(2.05, 2.2)) as (figure, axes):
+    cmap = LinearSegmentedColormap.from_list("residual", DENSITY)
+    with panels(1 + len(maps), size=(2.05, 2.2)) as (figure, axes):
         axes[0].plot(
             times, diagnosis.relative("tangent").diagonal().numpy(), color=COLOURS[0], marker="o", markersize=4
         )
@@ -277,49 +179,6 @@ def diagnostics_figure(diagnosis: "Diagnosis") -> "Figure":
         key = ScalarMappable(scale, cmap)
         figure.colorbar(key, ax=axes, label="relative residual", fraction=0.03, pad=0.01)
     return figure
-
-
-@contextmanager
-def _panels(count: int, size: float | tuple[float, float]) -> Iterator[tuple["Figure", list["Axes"]]]:
-    """A figure with ``count`` panels of ``size`` inches, at most five a row, in the style of all figures."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    width, height = size if isinstance(size, tuple) else (size, size + 0.3)
-    columns = min(count, 5)
-    rows = -(-count // columns)
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(columns * width, rows * height), layout="constrained", facecolor="white")
-        axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for spare in axes[count:]:
-            spare.remove()
-        yield figure, axes[:count]
-
-
-def _frame(ax: "Axes", title: str) -> None:
-    """A picture with a thin frame all round and no ticks."""
-    ax.set_title(title)
-    ax.set(xticks=[], yticks=[])
-    ax.grid(False)
-    for spine in ax.spines.values():
-        spine.set_visible(True)
-        spine.set_color(FAINT)
-
-
-def _plain_log_ticks(ax: "Axes") -> None:
-    """Numbers such as 0.02 and 50, not powers of ten, and enough of them on an axis that spans little."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    if ax.get_yscale() != "log":
-        return
-    low, high = ax.get_ylim()
-    decades = math.log10(high / low)
-    subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
-    if decades < 0.8:
-        subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
-    ax.yaxis.set_major_locator(LogLocator(subs=subs))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

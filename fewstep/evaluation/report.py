@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.common.disk import replace_file
-from fewstep.evaluation import plots
+from fewstep.evaluation import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +71,7 @@ def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) 
 def _figure(caption: str, picture: "bytes | Figure") -> str:
     from PIL import Image
 
-    content = picture if isinstance(picture, bytes) else plots.png(picture)
+    content = picture if isinstance(picture, bytes) else style.png(picture)
     with Image.open(io.BytesIO(content)) as image:
         # A figure says how large it is meant to be; a grid of pixels is shown as it is.
         width = round(image.width * 96 / image.info.get("dpi", (96, 96))[0])

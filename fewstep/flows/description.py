@@ -25,8 +25,10 @@ from fewstep.common.parsing import checked
 from fewstep.common.trust import is_code
 from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import Forward, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving
+from fewstep.flows.paths import Forward, Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.flows.paths import Path as Trajectory
+from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.tabulated import Tabulated
 from fewstep.networks import FAMILIES, MLP, STUDENTS, with_second_time
 from fewstep.networks.unet import OfDiffusers, public_config
 

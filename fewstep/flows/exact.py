@@ -12,9 +12,11 @@ from torch.special import erfcx
 from fewstep.common.randomness import generator, normal
 from fewstep.data import densities
 from fewstep.data.densities import Boxes, Mixture
+from fewstep.flows.broadcasting import as_times
 from fewstep.flows.fields import VelocityField
-from fewstep.flows.paths import Linear, Path, Tabulated, as_times
+from fewstep.flows.paths import Linear, Path
 from fewstep.flows.solvers import integrate
+from fewstep.flows.tabulated import Tabulated
 
 
 class ExactField(VelocityField):

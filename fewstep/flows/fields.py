@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.common.errors import unknown
-from fewstep.flows.paths import KINDS, Linear, Path, Scaling, as_times, expand, scaling
+from fewstep.flows.broadcasting import as_times, expand
+from fewstep.flows.change_of_path import Scaling, scaling
+from fewstep.flows.paths import Linear, Path
+from fewstep.flows.predictions import KINDS
 from fewstep.flows.schedules import kind_of, schedule_of
 from fewstep.networks import FAMILIES
 

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fewstep.flows.broadcasting import as_times, expand
+from fewstep.flows.change_of_path import scaling
 from fewstep.flows.fields import NetworkField, VelocityField, check_field, checked, unguided
-from fewstep.flows.paths import Path, as_times, expand, scaling
+from fewstep.flows.paths import Path
 from fewstep.networks import with_second_time
 
 if TYPE_CHECKING:

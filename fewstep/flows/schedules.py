@@ -8,7 +8,9 @@ import inspect
 from typing import Any
 
 from fewstep.common.errors import unknown
-from fewstep.flows.paths import Forward, Path, Preconditioned, Reversed, Tabulated
+from fewstep.flows.paths import Forward, Path, Reversed
+from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.tabulated import Tabulated
 
 # How diffusers' schedulers name what a network predicts: on a diffusion schedule, and under the scaling of EDM.
 PREDICTION_TYPES = {"noise": "epsilon", "data": "sample", "v": "v_prediction"}

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.common.errors import unknown
-from fewstep.flows.paths import expand
+from fewstep.flows.broadcasting import expand
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 

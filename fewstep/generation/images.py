@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fewstep.common.disk import create_file, replace_file, sweep
 from fewstep.common.model_files import read_json
-from fewstep.evaluation.plots import image_grid, png, points_figure
+from fewstep.evaluation.grids import image_grid
+from fewstep.evaluation.plots import points_figure
+from fewstep.evaluation.style import png
 from fewstep.generation.requests import Asked
 from fewstep.training.folder import differences
 

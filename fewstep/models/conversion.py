@@ -11,8 +11,10 @@ import torch
 from fewstep.common.console import markdown
 from fewstep.evaluation.agreement import Agreement, scheduler_of
 from fewstep.flows.fields import NetworkField
-from fewstep.flows.paths import Linear, Preconditioned, Tabulated
+from fewstep.flows.paths import Linear
 from fewstep.flows.paths import Path as Trajectory
+from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.tabulated import Tabulated
 from fewstep.networks.unet import OfDiffusers
 
 # What a sampler of diffusers may do besides its steps, and a flow does not.
@@ -36,7 +38,7 @@ class Conversion:
         train_steps: steps of a discrete schedule, None for a continuous one.
         log_snr: of the schedule's noisiest and cleanest point with a signal, log(alpha^2 / sigma^2); None for a flow.
         zero_snr: whether the schedule has a last step without signal.
-        prediction: what the network predicts, by its name in ``fewstep.flows.paths``.
+        prediction: what the network predicts, by its name in ``fewstep.flows.predictions``.
         learned_variance: whether it predicts a variance too, of which a flow makes no use.
         options: what the original's sampler does by its config, and a flow does not.
         covered: the times of the linear path (0 noise, 1 data) between which the network was trained.

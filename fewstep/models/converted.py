@@ -6,7 +6,7 @@ from fewstep.common.manifests import AGAIN, Diffusion
 from fewstep.common.model_files import class_names_in, load_weights, read_json
 from fewstep.common.parsing import checked
 from fewstep.flows.fields import DiffusionField
-from fewstep.flows.paths import Tabulated
+from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.prompts import Prompts, knows_prompts
 from fewstep.latents.vae import VAE_FOLDERS, Latents
 from fewstep.models.diffusers_pipeline import find_scheduler

@@ -14,10 +14,12 @@ from fewstep.common.version import __version__
 from fewstep.flows.description import NETWORKS, code_named, describe
 from fewstep.flows.fields import DiffusionField, NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
+from fewstep.flows.paths import Forward, Linear, Reversed
 from fewstep.flows.paths import Path as Trajectory
+from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.schedules import PREDICTION_TYPES
 from fewstep.flows.signature import image_channels
+from fewstep.flows.tabulated import Tabulated
 from fewstep.models.loading import load_folder
 from fewstep.models.writing import (
     check_text,

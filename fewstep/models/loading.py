@@ -15,9 +15,11 @@ from fewstep.common.trust import check_folder, trusting
 from fewstep.flows.description import check_description, code_named, made_again
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
+from fewstep.flows.paths import Forward, Linear, Reversed
 from fewstep.flows.paths import Path as Trajectory
+from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.schedules import PREDICTION_TYPES
+from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.prompts import Prompts
 from fewstep.latents.vae import Latents
 from fewstep.models.converted import is_converted, load_converted

@@ -31,9 +31,9 @@ def flow_scaling(sigma: Tensor, diffusion: dict[str, Any]) -> tuple[Tensor, Tens
     """How the network's output F becomes a flow at noise levels sigma (B,), float64: (c, k, p, q), (B,) each, in
     ``flow = p x + q F(c x, k)`` for ``x = (1 - sigma) data + sigma noise``.
 
-    It is ``fewstep.flows.paths.scaling`` for the cases needed here, written again because this file is carried alone; a
-    test of fewstep's holds the two equal. Beyond an end of its schedule the network is asked at its last step, and of
-    its two estimates the one that means something there is kept: the data towards noise, the noise towards data.
+    It is ``fewstep.flows.change_of_path.scaling`` for the cases needed here, written again because this file is carried
+    alone; a test of fewstep's holds the two equal. Beyond an end of its schedule the network is asked at its last step,
+    and of its two estimates the one that means something there is kept: the data towards noise, the noise towards data.
 
     Args:
         diffusion: see :class:`FromDiffusion`.

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from fewstep.common.errors import unknown
+from fewstep.flows.broadcasting import expand
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import expand
 from fewstep.objectives.base import check_decay, check_options
 from fewstep.objectives.two_time import Now, Rows, ToTheEnd, TwoTime, near_the_end, normalized, warmed
 

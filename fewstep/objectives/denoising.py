@@ -6,7 +6,7 @@ import torch
 
 from fewstep.common.randomness import Generators, uniform
 from fewstep.flows.fields import NetworkField
-from fewstep.flows.paths import Tabulated
+from fewstep.flows.tabulated import Tabulated
 from fewstep.objectives.base import Batch, Loss, Objective, noise_of, squared_error
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fewstep.common.randomness import same_draws
-from fewstep.flows.paths import expand
+from fewstep.flows.broadcasting import expand
 
 MODES = ("forward", "float32", "difference")
 

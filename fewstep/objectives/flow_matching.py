@@ -7,8 +7,10 @@ from torch import Tensor
 
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, chunk_rows
+from fewstep.flows.broadcasting import as_times, expand
+from fewstep.flows.change_of_path import scaling
 from fewstep.flows.fields import VelocityField
-from fewstep.flows.paths import Path, as_times, expand, scaling
+from fewstep.flows.paths import Path
 from fewstep.flows.times import draw_times
 from fewstep.objectives.base import Batch, Loss, Objective, check_options, noise_of, squared_error
 from fewstep.objectives.two_time import ERRORS

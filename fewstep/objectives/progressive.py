@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, uniform
+from fewstep.flows.broadcasting import expand
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import expand
 from fewstep.flows.times import draw_pairs
 from fewstep.objectives.base import check_decay
 from fewstep.objectives.two_time import Now, Rows, TwoTime, step_velocity, through_middle

@@ -14,9 +14,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, same_draws, uniform
 from fewstep.data.batch import Batch
+from fewstep.flows.broadcasting import as_times, expand
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import as_times, expand
 from fewstep.flows.times import draw_pairs, draw_times
 from fewstep.networks.second_time import sinusoidal
 from fewstep.objectives.base import (

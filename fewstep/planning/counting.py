@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch
-from fewstep.evaluation.cost import Allocations, dropping_gradients
+from fewstep.evaluation.memory import Allocations, dropping_gradients
 from fewstep.objectives import Objective
 from fewstep.training.shares import default_chunk
 from fewstep.training.step import Step

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.evaluation.plots import COLOURS, image_grid, png
+from fewstep.evaluation.grids import image_grid
+from fewstep.evaluation.style import COLOURS, png
 from fewstep.flows.fields import Guided, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import Model, classes_of, shape_of, takes

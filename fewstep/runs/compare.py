@@ -21,8 +21,9 @@ from fewstep.common.options import parse_value
 from fewstep.common.parsing import checked
 from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch, Data
-from fewstep.evaluation.cost import Cost, Counts, Entry, compare_costs, step_cost
-from fewstep.evaluation.evaluate import Evaluation
+from fewstep.evaluation.calls import Counts
+from fewstep.evaluation.cost import Cost, Entry, compare_costs, step_cost
+from fewstep.evaluation.results import Evaluation
 from fewstep.objectives import FlowMatching
 from fewstep.runs.build import Built, build
 from fewstep.runs.recipe import Recipe

@@ -11,7 +11,7 @@ from fewstep.common.disk import replace_file
 from fewstep.common.distributed import World, choose_device
 from fewstep.common.randomness import sample_generators
 from fewstep.evaluation.agreement import compare_samplers, scheduler_of, steps_for
-from fewstep.evaluation.plots import image_grid
+from fewstep.evaluation.grids import image_grid
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear

@@ -12,12 +12,15 @@ from fewstep.common.console import progress_bar
 from fewstep.common.disk import replace_file
 from fewstep.common.options import parse_value
 from fewstep.data.batch import Data, has_classes
-from fewstep.evaluation.evaluate import Evaluation, alike, compare, evaluate
+from fewstep.evaluation.evaluate import evaluate
 from fewstep.evaluation.extractor import trained_classifier
+from fewstep.evaluation.grids import image_grid
 from fewstep.evaluation.inception import inception
 from fewstep.evaluation.measure import possible_metrics
-from fewstep.evaluation.plots import image_grid, loss_figure, png, points_figure, quality_figure
+from fewstep.evaluation.plots import loss_figure, points_figure, quality_figure
 from fewstep.evaluation.report import write_report
+from fewstep.evaluation.results import Evaluation, alike, compare
+from fewstep.evaluation.style import png
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import Model

@@ -10,8 +10,10 @@ from torch import Tensor
 from fewstep.common.randomness import generator, sample_generators
 from fewstep.data.batch import Data, has_classes
 from fewstep.evaluation.diagnostics import teacher_states
-from fewstep.evaluation.plots import image_grid, png, points_figure
+from fewstep.evaluation.grids import image_grid
+from fewstep.evaluation.plots import points_figure
 from fewstep.evaluation.points import error_quantiles, rmse
+from fewstep.evaluation.style import png
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample, sample_noise

@@ -8,7 +8,7 @@ from typing import Any
 from fewstep.common.options import as_yaml, read_yaml
 from fewstep.common.parsing import parse_yaml
 from fewstep.common.received import clean_png, own_file, without_places
-from fewstep.evaluation.evaluate import Evaluation
+from fewstep.evaluation.results import Evaluation
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.models.model_card import Origin

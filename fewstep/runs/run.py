@@ -11,7 +11,7 @@ from fewstep.common.distributed import World
 from fewstep.common.locks import BusyError, owned
 from fewstep.common.trust import code_in, remember
 from fewstep.data.couplings import uncoupled
-from fewstep.evaluation.evaluate import Evaluation
+from fewstep.evaluation.results import Evaluation
 from fewstep.flows.signature import Model
 from fewstep.runs.build import build, held_against
 from fewstep.runs.datasets import make_data, settled

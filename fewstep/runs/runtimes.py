@@ -24,8 +24,9 @@ from fewstep.common.errors import briefly, shortened, unknown
 from fewstep.common.randomness import generator
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path as Trajectory
-from fewstep.flows.paths import Tabulated, VariancePreserving
+from fewstep.flows.paths import VariancePreserving
 from fewstep.flows.signature import classes_of, image_channels, shape_of
+from fewstep.flows.tabulated import Tabulated
 from fewstep.models.lora import has_lora, merge_lora
 from fewstep.models.writing import aside, check_target, write_json
 from fewstep.runs.opening import load

@@ -12,11 +12,12 @@ from typing import Any
 
 from fewstep.common.console import markdown
 from fewstep.common.disk import replace_file
-from fewstep.evaluation.cost import Counts
-from fewstep.evaluation.evaluate import Evaluation
+from fewstep.evaluation.calls import Counts
 from fewstep.evaluation.measure import METRICS
-from fewstep.evaluation.plots import png, quality_figure
+from fewstep.evaluation.plots import quality_figure
 from fewstep.evaluation.report import write_report
+from fewstep.evaluation.results import Evaluation
+from fewstep.evaluation.style import png
 from fewstep.runs.judge import LABELS
 from fewstep.runs.recipe import Recipe
 

@@ -17,7 +17,7 @@ from PIL import Image
 import fewstep
 from fewstep.cli import main
 from fewstep.common.errors import TrainingError
-from fewstep.evaluation.evaluate import Evaluation, compare
+from fewstep.evaluation.results import Evaluation, compare
 from fewstep.runs import judge
 from fewstep.runs import previews as watch
 from fewstep.runs import run as runs
@@ -106,6 +106,7 @@ def test_the_public_names_are_there_and_lazy() -> None:
     assert set(fewstep.__all__) <= set(dir(fewstep))
 
 
+@pytest.mark.takes_seconds
 def test_distill_says_what_came_out_and_what_to_type(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distill", "checkerboard-itvm", *TINY, "--out", "runs/one"]) == 0  # done already: judged again
     out, following = commands(capsys)
@@ -119,6 +120,7 @@ def test_distill_says_what_came_out_and_what_to_type(here: Path, capsys: pytest.
     assert (here / "one-export").is_dir()
 
 
+@pytest.mark.takes_seconds
 def test_what_to_type_next_can_be_typed_where_a_name_has_a_space(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +173,7 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> N
     assert "teacher: checkerboard" in capsys.readouterr().out
 
 
+@pytest.mark.takes_seconds
 def test_train_needs_no_teacher_and_goes_on_by_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +242,7 @@ def test_arrays_come_back_in_the_units_of_the_data(
     assert 990 < np.load("samples.npy").mean() < 1010
 
 
+@pytest.mark.takes_seconds
 def test_evaluate_and_compare(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distill", "checkerboard-lmd", *TINY, "--out", "runs/two", "--evaluation.count", "0"]) == 0
     assert "runs/two has not been evaluated: fewstep evaluate runs/two" in refused(capsys, "compare", "runs/two")
@@ -342,6 +346,7 @@ def test_a_training_that_fails_is_exit_code_1(
     assert capsys.readouterr().err == "error: could not write the checkpoint of step 3: no room\n"
 
 
+@pytest.mark.takes_seconds
 def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

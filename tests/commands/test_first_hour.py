@@ -34,6 +34,7 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.takes_seconds
 def test_a_folder_of_photos_of_all_sizes_is_distilled_with(home: Path) -> None:
     done = typed("fewstep distill --teacher ./my-ddpm --data ./photos --out runs/fast", *SMALL, cwd=home)
     assert read_yaml(home / "runs/fast/recipe.yaml")["data"] == {"name": "./photos", "size": 16, "labels": False}
@@ -53,6 +54,7 @@ def _data(home: Path, source: str, **flags: str) -> dict[str, object]:
         return build(load_recipe(source, {"name": "x", **flags})).recipe.data.options
 
 
+@pytest.mark.takes_seconds
 def test_the_teacher_settles_what_nobody_says(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWSTEP_CACHE", str(home / "cache"))
     assert _data(home, "distill") == {"size": 16, "labels": False}
@@ -62,6 +64,7 @@ def test_the_teacher_settles_what_nobody_says(home: Path, monkeypatch: pytest.Mo
     assert _data(home, "distill", teacher=str(home / "grey"))["channels"] == 1
 
 
+@pytest.mark.takes_seconds
 def test_a_run_from_before_keeps_its_pictures_as_they_are(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWSTEP_CACHE", str(home / "cache"))
     recipe = load_recipe(
@@ -77,6 +80,7 @@ def test_a_run_from_before_keeps_its_pictures_as_they_are(home: Path, monkeypatc
     assert build(recipe, home / "new" / "other").recipe.data.options["size"] == 16
 
 
+@pytest.mark.takes_seconds
 def test_what_to_type_next_says_all_of_the_data(home: Path) -> None:
     line = "fewstep train --data ./photos --data.size 16 --data.flip false --student.options.norm_num_groups 4"
     blocks = ("--student.options.block_out_channels", "[4, 4, 4, 4]", "--student.options.attention_head_dim", "4")
@@ -145,6 +149,7 @@ def test_a_path_that_is_not_there_is_no_name_on_the_hub(tmp_path: Path, monkeypa
         fewstep.load("google/nothing")
 
 
+@pytest.mark.takes_seconds
 def test_a_run_without_evaluation_has_no_report(home: Path) -> None:
     done = typed("fewstep distill checkerboard-itvm --steps 1 --evaluation.count 0", cwd=home)
     assert "report.html" not in done.stdout

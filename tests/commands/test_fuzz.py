@@ -23,6 +23,7 @@ def _fuzzed(count: int, seed: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=TESTS, capture_output=True, text=True)
 
 
+@pytest.mark.takes_seconds
 def test_two_hundred_cases_end_in_one_line() -> None:
     found = _fuzzed(200, seed=0)
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
@@ -41,6 +42,7 @@ def _fault(world: Path, edits: tuple[Edit, ...] = ()) -> str | None:
     return None if fault is None else fault.kind
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     ("does", "kind"),
     [
@@ -65,6 +67,7 @@ def test_the_fuzzer_notices(
     assert kind is None or str(found).startswith(kind)
 
 
+@pytest.mark.takes_seconds
 def test_the_fuzzer_notices_what_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "CPU", 1)
 

@@ -135,6 +135,7 @@ def test_a_text_that_is_null_leaves_the_prompt(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "p.jsonl").prompts == ["a", "b", ""]
 
 
+@pytest.mark.takes_seconds
 def test_prompts_that_begin_with_a_dash(draws: Draw) -> None:
     steps = ("--steps", "1")
     whole = draws("sd", "--prompt=-hat", "--prompt", "a cat", "dog", *steps, "--count", "3")
@@ -145,6 +146,7 @@ def test_prompts_that_begin_with_a_dash(draws: Draw) -> None:
     assert prompt_flags([]) == []
 
 
+@pytest.mark.takes_seconds
 def test_sample_i_takes_prompt_i_of_a_file(draws: Draw, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\ufeffa cat\n\n  dog  \na dog\n")
     steps = ("--steps", "2")
@@ -226,6 +228,7 @@ def test_classes_by_name(draws: Draw, models: Path) -> None:
     assert len(str(no.value)) < 400
 
 
+@pytest.mark.takes_seconds
 def test_classes_by_name_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
@@ -278,6 +281,7 @@ def test_half_precision_is_near_and_its_state_is_float32(name: str, models: Path
     assert 1e-5 < float(error) < 0.05
 
 
+@pytest.mark.takes_seconds
 def test_a_text_model_in_half_precision(draws: Draw) -> None:
     words = ("--prompt", *TEXTS, "--count", "3", "--steps", "2", "--guidance", "3")
     full, half = draws("sd", *words), draws("sd", *words, "--dtype", "bf16")
@@ -414,6 +418,7 @@ def test_a_folder_of_something_else_is_refused(models: Path, draws: Draw, refuse
     assert "the folder is not empty" in refused("plain", "--out", "notes")
 
 
+@pytest.mark.takes_seconds
 def test_pictures_of_latents_and_of_other_encoders_are_others(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -479,6 +484,7 @@ def test_the_shares_are_all_rows_once_and_about_equal() -> None:
     assert shares(64, 32, World(0, 2)) == shares(64, 32, World())
 
 
+@pytest.mark.takes_seconds
 def test_two_processes_draw_what_one_does(models: Path, tmp_path: Path, draws: Draw) -> None:
     words = ["--count", "9", "--batch", "2", "--gamma", "0.5", "--seed", "2"]
     one = draws("classes", *words)
@@ -507,6 +513,7 @@ def test_two_processes_draw_what_one_does(models: Path, tmp_path: Path, draws: D
 # Refusals
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     ("name", "words", "said"),
     [

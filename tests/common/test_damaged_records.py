@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fewstep.cli import main
-from fewstep.evaluation.evaluate import Evaluation
+from fewstep.evaluation.results import Evaluation
 
 DEEP = "[" * 100_000
 ROW = {"model": "student", "steps": 1, "nfe": 1, "rmse": 0.5}
@@ -32,6 +32,7 @@ def refused(words: list[str], file: str, capsys: pytest.CaptureFixture[str]) -> 
     return line
 
 
+@pytest.mark.takes_seconds
 def test_quality(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def quality(**changed: Any) -> str:
         return json.dumps({"rows": [ROW], "floor": {}, "facts": FACTS} | changed)
@@ -52,6 +53,7 @@ def test_quality(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "run"]) == 0
 
 
+@pytest.mark.takes_seconds
 def test_metrics(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = (run / "metrics.jsonl").read_text()
     assert good.endswith("\n")
@@ -63,6 +65,7 @@ def test_metrics(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distill", "run", "--steps", "4"]) == 0
 
 
+@pytest.mark.takes_seconds
 def test_the_mark_of_a_run_and_who_is_at_work_in_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in (DEEP, "3", "{"):  # the checkpoints say the same
         (run / "run.json").write_text(text)
@@ -90,6 +93,7 @@ def _own_elsewhere(run: Path) -> None:
     Context().run(enter)
 
 
+@pytest.mark.takes_seconds
 def test_what_a_comparison_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     small = ["--set", "training.batch=8", "--set", "training.chunk=8", "--set", "student.options={width: 4, depth: 2}"]

@@ -82,6 +82,7 @@ def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["joined", "resumed"])
 def test_two_processes_have_the_losses_and_weights_of_one(one, two, name):
     """The second was stopped by a signal to one process, and accumulates."""
@@ -172,6 +173,7 @@ def free_port():
         return found.getsockname()[1]
 
 
+@pytest.mark.takes_seconds
 def test_a_process_whose_others_never_come_says_so():
     ports = [free_port() for _ in range(2)]
     alone = [by_hand(rank, port, 1) for rank, port in enumerate(ports)]
@@ -184,6 +186,7 @@ def test_a_process_whose_others_never_come_says_so():
         assert len(said) < 400
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_survivor_of_a_process_that_is_killed_says_one_line(victim):
     port = free_port()

@@ -57,6 +57,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.skipif(os.name != "posix", reason="limits of files are POSIX's")
 @pytest.mark.parametrize("limit", COMMANDS)
 def test_commands_say_what_could_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:

@@ -85,6 +85,7 @@ def _one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -
     assert len(lines[0]) <= 400
 
 
+@pytest.mark.takes_seconds
 def test_odd_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     _one_line(["export", "runs/x", "--format=--"], "-- is no value", capsys)
     _one_line(["compare", "runs/x", "--out", "a\0b"], "has a byte of zero in it", capsys)
@@ -167,6 +168,7 @@ def _copied(trained: Path, tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "run", next((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     "change",
     [
@@ -239,6 +241,7 @@ def test_counts_without_end_are_one_line(out: str, tmp_path: Path, capsys: pytes
     _one_line([*words, "9" * 40], "10,000,000 samples at most", capsys)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "metrics.jsonl", "quality.json"])
 def test_a_pipe_in_a_run_is_not_waited_for(name: str, trained: Path, tmp_path: Path) -> None:
     out, _ = _copied(trained, tmp_path)

@@ -100,6 +100,7 @@ HOSTILE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
 }
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("how", HOSTILE)
 @pytest.mark.parametrize("name", ["samples/step-00000009.png", "quality.png"])
 def test_pictures_of_a_run_are_pictures_of_its_own(name: str, how: str, points: Path, tmp_path: Path) -> None:
@@ -221,6 +222,7 @@ def test_parts_of_a_pipeline_are_words_and_of_known_libraries(
     assert not list((tmp_path / "c").rglob("config.json"))
 
 
+@pytest.mark.takes_seconds
 def test_text_encoders_are_of_known_classes_and_run_no_code(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sd"
     shutil.copytree(source, folder)
@@ -283,6 +285,7 @@ def test_so_are_those_of_encoded_data_and_of_weights_in_pieces(source: Path, tmp
             load(tmp_path / "sd")
 
 
+@pytest.mark.takes_seconds
 def test_adapters_say_what_their_layers_compute_and_name_no_module(tmp_path: Path) -> None:
     student = tiny_student()
     add_lora(student, rank=2)
@@ -342,6 +345,7 @@ def placed_nowhere(folder: Path, tmp_path: Path) -> None:
 OWN = "import fewstep\n\n\nclass Own(fewstep.ITVM):\n    pass\n"
 
 
+@pytest.mark.takes_seconds
 def test_exports_of_every_kind_hold_names_and_no_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pipeline = tmp_path / "models" / "sd"

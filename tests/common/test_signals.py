@@ -4,9 +4,11 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from toys.places import TESTS
 
 
+@pytest.mark.takes_seconds
 def test_tests_that_were_started_in_the_background_hear_ctrl_c():
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import conftest, subprocess, sys;"

@@ -27,6 +27,7 @@ def says(code: str, **given: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.takes_seconds
 def test_threads_sleep_where_they_wait_unless_the_user_or_torch_was_first():
     cores = len(os.sched_getaffinity(0))
     assert says("import fewstep")[:2] == ["PASSIVE", threads._SPIN]
@@ -43,6 +44,7 @@ def spend(seconds: float) -> None:
         pass
 
 
+@pytest.mark.takes_seconds
 def test_as_many_threads_as_it_gains_by(monkeypatch):
     monkeypatch.setattr(threads, "most", lambda: 8)
     before = torch.get_num_threads()

@@ -137,6 +137,7 @@ def filled(value: Any, **names: Any) -> Any:
     return value.format(**names) if isinstance(value, str) else value
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 @pytest.mark.parametrize("named", NAMED)
 def test_no_command_runs_what_a_received_run_names(
@@ -232,6 +233,7 @@ def test_trust_runs_it_and_is_remembered(received: Callable[..., Path], home: Pa
         open_run("received")
 
 
+@pytest.mark.takes_seconds
 def test_a_run_of_ones_own_needs_no_word(home: Path) -> None:
     tree = {**SMALL, **filled(NAMED["network"], code="theirs/code.py"), "objective": "theirs/code.py:Own"}
     (home / "mine.yaml").write_text(yaml.safe_dump(tree))

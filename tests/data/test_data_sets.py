@@ -207,6 +207,7 @@ def test_options_reach_the_loader():
     assert far.abs().max() > near.abs().max() + 0.5
 
 
+@pytest.mark.takes_seconds
 def test_importing_costs_no_optional_package():
     code = "import sys, fewstep.data; print([m for m in ('sklearn', 'datasets', 'PIL', 'scipy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

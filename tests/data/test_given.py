@@ -16,7 +16,8 @@ from fewstep.data.couplings import Coupled
 from fewstep.data.given import as_data
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import Linear, Preconditioned
+from fewstep.flows.paths import Linear
+from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.schedules import kind_of
 from fewstep.networks import MLP
 
@@ -40,6 +41,7 @@ class Endless(IterableDataset[Any]):
         return iter(ROWS)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     ("data", "has_labels"),
     [

@@ -1,8 +1,10 @@
 """The pages that are made of the code hold all that the code has: keys, methods, options, commands, flags, names."""
 
+import importlib
 import re
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from toys.places import ROOT
@@ -14,6 +16,7 @@ sys.path.insert(0, str(DOCS / "_ext"))
 
 import api  # noqa: E402
 import commands  # noqa: E402
+import drawing  # noqa: E402
 import keys  # noqa: E402
 import offline  # noqa: E402
 
@@ -134,3 +137,43 @@ def test_what_a_page_would_fetch_is_found(text: str) -> None:
 def test_links_and_carried_files_are_not_fetched() -> None:
     text = '<a href="https://arxiv.org/abs/2505.01169">x</a><img src="_images/x.png"><link rel="canonical" href="https://x.org">'
     assert offline.fetched(text + "a { background: url(data:image/svg+xml;base64,AA) }") == []
+
+
+def test_floors_go_down_and_circles_share_one() -> None:
+    found = {"a": {"b", "c"}, "b": {"c"}, "c": {"d"}, "d": {"c"}, "e": set()}
+    assert drawing.floors(found) == {"a": 3, "b": 2, "c": 1, "d": 1, "e": 1}
+    packages = drawing.imports()
+    floors = drawing.floors(packages)
+    assert floors["common"] == 1
+    assert max(floors, key=lambda name: floors[name]) == "cli"
+    assert {folder.parent.name for folder in drawing.PACKAGE.glob("*/__init__.py")} == floors.keys() - {"cli"}
+
+
+def test_imports_are_those_of_the_files(tmp_path: Path) -> None:
+    for name, text in {
+        "cli.py": "from pkg import top",
+        "top/__init__.py": '"""What is above. More."""\nfrom pkg.low.part import thing\n',
+        "low/__init__.py": "import pkg.low.part\ndef later():\n    from pkg import top\n",
+    }.items():
+        (tmp_path / "pkg" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pkg" / name).write_text(text)
+    assert drawing.imports(tmp_path / "pkg") == {"cli": {"top"}, "top": {"low"}, "low": set()}
+    assert drawing.first_line("top", tmp_path / "pkg") == "What is above"
+
+
+@pytest.mark.parametrize("stop", drawing.BATCH + drawing.SAMPLE, ids=lambda stop: stop.at)
+def test_what_the_drawn_paths_name_is_there(stop: drawing.Stop) -> None:
+    module, _, name = stop.at.partition(":")
+    assert (drawing.PACKAGE / stop.file).is_file()
+    found = importlib.import_module(f"fewstep.{module}")
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert callable(found)
+
+
+def test_drawings_are_whole_and_the_same_again() -> None:
+    first, second = drawing.drawings(), drawing.drawings()
+    assert first == second
+    for svg in first.values():
+        ElementTree.fromstring(svg)
+    assert all(f">{name}<" in first["house"] for name in drawing.imports())

@@ -111,6 +111,7 @@ def _altered(text: str) -> Iterator[str]:
         yield text[: number.end() - 1] + digit + text[number.end() :]
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["README.md", "docs/benchmarks/itvm-ablation.md", "docs/methods/lsd.md"])
 def test_a_figure_that_is_changed_is_seen(name: str) -> None:
     altered = list(_altered((figures.ROOT / name).read_text()))

@@ -28,6 +28,7 @@ def _outputs(book: Any) -> list[Any]:
     return [output for cell in book.cells for output in cell.get("outputs", [])]
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", execute.NAMES)
 def test_every_cell_runs(name: str, tmp_path: Path) -> None:
     book = execute.execute(execute.notebook(name), tmp_path, STEPS)
@@ -36,6 +37,7 @@ def test_every_cell_runs(name: str, tmp_path: Path) -> None:
     assert any("image/png" in output.get("data", {}) for output in _outputs(book))
 
 
+@pytest.mark.takes_seconds
 def test_a_cell_that_raises_is_an_error(tmp_path: Path) -> None:
     cells = [nbformat.v4.new_code_cell(source) for source in ("x = 0", "1 / x")]
     with pytest.raises(CellExecutionError, match="ZeroDivisionError"):

@@ -7,17 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.batch import Batch
-from fewstep.evaluation.cost import (
-    UNITS,
-    Allocations,
-    Cost,
-    Counts,
-    compare_costs,
-    expected_cost,
-    probes,
-    step_cost,
-    unit_costs,
-)
+from fewstep.evaluation.calls import UNITS, Counts
+from fewstep.evaluation.cost import Cost, compare_costs, expected_cost, probes, step_cost, unit_costs
+from fewstep.evaluation.memory import Allocations
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.networks import MLP

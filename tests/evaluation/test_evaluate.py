@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from fewstep.common.randomness import sample_generators
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch
-from fewstep.evaluation.evaluate import Evaluation, compare, evaluate
+from fewstep.evaluation.evaluate import evaluate
 from fewstep.evaluation.extractor import extract
 from fewstep.evaluation.features import FeatureStatistics, frechet_distance, precision_recall
 from fewstep.evaluation.inception import Inception
 from fewstep.evaluation.measure import ENDS
 from fewstep.evaluation.points import error_quantiles, rmse
+from fewstep.evaluation.results import Evaluation, compare
 from fewstep.flows.exact import GaussianField, eight_gaussians
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
@@ -166,7 +167,7 @@ def test_images_are_measured_by_features():
 
 def _rows_of(seed: int) -> torch.Generator:
     from fewstep.common.randomness import generator
-    from fewstep.evaluation import evaluate as module
+    from fewstep.evaluation import inputs as module
 
     return generator(seed, module._ROWS)
 
@@ -356,5 +357,5 @@ def test_noise_that_is_kept_gives_the_samples_of_noise_that_is_drawn(monkeypatch
         return evaluate(student, teacher=field, steps=(2, 3), count=50, batch=20, metrics=("rmse",)).rows
 
     kept = rows()
-    monkeypatch.setattr("fewstep.evaluation.evaluate._SMALL", 0)
+    monkeypatch.setattr("fewstep.evaluation.inputs._SMALL", 0)
     assert rows() == kept

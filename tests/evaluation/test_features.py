@@ -204,6 +204,7 @@ def test_classifier_learns_caches_and_comes_back(tmp_path: Path):
     assert torch.equal(extract(again, images), extract(model, images))
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.usefixtures("short")
 def test_classifier_is_the_same_for_a_seed_and_leaves_the_global_generator_alone(tmp_path: Path):
     state = torch.get_rng_state()
@@ -213,6 +214,7 @@ def test_classifier_is_the_same_for_a_seed_and_leaves_the_global_generator_alone
     assert not torch.equal(runs[0].head.weight, runs[2].head.weight)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.usefixtures("short")
 def test_other_rows_labels_or_seeds_are_not_taken_from_the_cache(tmp_path: Path):
     trained_classifier(bars(), tmp_path)
@@ -259,6 +261,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert target.read_bytes() == b"old"
 
 
+@pytest.mark.takes_seconds
 def test_digits_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(extractor, "_LEAST_UPDATES", 150)
     data = digits()
@@ -306,6 +309,7 @@ def filled_inception() -> Inception:
     return model.eval()
 
 
+@pytest.mark.takes_seconds
 def test_inception_is_that_of_fid(tmp_path: Path):
     model = filled_inception()
     assert sum(p.numel() for p in model.parameters()) == 21_785_568
@@ -321,6 +325,7 @@ def test_inception_is_that_of_fid(tmp_path: Path):
     assert torch.equal(model(grey), model(grey.expand(-1, 3, -1, -1)))
 
 
+@pytest.mark.takes_seconds
 def test_inception_reads_pictures_in_8_bits():
     model = filled_inception()
     image = torch.full((1, 3, 30, 30), 0.5)

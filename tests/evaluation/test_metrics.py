@@ -175,6 +175,7 @@ def test_bad_input_is_one_clear_line(call, message: str):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.takes_seconds
 def test_many_points_fit_in_memory():
     """12,000 points against 12,000: the matrix of all distances would take 1.2 GB."""
     import resource

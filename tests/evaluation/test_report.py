@@ -11,18 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.evaluation import plots
+from fewstep.evaluation import style
 from fewstep.evaluation.diagnostics import Diagnosis
-from fewstep.evaluation.plots import (
-    diagnostics_figure,
-    image_grid,
-    loss_figure,
-    png,
-    points_figure,
-    quality_figure,
-    trajectory_figure,
-)
+from fewstep.evaluation.grids import image_grid
+from fewstep.evaluation.plots import diagnostics_figure, loss_figure, points_figure, quality_figure, trajectory_figure
 from fewstep.evaluation.report import write_report
+from fewstep.evaluation.style import png
 
 
 def pixels(content: bytes) -> np.ndarray:
@@ -154,6 +148,7 @@ def test_trajectories_begin_at_noise_and_end_at_data():
     assert np.allclose(ends.get_offsets(), path[-1, :20].numpy())
 
 
+@pytest.mark.takes_seconds
 def test_heat_maps_have_s_across_and_t_up():
     times = torch.tensor([0.0, 0.5, 1.0])
     values = torch.full((3, 3), float("nan")).double()
@@ -174,7 +169,7 @@ def test_figures_touch_no_global_state():
     from matplotlib import pyplot
 
     png(points_figure({"a": torch.randn(50, 2)}))
-    for name in plots._STYLE:
+    for name in style._STYLE:
         assert matplotlib.rcParams[name] == matplotlib.rcParamsDefault[name], name
     assert pyplot.get_fignums() == []
 
@@ -278,7 +273,7 @@ def test_report_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     def interrupted(figure: object) -> bytes:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plots, "png", interrupted)
+    monkeypatch.setattr(style, "png", interrupted)
     with pytest.raises(KeyboardInterrupt):
         report(tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == before

@@ -34,6 +34,7 @@ def drawn(model: torch.nn.Module, **options: float) -> torch.Tensor:
     return sample(model, noise, 3, generator=generators, **options)  # pyright: ignore
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("objective", ["SCM", "ConsistencyDistillation", "ConsistencyTraining", "CTM", "ITVM"])
 def test_a_run_its_copy_and_its_export_know_how_they_are_sampled(objective: str, tmp_path: Path) -> None:
     recipe = load_recipe({**RECIPE, "objective": objective})

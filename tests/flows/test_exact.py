@@ -16,9 +16,10 @@ from fewstep.flows.exact import (
     MixtureField,
     eight_gaussians,
 )
-from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
+from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
 from fewstep.flows.sampling import count_calls
 from fewstep.flows.solvers import integrate
+from fewstep.flows.tabulated import Tabulated
 
 F64 = torch.float64
 DDPM = Tabulated.from_alphas_cumprod((1 - torch.linspace(1e-4, 0.02, 1000, dtype=F64)).cumprod(0))
@@ -300,6 +301,7 @@ def test_checkerboard():
 # What all share
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("make", [mixture, boxes], ids=["mixture", "boxes"])
 def test_flows_compose_and_invert(make):
     field, x = make(), torch.randn(16, 2, generator=generator(5), dtype=F64)
@@ -323,6 +325,7 @@ def test_mixture_flow_carries_noise_to_the_data():
     close(end.T.cov(correction=0), cov, 0.02)
 
 
+@pytest.mark.takes_seconds
 def test_boxes_flow_carries_noise_to_the_data():
     end = boxes().flow(normal_points(512), 0.0, 1 - 1e-3)
     inside = ((end[:, None] > LOW - 0.01) & (end[:, None] < HIGH + 0.01)).all(-1).double()
@@ -412,6 +415,7 @@ def test_the_flow_on_a_schedule_of_a_thousand_steps_ends():
         assert counted.count < 1000
 
 
+@pytest.mark.takes_seconds
 def test_an_adaptive_solve_without_end_says_so():
     def jumping(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return x * torch.sign(torch.sin(1e7 * t))[:, None]

@@ -6,8 +6,10 @@ from torch import nn
 
 from fewstep.flows.exact import GaussianField, MixtureField
 from fewstep.flows.fields import DiffusionField, Guided, NetworkField, VelocityField, schedule_of
-from fewstep.flows.paths import KINDS, Linear, Reversed, Tabulated, Trigonometric, VariancePreserving
+from fewstep.flows.paths import Linear, Reversed, Trigonometric, VariancePreserving
+from fewstep.flows.predictions import KINDS
 from fewstep.flows.solvers import integrate
+from fewstep.flows.tabulated import Tabulated
 from fewstep.networks import MLP
 
 F64 = torch.float64

@@ -10,7 +10,9 @@ from torch import nn
 from fewstep.flows.exact import CheckerboardField
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap, load_by_name
-from fewstep.flows.paths import KINDS, Linear, Reversed, Tabulated, Trigonometric, VariancePreserving
+from fewstep.flows.paths import Linear, Reversed, Trigonometric, VariancePreserving
+from fewstep.flows.predictions import KINDS
+from fewstep.flows.tabulated import Tabulated
 from fewstep.flows.times import step_grid
 from fewstep.networks import MLP, SecondTime, sinusoidal
 

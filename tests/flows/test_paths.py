@@ -7,18 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewstep.flows.paths import (
-    KINDS,
-    Forward,
-    Linear,
-    Preconditioned,
-    Reversed,
-    Tabulated,
-    Trigonometric,
-    VariancePreserving,
-    as_times,
-    scaling,
-)
+from fewstep.flows.broadcasting import as_times
+from fewstep.flows.change_of_path import scaling
+from fewstep.flows.paths import Forward, Linear, Reversed, Trigonometric, VariancePreserving
+from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.predictions import KINDS
+from fewstep.flows.tabulated import Tabulated
 
 F64 = torch.float64
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=F64)
@@ -61,6 +55,7 @@ def predictions(path, x1, x0, t):
 # Coefficients
 
 
+@pytest.mark.takes_seconds
 @by_path
 @few
 @given(t=st.floats(0.001, 0.999))

@@ -10,8 +10,9 @@ from fewstep.common.randomness import generator, normal, sample_generators
 from fewstep.flows.exact import CheckerboardField, GaussianField
 from fewstep.flows.fields import DiffusionField, Guided, NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
+from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
 from fewstep.flows.sampling import count_calls, sample, sample_noise
+from fewstep.flows.tabulated import Tabulated
 from fewstep.flows.times import GRIDS, step_grid
 from fewstep.networks import MLP
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from fewstep.evaluation.agreement import compare_samplers
 from fewstep.flows.exact import GaussianField, MixtureField
 from fewstep.flows.fields import DiffusionField
-from fewstep.flows.paths import Forward, Linear, Preconditioned, Reversed, Tabulated
+from fewstep.flows.paths import Forward, Linear, Reversed
+from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.schedules import schedule_of
 from fewstep.flows.solvers import integrate
+from fewstep.flows.tabulated import Tabulated
 
 F64 = torch.float64
 MEANS = torch.tensor([[-1.0, 0.5], [0.9, 0.2], [0.1, -1.2]], dtype=F64)
@@ -78,6 +80,7 @@ def schedules(draw: Any) -> Any:
     return DDPMScheduler(num_train_timesteps=steps, prediction_type=prediction, **options)
 
 
+@pytest.mark.takes_seconds
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(scheduler=schedules())
 def test_any_schedule_is_exact_at_its_steps_and_finite_everywhere(scheduler: Any) -> None:

@@ -71,6 +71,7 @@ def test_unknown_distribution():
         draw_times(4, generator(0), "lognormal")
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("kind", GRIDS)
 @settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(steps=st.integers(1, 1000))

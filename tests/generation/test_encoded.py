@@ -68,6 +68,7 @@ def images(data: Path, size: int = 16) -> torch.Tensor:
     return array.rows(torch.arange(COUNT), generator(0)).data
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["sd", "sdxl", "pixart", "sd3", "flux"])
 def test_rows_are_what_the_model_makes_of_them(tmp_path: Path, photos: Path, name: str) -> None:
     folder = pipeline_folder(tmp_path / name, name)
@@ -92,6 +93,7 @@ def test_rows_are_what_the_model_makes_of_them(tmp_path: Path, photos: Path, nam
     assert all(torch.equal(data.null[key], null[key]) for key in null)
 
 
+@pytest.mark.takes_seconds
 def test_half_precision_rounds_all_but_sizes(tmp_path: Path, photos: Path) -> None:
     model: Any = fewstep.load(pipeline_folder(tmp_path / "sdxl", "sdxl"))
     make(model, photos, tmp_path / "full", dtype="float32", size=32)
@@ -106,6 +108,7 @@ def test_half_precision_rounds_all_but_sizes(tmp_path: Path, photos: Path) -> No
     assert told.tolist() == [[514, 1001, 0, 0, 514, 1001]]
 
 
+@pytest.mark.takes_seconds
 def test_pictures_are_cut_as_everywhere_else(field: VelocityField, photos: Path, tmp_path: Path) -> None:
     make(field, photos, tmp_path / "out", dtype="float32", batch=1)
     pixels = decode(photos / "1.png", 16, 3)
@@ -209,6 +212,7 @@ def test_what_the_shards_share_is_known_and_mended_too(
     assert files(out) == before
 
 
+@pytest.mark.takes_seconds
 def test_what_was_made_otherwise_is_refused(field: VelocityField, sd: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     make(field, photos, out)
@@ -422,6 +426,7 @@ def test_the_cache(field: VelocityField, photos: Path, tmp_path: Path, monkeypat
     assert torch.equal(second.bare(torch.arange(COUNT)), first.bare(torch.arange(COUNT)))
 
 
+@pytest.mark.takes_seconds
 def test_the_command(
     sd: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -256,6 +256,7 @@ class Affine(nn.Module):
         return (powers[:, :, None] * features[:, None, :]).flatten(1) @ self.weights
 
 
+@pytest.mark.takes_seconds
 def test_the_second_field_is_straighter(tmp_path: Path) -> None:
     """One Euler step from its start is the whole way: the flow of the first."""
     field = GaussianField(torch.tensor([1.0, -1.0]), torch.diag(torch.tensor([0.04, 2.25])))
@@ -276,6 +277,7 @@ def test_the_second_field_is_straighter(tmp_path: Path) -> None:
     assert one_step(independent) > 5 * one_step(second)
 
 
+@pytest.mark.takes_seconds
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     small = ["--student.options.width", "8", "--student.options.depth", "2", "--training.chunk", "8", *TINY]
@@ -305,6 +307,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "shared: 1 shards are still missing" in capsys.readouterr().out
 
 
+@pytest.mark.takes_seconds
 def test_the_teacher_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
     small = ["--student.options.width", "8", "--student.options.depth", "2", "--training.chunk", "8", *TINY]

@@ -62,6 +62,7 @@ def expected(name: str, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": text, "pooled_projections": pooled}
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts_are_encoded_as_the_pipeline_does(
     name: str, pipelines: dict[str, Any], folders: dict[str, Path]
@@ -152,6 +153,7 @@ def test_prompts_are_given_to_the_samples_in_turn(folders: dict[str, Path]) -> N
         draw(field, 3, 2, prompts=["a cat"])
 
 
+@pytest.mark.takes_seconds
 def test_samples_of_a_text_model_from_the_command_line(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +196,7 @@ def test_without_transformers(folders: dict[str, Path], monkeypatch: pytest.Monk
         prompts.encode(["a cat"])
 
 
+@pytest.mark.takes_seconds
 def test_bad_prompts_and_folders(folders: dict[str, Path], tmp_path: Path) -> None:
     prompts = Prompts(folders["sd"])
     for wrong in ("a cat", []):

@@ -13,9 +13,10 @@ from toys.unet import tiny_unet
 
 from fewstep.flows.exact import GaussianField
 from fewstep.flows.fields import DiffusionField, NetworkField
-from fewstep.flows.paths import Linear, Tabulated
+from fewstep.flows.paths import Linear
 from fewstep.flows.sampling import sample
 from fewstep.flows.solvers import integrate
+from fewstep.flows.tabulated import Tabulated
 from fewstep.networks import UNet
 
 EXACT = GaussianField(MEAN, COV)
@@ -78,6 +79,7 @@ def test_the_velocity_is_finite_and_near_beyond_the_schedule(schedule: str, pred
         torch.testing.assert_close(below, above, atol=1e-5, rtol=0)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(("schedule", "prediction"), CASES)
 def test_200_steps_land_on_the_closed_form(schedule: str, prediction: str) -> None:
     """From the schedule's own noisiest point: before it the schedule, and so the model, knows nothing."""
@@ -112,6 +114,7 @@ def test_euler_on_the_steps_of_ddim_is_ddim(prediction: str) -> None:
     torch.testing.assert_close(got, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
 
 
+@pytest.mark.takes_seconds
 def test_many_steps_of_either_agree() -> None:
     """100 steps of DDIM, which is of first order, and 50 of Heun on a grid of their own: to 2 % of the image."""
     model, scheduler, field, noise, x = ddim_case("v_prediction")

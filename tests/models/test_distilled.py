@@ -51,6 +51,7 @@ def recipe(folder: Path, **teacher: Any) -> Recipe:
     return Recipe.model_validate({"name": "x", "objective": {"name": "ITVM"}, **parts})
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.filterwarnings("ignore:the model in")
 @pytest.mark.parametrize("name", DISTILLED)
 def test_they_are_named_and_refused_before_anything_is_drawn(name: str, tmp_path: Path) -> None:

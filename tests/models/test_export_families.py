@@ -44,6 +44,7 @@ def drawn(student: FlowMap, cond: dict[str, Tensor], steps: int = 2, gamma: floa
 NAMES = [name for name in MODELS if name != "wan"]
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("second_time", ["t", "span", "late"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_pipeline_of_each_family_draws_what_fewstep_does(name: str, second_time: str, tmp_path: Path) -> None:
@@ -113,6 +114,7 @@ def test_the_guidance_that_flux_takes_itself(tmp_path: Path) -> None:
         pipe(**asked(**cond))
 
 
+@pytest.mark.takes_seconds
 def test_images_of_another_size(tmp_path: Path) -> None:
     for name in ("sd", "sd3", "flux"):
         student, cond = family_map(name), conditions(name)
@@ -242,6 +244,7 @@ ELSEWHERE = """
 """
 
 
+@pytest.mark.takes_seconds
 def test_the_same_pixels_of_each_family_without_fewstep(tmp_path: Path, elsewhere: Callable[..., str]) -> None:
     students = {name: family_map(name) for name in NAMES}
     for name, student in students.items():
@@ -258,6 +261,7 @@ def test_the_same_pixels_of_each_family_without_fewstep(tmp_path: Path, elsewher
 # Adapters
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adapter_of_a_map_and_the_map_with_it_merged(name: str, tmp_path: Path) -> None:
     field, cond = family_field(name), conditions(name)
@@ -290,6 +294,7 @@ def test_an_adapter_of_a_map_and_the_map_with_it_merged(name: str, tmp_path: Pat
 # Fields
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["sd", "sdxl", "dit", "pixart", "sd3", "flux"])
 def test_a_field_is_the_pipeline_that_it_came_from(name: str, tmp_path: Path) -> None:
     tiny_pipeline(name).save_pretrained(tmp_path / "source")
@@ -341,6 +346,7 @@ def test_a_field_that_no_scheduler_of_diffusers_runs(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.takes_seconds
 def test_what_a_part_of_the_pipeline_lacks(tmp_path: Path) -> None:
     """An optional part that was not fetched is left out; a text encoder without its weights is named."""
     tiny_pipeline("sd").save_pretrained(tmp_path / "source")
@@ -366,6 +372,7 @@ def test_a_unet_beside_an_image_in_latents(tmp_path: Path) -> None:
     assert torch.equal(pipe(image=image, **asked()).images, drawn(student, {"image": image}))
 
 
+@pytest.mark.takes_seconds
 def test_classes_are_asked_for_by_name(tmp_path: Path) -> None:
     """As a pipeline of DiT has them, with several names of a class between commas; and a run those of its data."""
     student = family_map("dit")

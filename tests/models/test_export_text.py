@@ -48,6 +48,7 @@ def expected_of(student: FlowMap, steps: int = 2) -> torch.Tensor:
     return draw(student, 3, steps, seed=7, prompts=PROMPTS, decode=True)[0] / 2 + 0.5
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", NAMES)
 def test_the_pictures_of_prompts(name: str, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = text_map(sources / name)
@@ -134,6 +135,7 @@ def test_the_encoders_can_be_left_out_later(sources: Path, tmp_path: Path) -> No
             pipe("cat")  # pyright: ignore
 
 
+@pytest.mark.takes_seconds
 def test_the_size_that_a_model_is_told(sources: Path, tmp_path: Path) -> None:
     for name in ("sdxl", "pixart"):
         student = text_map(sources / name)
@@ -162,6 +164,7 @@ def test_what_is_refused(sources: Path, tmp_path: Path) -> None:
         pipe(["cat", "dog"], batch_size=4)
 
 
+@pytest.mark.takes_seconds
 def test_the_card_of_a_model_of_text(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code runs, and it names what the base model's card does."""
     source = tmp_path / "source"
@@ -204,6 +207,7 @@ ELSEWHERE = """
 """
 
 
+@pytest.mark.takes_seconds
 def test_the_same_pictures_without_fewstep(sources: Path, tmp_path: Path, elsewhere: Callable[..., str]) -> None:
     students = {name: text_map(sources / name) for name in NAMES}
     for name, student in students.items():
@@ -215,6 +219,7 @@ def test_the_same_pictures_without_fewstep(sources: Path, tmp_path: Path, elsewh
         torch.testing.assert_close(found, expected_of(students[name]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])  # of today, and of older versions
 @pytest.mark.parametrize("kind", [DiffusionPipeline, FlowMapPipeline])
 def test_text_encoders_are_used_in_half_precision(kind: Any, name: str, sources: Path, tmp_path: Path) -> None:

@@ -214,6 +214,7 @@ SECRETS = {
 }  # fmt: skip
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", SECRETS)
 def test_what_may_be_a_secret_is_not_uploaded(there: Hub, export: Path, name: str) -> None:
     (export / name).parent.mkdir(exist_ok=True)

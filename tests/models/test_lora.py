@@ -138,6 +138,7 @@ def test_the_adapter_alone_trains():
     assert all(torch.equal(kept[name], value) for name, value in now.items())
 
 
+@pytest.mark.takes_seconds
 def test_an_adapter_learns_what_the_base_did_not():
     """A network that knows the flow of one Gaussian learns another by rank 4: against the exact velocity."""
     field = points(width=32)
@@ -205,6 +206,7 @@ def test_by_default_only_what_can_be_adapted_is():
         add_lora(NetworkField(Nested()), targets=["linear1"])
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_a_merged_model_is_plain_and_gives_the_same(name, dtype, close):
@@ -224,6 +226,7 @@ def test_a_merged_model_is_plain_and_gives_the_same(name, dtype, close):
     assert not {p.data_ptr() for p in merged.parameters()} & {p.data_ptr() for p in model.parameters()}
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", MODELS)
 def test_an_adapter_comes_back_from_its_folder(name, tmp_path):
     bare = MODELS[name]()
@@ -333,6 +336,7 @@ class Conditional(nn.Module):
         return self.model(x, timestep, **cond).sample
 
 
+@pytest.mark.takes_seconds
 def test_diffusers_loads_the_adapter_of_a_conditional_unet(tmp_path):
     """`pipeline.load_lora_weights(folder)` gives the same outputs, by the alpha in the metadata; and so do we."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -458,6 +462,7 @@ def test_another_base_or_a_missing_weight_is_refused(tmp_path):
         quick(adapted(points()), out=tmp_path, steps=4)
 
 
+@pytest.mark.takes_seconds
 def test_a_map_trains_its_second_time_and_the_adapter():
     """The second time is new: it moves in full, in the average too, and nothing frozen does."""
     teacher = images()
@@ -509,6 +514,7 @@ def finished(recipe, tmp_path_factory):
     return out, run(load_recipe(recipe), out).result
 
 
+@pytest.mark.takes_seconds
 def test_a_recipe_trains_an_adapter_and_the_run_loads_back(finished, teacher_folder):
     out, result = finished
     back = open_run(out)
@@ -527,6 +533,7 @@ def test_the_teacher_and_the_student_of_a_recipe_have_one_base(recipe):
     assert theirs == {id(p) for p in built.student.parameters() if not p.requires_grad}
 
 
+@pytest.mark.takes_seconds
 def test_the_seed_of_a_recipe_decides_the_first_weights(recipe):
     first = lambda seed: [  # noqa: E731
         p.detach() for p in build(load_recipe({**recipe, "seed": seed})).student.parameters() if p.requires_grad
@@ -545,6 +552,7 @@ def test_a_recipe_without_lora_is_the_run_it_was():
     assert differences(before, now) == []
 
 
+@pytest.mark.takes_seconds
 def test_an_export_is_merged_and_an_adapter_is_the_adapter(finished, teacher_folder, tmp_path):
     out, result = finished
     merged = load(export(out, tmp_path / "model"))
@@ -559,6 +567,7 @@ def test_an_export_is_merged_and_an_adapter_is_the_adapter(finished, teacher_fol
     export(out, tmp_path / "adapter", adapter=True, overwrite=True)
 
 
+@pytest.mark.takes_seconds
 def test_flags_make_a_lora_run(teacher_folder, recipe, tmp_path, capsys):
     import yaml
 
@@ -575,6 +584,7 @@ def test_flags_make_a_lora_run(teacher_folder, recipe, tmp_path, capsys):
     assert "did you mean 'student.lora.rank'?" in capsys.readouterr().err
 
 
+@pytest.mark.takes_seconds
 def test_a_distilled_map_of_a_recipe_trains_by_lora(recipe, tmp_path):
     distil = {**recipe, "objective": "ITVM", "student": {"network": "auto", "lora": {"rank": 2}}}
     result = run(load_recipe(distil), tmp_path / "run").result

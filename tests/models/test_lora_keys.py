@@ -100,6 +100,7 @@ def by_diffusers(folder: Path) -> Any:
     return pipe.unet
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("style", list(STYLES))
 def test_each_style_is_read_as_diffusers_reads_it(style: str, tmp_path: Path) -> None:
     state = weights()
@@ -115,6 +116,7 @@ def test_each_style_is_read_as_diffusers_reads_it(style: str, tmp_path: Path) ->
     torch.testing.assert_close(output(loaded.network), output(ConditionalUNet(expected)), rtol=0, atol=2e-5)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("style", ["0.22 to 0.26", "kohya"])
 def test_alphas_and_ranks_of_each_layer(style: str, tmp_path: Path) -> None:
     """Without alphas the scale is 1 whatever the rank; with them it is alpha / rank, layer by layer."""
@@ -132,6 +134,7 @@ def test_alphas_and_ranks_of_each_layer(style: str, tmp_path: Path) -> None:
     check(tmp_path, by_hand(state, lambda layer, rank: alphas[layer] / rank))
 
 
+@pytest.mark.takes_seconds
 def test_a_text_encoder_in_the_same_file_is_left_out_and_said(tmp_path: Path) -> None:
     state = weights()
     saved = {STYLES["0.22 to 0.26"](name): value for name, value in state.items()}

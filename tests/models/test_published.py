@@ -20,10 +20,10 @@ from fewstep.cli import main
 from fewstep.common.model_files import load_weights, variant_in
 from fewstep.evaluation.agreement import compare_samplers
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import Tabulated
 from fewstep.flows.sampling import sample
 from fewstep.flows.schedules import schedule_of, todays_config
 from fewstep.flows.signature import image_channels, takes
+from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.encoders import text_identity, vae_identity
 from fewstep.latents.vae import Latents
 from fewstep.models.diffusers_pipeline import look_into
@@ -53,6 +53,7 @@ def shape_of(network: Any) -> tuple[int, ...]:
     return network.shape if network.has_size else (network.channels, 8, 8)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", list(LOADED))
 def test_what_is_published_is_called_and_sampled_as_diffusers_does(name: str, tmp_path: Path) -> None:
     make, call = LOADED[name]
@@ -120,6 +121,7 @@ def test_old_keys_of_schedulers_mean_what_they_meant(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.takes_seconds
 def test_a_state_is_told_from_what_stands_beside_it(tmp_path: Path) -> None:
     wanted = {
         "deepfloyd IF-I": ((3, 8, 8), 0), "deepfloyd IF-II": ((3, 8, 8), 3), "marigold": ((4, 8, 8), 4),
@@ -132,6 +134,7 @@ def test_a_state_is_told_from_what_stands_beside_it(tmp_path: Path) -> None:
         assert takes(field, "image") == bool(beside)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["deepfloyd IF-II", "marigold", "geowizard", "kandinsky 2.2 inpainting"])
 def test_a_student_knows_it_too(name: str, tmp_path: Path) -> None:
     """From its export as well, whose code knows no pipeline."""
@@ -153,6 +156,7 @@ def test_a_student_knows_it_too(name: str, tmp_path: Path) -> None:
         assert torch.equal(stock(x, 0.4, **cond), field(x, 0.4, **cond))
 
 
+@pytest.mark.takes_seconds
 @torch.no_grad()
 def test_kandinsky_and_wan_decode_as_their_pipelines_do(tmp_path: Path) -> None:
     """``KandinskyV22Pipeline`` by neither scale nor codebook, ``WanPipeline`` by the statistics of each channel."""
@@ -179,6 +183,7 @@ def test_kandinsky_and_wan_decode_as_their_pipelines_do(tmp_path: Path) -> None:
             field.latents.shape_of(shape)
 
 
+@pytest.mark.takes_seconds
 def test_an_index_with_code_of_its_own(tmp_path: Path) -> None:
     """``_class_name`` is a pair there: the file, and the class."""
     folder = LOADED["stable-diffusion 1.5"][0](tmp_path / "model")
@@ -189,6 +194,7 @@ def test_an_index_with_code_of_its_own(tmp_path: Path) -> None:
     assert load(folder).latents is not None
 
 
+@pytest.mark.takes_seconds
 def test_samples_of_any_size_have_the_size_that_is_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +227,7 @@ def as_variant(folder: Path, variant: str) -> None:
         file.rename(file.with_name(f"{file.stem}.{variant}.safetensors"))
 
 
+@pytest.mark.takes_seconds
 def test_variants_of_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The one that is asked for, else the plain ones, else the only one that there is, which is said."""
     folder = tmp_path / "model"
@@ -292,6 +299,7 @@ def test_a_variant_in_pieces(is_old: bool, tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.takes_seconds
 def test_what_is_fetched_where_there_is_one_variant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The plain weights are asked for first; of a part that has none, any."""
     source = tmp_path / "there" / "someone" / "model"
@@ -324,6 +332,7 @@ def arrays(folder: Path, network: Any, file: str = "rows.npz", count: int = 8) -
     return [name for name in cond if name != "class_labels"]
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["stable-diffusion 2.1 unclip", "geowizard", "kandinsky 2.2"])
 def test_what_a_model_is_told_can_be_trained_on(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Class labels that are vectors are a condition like any other: of data, of samples, of the pictures of a run."""
@@ -382,6 +391,7 @@ def test_sides_that_the_levels_cannot_halve(tmp_path: Path) -> None:
         sample(load(folder), torch.randn(1, 3, 15, 15), steps=1)
 
 
+@pytest.mark.takes_seconds
 def test_attention_as_the_first_versions_named_it(tmp_path: Path) -> None:
     """``query``, ``key``, ``value`` and ``proj_attn``, in U-Nets and VAEs: of what google/ddpm and the first Stable
     Diffusions were saved with."""
@@ -405,6 +415,7 @@ def test_attention_as_the_first_versions_named_it(tmp_path: Path) -> None:
         assert torch.equal(latents.decode(z), Latents(tiny_vae()).decode(z))
 
 
+@pytest.mark.takes_seconds
 def test_prompts_of_a_model_of_any_size(tmp_path: Path) -> None:
     """What SDXL is told of the size of its pictures, where its config does not say one, or one for each side."""
     tiny_pipeline("sdxl").save_pretrained(tmp_path)

@@ -36,9 +36,10 @@ def test_a_run_is_opened(before: Path) -> None:
     run = fewstep.load(before / "run")
     assert isinstance(run, fewstep.FlowMap)
     samples = fewstep.sample(run, expected["points"], steps=2)
-    torch.testing.assert_close(samples, expected["samples"], rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(samples, expected["samples"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.takes_seconds
 def test_a_run_goes_on(before: Path) -> None:
     run = before / "run"
     assert main(["distill", str(run / "recipe.yaml"), "--steps", "5", "--out", str(run)]) == 0
@@ -52,13 +53,14 @@ def test_an_export_is_opened(before: Path) -> None:
     model = fewstep.load(before / "export")
     assert isinstance(model, fewstep.FlowMap)
     images = fewstep.sample(model, expected["noise"], steps=2)
-    torch.testing.assert_close(images, expected["images"], rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(images, expected["images"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.takes_seconds
 def test_an_export_runs_in_diffusers(before: Path) -> None:
     expected = load_file(before / "expected.safetensors")
     pipeline: Any = DiffusionPipeline.from_pretrained(before / "export", trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(5)
     images = pipeline(batch_size=2, num_inference_steps=2, generator=generator, output_type="np").images
-    np.testing.assert_allclose(images, expected["pipeline"].numpy(), rtol=0.0, atol=1e-5)
+    np.testing.assert_allclose(images, expected["pipeline"].numpy(), rtol=1e-4, atol=1e-4)

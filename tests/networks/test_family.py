@@ -140,6 +140,7 @@ def test_the_quadrature_knows_what_led_to_a_state(world: str):
 ON_A_BENT_PATH = ("LMD", "EMD", "SCM", *FROM_DATA)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     ("world", "name"),
     [(world, name) for world in WORLDS for name in EXACT if world != "bent" or name in ON_A_BENT_PATH],
@@ -159,6 +160,7 @@ def test_the_exact_map_is_where_every_gradient_vanishes(world: str, name: str):
     assert (off.norm(dim=2) > 1e-3).all()
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_integral_of_itvm_is_exact_on_average_over_its_time(world: str, fraction: Callable[[float], None]):
     field, exact = make_world(world)

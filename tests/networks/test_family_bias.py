@@ -88,6 +88,7 @@ def norms(name: str, h: float, size: float = 0.0) -> Tensor:
     return found[-1].norm(dim=1)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", BIASES)
 def test_the_bias_is_of_its_order(name: str, fraction: Callable[[float], None]):
     fraction(0.0)  # the longest step, the middle time at t

@@ -62,6 +62,7 @@ def _check_export(model: Any, export: Path) -> None:
     assert "trust=True" in (export / "README.md").read_text()
 
 
+@pytest.mark.takes_seconds
 def test_from_a_recipe_and_back(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--student.network", "mine.py:make", "--student.options.size", "6", "--training.chunk", "8"]
     few = ["--steps", "2", "--training.batch", "8", "--evaluation.count", "0", "--out", "runs/own"]
@@ -130,6 +131,7 @@ def test_what_does_not_stand_alone_is_said(home: Path, capsys: pytest.CaptureFix
     assert "cannot be loaded, sampled or exported later" in capsys.readouterr().err
 
 
+@pytest.mark.takes_seconds
 def test_one_that_says_neither_its_shape_nor_its_options(home: Path) -> None:
     """Its run knows the first, and what names it the second."""
     bare = CODE.replace('        self.config = {"width": width, "times": times}\n', "").replace(
@@ -155,6 +157,7 @@ def test_one_that_says_neither_its_shape_nor_its_options(home: Path) -> None:
     assert "torch.randn(4, ...)" in (home / "memory" / "README.md").read_text()
 
 
+@pytest.mark.takes_seconds
 def test_a_run_that_is_not_known_goes_on_where_a_flag_names_its_code(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,7 @@ def field_of(name: str) -> DiffusionField:
 S, T = torch.tensor([100.0, 730.0]), torch.tensor([50.0, 20.0])
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(("name", "how", "told"), [call for call in CALLS if not refused(*call)])
 def test_a_student_starts_as_its_teacher_to_the_last_bit(name: str, how: str, told: bool) -> None:
     teacher = network(name)
@@ -201,6 +202,7 @@ def loud(student: nn.Module) -> nn.Module:
     return student
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", NAMES)
 def test_a_trained_student_hears_what_it_is_told(name: str) -> None:
     x, cond = rows(name)
@@ -286,6 +288,7 @@ OBJECTIVES: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("pixart of one size", "flux told")])
 def test_a_step_of_every_family_of_objectives_reaches_the_second_time(name: str) -> None:
     field = field_of(name)
@@ -306,6 +309,7 @@ def test_a_step_of_every_family_of_objectives_reaches_the_second_time(name: str)
         assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None), method
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("how", ["t", "late"])
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("unet", "pixart", "flux told")])
 def test_gradient_checkpointing_changes_no_gradient(name: str, how: str) -> None:
@@ -324,6 +328,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, how: str) -> None
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["unet of classes", "sdxl", "dit", "pixart of one size", "sd3", "flux", "wan"])
 def test_a_student_is_traced_as_one_graph(name: str) -> None:
     """What torch.compile needs; the code that it makes is tried in the slow test."""
@@ -347,6 +352,7 @@ def test_a_student_compiles(name: str) -> None:
         )
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_student_in_every_type_of_numbers(name: str, dtype: torch.dtype) -> None:

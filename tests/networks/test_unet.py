@@ -133,6 +133,7 @@ def test_every_objective_trains_it(name: str, classes: int | None) -> None:
     assert sum(float(g.square().sum()) for g in gradients) > 0
 
 
+@pytest.mark.takes_seconds
 def test_the_mean_of_a_model_that_predicts_a_variance_too() -> None:
     from diffusers import DDPMScheduler
 

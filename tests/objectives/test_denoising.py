@@ -9,7 +9,9 @@ from fewstep import Denoising, DiffusionField, FlowMap, Linear, NetworkField, fi
 from fewstep.common.randomness import generator, normal, uniform
 from fewstep.data.batch import Batch
 from fewstep.flows.exact import GaussianField
-from fewstep.flows.paths import Preconditioned, Tabulated, Trigonometric
+from fewstep.flows.paths import Trigonometric
+from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.tabulated import Tabulated
 from fewstep.networks import MLP
 
 F64 = torch.float64
@@ -116,6 +118,7 @@ def test_the_last_step_without_signal_is_trained_and_asked() -> None:
     assert network.k.unique().tolist() == [49]
 
 
+@pytest.mark.takes_seconds
 def test_what_it_trains_is_the_flow_of_the_data() -> None:
     """From scratch, as a diffusion model, and read as a flow."""
     torch.manual_seed(0)

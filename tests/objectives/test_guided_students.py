@@ -37,6 +37,7 @@ def recipe(tmp_path):
     }
 
 
+@pytest.mark.takes_seconds
 def test_a_student_learns_the_strength_it_is_given(recipe, tmp_path):
     run(load_recipe(recipe), tmp_path / "run")
     student, field = load_run(tmp_path / "run"), eight_gaussians()
@@ -64,6 +65,7 @@ def test_what_cannot_be(recipe):
         build(load_recipe(recipe))
 
 
+@pytest.mark.takes_seconds
 def test_it_is_judged_and_sampled_at_a_strength(recipe, tmp_path, monkeypatch):
     asked = []
     recipe["evaluation"] = {"count": 40, "steps": [1], "teacher_steps": [1], "every": 10**9}

@@ -23,10 +23,10 @@ from toys.objectives import (
 )
 
 from fewstep.data.batch import Batch
+from fewstep.flows.broadcasting import expand
 from fewstep.flows.exact import ExactField, GaussianField
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import expand
 from fewstep.objectives import EMD, ITVM, LMD, FlowMatching, Objective
 
 

@@ -33,6 +33,7 @@ def test_the_method_is_twenty_lines(recipe: Path) -> None:
     assert len(recipe.with_name("my_method.py").read_text().splitlines()) <= 20
 
 
+@pytest.mark.takes_seconds
 def test_it_learns(recipe: Path) -> None:
     loaded = load_recipe(recipe, TINY)
     built = build(loaded)

@@ -1,7 +1,7 @@
 """One rule in three places: how a network of another path is asked, in fewstep and in two files that folders carry.
 
-``fewstep.flows.paths.scaling`` is the one; ``flow_model.flow_scaling`` and ``native_times.coefficients`` are written
-again, as they are carried alone. Over random schedules they are equal, at the ends and beyond them too.
+``fewstep.flows.change_of_path.scaling`` is the one; ``flow_model.flow_scaling`` and ``native_times.coefficients`` are
+written again, as they are carried alone. Over random schedules they are equal, at the ends and beyond them too.
 """
 
 import math
@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fewstep.common.manifests import Diffusion
+from fewstep.flows.change_of_path import scaling
 from fewstep.flows.fields import NetworkField
-from fewstep.flows.paths import Linear, Path, Preconditioned, Reversed, Tabulated, scaling
+from fewstep.flows.paths import Linear, Path, Reversed
+from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.tabulated import Tabulated
 from fewstep.models.export import diffusion_of
 from fewstep.models.loading import _spoken
 from fewstep.networks.flow_model import flow_scaling
@@ -42,6 +45,7 @@ SPOKEN = [(tables, kind) for kind in ("noise", "data", "v")] + [(scalings, kind)
 SPOKEN += [(lines, kind) for kind in ("noise", "data")]
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(("natives", "kind"), SPOKEN, ids=["table"] * 3 + ["EDM"] * 2 + ["line"] * 2)
 def test_the_three_are_one(natives: Any, kind: str) -> None:
     @settings(max_examples=40, deadline=None, derandomize=True, database=None)

@@ -128,6 +128,7 @@ def _held_for_real(student: FlowMap, objective: Any, batch: Batch, target: Any) 
     return sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("heads", [{}, {"attention_head_dim": 4}])
 def test_bytes_of_a_step_are_those_that_the_cpu_holds(heads: dict[str, Any]) -> None:
     field = tiny_field(**heads)
@@ -143,6 +144,7 @@ def test_bytes_of_a_step_are_those_that_the_cpu_holds(heads: dict[str, Any]) -> 
     assert peak <= counted.peak <= 1.01 * peak
 
 
+@pytest.mark.takes_seconds
 def test_operations_of_a_step_are_those_that_the_cpu_makes() -> None:
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet: Any = (tiny_field(**blocks, add_attention=False), torch.randn(8, 1, 8, 8), ITVM)
@@ -157,6 +159,7 @@ def test_operations_of_a_step_are_those_that_the_cpu_makes() -> None:
         assert count_step(student, objective, rows(*data.shape), target=target).flops == made.get_total_flops()
 
 
+@pytest.mark.takes_seconds
 def test_checkpointing_keeps_less_and_computes_more() -> None:
     def counted(levels: int, is_checkpointed: bool) -> Any:
         field = tiny_field(layers_per_block=levels).to(META)
@@ -174,6 +177,7 @@ def test_checkpointing_keeps_less_and_computes_more() -> None:
     assert deep.peak - deep.held < 1.05 * (less.peak - less.held)
 
 
+@pytest.mark.takes_seconds
 def test_half_precision_keeps_less_of_what_grows_with_the_batch() -> None:
     field = tiny_field().to(META)
     student = FlowMap.from_field(field).to(META).train()
@@ -215,6 +219,7 @@ FEW = {"training.batch": "4", "training.accumulate": "2", "training.chunk": "2"}
 TWINS = {"sd15-itvm": "sd", "sdxl-itvm": "sdxl", "sd3-itvm-lora": "sd3", "flux-itvm-lora": "flux"}
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", TWINS)
 def test_recipes_of_published_models_are_planned_from_configurations_alone(name: str, tmp_path: Path) -> None:
     folder = _configurations(TWINS[name], tmp_path / "model")
@@ -232,6 +237,7 @@ def test_recipes_of_published_models_are_planned_from_configurations_alone(name:
         assert parts["averaged weights"] == parts["slow copy of the objective"] == found.parameters
 
 
+@pytest.mark.takes_seconds
 def test_a_plan_is_of_the_run_that_follows(tmp_path: Path) -> None:
     recipe = load_recipe(POINTS)
     found, built = plan(recipe), build(recipe)
@@ -255,6 +261,7 @@ def test_exact_teachers_are_planned_without_numbers(teacher: str, student: dict[
     assert plan(load_recipe(recipe)).shape == (2,)
 
 
+@pytest.mark.takes_seconds
 def test_a_derivative_that_checkpoints_cannot_follow_is_refused() -> None:
     keys = {"training.batch": "4", "training.gradient_checkpointing": "true", "student": "auto"}
     with pytest.raises(ValueError, match="gradient_checkpointing: LMD differentiates the network forward"):
@@ -271,6 +278,7 @@ def made():
 """
 
 
+@pytest.mark.takes_seconds
 def test_a_change_that_the_parts_refuse_is_left_out(tmp_path: Path) -> None:
     blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
     teacher = {"source": "unet_toys:tiny_field", "options": blocks}
@@ -286,6 +294,7 @@ def test_a_change_that_the_parts_refuse_is_left_out(tmp_path: Path) -> None:
     assert [list(keys)[-1] for keys, _ in changes(own)] == ["training.precision", "student.lora.rank"]
 
 
+@pytest.mark.takes_seconds
 def test_a_student_that_goes_on_from_a_run_or_an_export_is_planned(tmp_path: Path) -> None:
     run(load_recipe(POINTS), tmp_path / "first")
     for start in (tmp_path / "first", export(tmp_path / "first", tmp_path / "export")):
@@ -294,6 +303,7 @@ def test_a_student_that_goes_on_from_a_run_or_an_export_is_planned(tmp_path: Pat
         assert (found.parameters, found.fixed, found.step) == (bare.parameters, bare.fixed, bare.step)
 
 
+@pytest.mark.takes_seconds
 def test_a_start_beside_a_teacher_with_text_is_planned_with_an_adapter_of_its_own(tmp_path: Path) -> None:
     tiny_pipeline("sd").save_pretrained(tmp_path / "model")
     student = FlowMap.from_field(cast(NetworkField, fewstep.load(tmp_path / "model")))
@@ -308,6 +318,7 @@ def test_a_start_beside_a_teacher_with_text_is_planned_with_an_adapter_of_its_ow
     assert numbers["teacher"] >= found.parameters / 2
 
 
+@pytest.mark.takes_seconds
 def test_rows_have_the_size_that_the_data_say(tmp_path: Path) -> None:
     """The tiny VAE makes a latent of 2 x 2 pixels, and its model's own pictures are 16 x 16."""
     source = {"teacher.source": str(_configurations("sd", tmp_path / "model"))}
@@ -442,6 +453,7 @@ def test_prompts_are_as_long_as_their_pipelines_make_them() -> None:
         assert inspect.signature(encode).parameters["max_sequence_length"].default == tokens
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["sd", "sdxl", "pixart", "sd3", "flux"])
 def test_conditions_have_the_shapes_that_text_encoders_give(name: str, tmp_path: Path) -> None:
     tiny_pipeline(name).save_pretrained(tmp_path / "model")
@@ -453,6 +465,7 @@ def test_conditions_have_the_shapes_that_text_encoders_give(name: str, tmp_path:
     }
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("length", ["77", -1, 10**30])
 def test_lengths_of_prompts_are_numbers(length: Any, tmp_path: Path) -> None:
     tiny_pipeline("sd").save_pretrained(tmp_path)

@@ -28,7 +28,7 @@ from toys.unet import tiny_field, tiny_student
 import fewstep
 from fewstep.cli import _parser, main
 from fewstep.common.randomness import sample_generators
-from fewstep.evaluation.plots import image_grid
+from fewstep.evaluation.grids import image_grid
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample_noise
@@ -122,6 +122,7 @@ def test_guidance_is_told_to_the_student_and_moves_a_guided_teacher() -> None:
     assert torch.equal(unmoved.samples, fewstep.sample(teacher, start, 2, class_labels=labels))
 
 
+@pytest.mark.takes_seconds
 def test_a_text_model_takes_prompts_and_shows_images(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     tiny_pipeline("sd").save_pretrained(tmp_path / "sd")
@@ -165,6 +166,7 @@ def test_a_teacher_that_does_not_take_these_samples_is_left_out_with_a_note() ->
     assert [p.name for p in play.panels(Wish(steps=1, count=2))] == ["1 step"]
 
 
+@pytest.mark.takes_seconds
 def test_a_run_is_opened_with_its_teacher_and_the_names_of_its_classes(tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
@@ -221,6 +223,7 @@ def config(address: str) -> dict[str, Any]:
 VALUES = (2, 7, 4, 3, 0.0, 1)  # steps, seed, count, the teacher's steps, stochasticity, class
 
 
+@pytest.mark.takes_seconds
 def test_the_page_draws_over_http_what_sample_draws(served: tuple[str, Playground]) -> None:
     address, play = served
     parts = api(address, *VALUES)
@@ -312,6 +315,7 @@ def test_a_page_for_others_is_reached_by_address_and_by_the_name_of_the_machine(
 BAD = (10**12, -1, 0.5, "x", None, [], {}, 1e308, "<b>x</b>", "9" * 100_000, True)
 
 
+@pytest.mark.takes_seconds
 def test_bad_values_are_a_line_on_the_page_and_nothing_in_the_terminal(
     served: tuple[str, Playground], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -426,6 +430,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert capsys.readouterr().err == "error: the playground needs the package gradio: pip install 'fewstep[ui]'\n"
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.skipif(EXECUTABLE is None, reason="needs Chromium")
 def test_a_browser_shows_the_pictures_and_draws_others(served: tuple[str, Playground], tmp_path: Path) -> None:
     address, _ = served
@@ -451,6 +456,7 @@ def test_a_browser_shows_the_pictures_and_draws_others(served: tuple[str, Playgr
         assert page.problems == []
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_serves_until_it_is_ended(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -148,6 +148,7 @@ def test_a_teacher_on_a_path_of_diffusion_is_cited(tmp_path: Path) -> None:
     assert numbers(said) == ["2505.01169", "2506.02221"]
 
 
+@pytest.mark.takes_seconds
 def test_a_teacher_that_was_trained_here_is_cited_too(tmp_path: Path) -> None:
     tree = {key: value for key, value in RECIPE.items() if key != "teacher"} | {"objective": "FlowMatching"}
     out = tmp_path / "teacher"
@@ -227,6 +228,7 @@ def test_the_commands_of_a_page_are_those_of_its_method(page: Path) -> None:
             make_objective(recipe, teacher)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):

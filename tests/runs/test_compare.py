@@ -11,8 +11,8 @@ import pytest
 
 from fewstep.cli import main
 from fewstep.evaluation import evaluate as evaluation
-from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.plots import quality_figure
+from fewstep.evaluation.results import Evaluation
 from fewstep.objectives import MeanFlow
 from fewstep.runs import compare as comparing
 from fewstep.runs import judge
@@ -84,6 +84,7 @@ def test_methods_are_read_with_their_options() -> None:
         parse_method("ITVM:ema,target=step")
 
 
+@pytest.mark.takes_seconds
 def test_two_methods_two_seeds_side_by_side_and_never_trained_twice(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +134,7 @@ def test_two_methods_two_seeds_side_by_side_and_never_trained_twice(
         compare(recipe, "ITVM", steps=3, overrides={"training.lr": "0.01"})
 
 
+@pytest.mark.takes_seconds
 def test_a_method_that_fails_does_not_stop_the_others(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = recipe.parent / "mine.py"
     methods = (f"{mine}:Spoilt", f"{mine}:Broken", "ITVM")
@@ -161,6 +163,7 @@ def test_a_learning_rate_that_ruins_the_weights_is_said(recipe: Path) -> None:
     assert "0 of 1" in (recipe.parent / "side" / "compare.md").read_text()
 
 
+@pytest.mark.takes_seconds
 def test_the_same_time_for_each_is_kept_and_read_back(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = compare(recipe, "ITVM", "LMD", steps=1)
     for name in ("ITVM", "LMD"):  # a run of another length would be refused
@@ -223,6 +226,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not (recipe.parent / "side").exists()
 
 
+@pytest.mark.takes_seconds
 def test_the_command(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(recipe.parent)
     words = ["compare", "tiny.yaml", "--methods", "ITVM", "FlowMatching", "--train-steps", "2", "--out", "both"]

@@ -29,14 +29,17 @@ import fewstep
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
 from fewstep.evaluation.agreement import SAME, compare_samplers, sampler_of, steps_for
-from fewstep.evaluation.plots import image_grid
+from fewstep.evaluation.grids import image_grid
+from fewstep.flows.change_of_path import scaling
 from fewstep.flows.exact import CheckerboardField
 from fewstep.flows.fields import DiffusionField, Guided, NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import Linear, Preconditioned, Reversed, Tabulated, Trigonometric, scaling
+from fewstep.flows.paths import Linear, Reversed, Trigonometric
 from fewstep.flows.paths import Path as Trajectory
+from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.flows.solvers import integrate
+from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.vae import Latents
 from fewstep.models.export import diffusion_of
 from fewstep.networks import FAMILIES, MLP, UNet, flow_model
@@ -151,6 +154,7 @@ def test_a_variance_is_kept_where_the_pipeline_splits_it_off_itself(tmp_path: Pa
         assert flow.shape[1] == channels
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("family", TOYS)
 def test_fewstep_reads_a_converted_model_back_to_the_bit(family: str, tmp_path: Path) -> None:
     field = toy(family, "v_prediction")
@@ -182,6 +186,7 @@ def test_the_table_in_the_folder_is_the_one_that_counts(tmp_path: Path) -> None:
     assert back.native == Tabulated(tuple(config["diffusion"]["log_ratios"]))
 
 
+@pytest.mark.takes_seconds
 def test_other_schedules_are_read_back(tmp_path: Path) -> None:
     zero = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([0.0, 0.4, 1.0])
@@ -241,6 +246,7 @@ def flow_grid(steps: int) -> Tensor:
     return 1 - scheduler.sigmas
 
 
+@pytest.mark.takes_seconds
 def test_the_same_images_without_fewstep(tmp_path: Path, elsewhere: Callable[..., str]) -> None:
     fields = {"plain": tiny_field("v_prediction"), "classes": tiny_field("sample", 5)}
     for name, field in fields.items():
@@ -253,6 +259,7 @@ def test_the_same_images_without_fewstep(tmp_path: Path, elsewhere: Callable[...
         assert images.std() > 0.01
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["dit", "sd", "sdxl", "pixart", "sd3", "flux"])
 def test_a_pipeline_keeps_its_parts_and_its_class(name: str, tmp_path: Path) -> None:
     original = tiny_pipeline(name)
@@ -291,6 +298,7 @@ def test_a_pipeline_keeps_its_parts_and_its_class(name: str, tmp_path: Path) -> 
     torch.testing.assert_close(images, back.latents.decode(samples) / 2 + 0.5, atol=1e-4, rtol=0)
 
 
+@pytest.mark.takes_seconds
 def test_guidance_acts_on_a_flow_as_on_the_noise(tmp_path: Path) -> None:
     tiny_pipeline("sd").save_pretrained(tmp_path / "original")
     convert(tmp_path / "original", tmp_path / "flow", check=False)
@@ -318,6 +326,7 @@ def test_a_model_without_its_pipeline_says_what_is_missing(tmp_path: Path) -> No
     assert ", vae=..." in (tmp_path / "flow" / "README.md").read_text()
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("inverted", [False, True])
 def test_a_flow_is_written_as_it_is(inverted: bool, tmp_path: Path) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=inverted)
@@ -395,6 +404,7 @@ def original_by_hand(field: DiffusionField, noise: Tensor, steps: int) -> Tensor
     return ddim(scheduler, Bare(), noise, steps)
 
 
+@pytest.mark.takes_seconds
 def test_the_numbers_of_the_report_are_what_they_say() -> None:
     field: Any = tiny_field("v_prediction")
     noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -466,6 +476,7 @@ def test_the_sampler_of_a_flow_has_its_shift() -> None:
         assert config.get("shift", config.get("flow_shift")) == 3.0
 
 
+@pytest.mark.takes_seconds
 def test_the_rows_of_the_picture(tmp_path: Path) -> None:
     field: Any = tiny_field("sample")
     convert(field, tmp_path / "flow", steps=[2, 5, 10], count=3)
@@ -476,6 +487,7 @@ def test_the_rows_of_the_picture(tmp_path: Path) -> None:
     assert (tmp_path / "flow" / "conversion.png").read_bytes() == expected
 
 
+@pytest.mark.takes_seconds
 def test_a_conversion_by_another_schedule_is_found_out(tmp_path: Path) -> None:
     field: Any = tiny_field("sample")
     field.scheduler = DDPMScheduler(prediction_type="sample", beta_end=0.012)
@@ -556,6 +568,7 @@ def test_a_run_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(load(tmp_path / "flow").velocity(x, 0.3), field(x, 0.3))
 
 
+@pytest.mark.takes_seconds
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained("ddpm")
@@ -652,6 +665,7 @@ def broken(folder: Path, how: str) -> None:
             (folder / part / name).write_text(json.dumps({"_class_name": "CLIPImageProcessor"}))
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("how", ["absent", "snapshot"])
 def test_optional_parts_that_are_not_whole_are_left_out(how: str, tmp_path: Path) -> None:
     broken(tmp_path / "original", how)
@@ -718,6 +732,7 @@ def test_a_model_that_takes_an_image(prediction: str, tmp_path: Path, monkeypatc
     assert names["x"].shape == (4, 1, 8, 8)
 
 
+@pytest.mark.takes_seconds
 def test_a_text_model_that_was_given_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_pipeline("sd").save_pretrained(tmp_path / "sd")
     field: Any = load(tmp_path / "sd")
@@ -731,6 +746,7 @@ def test_a_text_model_that_was_given_an_image(tmp_path: Path, monkeypatch: pytes
     assert names["images"].shape == (4, 3, 16, 16)
 
 
+@pytest.mark.takes_seconds
 def test_a_latent_model_of_images_without_its_pipeline(tmp_path: Path) -> None:
     """By the pipeline that decodes; where that would do so wrongly, the card says how."""
     for name, options in (("plain", {}), ("shifted", {"shift_factor": 0.2})):

@@ -45,6 +45,7 @@ def recipe_of(teacher: Path, objective: Any = "ITVM", **guidance: Any) -> dict[s
 NULL = {"class_labels": 10}
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("objective", ["ITVM", "LMD", "AYF", "PSD", "MeanFlow", "ConsistencyDistillation"])
 def test_any_objective_takes_a_diffusion_model(ddpm: Path, objective: str) -> None:
     built = build(load_recipe(recipe_of(ddpm, objective)))
@@ -63,6 +64,7 @@ def test_any_objective_takes_a_diffusion_model(ddpm: Path, objective: str) -> No
     assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
 
 
+@pytest.mark.takes_seconds
 def test_guidance_of_a_fixed_strength_is_folded_in(ddpm: Path, tmp_path: Path) -> None:
     built = build(load_recipe(recipe_of(ddpm, scale=2.5, null=NULL)))
     field = load(ddpm)
@@ -79,6 +81,7 @@ def test_guidance_of_a_fixed_strength_is_folded_in(ddpm: Path, tmp_path: Path) -
     assert [(row["model"], row["nfe"]) for row in found] == [("student", 1), ("teacher", 2)]
 
 
+@pytest.mark.takes_seconds
 def test_guidance_of_any_strength_is_told_to_the_student(ddpm: Path, tmp_path: Path) -> None:
     tree = recipe_of(ddpm, scale=2.0, range=[1, 4], null=NULL)
     run(load_recipe(tree), tmp_path / "run")
@@ -117,6 +120,7 @@ def test_no_guidance(ddpm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not built.student.network.takes_guidance  # pyright: ignore
 
 
+@pytest.mark.takes_seconds
 def test_autoguidance_by_a_weaker_diffusion_model(ddpm: Path, weak: Path, tmp_path: Path) -> None:
     """Of another schedule and prediction: both are flows by now."""
     built = build(load_recipe(recipe_of(ddpm, scale=2.0, weak=str(weak))))
@@ -128,6 +132,7 @@ def test_autoguidance_by_a_weaker_diffusion_model(ddpm: Path, weak: Path, tmp_pa
     run(load_recipe(recipe_of(ddpm, scale=2.0, weak=str(weak))), tmp_path / "run")
 
 
+@pytest.mark.takes_seconds
 def test_from_the_command_line_to_an_export(ddpm: Path, tmp_path: Path) -> None:
     words = ["distill", "--teacher", str(ddpm), "--data", "digits", "--steps", "2", "--training.batch", "8"]
     words += ["--evaluation.count", "0", "--training.quiet", "true", "--out", str(tmp_path / "run")]
@@ -139,6 +144,7 @@ def test_from_the_command_line_to_an_export(ddpm: Path, tmp_path: Path) -> None:
         assert torch.equal(student(x, 0.0, 1.0, class_labels=labels), back(x, 0.0, 1.0, class_labels=labels))
 
 
+@pytest.mark.takes_seconds
 def test_a_diffusion_model_is_straightened(ddpm: Path, tmp_path: Path) -> None:
     """Pairs of the converted model, resumed after a shard went missing, and flow matching on them."""
     pairs = tmp_path / "pairs"

@@ -32,9 +32,11 @@ from fewstep.common.randomness import sample_generators
 from fewstep.flows.exact import CheckerboardField
 from fewstep.flows.fields import DiffusionField, Guided, NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import Linear, Preconditioned, Reversed, Tabulated, Trigonometric
+from fewstep.flows.paths import Linear, Reversed, Trigonometric
 from fewstep.flows.paths import Path as Trajectory
+from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.sampling import sample, sample_noise
+from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.vae import Latents
 from fewstep.models.exported import FlowMapPipeline
 from fewstep.networks import MLP, UNet, flow_model
@@ -85,6 +87,7 @@ ELSEWHERE = """
 """
 
 
+@pytest.mark.takes_seconds
 def test_the_same_pixels_without_fewstep(tmp_path: Path, elsewhere: Callable[..., str]) -> None:
     """Bit-equal: the pipeline does fewstep's arithmetic in fewstep's order, in float32, its coefficients in float64.
     Only the re-noising in between (0 < gamma < 1) is written more simply, and may differ in the last place."""
@@ -175,6 +178,7 @@ def test_a_run_is_exported_with_its_method(tmp_path: Path, monkeypatch: pytest.M
     assert "Trained with LMD" in (folder / "README.md").read_text()
 
 
+@pytest.mark.takes_seconds
 def test_what_a_run_hands_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -381,6 +385,7 @@ def test_without_a_model(tmp_path: Path) -> None:
         export(tmp_path / "nowhere", tmp_path / "export")
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("classes", [None, 5])
 def test_a_student_that_is_told_the_strength_of_guidance(
     classes: int | None, elsewhere: Callable[..., str], tmp_path: Path
@@ -446,6 +451,7 @@ def latent_field(prediction: str, vae: Any) -> NetworkField:
     return field
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("vae", VAES)
 def test_a_latent_map_gives_the_images_of_its_vae(
     vae: str, tmp_path: Path, elsewhere: Callable[..., str], capsys: pytest.CaptureFixture[str]
@@ -489,6 +495,7 @@ def test_a_latent_map_gives_the_images_of_its_vae(
         torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.takes_seconds
 def test_a_latent_pipeline_stays_one(tmp_path: Path) -> None:
     LDMPipeline(tiny_vq(), tiny_unet(), DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / "ldm")
     field = load(tmp_path / "ldm")
@@ -510,6 +517,7 @@ def test_a_latent_pipeline_stays_one(tmp_path: Path) -> None:
     assert images.shape == (1, 3, 16, 16)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     ("field", "reason"),
     [
@@ -553,6 +561,7 @@ def test_a_vae_that_is_gone(tmp_path: Path) -> None:
 # An image beside the state
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("classes", [None, 5])
 def test_a_map_that_takes_an_image(
     classes: int | None, tmp_path: Path, elsewhere: Callable[..., str], monkeypatch: pytest.MonkeyPatch
@@ -734,7 +743,7 @@ def trajectories() -> list[Trajectory]:
     found, classes = [], Trajectory.__subclasses__()
     for kind in classes:
         classes.extend(kind.__subclasses__())
-        if kind.__module__ == "fewstep.flows.paths":
+        if kind.__module__.startswith("fewstep.flows."):
             found.append(kind(**options.get(kind, {})))
     return found
 

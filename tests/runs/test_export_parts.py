@@ -52,6 +52,7 @@ def latent_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Parts
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("kind", CLASSES)
 def test_parts_that_are_passed_are_the_parts(kind: Any, text_export: Path) -> None:
     first = opened(kind, text_export)
@@ -84,6 +85,7 @@ def test_a_network_that_is_passed(kind: Any, text_export: Path, tmp_path: Path) 
         opened(kind, folder, unet=None)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("kind", CLASSES)
 def test_parts_that_are_left_out(kind: Any, text_export: Path) -> None:
     for name in (*TEXT, "vae"):
@@ -120,6 +122,7 @@ def test_options_that_are_passed(latent_export: Path) -> None:
 # Saved again
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("name", ["stock", "classes", "latents"])
 def test_what_is_saved_again_is_an_export(kind: Any, name: str, tmp_path: Path) -> None:
@@ -137,6 +140,7 @@ def test_what_is_saved_again_is_an_export(kind: Any, name: str, tmp_path: Path) 
     assert isinstance(load(tmp_path / "again"), FlowMap)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("kind", CLASSES)
 def test_text_is_saved_again_with_its_encoders_or_without(kind: Any, text_export: Path, tmp_path: Path) -> None:
     noise: dict[str, Any] = {"latents": torch.ones(1, 4, 8, 8), "output_type": "pt"}
@@ -182,6 +186,7 @@ def test_conditions_as_earlier_versions_wrote_them(tmp_path: Path) -> None:
 # Compiled
 
 
+@pytest.mark.takes_seconds
 def test_a_compiled_network_is_what_runs(tmp_path: Path) -> None:
     cond = conditions("flux")
     pipe = pipeline(export(family_map("flux"), tmp_path / "map"))
@@ -279,6 +284,7 @@ def test_names_of_some_classes(tmp_path: Path) -> None:
 # The card of a model without a size
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["pixels", "image", "latents", "field"])
 def test_the_code_on_the_card_of_a_model_of_any_size(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -81,6 +81,7 @@ class Steps(nn.Module):
         return (sigma * (x - alpha * self.mean)).to(x)
 
 
+@pytest.mark.takes_seconds
 def test_it_finds_the_new_data_from_the_old_model() -> None:
     """Data at another place: the one weight that has to move gets there, and the field is the exact one."""
     scheduler = DDPMScheduler()
@@ -119,6 +120,7 @@ def recipe_of(teacher: Path, data: str, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.takes_seconds
 def test_a_model_and_data_are_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = ddpm(tmp_path / "ddpm", classes=10)
     words = ["train", "--teacher", str(teacher), "--data", "digits", "--steps", "2", "--training.batch", "8"]
@@ -150,6 +152,7 @@ def test_naive_fine_tuning_takes_the_output_for_the_flow(tmp_path: Path) -> None
         assert torch.equal(field.eval()(x, t, class_labels=labels), -raw)
 
 
+@pytest.mark.takes_seconds
 def test_conditions_are_dropped_in_training_and_not_in_judging(tmp_path: Path) -> None:
     teacher = ddpm(tmp_path / "ddpm", classes=11)
     drop = {"share": 0.5, "null": {"class_labels": 10}}
@@ -162,6 +165,7 @@ def test_conditions_are_dropped_in_training_and_not_in_judging(tmp_path: Path) -
         build(load_recipe(recipe_of(teacher, "digits", drop={"share": 0.5, "null": {"text": 10}})))
 
 
+@pytest.mark.takes_seconds
 def test_conditions_for_none_that_the_model_does_not_know_are_found_before_the_training(tmp_path: Path) -> None:
     teacher = ddpm(tmp_path / "ddpm", classes=11)
     with pytest.raises(ValueError, match=r"Are the conditions for none, \{'class_labels': 11\}, among those that it"):
@@ -187,6 +191,7 @@ def test_a_model_without_a_size_gets_that_of_the_data(tmp_path: Path) -> None:
     assert built.student.network.shape == (1, 8, 8)  # pyright: ignore
 
 
+@pytest.mark.takes_seconds
 def test_another_resolution(tmp_path: Path) -> None:
     """A U-Net made for 8 pixels, fine-tuned at 16, is a model for 16 from then on."""
     teacher = ddpm(tmp_path / "ddpm")
@@ -251,6 +256,7 @@ def test_a_network_that_takes_an_image_starts_as_it_was(tmp_path: Path) -> None:
         assert torch.equal(student.velocity(x, t, image=image), field(x, t, image=image))
 
 
+@pytest.mark.takes_seconds
 def test_an_image_beside_the_state_is_learned_and_kept(edges: Path, tmp_path: Path) -> None:
     teacher = ddpm(tmp_path / "ddpm")
     student = {"network": "auto", "kind": "field", "image": 2}

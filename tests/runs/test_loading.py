@@ -186,6 +186,7 @@ def test_a_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert len(asked) == 1
 
 
+@pytest.mark.takes_seconds
 def test_exports_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whose configurations are not those of a diffusers model that fewstep knows."""
     from toys.unet import tiny_student

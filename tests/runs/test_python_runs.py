@@ -42,6 +42,7 @@ def _is_same(a: nn.Module, b: nn.Module) -> bool:
     return mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
 
 
+@pytest.mark.takes_seconds
 def test_readmes_own_lines_leave_a_run(ddpm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher, out, run = fewstep.load(ddpm), tmp_path / "fast", str(tmp_path / "fast")
     data = torch.randn(16, 3, 16, 16)
@@ -67,6 +68,7 @@ def test_readmes_own_lines_leave_a_run(ddpm: Path, tmp_path: Path, capsys: pytes
     assert main(["compare", run, "--out", str(tmp_path / "compare")]) == 0
 
 
+@pytest.mark.takes_seconds
 def test_what_has_a_name_is_known_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = fewstep.CheckerboardField()
     student = FlowMap(MLP(2, width=8, depth=1, times=2))
@@ -83,6 +85,7 @@ def test_what_has_a_name_is_known_by_it(tmp_path: Path, capsys: pytest.CaptureFi
     assert "rmse" in found.rows[0]
 
 
+@pytest.mark.takes_seconds
 def test_a_fine_tuned_field_goes_on_and_is_opened(ddpm: Path, tmp_path: Path) -> None:
     data, out = torch.randn(16, 3, 16, 16), tmp_path / "run"
     _fit(out, fewstep.load(ddpm).requires_grad_(True), fewstep.FlowMatching(), data)
@@ -116,6 +119,7 @@ def test_a_method_of_ones_own_is_opened_and_judged(tmp_path: Path) -> None:
     assert evaluate_run(tmp_path / "run", "cpu", steps=(1,), count=64) is not None
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("what", ["network", "adapter"])
 def test_what_cannot_be_made_again_is_said_at_once(
     what: str, ddpm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -134,6 +138,7 @@ def test_what_cannot_be_made_again_is_said_at_once(
     _fit(tmp_path / "run", student, fewstep.MeanFlow(), data, steps=3)
 
 
+@pytest.mark.takes_seconds
 def test_a_recipe_does_not_go_on_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     _fit(out, FlowMap(MLP(2, width=8, depth=1, times=2)), fewstep.MeanFlow(), load_data("checkerboard"))

@@ -58,6 +58,7 @@ def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"{file} did not come")
 
 
+@pytest.mark.takes_seconds
 def test_a_training_owns_its_folder_until_it_is_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +92,7 @@ def test_a_training_owns_its_folder_until_it_is_killed(
     assert not (tmp_path / "run" / locks.LOCK).exists()
 
 
+@pytest.mark.takes_seconds
 def test_two_that_start_at_once_and_one_that_trains(tmp_path: Path) -> None:
     recipe = tmp_path / "points.yaml"
     recipe.write_text(load_recipe(POINTS).as_yaml())
@@ -138,6 +140,7 @@ def test_a_comparison_owns_its_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 # The recipe
 
 
+@pytest.mark.takes_seconds
 def test_the_recipe_counts_before_there_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, recipe = tmp_path / "run", load_recipe(POINTS)
     with monkeypatch.context() as patch:
@@ -152,6 +155,7 @@ def test_the_recipe_counts_before_there_is_a_checkpoint(tmp_path: Path, monkeypa
     assert run(other, out, fresh=True).result.step == 4
 
 
+@pytest.mark.takes_seconds
 def test_a_recipe_that_was_edited_is_not_what_the_checkpoint_is_of(tmp_path: Path, capsys: Any) -> None:
     out = trained(tmp_path / "run")
     recipe = out / "recipe.yaml"
@@ -171,6 +175,7 @@ def test_a_recipe_that_was_edited_is_not_what_the_checkpoint_is_of(tmp_path: Pat
         assert "is not what the checkpoint of the run was trained by" in capsys.readouterr().err
 
 
+@pytest.mark.takes_seconds
 def test_runs_of_before_there_was_a_mark_go_on(tmp_path: Path) -> None:
     out = trained(tmp_path / "run")
     (out / folder.MARK).unlink()
@@ -184,6 +189,7 @@ def test_runs_of_before_there_was_a_mark_go_on(tmp_path: Path) -> None:
 # What is thrown away
 
 
+@pytest.mark.takes_seconds
 def test_fresh_takes_what_fewstep_wrote_and_nothing_else(tmp_path: Path) -> None:
     out = trained(tmp_path / "run", evaluation__count="8", evaluation__every="2")
     mine = [
@@ -256,6 +262,7 @@ def kill_at(call: int, out: Path, recipe: Any) -> bool:
     os._exit(0)
 
 
+@pytest.mark.takes_seconds
 def test_killed_at_any_change_of_a_fresh_start_no_checkpoint_passes_as_another_recipes(tmp_path: Path) -> None:
     whole, call = trained(tmp_path / "whole", evaluation__every="2"), 0
     old, other = load_recipe(whole), load_recipe(POINTS, {"objective.ema": "0.5", "name": "other"})
@@ -282,6 +289,7 @@ def test_killed_at_any_change_of_a_fresh_start_no_checkpoint_passes_as_another_r
     assert run(other, out, fresh=True).result.step == 4
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["m/teacher", "./teacher", "teacher"])
 def test_a_teacher_that_moved_is_named_and_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

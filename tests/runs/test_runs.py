@@ -14,8 +14,8 @@ from toys import families as family_toys
 
 import fewstep
 from fewstep.evaluation import evaluate as evaluation
-from fewstep.evaluation.evaluate import Evaluation
 from fewstep.evaluation.extractor import SmallClassifier
+from fewstep.evaluation.results import Evaluation
 from fewstep.flows.exact import CheckerboardField
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
@@ -74,6 +74,7 @@ def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.takes_seconds
 def test_a_run_leaves_a_whole_folder(tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = run(load_recipe(POINTS, {"evaluation.every": "2"}), out)
@@ -94,6 +95,7 @@ def test_a_run_leaves_a_whole_folder(tmp_path: Path) -> None:
     assert "fewstep sample" in (out / "report.html").read_text()
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(("share", "count"), [(1e9, 8), (0.0, 1)])
 def test_a_grid_at_each_eighth_as_far_as_the_time_of_the_training_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, count: int
@@ -116,6 +118,7 @@ def test_the_folder_gives_back_the_averaged_weights(tmp_path: Path) -> None:
     assert (trained.step, trained.shape, trained.recipe.name) == (6, (2,), "points")
 
 
+@pytest.mark.takes_seconds
 def test_a_run_goes_on_and_refuses_another_recipe(tmp_path: Path) -> None:
     out = tmp_path / "run"
     few = {"evaluation.count": "0"}
@@ -296,6 +299,7 @@ def test_a_flow_map_is_no_teacher(tmp_path: Path) -> None:
         build(load_recipe({**POINTS, "teacher": str(tmp_path / "map")}))
 
 
+@pytest.mark.takes_seconds
 def test_samples_of_the_teacher_stand_in_for_data(teacher_run: Path, tmp_path: Path) -> None:
     data = {"name": "teacher", "count": 12, "steps": 2}
     tree = {**IMAGES, "teacher": str(teacher_run), "student": "auto", "objective": "ITVM", "data": data}
@@ -335,6 +339,7 @@ def test_a_sample_does_not_depend_on_count_or_batch(teacher_run: Path) -> None:
             draw(model, **{"count": 2, "steps": 1, **wrong})
 
 
+@pytest.mark.takes_seconds
 def test_evaluate_run_measures_what_is_asked(tmp_path: Path) -> None:
     run(load_recipe(POINTS, {"evaluation.count": "0"}), tmp_path / "run")
     found = evaluate_run(tmp_path / "run", device="cpu", steps=[3], teacher_steps=[1], count=10)
@@ -344,6 +349,7 @@ def test_evaluate_run_measures_what_is_asked(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "quality.png").is_file()
 
 
+@pytest.mark.takes_seconds
 def test_images_are_judged_by_a_classifier_of_their_labels(
     teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +395,7 @@ def _twin(name: str, folder: Path) -> dict[str, str]:
     return {"teacher.source": str(folder / "model"), "data": json.dumps(data)}
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", known_recipes())
 def test_every_recipe_runs_shortened(
     name: str, teacher_run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

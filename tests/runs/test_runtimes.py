@@ -17,8 +17,9 @@ import fewstep
 from fewstep.cli import main
 from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import Linear, Tabulated, Trigonometric, VariancePreserving
+from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
 from fewstep.flows.paths import Path as Trajectory
+from fewstep.flows.tabulated import Tabulated
 from fewstep.networks import FAMILIES, MLP, UNet
 from fewstep.runs.runtimes import Counted, export_program
 
@@ -56,6 +57,7 @@ def times(rows: int) -> tuple[Tensor, Tensor]:
     return torch.linspace(0, 0.9, rows), torch.linspace(0.3, 1, rows)
 
 
+@pytest.mark.takes_seconds
 @torch.no_grad()
 def test_a_torch_program_gives_what_eager_gives_in_any_batch(tmp_path: Path) -> None:
     model = points(Trigonometric(), "v", classes=3, guidance=True)
@@ -69,6 +71,7 @@ def test_a_torch_program_gives_what_eager_gives_in_any_batch(tmp_path: Path) -> 
         assert torch.allclose(run_torch(tmp_path / "map", x, s, t, labels, guidance), wanted, atol=1e-6)
 
 
+@pytest.mark.takes_seconds
 @torch.no_grad()
 def test_an_onnx_program_gives_what_eager_gives_and_its_inputs_have_names(tmp_path: Path) -> None:
     # A diffusion schedule: the place in a table, and arithmetic in float64.
@@ -89,6 +92,7 @@ def test_an_onnx_program_gives_what_eager_gives_and_its_inputs_have_names(tmp_pa
     }
 
 
+@pytest.mark.takes_seconds
 @torch.no_grad()
 @pytest.mark.parametrize(("format", "gamma"), [("torch", 0.0), ("torch", 1.0), ("onnx", 0.0)])
 def test_the_code_in_the_readme_samples_it(tmp_path: Path, format: str, gamma: float) -> None:
@@ -120,6 +124,7 @@ def test_a_place_in_a_table_is_counted_as_it_is_searched() -> None:
     assert torch.equal(Counted(table).time_at(values), Tabulated(table).time_at(values))
 
 
+@pytest.mark.takes_seconds
 @torch.no_grad()
 def test_a_unet_of_diffusers_takes_63_rows_as_it_looks_for_64(tmp_path: Path) -> None:
     model = tiny_student("flow")
@@ -189,6 +194,7 @@ class Looks(Counts):
         return self.layer(x) if bool((t > 0.5).all()) else x
 
 
+@pytest.mark.takes_seconds
 def test_what_cannot_be_a_program_is_refused_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +214,7 @@ def test_what_cannot_be_a_program_is_refused_and_leaves_nothing(
     assert capfd.readouterr().err == "", "torch prints graphs"
 
 
+@pytest.mark.takes_seconds
 def test_the_command_writes_a_program_of_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fewstep.export(points(), tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "map"), "--format", "torch"]) == 0

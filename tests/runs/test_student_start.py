@@ -37,11 +37,13 @@ def test_what_is_refused_by_its_recipe_imports_nothing(words: tuple[str, ...]):
     assert imports(*words) == (2, set())
 
 
+@pytest.mark.takes_seconds
 def test_what_is_refused_by_its_parts_imports_torch_alone(tmp_path):
     assert imports("plan", "sdxl-itvm", "--objective", "ITVX") == (2, {"torch"})
     assert imports("distill", "--teacher", tmp_path / "nowhere", "--data", tmp_path) == (2, {"torch"})
 
 
+@pytest.mark.takes_seconds
 def test_a_run_of_points_imports_what_it_uses(tmp_path):
     words = ("--steps", "2", "--evaluation.count", "100", "--training.quiet", "true", "--out", tmp_path / "run")
     assert imports("distill", "checkerboard-itvm", *words) == (0, {"torch", "matplotlib"})

@@ -73,6 +73,7 @@ def recipe_of(teacher: Path, data: Any, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", FAMILIES)
 def test_from_pictures_and_captions_to_a_student(models: Path, photos: Path, tmp_path: Path, name: str) -> None:
     tree, out = recipe_of(models / name, {"name": str(photos), "size": 16}), tmp_path / "run"
@@ -95,6 +96,7 @@ def test_from_pictures_and_captions_to_a_student(models: Path, photos: Path, tmp
     assert len(list((tmp_path / "cache" / "encoded").iterdir())) == 1
 
 
+@pytest.mark.takes_seconds
 def test_sample_grids_are_decoded(models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of pictures for each step count and one of the teacher's, of the captions of the first rows."""
     recipe = load_recipe(recipe_of(models / "sd", {"name": str(photos), "size": 16}))
@@ -107,6 +109,7 @@ def test_sample_grids_are_decoded(models: Path, photos: Path, tmp_path: Path, mo
     assert torch.equal(watcher._conditions(2, torch.device("cpu"))["encoder_hidden_states"], first)
 
 
+@pytest.mark.takes_seconds
 def test_samples_of_a_run_take_its_captions_or_prompts(
     models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +147,7 @@ def test_conditions_of_rows_are_given_in_turn_without_those_of_prompts(
     assert given_by(recipe, model, 2, text=False) == {}
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 def test_strengths_of_guidance_told_to_the_student(models: Path, photos: Path, tmp_path: Path, name: str) -> None:
     tree = recipe_of(models / name, {"name": str(photos), "size": 16})
@@ -158,6 +162,7 @@ def test_strengths_of_guidance_told_to_the_student(models: Path, photos: Path, t
     assert len(batch.cond["guidance"].unique()) > 1
 
 
+@pytest.mark.takes_seconds
 def test_the_teacher_is_guided_by_the_empty_prompt(models: Path, photos: Path, tmp_path: Path) -> None:
     """SDXL's stands for the text, and leaves the sizes as they are."""
     tree = recipe_of(models / "sdxl", {"name": str(photos), "size": 16, "dtype": "float32"})
@@ -174,6 +179,7 @@ def test_the_teacher_is_guided_by_the_empty_prompt(models: Path, photos: Path, t
         torch.testing.assert_close(built.teacher(x, t, **batch.cond), wanted, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.takes_seconds
 def test_training_loads_no_text_encoders(
     models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +213,7 @@ def test_captions_are_dropped_in_favour_of_the_empty_prompt(models: Path, photos
     assert kept.cond["encoder_hidden_states"].any()
 
 
+@pytest.mark.takes_seconds
 def test_data_encoded_by_another_model_is_refused(models: Path, photos: Path, tmp_path: Path) -> None:
     encode(models / "sd", photos, tmp_path / "encoded", size=16)
     with pytest.raises(ValueError, match=r"encoded was encoded by another model: vae is AutoencoderKL \w+ there and"):
@@ -215,6 +222,7 @@ def test_data_encoded_by_another_model_is_refused(models: Path, photos: Path, tm
         build(load_recipe(recipe_of(models / "sd", {"name": str(tmp_path / "encoded"), "size": 16})))
 
 
+@pytest.mark.takes_seconds
 def test_pairs_of_other_text_encoders_are_refused(models: Path, tmp_path: Path) -> None:
     field: Any = fewstep.load(models / "sd")
     make_pairs(field, tmp_path / "pairs", 4, steps=1, prompts=["a cat"], device="cpu")
@@ -228,12 +236,14 @@ def test_pairs_of_other_text_encoders_are_refused(models: Path, tmp_path: Path) 
         build(load_recipe(tree))
 
 
+@pytest.mark.takes_seconds
 def test_options_of_another_type_are_one_error(models: Path, photos: Path) -> None:
     for option, said in (("size", "size='big': the side of a picture"), ("encode_batch", "batch must be .*'big'")):
         with pytest.raises(ValueError, match=said):
             build(load_recipe(recipe_of(models / "sd", {"name": str(photos), "size": 16, option: "big"})))
 
 
+@pytest.mark.takes_seconds
 def test_a_damaged_empty_prompt_is_named_in_a_training(models: Path, photos: Path, tmp_path: Path) -> None:
     encode(models / "sd", photos, tmp_path / "encoded", size=16)
     file = tmp_path / "encoded" / "null.safetensors"
@@ -242,6 +252,7 @@ def test_a_damaged_empty_prompt_is_named_in_a_training(models: Path, photos: Pat
         build(load_recipe(recipe_of(models / "sd", str(tmp_path / "encoded"))))
 
 
+@pytest.mark.takes_seconds
 def test_held_out_pictures_are_encoded_too(models: Path, photos: Path, tmp_path: Path) -> None:
     others = captioned_folder(tmp_path / "others", ["cat", "dog", "a cat", "a dog"])
     tree = recipe_of(models / "sd", {"name": str(photos), "size": 16})
@@ -262,6 +273,7 @@ def prompted(**more: Any) -> dict[str, Any]:
     return {"name": "teacher", "prompts": list(CAPTIONS), "count": 7, "steps": 2, **more}
 
 
+@pytest.mark.takes_seconds
 def test_samples_of_the_teacher_in_the_place_of_pictures(models: Path, tmp_path: Path) -> None:
     """Those that guided sampling gives for the prompts in turn, kept in shards and not drawn again."""
     tree, out = recipe_of(models / "sd", prompted()), tmp_path / "run"
@@ -286,6 +298,7 @@ def test_samples_of_the_teacher_in_the_place_of_pictures(models: Path, tmp_path:
     assert all(after[name] > before[name] for name in before)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -320,6 +333,7 @@ def drawn_run(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.takes_seconds
 def test_samples_are_drawn_anew_where_asked_and_stay_when_a_run_is_judged(
     drawn_run: Path, models: Path, tmp_path: Path
 ) -> None:
@@ -343,6 +357,7 @@ def test_the_noise_of_the_samples_is_not_theirs_in_training(models: Path, tmp_pa
     assert torch.equal(batch.data, data.bare(torch.tensor([6, 0])))
 
 
+@pytest.mark.takes_seconds
 def test_prompts_come_from_a_file_beside_the_recipe(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,6 +375,7 @@ def test_prompts_come_from_a_file_beside_the_recipe(
         build(load_recipe(recipe_of(models / "sd", {"name": "teacher", "count": 4})))
 
 
+@pytest.mark.takes_seconds
 def test_pairs_of_prompts(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -407,6 +423,7 @@ def test_processes_draw_pairs_of_prompts_together(
     assert one == two
 
 
+@pytest.mark.takes_seconds
 def test_a_run_is_sampled_with_prompts_or_those_of_its_data(models: Path, photos: Path, tmp_path: Path) -> None:
     tree = recipe_of(models / "sd", {"name": str(photos), "size": 16})
     tree["evaluation"]["count"] = 0
@@ -420,6 +437,7 @@ def test_a_run_is_sampled_with_prompts_or_those_of_its_data(models: Path, photos
     np.testing.assert_allclose(given, said, rtol=0.02, atol=0.02 * float(np.abs(said).std()))
 
 
+@pytest.mark.takes_seconds
 def test_conditions_that_would_fill_the_memory_are_read_as_they_are_needed(
     models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,6 +464,7 @@ def test_conditions_that_would_fill_the_memory_are_read_as_they_are_needed(
     assert max(most) == 2
 
 
+@pytest.mark.takes_seconds
 def test_an_extractor_of_images_sees_latents_decoded(models: Path, photos: Path, tmp_path: Path) -> None:
     class Mean(torch.nn.Module):
         num_features = 3
@@ -466,6 +485,7 @@ def test_an_extractor_of_images_sees_latents_decoded(models: Path, photos: Path,
     assert found.rows[0]["fd"] > 0
 
 
+@pytest.mark.takes_seconds
 def test_a_student_of_another_size_than_the_teacher(models: Path, photos: Path, tmp_path: Path) -> None:
     data = make_data(load_recipe(recipe_of(models / "sd", {"name": str(photos), "size": 32})), None, None)
     assert data.shape == (3, 32, 32)  # no teacher, no latents
@@ -474,6 +494,7 @@ def test_a_student_of_another_size_than_the_teacher(models: Path, photos: Path, 
     assert encoding.read_facts(uncoupled(built.data).folder)["size"] == 32  # pyright: ignore
 
 
+@pytest.mark.takes_seconds
 def test_a_teacher_that_is_told_its_strength(models: Path, photos: Path, tmp_path: Path) -> None:
     """As Flux.1-dev is: what it draws, and each row of data, is of that strength."""
     pipeline = tiny_pipeline("flux")
@@ -492,6 +513,7 @@ def test_a_teacher_that_is_told_its_strength(models: Path, photos: Path, tmp_pat
     assert build(load_recipe(tree)).data.rows(ALL, generator(0)).cond["guidance"].tolist() == [3.5] * 5
 
 
+@pytest.mark.takes_seconds
 def test_what_cannot_be_is_known_before_pictures_are_encoded(models: Path, photos: Path, tmp_path: Path) -> None:
     recipe = {"name": "wrong", "teacher": str(models / "sd"), "data": {"name": str(photos), "size": 16}}
     training = {"training": {"steps": 1, "batch": 4, "quiet": True}, "evaluation": {"count": 0}, "objective": "ITVM"}

@@ -42,6 +42,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
+@pytest.mark.takes_seconds
 def test_a_run_goes_on_from_a_run_or_its_export(tmp_path: Path) -> None:
     first = {"name": "first", "teacher": "checkerboard", "data": "checkerboard", "objective": "LMD", **SHORT}
     run(load_recipe({**first, "student": {"network": "mlp", "options": {"width": 16, "depth": 2}}}), tmp_path / "first")
@@ -63,6 +64,7 @@ def test_a_run_goes_on_from_a_run_or_its_export(tmp_path: Path) -> None:
     assert "of the model that the student goes on from: LMD" in said
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["sd", "dit", "sd3"])
 def test_a_map_of_diffusers_is_trained_on(name: str, tmp_path: Path) -> None:
     """In Python it is load and fit."""
@@ -78,6 +80,7 @@ def test_a_map_of_diffusers_is_trained_on(name: str, tmp_path: Path) -> None:
     assert again.network.second_time == "span"
 
 
+@pytest.mark.takes_seconds
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     DDPMPipeline(tiny_unet(), DDPMScheduler(prediction_type="v_prediction")).save_pretrained("ddpm")
@@ -135,6 +138,7 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
         build(points(tmp_path / "nowhere"))
 
 
+@pytest.mark.takes_seconds
 def test_a_run_is_opened_with_its_start_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     export(FlowMap(MLP(2, width=8, depth=2, times=2)), "map")

@@ -61,6 +61,7 @@ def written(tmp_path: Path) -> dict[str, Path]:
     }
 
 
+@pytest.mark.takes_seconds
 def test_all_that_fewstep_writes_may_be_replaced(tmp_path: Path) -> None:
     for folder in written(tmp_path).values():
         check_target(folder, overwrite=True)
@@ -87,6 +88,7 @@ def test_what_others_wrote_stays(tmp_path: Path) -> None:
 SHORT: dict[str, Any] = {"training": {"steps": 2, "batch": 8, "quiet": True}, "evaluation": {"count": 0}}
 
 
+@pytest.mark.takes_seconds
 def test_a_run_is_not_exported_over_what_it_is_opened_with(tmp_path: Path) -> None:
     start = fewstep.export(points_map(), tmp_path / "models" / "start")
     teacher = fewstep.export(NetworkField(MLP(2, width=8, depth=2)), tmp_path / "teacher")
@@ -115,6 +117,7 @@ def normalized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     return data
 
 
+@pytest.mark.takes_seconds
 def test_an_export_knows_the_units_of_its_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from toys.places import ROOT, TESTS
 
 STEPS = 400
@@ -71,6 +72,7 @@ def kill_when(process, says, delay=0.0):
     return process.wait()
 
 
+@pytest.mark.takes_seconds
 def test_killed_at_any_instant_it_ends_with_the_same_bits(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
@@ -101,6 +103,7 @@ def test_killed_at_any_instant_it_ends_with_the_same_bits(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["reached", f"step-{STEPS - 25:08d}", final]
 
 
+@pytest.mark.takes_seconds
 def test_ctrl_c_leaves_a_checkpoint_and_ends_well(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

@@ -45,6 +45,7 @@ def complaints(home: Path) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.takes_seconds
 def test_user_code_passes_in_strict_mode_and_wrong_code_does_not(outside: Path) -> None:
     shutil.copy(USER_CODE, outside)
     for number, text in enumerate(WRONG.values()):

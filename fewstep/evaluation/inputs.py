@@ -1,0 +1,99 @@
+"""What an evaluation starts from: the noise of each sample, what is asked of it, and the rows of the data."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.common.randomness import Generators, generator, sample_generators
+from fewstep.data.batch import Batch, Data
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import sample_noise
+
+_SMALL = 1 << 25  # bytes of noise that are kept in memory
+_BLOCK = 1000  # rows of data gathered at once: fixed, so that fresh data does not depend on ``batch``
+# Keep the generators of rows, fresh data and conditions apart from each other and from those of training.
+_ROWS, _FRESH, _CONDITIONS = 0x726F7773, 0x66726573, 0x636F6E64
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Where samples start: the noise of each, and what is asked of it."""
+
+    shape: tuple[int, ...]
+    seed: int
+    batch: int
+    cond: dict[str, Tensor]
+    more: "Reader | None" = None
+    kept: dict[range, Tensor] = field(default_factory=dict)  # the noise of small samples: drawing it takes its time
+
+    def of(self, model: nn.Module, count: int) -> Iterator[tuple[Tensor, Generators, dict[str, Any]]]:
+        """Noise, the generators it came from (where the model draws more from them) and conditions of the first
+        ``count`` samples, batch by batch, where the model is."""
+        device = next((p.device for p in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        is_renoised = isinstance(model, FlowMap) and model.gamma > 0  # which goes on drawing from the generators
+        for first in range(0, count, self.batch):
+            rows = range(first, min(first + self.batch, count))
+            generators: Generators = []
+            if is_renoised or rows not in self.kept:
+                # The same bits for all: drawn in float32, whatever the model computes in.
+                generators = sample_generators(self.seed, rows)
+                drawn = sample_noise((len(rows), *self.shape), generators)
+                if count * drawn[0].nbytes <= _SMALL:
+                    self.kept[rows] = drawn
+            else:
+                drawn = self.kept[rows]
+            noise = drawn.to(device, dtype)
+            cond = {name: value[rows.start : rows.stop] for name, value in self.cond.items()}
+            cond |= {} if self.more is None else self.more(rows)
+            yield noise, generators, {name: value.to(device) for name, value in cond.items()}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What samples are asked for, as the data has it: read when it is needed."""
+
+    data: Data
+    index: Tensor
+    seed: int
+
+    def __call__(self, samples: range) -> dict[str, Tensor]:
+        rows = self.index[torch.arange(samples.start, samples.stop) % len(self.index)]
+        return self.data.rows(rows, generator(self.seed, _FRESH, 0, samples.start)).cond
+
+
+def two_sets(data: Data, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of two sets of rows, ``count`` each or as many as there are."""
+    if data.size is None:
+        return torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
+    index = torch.randperm(data.size, generator=generator(seed, _ROWS))
+    return index[:count], index[count : 2 * count]
+
+
+def gather(data: Data, index: Tensor, seed: int, which: int, bare: bool) -> Iterator[Batch]:
+    """Rows of the data; ``bare`` without their conditions, which are not read where the data can do without."""
+    alone: Any = getattr(data, "bare", None)
+    for block, rows in enumerate(index.split(_BLOCK)):
+        draw = generator(seed, _FRESH, which, block)
+        if not bare:
+            yield data.rows(rows, draw)
+        else:
+            yield Batch(data.rows(rows, draw).data if alone is None else alone(rows))
+
+
+def bytes_of_row(cond: Mapping[str, Any]) -> int:
+    """Those of a row."""
+    return sum(value[0].nbytes for value in cond.values())
+
+
+def conditions(cond: Mapping[str, Tensor | int], count: int, seed: int) -> dict[str, Tensor]:
+    """What each sample is asked for, ``count`` rows."""
+    draw, rows = generator(seed, _CONDITIONS), {}
+    for name, value in cond.items():
+        value = torch.randint(value, (count,), generator=draw) if isinstance(value, int) else value
+        rows[name] = value[torch.arange(count) % len(value)]
+    return rows

@@ -8,40 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DiffusionPipeline,
-    EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    LDMPipeline,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-    VQModel,
-)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from toys.exports import pipeline
-from toys.families import made, tiny_vae
+from toys.exports import pipeline, pixels
 from toys.unet import conditions, tiny_field, tiny_student, tiny_unet
 
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
 from fewstep.flows.exact import CheckerboardField
-from fewstep.flows.fields import DiffusionField, Guided, NetworkField
+from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed, Trigonometric
-from fewstep.flows.paths import Path as Trajectory
-from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.sampling import sample, sample_noise
-from fewstep.flows.tabulated import Tabulated
-from fewstep.latents.vae import Latents
-from fewstep.models.exported import FlowMapPipeline
-from fewstep.networks import MLP, UNet, flow_model
+from fewstep.networks import MLP, UNet
 from fewstep.pipelines import flow_map
-from fewstep.pipelines.native_times import coefficients
 from fewstep.pipelines.source import whole
 from fewstep.runs.export import export
 from fewstep.runs.opening import load
@@ -50,14 +31,6 @@ from fewstep.runs.run import run
 
 # Student's prediction and classes: each kind of network, with and without labels.
 STUDENTS = [("flow", None), ("flow", 5), ("epsilon", None), ("v_prediction", 5), ("sample", None)]
-
-
-def pixels(student: FlowMap, steps: int, gamma: float = 0.0, classes: int | None = None) -> Tensor:
-    """What ``fewstep sample`` draws for the samples 0, 1, 2 of seed 7, as an image has it, in [0, 1]."""
-    generators = sample_generators(7, range(3))
-    noise = sample_noise((3, 1, 8, 8), generators)
-    x = sample(student, noise, steps, gamma=gamma, generator=generators, **conditions(classes))
-    return (x / 2 + 0.5).clamp(0, 1)
 
 
 ELSEWHERE = """
@@ -242,81 +215,6 @@ def test_the_code_on_a_card_runs(times: int, classes: int, tmp_path: Path, monke
 # The pipeline
 
 
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> FlowMapPipeline:
-    return pipeline(export(tiny_student("v_prediction", 5), tmp_path_factory.mktemp("labelled") / "export"))
-
-
-def test_outputs(labelled: FlowMapPipeline) -> None:
-    def draw(**options: Any) -> Any:
-        return labelled(class_labels=3, batch_size=2, generator=torch.Generator().manual_seed(0), **options)
-
-    tensor = draw(output_type="pt").images
-    assert tensor.shape == (2, 1, 8, 8)
-    array = draw(output_type="np").images
-    np.testing.assert_array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
-    pictures = draw().images
-    assert all(isinstance(p, Image.Image) and p.size == (8, 8) for p in pictures)
-    np.testing.assert_array_equal(np.asarray(pictures[1]), (array[1, ..., 0] * 255).round())
-    assert torch.equal(draw(output_type="pt", return_dict=False)[0], tensor)
-
-
-def test_noise_may_come_from_anywhere(labelled: FlowMapPipeline) -> None:
-    def draw(**options: Any) -> Tensor:
-        return labelled(output_type="pt", num_inference_steps=2, **options).images
-
-    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(5))
-    from_seed = draw(generator=torch.Generator().manual_seed(5), batch_size=2, class_labels=[1, 2])
-    assert torch.equal(draw(latents=noise, class_labels=[1, 2]), from_seed)
-    assert torch.equal(draw(latents=noise, class_labels=torch.tensor([1, 2])), from_seed)
-    # One generator an image: an image is the same in any company.
-    many = draw(generator=sample_generators(0, range(4)), class_labels=1)
-    torch.testing.assert_close(draw(generator=sample_generators(0, [2]), class_labels=1), many[2:3], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"class_labels": 1, "num_inference_steps": 0}, "num_inference_steps is 0"),
-        ({"class_labels": 1, "gamma": 1.5}, "gamma is 1.5"),
-        ({"class_labels": 1, "output_type": "jpg"}, "output_type is 'jpg'"),
-        ({}, "class_labels are needed, 0 to 4"),
-        ({"class_labels": 5}, "class_labels run from 0 to 4"),
-        ({"class_labels": [1, 2], "batch_size": 3}, "3 images, but"),
-        ({"class_labels": 1, "batch_size": 3, "generator": sample_generators(0, range(2))}, "3 images, but"),
-    ],
-)
-def test_what_the_pipeline_refuses(labelled: FlowMapPipeline, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        labelled(**options)
-
-
-def test_labels_for_a_model_without_classes_and_no_size(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no classes"):
-        pipeline(export(tiny_student("flow"), tmp_path / "a"))(class_labels=1)
-    free = pipeline(export(tiny_student("flow", sample_size=None), tmp_path / "b"))
-    with pytest.raises(ValueError, match="no fixed size: pass height and width, or the noise to start from as latents"):
-        free()
-    noise = torch.randn(1, 1, 16, 12, generator=torch.Generator().manual_seed(3))
-    images = free(latents=noise, output_type="pt").images
-    assert images.shape == (1, 1, 16, 12)
-    sized = free(height=16, width=12, generator=torch.Generator().manual_seed(3), output_type="pt").images
-    assert torch.equal(sized, images)
-
-
-@pytest.mark.parametrize("classes", [None, 5])
-def test_half_precision(classes: int | None, tmp_path: Path) -> None:
-    """Weights in bf16, as users of diffusers ask for: the state and the times stay in float32."""
-    student = tiny_student("v_prediction", classes)
-    pipe = FlowMapPipeline.from_pretrained(export(student, tmp_path / "export"), dtype=torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
-    assert pipe.unet.dtype == torch.bfloat16
-    images = pipe(
-        num_inference_steps=2, generator=sample_generators(7, range(3)), output_type="pt", **conditions(classes)
-    )
-    torch.testing.assert_close(images.images, pixels(student, 2, 0.0, classes), atol=0.03, rtol=0)
-
-
 # Refusals, before anything is written
 
 
@@ -431,289 +329,10 @@ def test_a_strength_that_nobody_takes_is_refused(tmp_path: Path) -> None:
 # Latent models
 
 
-def tiny_vq(**options: Any) -> Any:
-    """Images of 3 x 16 x 16 and latents of 1 x 8 x 8."""
-    blocks: Any = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 1, "num_vq_embeddings": 8}
-    return made(VQModel, **{**blocks, **sizes, "scaling_factor": 0.6, **options})
-
-
-VAES: dict[str, Callable[[], Any]] = {
-    "vq": tiny_vq,
-    "kl": lambda: tiny_vae(latent_channels=1, shift_factor=0.2),
-    "normed": lambda: tiny_vae(latent_channels=1, latents_mean=[0.3], latents_std=[1.7]),
-}
-
-
-def latent_field(prediction: str, vae: Any) -> NetworkField:
-    field = tiny_field(prediction)
-    field.latents = Latents(vae)
-    return field
-
-
-@pytest.mark.takes_seconds
-@pytest.mark.parametrize("vae", VAES)
-def test_a_latent_map_gives_the_images_of_its_vae(
-    vae: str, tmp_path: Path, elsewhere: Callable[..., str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    student = tiny_student("v_prediction")
-    student.latents = Latents(VAES[vae]())
-    folder = export(student, tmp_path / "latent")
-    generators = sample_generators(7, range(2))
-    latents = sample(student, sample_noise((2, 1, 8, 8), generators), 2)
-    expected = student.latents.decode(latents) / 2 + 0.5
-    assert expected.std() > 0.01
-    back = load(folder)
-    assert back.latents is not None
-    assert torch.equal(back.latents.decode(latents), student.latents.decode(latents))
-    again = export(back, tmp_path / "again")  # from the folder of its VAE
-    asked = {"num_inference_steps": 2, "generator": generators, "output_type": "pt"}
-    for place in (folder, again):
-        generators = sample_generators(7, range(2))
-        found = pipeline(place)(**{**asked, "generator": generators}).images
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    command = ["sample", str(folder), "--count", "2", "--seed", "7", "--steps", "2", "--out", str(tmp_path / "x.npy")]
-    assert main(command) == 0
-    np.testing.assert_allclose(np.load(tmp_path / "x.npy") / 2 + 0.5, expected.numpy(), atol=1e-6)
-    if vae == "vq":
-        start = sample_generators(7, range(1))[0].initial_seed()
-        elsewhere(
-            """
-            import sys
-            import torch
-            from diffusers import DiffusionPipeline
-            from safetensors.torch import save_file
-
-            pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
-            generators = [torch.Generator().manual_seed((int(sys.argv[2]) + i) & 0xFFFFFFFF) for i in range(2)]
-            images = pipe(num_inference_steps=2, generator=generators, output_type="pt").images
-            save_file({"images": images.contiguous()}, sys.argv[3])
-            """,
-            again, start, tmp_path / "images.safetensors",
-        )  # fmt: skip
-        images = load_file(tmp_path / "images.safetensors")["images"]
-        torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.takes_seconds
-def test_a_latent_pipeline_stays_one(tmp_path: Path) -> None:
-    LDMPipeline(tiny_vq(), tiny_unet(), DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / "ldm")
-    field = load(tmp_path / "ldm")
-    back = load(export(field, tmp_path / "field"))
-    z = torch.randn(2, 1, 8, 8)
-    assert field.latents is not None
-    assert back.latents is not None
-    assert torch.equal(back.latents.decode(z), field.latents.decode(z))
-    pipe, original = (DiffusionPipeline.from_pretrained(tmp_path / name) for name in ("field", "ldm"))
-    assert isinstance(pipe, LDMPipeline)
-    images = []
-    for one in (pipe, original):
-        one.set_progress_bar_config(disable=True)
-        made = one(generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np")  # pyright: ignore
-        images.append(made.images)
-    np.testing.assert_array_equal(images[0], images[1])
-    student = FlowMap.from_field(field)
-    images = pipeline(export(student, tmp_path / "map"))(output_type="pt", num_inference_steps=1).images
-    assert images.shape == (1, 3, 16, 16)
-
-
-@pytest.mark.takes_seconds
-@pytest.mark.parametrize(
-    ("field", "reason"),
-    [
-        (lambda: latent_field("epsilon", VAES["kl"]()), "LDMPipeline does not bring latents into the units of its VAE"),
-        (lambda: latent_field("flow", tiny_vq()), "LDMPipeline does not go with its FlowMatchEulerDiscreteScheduler"),
-        (lambda: tiny_field("epsilon", 5), "none tells it its class"),
-        (lambda: tiny_field("epsilon", in_channels=3), "none gives it the image"),
-        (lambda: tiny_field("flow", sample_size=None), "none knows the size"),
-        (
-            lambda: DiffusionField(UNet(tiny_unet()), EDMEulerScheduler()),
-            "DDPMPipeline does not go with its EDMEulerScheduler",
-        ),
-        (lambda: DiffusionField(UNet(tiny_unet()), PNDMScheduler()), "DDPMPipeline does not go with its PNDMScheduler"),
-    ],
-)
-def test_no_pipeline_is_named_that_cannot_run(
-    field: Callable[[], Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = field()
-    folder = export(first, tmp_path / "field")
-    assert not (folder / "model_index.json").exists()
-    card = (folder / "README.md").read_text()
-    assert f"No pipeline of diffusers samples it: {reason}" in card
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(card.split("```python\n")[1].split("```")[0].replace("50", "2"), names)
-    assert names["samples"].isfinite().all()
-    assert ("images" in names) == (first.latents is not None)
-    assert (load(export(first, folder, overwrite=True)).latents is None) == (first.latents is None)
-
-
-def test_a_vae_that_is_gone(tmp_path: Path) -> None:
-    LDMPipeline(tiny_vq(), tiny_unet(), DDIMScheduler()).save_pretrained(tmp_path / "ldm")
-    field = load(tmp_path / "ldm")
-    (tmp_path / "ldm" / "vqvae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no weights in .*vqvae"):
-        export(field, tmp_path / "field")
-    assert [p.name for p in tmp_path.iterdir()] == ["ldm"]
-
-
 # An image beside the state
 
 
-@pytest.mark.takes_seconds
-@pytest.mark.parametrize("classes", [None, 5])
-def test_a_map_that_takes_an_image(
-    classes: int | None, tmp_path: Path, elsewhere: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    student = tiny_student("v_prediction", classes, in_channels=3)
-    folder = export(student, tmp_path / "beside")
-    image = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(2)).clamp(-1, 1)
-    generators = sample_generators(7, range(3))
-    noise = sample_noise((3, 1, 8, 8), generators)
-    x = sample(student, noise, 3, gamma=1.0, generator=generators, image=image, **conditions(classes))
-    expected = (x / 2 + 0.5).clamp(0, 1)
-    pipe = pipeline(folder)
-    asked: dict[str, Any] = {"num_inference_steps": 3, "gamma": 1.0, "output_type": "pt", **conditions(classes)}
-    found = pipe(image=image, generator=sample_generators(7, range(3)), **asked).images
-    assert torch.equal(found, expected)
-    assert (pipe(image=-image, generator=sample_generators(7, range(3)), **asked).images - found).abs().max() > 1e-3
-    assert torch.equal(sample(load(folder), noise, 1, image=image, **conditions(classes)),
-                       sample(student, noise, 1, image=image, **conditions(classes)))  # fmt: skip
-    for wrong, message in (
-        (None, r"takes an image beside the state: image of shape \(3, 2, 8, 8\) is needed"),
-        (image[:, :1], r"image has shape \(3, 1, 8, 8\), this model needs \(3, 2, 8, 8\)"),
-        (image[:2], r"3 images, but"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            pipe(image=wrong, latents=noise, batch_size=3, **asked)
-    monkeypatch.chdir(tmp_path)
-    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert elsewhere(f"import os; os.chdir({str(tmp_path)!r})\n{code}\nprint(len(images))").split()[-1] == "4"
-
-
-def test_an_image_for_a_map_that_takes_none(labelled: FlowMapPipeline) -> None:
-    with pytest.raises(ValueError, match="takes no image beside the state: leave image out"):
-        labelled(class_labels=1, image=torch.zeros(1, 1, 8, 8))
-
-
-def test_a_run_is_sampled_with_the_images_of_its_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    DDPMPipeline(tiny_unet(5), DDPMScheduler(prediction_type="v_prediction")).save_pretrained("ddpm")
-    draw = np.random.default_rng(0)
-    pictures, beside = draw.integers(0, 255, (4, 1, 8, 8), dtype=np.uint8), draw.normal(size=(4, 2, 8, 8))
-    np.savez("edges.npz", data=pictures, image=beside.astype(np.float32), labels=np.array([0, 1, 2, 3]))
-    recipe: dict[str, Any] = {
-        "name": "edges", "data": {"name": "edges.npz", "conditions": ["image"], "label": "labels"},
-        "training": {"steps": 1, "batch": 4, "quiet": True}, "evaluation": {"count": 0},
-    }  # fmt: skip
-    student = {"network": "auto", "kind": "field", "image": 2}
-    tuned = {**recipe, "teacher": "ddpm", "objective": "FlowMatching", "student": student}
-    run(load_recipe(tuned), tmp_path / "field")
-    run(load_recipe({**recipe, "teacher": "field", "objective": "LMD"}), tmp_path / "map")
-
-    options = ["--steps", "2", "--count", "6", "--seed", "7", "--batch", "4"]
-    image = torch.tensor(beside, dtype=torch.float32)[torch.arange(6) % 4]
-    noise = sample_noise((6, 1, 8, 8), sample_generators(7, range(6)))
-    for name, asked in (("field", []), ("map", []), ("field", ["--teacher"]), ("map", ["--teacher"])):
-        model: Any = load(tmp_path / ("field" if name == "map" else "ddpm") if asked else tmp_path / name)
-        cond = {"class_labels": torch.arange(6) % 5}
-        if model.network.model.config["in_channels"] == 3:  # all but the teacher of the first
-            cond["image"] = image
-        assert main(["sample", name, *asked, *options, "--out", "x.npz"]) == 0
-        found, expected = np.load("x.npz"), sample(model, noise, 2, **cond)
-        np.testing.assert_allclose(found["data"], expected.numpy(), rtol=1e-4, atol=1e-4)
-        assert ("image" in found) == ("image" in cond)
-    np.testing.assert_array_equal(found["image"], image.numpy())
-
-    # An export has no data.
-    for name in ("field", "map"):
-        assert main(["export", name, f"{name}-export"]) == 0
-        for command in (["sample"], ["reflow", "--count", "2", "--steps", "1"]):
-            assert main([*command, f"{name}-export", "--out", "never"]) == 2
-            said = capsys.readouterr().err
-            assert "an image" in said
-            assert "fewstep.sample(model, noise, image=" in said
-    assert not list(tmp_path.glob("never*"))
-
-
 # EDM, and time that runs forward
-
-
-OTHERS = {
-    "edm": EDMEulerScheduler(),
-    "edm v": EDMEulerScheduler(prediction_type="v_prediction", sigma_data=1.0, sigma_max=70.0),
-    "forward": FlowMatchEulerDiscreteScheduler(num_train_timesteps=500, invert_sigmas=True),
-    "noise on the line": UniPCMultistepScheduler(500, use_flow_sigmas=True),
-    "data on the line": UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="sample"),
-    "no signal": DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
-}
-
-
-def other_student(name: str) -> FlowMap:
-    student = FlowMap.from_field(DiffusionField(UNet(tiny_unet()), OTHERS[name]))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in student.parameters():
-            weight += 0.02 * torch.randn(weight.shape, generator=generator)
-    return student
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_the_calls_of_a_map_that_began_elsewhere(name: str, tmp_path: Path) -> None:
-    student = other_student(name)
-    folder = export(student, tmp_path / "map")
-    back: Any = load(folder)
-    assert (back.native, back.prediction, back.path) == (student.native, student.prediction, student.path)
-    pipe, x = pipeline(folder), torch.randn(2, 1, 8, 8)
-    for s, t in torch.tensor([[0.0, 0.3], [0.3, 0.9], [0.6, 0.6], [0.999, 0.9995]]):
-        with torch.no_grad():
-            expected = student(x, s, t)
-            assert torch.equal(back(x, s, t), expected)
-            found = pipe._map(x, s, t)
-        assert expected.isfinite().all()
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_the_same_pixels_of_a_map_that_began_elsewhere(name: str, tmp_path: Path) -> None:
-    student = other_student(name)
-    pipe = pipeline(export(student, tmp_path / "map"))
-    for steps in (1, 3):
-        found = pipe(num_inference_steps=steps, generator=sample_generators(7, range(3)), output_type="pt").images
-        expected = pixels(student, steps)
-        assert expected.isfinite().all()
-        assert expected.std() > 0.01
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["stock", "told"])
-def test_a_pipeline_in_every_type_of_numbers(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    student = FlowMap.from_field(tiny_field("v_prediction"), guidance=name == "told")
-    pipe = pipeline(export(student, tmp_path / "map"))
-    exact = pixels(student, 2)
-    found = pipe.to(dtype)(num_inference_steps=2, generator=sample_generators(7, range(3)), output_type="pt").images
-    torch.testing.assert_close(found.float(), exact, atol=1e-5 if dtype == torch.float64 else 0.05, rtol=0)
-
-
-DIFFUSIONS: list[dict[str, Any]] = [
-    *({"prediction_type": kind, "log_ratios": list(tiny_field("epsilon").native.log_ratios)}  # pyright: ignore
-      for kind in ("epsilon", "sample", "v_prediction")),
-    *({"prediction_type": kind, "sigma_data": data, "sigma_min": 0.002, "sigma_max": 80.0}
-      for kind in ("epsilon", "v_prediction") for data in (0.5, 1.0)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("diffusion", DIFFUSIONS, ids=lambda d: f"{d['prediction_type']} {d.get('sigma_data')}")
-def test_the_two_files_that_are_carried_agree(diffusion: dict[str, Any]) -> None:
-    last = len(diffusion.get("log_ratios", [0])) - 1
-    times = torch.cat([torch.arange(0, 64) / 64, 2.0 ** -torch.arange(7, 20), 1 - 2.0 ** -torch.arange(7, 20)]).double()
-    into, step, skip, out = flow_model.flow_scaling(1 - times, diffusion)
-    found = torch.tensor([coefficients(diffusion, time, last) for time in times], dtype=torch.float64)
-    torch.testing.assert_close(found, torch.stack([into, step, -skip, -out], 1), atol=1e-11, rtol=1e-11)
 
 
 def test_the_strength_that_a_map_was_trained_for(tmp_path: Path) -> None:
@@ -733,29 +352,3 @@ def test_the_strength_that_a_map_was_trained_for(tmp_path: Path) -> None:
 
 
 # Every path
-
-
-def trajectories() -> list[Trajectory]:
-    options: dict[Any, dict[str, Any]] = {
-        Tabulated: {"log_ratios": (3.0, 0.5, -2.0)},
-        Preconditioned: {"sigma_max": 9.0},
-    }
-    found, classes = [], Trajectory.__subclasses__()
-    for kind in classes:
-        classes.extend(kind.__subclasses__())
-        if kind.__module__.startswith("fewstep.flows."):
-            found.append(kind(**options.get(kind, {})))
-    return found
-
-
-@pytest.mark.parametrize("path", trajectories(), ids=lambda path: type(path).__name__)
-def test_a_network_on_every_path(path: Trajectory, tmp_path: Path) -> None:
-    for model in (
-        NetworkField(MLP(2, width=8, depth=2), path, "v", path=Linear()),
-        FlowMap(MLP(2, width=8, depth=2, times=2), path),
-    ):
-        back: Any = load(export(model, tmp_path / type(model).__name__))
-        assert (back.native, back.prediction, back.path) == (model.native, model.prediction, model.path)
-        x = torch.randn(3, 2)
-        with torch.no_grad():
-            assert torch.equal(back.velocity(x, 0.3), model.velocity(x, 0.3))

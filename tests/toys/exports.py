@@ -8,13 +8,16 @@ from diffusers import (
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from torch import Tensor
 
 from fewstep.common.randomness import sample_generators
 from fewstep.flows.fields import DiffusionField
 from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import sample, sample_noise
 from fewstep.models.exported import FlowMapPipeline
 from fewstep.networks import FAMILIES
 from toys.families import MODELS, tiny_model
+from toys.unet import conditions
 
 
 def family_field(name: str, **options: Any) -> DiffusionField:
@@ -54,3 +57,11 @@ def pipeline(folder: Path) -> Any:
 
 
 IS_FLOW = ("sd3", "flux", "wan")
+
+
+def pixels(student: FlowMap, steps: int, gamma: float = 0.0, classes: int | None = None) -> Tensor:
+    """What ``fewstep sample`` draws for the samples 0, 1, 2 of seed 7, as an image has it, in [0, 1]."""
+    generators = sample_generators(7, range(3))
+    noise = sample_noise((3, 1, 8, 8), generators)
+    x = sample(student, noise, steps, gamma=gamma, generator=generators, **conditions(classes))
+    return (x / 2 + 0.5).clamp(0, 1)

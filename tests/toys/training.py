@@ -1,11 +1,14 @@
 """A student, data and objectives that are small and use everything a training may have to save."""
 
+import json
+
 import torch
 from torch import Tensor, nn
 
 from fewstep.common.randomness import normal, uniform
 from fewstep.data.batch import Batch
 from fewstep.objectives.base import Loss, Objective
+from fewstep.training.fit import fit
 
 
 class Student(nn.Module):
@@ -91,3 +94,16 @@ class Broken(Matching):
             return Loss(loss.total * float("nan"), {**loss.terms, "match": loss.terms["match"] * torch.nan}, loss.times)
         # Nothing added to the value; the slope of the root at zero is infinite.
         return Loss(loss.total + (0 * next(student.parameters())[0, 0]).sqrt(), loss.terms, loss.times)
+
+
+def train(out=None, student=None, objective=None, data=None, **options):
+    options = {"steps": 12, "batch": 16, "quiet": True, "log_every": 1, **options}
+    return fit(student or Student(), objective or Matching(), Gaussian() if data is None else data, out=out, **options)
+
+
+def weights(result):
+    return torch.cat([p.detach().flatten() for p in result.student.parameters()])
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

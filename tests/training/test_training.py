@@ -1,20 +1,13 @@
 """The loop: what it computes, what it says, when it stops and what it refuses."""
 
-import json
 import math
-import os
-import signal
-import sys
 from copy import deepcopy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from toys.training import Broken, Gaussian, Matching, Rows, Student
+from toys.training import Gaussian, Matching, Rows, Student, lines, train, weights
 
-from fewstep.common.console import Pace, duration, progress_bar
-from fewstep.common.errors import TrainingError
 from fewstep.common.randomness import generator
 from fewstep.data.order import epoch_indices
 from fewstep.flows.exact import GaussianField
@@ -22,29 +15,13 @@ from fewstep.flows.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM
 from fewstep.objectives.base import Loss
-from fewstep.training import trackers
 from fewstep.training.adamw import AdamW
 from fewstep.training.batches import Batches
 from fewstep.training.ema import Ema
 from fewstep.training.fit import fit
-from fewstep.training.progress import Progress
 from fewstep.training.run import every
 from fewstep.training.schedules import schedule_factor
 from fewstep.training.shares import default_chunk
-
-
-def train(out=None, student=None, objective=None, data=None, **options):
-    options = {"steps": 12, "batch": 16, "quiet": True, "log_every": 1, **options}
-    return fit(student or Student(), objective or Matching(), Gaussian() if data is None else data, out=out, **options)
-
-
-def weights(result):
-    return torch.cat([p.detach().flatten() for p in result.student.parameters()])
-
-
-def lines(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
 
 # Schedules and averages: closed forms
 
@@ -238,24 +215,6 @@ def test_what_dropout_draws_is_new_at_each_step_and_decided_by_the_seed():
     assert len({*runs[0], *runs[2]}) == 24
 
 
-def test_lines_hold_the_means_of_every_step(tmp_path):
-    train(tmp_path / "each", steps=10)
-    train(tmp_path / "some", steps=10, log_every=4, warmup=5, lr=0.1)
-    each, some = lines(tmp_path / "each"), lines(tmp_path / "some")
-    assert [line["step"] for line in each] == list(range(1, 11))
-    assert [line["step"] for line in some] == [4, 8, 10]
-    assert set(each[0]) == {
-        *("step", "loss", "loss/match", "loss/slow", "grad_norm"),
-        *("lr", "steps_per_second", "rows_per_second", "seconds"),
-    }
-    assert some[0]["lr"] == pytest.approx(0.1 * 0.8 * 0.5 * (1 + math.cos(math.pi * 0.3)))
-    constant = {"steps": 8, "lr": 1e-9}
-    train(tmp_path / "one", **constant)
-    train(tmp_path / "four", log_every=4, **constant)
-    ones = [line["loss"] for line in lines(tmp_path / "one")]
-    assert [line["loss"] for line in lines(tmp_path / "four")] == pytest.approx([sum(ones[:4]) / 4, sum(ones[4:]) / 4])
-
-
 @pytest.mark.parametrize("chunk", [64, 16])
 def test_it_has_the_bits_of_a_loop_written_by_hand(chunk):
     """Distilling a Gaussian by ITVM with torch alone: draws, loss, clipping, AdamW and both averages."""
@@ -403,110 +362,10 @@ def test_a_callback_that_samples_from_the_student_changes_nothing():
     assert torch.equal(weights(train(ema=None)), weights(train(ema=None, callbacks=[sampling])))
 
 
-def test_time_can_end_a_run(tmp_path, monkeypatch):
-    """By a clock that ticks once a step."""
-    clock = iter(range(10_000))
-    monkeypatch.setattr("fewstep.training.fit.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
-    result = train(tmp_path, steps=None, max_seconds=20.0, lr=0.1)
-    assert (result.stopped, result.step, result.seconds) == ("time", 19, 20.0)
-    for step, line in enumerate(lines(tmp_path), start=1):
-        assert line["lr"] == pytest.approx(0.1 * schedule_factor("cosine", step / 20))
-    both = train(steps=5, max_seconds=1000)
-    assert (both.stopped, both.step) == ("done", 5)
-
-
-def test_time_goes_on_where_it_was(tmp_path, monkeypatch):
-    clock = iter(range(10_000))
-    monkeypatch.setattr("fewstep.training.fit.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
-    train(tmp_path, steps=None, max_seconds=20.0)
-    longer = train(tmp_path, steps=None, max_seconds=30.0)
-    assert (longer.step, longer.seconds) == (28, 30.0)
-
-
 # Going on
 
 
-def test_parts_make_the_bits_of_the_whole(tmp_path):
-    whole = train(tmp_path / "whole", steps=20, log_every=4)
-
-    class Death(BaseException):
-        pass
-
-    def stop(run):
-        raise Death
-
-    for at in (7, 13, 18):
-        with pytest.raises(Death):
-            train(
-                tmp_path / "parts",
-                steps=20,
-                log_every=4,
-                checkpoint_every=5,
-                callbacks=[lambda run, at=at: stop(run) if run.step == at else None],
-            )
-    parts = train(tmp_path / "parts", steps=20, log_every=4, checkpoint_every=5)
-    assert torch.equal(weights(whole), weights(parts))
-    for name in ("model", "ema", "target", "objective", "optimizer-student"):
-        file = f"checkpoints/step-00000020/{name}.safetensors"
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), name
-    clock = {"steps_per_second", "rows_per_second", "seconds"}
-    for a, b in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
-        assert {k: v for k, v in a.items() if k not in clock} == {k: v for k, v in b.items() if k not in clock}
-
-
-def test_a_finished_run_returns_at_once_and_a_longer_one_goes_on(tmp_path):
-    first = train(tmp_path)
-    calls = []
-    again = train(tmp_path, student=Student(seed=5), callbacks=[lambda run: calls.append(run.step)])
-    assert calls == []
-    assert torch.equal(weights(first), weights(again))
-    assert torch.equal(first.ema.network[0].weight, again.ema.network[0].weight)
-    assert again.losses == first.losses
-    longer = train(tmp_path, steps=15, callbacks=[lambda run: calls.append(run.step)])
-    assert calls == [13, 14, 15]
-    assert longer.step == 15
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_cleanly_with_a_checkpoint(tmp_path, number):
-    def press(run):
-        if run.step == 7:
-            os.kill(os.getpid(), number)
-
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    stopped = train(tmp_path, callbacks=[press])
-    assert (stopped.stopped, stopped.step) == ("interrupted", 7)
-    assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000007"]
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
-    assert torch.equal(weights(train(tmp_path)), weights(train()))
-
-
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    def press(run):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, callbacks=[press])
-    assert signal.getsignal(signal.SIGINT) == before
-
-
 # What it refuses
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(TrainingError, match=r"step 8: loss/match = nan on rows with s in \[0\.\d+, 0\.\d+\], t in"):
-        train(tmp_path, objective=Broken(at=8), checkpoint_every=3)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000003", "step-00000006"]
-    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 8))
-    with pytest.raises(TrainingError, match="step 8"):
-        train(tmp_path, objective=Broken(at=8), checkpoint_every=3)
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run():
-    with pytest.raises(TrainingError, match=r"step 4: grad_norm = (nan|inf) though the loss is finite"):
-        train(objective=Broken(at=4, what="gradient"))
 
 
 @pytest.mark.parametrize(
@@ -536,163 +395,4 @@ def test_data_that_does_not_fit_the_network():
         train(student=Student().requires_grad_(False), objective=Matching(trains=False))
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds no fewstep run"):
-        train(tmp_path)
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "model.pt").write_text("mine too")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
-    with pytest.raises(ValueError, match="nothing in it is overwritten"):
-        train(tmp_path, resume=False)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3}\n'
-
-
-def test_a_run_of_another_recipe_is_not_continued(tmp_path):
-    recipe = {"data": {"name": "checkerboard"}, "objective": {"name": "ITVM", "ema": 0.9}}
-    train(tmp_path, fingerprint=recipe)
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    other = {"data": {"name": "two-moons"}, "objective": {"name": "ITVM"}}
-    with pytest.raises(ValueError, match="another recipe") as caught:
-        train(tmp_path, fingerprint=other, lr=0.5)
-    for words in (
-        "data.name is checkerboard there and two-moons here",
-        "objective.ema is 0.9 there and absent here",
-        "training.lr is 0.001 there and 0.5 here",
-        "--out",
-        "resume=False",
-    ):
-        assert words in str(caught.value)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    train(tmp_path, fingerprint={**recipe, "training": {"steps": 99, "log_every": 7}}, checkpoint_every=2)
-    fresh = train(tmp_path, fingerprint=other, lr=0.5, steps=3, resume=False)
-    assert fresh.step == 3
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
-    assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000003"]
-
-
 # Where the numbers go
-
-
-def test_metrics_are_cut_to_the_step_gone_on_from(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1, "a": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "a":')
-    book = trackers.JsonLines(file, 2)
-    book.log(3, {"b": 0.5})
-    book.close()
-    assert trackers.read_metrics(file) == [{"step": 1, "a": 1}, {"step": 2}, {"step": 3, "b": 0.5}]
-
-
-def test_tensorboard_gets_the_numbers(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train(tmp_path, steps=3, track=["tensorboard"])
-    train(tmp_path, steps=5, track=["tensorboard"])
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    scalars = events.Scalars("loss/match")
-    assert [event.step for event in scalars] == [1, 2, 3, 4, 5]
-    assert [event.value for event in scalars] == pytest.approx([line["loss/match"] for line in lines(tmp_path)])
-
-
-STAND_IN = """
-calls = []
-def init(**options): calls.append(("init", options))
-def log(values, step): calls.append(("log", step, dict(values)))
-def finish(): calls.append(("finish",))
-"""
-
-
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_hosted_trackers_get_the_numbers(tmp_path, monkeypatch, name):
-    (tmp_path / f"{name}.py").write_text(STAND_IN)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    out = tmp_path / "fast"
-    train(out, steps=3, log_every=3, track=[name], fingerprint={"data": "moons"})
-    calls = __import__(name).calls
-    monkeypatch.delitem(sys.modules, name)
-    assert [call[0] for call in calls] == ["init", "log", "finish"]
-    options = calls[0][1]
-    assert options["project"] == "fewstep"
-    assert options["name"] == "fast"
-    assert options["resume"] == "allow"
-    assert options["config"]["data"] == "moons"
-    assert calls[1][1] == 3
-    assert calls[1][2]["loss"] == lines(out)[0]["loss"]
-
-
-def test_a_tracker_that_is_not_installed_is_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs the package trackio: pip install 'fewstep\[track\]'"):
-        train(tmp_path, track=["trackio"])
-    assert not list(tmp_path.iterdir())
-
-
-def test_without_a_terminal_there_are_plain_lines_on_stderr(capsys, monkeypatch):
-    clock = iter(range(0, 10_000))
-    monkeypatch.setattr("fewstep.training.progress.time.perf_counter", lambda: float(next(clock)))
-    progress = Progress(100)
-    for step in range(1, 101):
-        progress.update(step, step / 100, 0.25)
-    progress.close()
-    out, err = capsys.readouterr()
-    assert out == ""
-    shown = err.splitlines()
-    assert len(shown) == 10
-    assert shown[4] == " 50%  step 50/100  loss 0.25  1 steps/s  50s left"
-
-
-def test_a_terminal_gets_a_bar(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr("fewstep.training.progress._REDRAW", 0.0)
-    clock = iter(range(0, 10_000))
-    monkeypatch.setattr("fewstep.training.progress.time.perf_counter", lambda: float(next(clock)))
-    progress = Progress(4)
-    progress.update(2, 0.5, 0.125)
-    progress.close()
-    err = capsys.readouterr().err
-    assert "50%" in err
-    assert "step 2/4  loss 0.125  2 steps/s" in err
-    assert [duration(s) for s in (3.2, 125, 4800)] == ["3s", "2m 05s", "1h 20m"]
-
-
-def test_speed_and_time_left_are_those_of_the_last_minute():
-    pace = Pace(0.0, done=500, fraction=0.5)  # as a run that goes on
-    for second in range(1, 301):  # two steps a second, then one in two seconds
-        done = 500 + (2 * second if second <= 100 else 200 + (second - 100) // 2)
-        speed, left = pace(second, done, done / 1000)
-        if second == 100:
-            assert (speed, left) == (pytest.approx(2.0), pytest.approx(150.0))
-    assert speed == pytest.approx(0.5, abs=0.02)
-    assert left == pytest.approx(200 / 0.5, rel=0.05)
-
-
-def test_one_step_of_minutes_has_a_speed():
-    pace = Pace(0.0)
-    assert pace(300, 1, 0.25) == (pytest.approx(1 / 300), pytest.approx(900))
-    assert pace(600, 2, 0.5) == (pytest.approx(1 / 300), pytest.approx(600))
-
-
-def test_long_work_without_a_terminal_says_how_far_it_is(capsys, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("fewstep.common.console.time.perf_counter", lambda: clock[0])
-    with progress_bar("evaluating", quiet=False) as show:
-        for done in range(1, 101):
-            clock[0] = done / 2
-            show(done, 100)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.splitlines() == [
-        "evaluating",
-        "evaluating: 20%  2/s  40s left",
-        "evaluating: 40%  2/s  30s left",
-        "evaluating: 60%  2/s  20s left",
-        "evaluating: 80%  2/s  10s left",
-    ]
-
-
-def test_quiet_says_nothing(capsys):
-    train()
-    assert capsys.readouterr() == ("", "")

@@ -21,7 +21,7 @@ _UNITS = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"), (0.
 
 def run_plan(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     from fewstep.common.errors import unknown
-    from fewstep.common.gpus import GPUS
+    from fewstep.planning.gpus import GPUS
     from fewstep.runs.recipes import load_recipe
 
     if not 0 < args.utilization <= 1:

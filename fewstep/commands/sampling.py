@@ -22,7 +22,6 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.common.distributed import choose_device, environment, join
     from fewstep.common.reading import check_memory
     from fewstep.common.received import without_places
-    from fewstep.common.sharing import gathered, shares
     from fewstep.flows.maps import FlowMap
     from fewstep.flows.sampling import count_calls
     from fewstep.flows.signature import shape_of, sized
@@ -30,6 +29,7 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.generation.images import check_out, claim, missing, picture_name, save_pictures, says, write
     from fewstep.generation.placement import place
     from fewstep.generation.requests import prompt_flags
+    from fewstep.generation.sharing import gathered, shares
     from fewstep.latents.prompts import TEXT_CONDITIONS
     from fewstep.runs.datasets import given_by
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.common.disk import put_right, replace_folder
-from fewstep.common.manifests import read_mark
 from fewstep.common.model_files import (
     ENCODER_WEIGHTS,
     WEIGHT_FILES,
@@ -26,6 +25,7 @@ from fewstep.common.received import copy_file, is_place
 from fewstep.common.version import __version__
 from fewstep.latents.prompts import Prompts, encoder_class, text_parts
 from fewstep.latents.vae import Latents
+from fewstep.models.manifests import read_mark
 
 # In every folder that fewstep writes: it alone says that the folder may be replaced.
 MARK = "fewstep.json"

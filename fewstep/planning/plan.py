@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.gpus import GPUS
 from fewstep.data.batch import Batch
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.models.weightless import META
 from fewstep.objectives.base import Objective
 from fewstep.planning.counting import Counted, count_call, count_step
+from fewstep.planning.gpus import GPUS
 from fewstep.planning.weightless import conditions, sample_of, teacher_without_weights
 from fewstep.runs.objective import make_objective, trains_map
 from fewstep.runs.opening import start_of

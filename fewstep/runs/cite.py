@@ -11,9 +11,10 @@ from fewstep.common.trust import is_code, only_looking
 from fewstep.data.pairs import FACTS
 from fewstep.flows.fields import NetworkField
 from fewstep.objectives import OBJECTIVES
-from fewstep.runs.opening import EXACT, make_teacher
+from fewstep.runs.opening import make_teacher
 from fewstep.runs.recipe import Recipe, Teacher
 from fewstep.runs.recipes import find_recipe, known_recipes, load_recipe
+from fewstep.runs.teachers import EXACT
 from fewstep.runs.warm_start import recipe_of
 
 # A paper by its arXiv number, or "" for a remark, and what it is cited for.

@@ -18,10 +18,10 @@ from fewstep.data.batch import Data
 from fewstep.data.conditions import Dropped, Strengths
 from fewstep.data.couplings import Coupled
 from fewstep.data.decode import check_side
-from fewstep.data.encoded import NULL, read_null
 from fewstep.data.sources import is_pictures
+from fewstep.data.texts import NULL, read_null
 from fewstep.flows.fields import VelocityField, unguided
-from fewstep.flows.signature import Model, classes_of, needed_conditions, shape_of, takes
+from fewstep.flows.signature import Model, classes_of, needed_conditions, shape_at, shape_of, takes
 from fewstep.generation.encoding import check_model, encoded_once
 from fewstep.generation.teacher_samples import PromptedSamples, TeacherSamples
 from fewstep.latents.encoders import kept_null
@@ -97,11 +97,11 @@ def encoded_shape(section: Named, model: Model | None) -> tuple[int, ...] | None
         return None
     if not is_pictures(section.name, section.options):
         return None
-    size, latents = section.options.get("size"), model.latents
+    size = section.options.get("size")
     if size is None:
         return shape_of(model)
     check_side(size)
-    return latents.shape_of((latents.image_channels, size, size))
+    return shape_at(model, (size, size))
 
 
 def data_of(section: Named, model: Model | None, quiet: bool = False) -> Data:

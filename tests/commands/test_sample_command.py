@@ -24,7 +24,6 @@ import fewstep
 from fewstep.cli import main
 from fewstep.common.console import progress_bar
 from fewstep.common.distributed import World
-from fewstep.common.sharing import shares
 from fewstep.flows import signature
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.sampling import sample, sample_noise
@@ -33,6 +32,7 @@ from fewstep.generation.drawing import draw
 from fewstep.generation.images import claim, save_pictures
 from fewstep.generation.placement import place
 from fewstep.generation.requests import Asked, Encoded, class_names, class_numbers, prompt_flags, read_lines
+from fewstep.generation.sharing import shares
 from fewstep.networks.families import SD3, Flux
 from fewstep.runs.opening import load
 

@@ -38,7 +38,7 @@ from torch import nn
 
 import fewstep
 from fewstep.networks import MLP
-from fewstep.runs.opening import EXACT
+from fewstep.runs.teachers import EXACT
 
 Path(__file__).with_name("RAN").touch()
 

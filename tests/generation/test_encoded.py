@@ -20,14 +20,15 @@ from fewstep.common.distributed import World
 from fewstep.common.randomness import generator
 from fewstep.data import Data, Encoded, load_data
 from fewstep.data.decode import decode
-from fewstep.data.encoded import Texts
+from fewstep.data.texts import Texts
 from fewstep.flows.fields import VelocityField
 from fewstep.generation import encoding
-from fewstep.generation.encoding import encode, encoded_once
+from fewstep.generation.encoding import encoded_once
 from fewstep.generation.texts import turns_of, write_texts
 from fewstep.latents import encoders
 from fewstep.latents.prompts import Prompts
 from fewstep.latents.vae import Latents
+from fewstep.runs.encode import encode
 
 COUNT = len(CAPTIONS)
 

@@ -245,7 +245,9 @@ def _foot(playground: Playground, source: str, wish: Wish, made: Path) -> str:
     words = ["fewstep", "sample", source, "--steps", str(wish.steps), "--seed", str(wish.seed)]
     words += ["--count", str(wish.count)]
     words += ["--gamma", f"{wish.gamma:g}"] if wish.gamma is not None else []
-    words += ["--guidance", f"{wish.guidance:g}"] if wish.guidance is not None and playground.takes_strength else []
+    words += (
+        ["--guidance-scale", f"{wish.guidance:g}"] if wish.guidance is not None and playground.takes_strength else []
+    )
     words += ["--labels", str(wish.label)] if wish.label is not None else []
     words += prompt_flags(wish.prompts)
     url = _url(made / "pictures.zip")

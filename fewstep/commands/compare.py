@@ -39,14 +39,15 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     from fewstep.evaluation.results import Evaluation
     from fewstep.runs.judge import compare_runs
+    from fewstep.training.run_files import QUALITY
 
     if args.methods:
         return _compare_methods(args)
     found, others = {}, []
     for run in args.runs:
-        if (run / "quality.json").is_file():
+        if (run / QUALITY).is_file():
             name = run.name if run.name not in found else str(run)
-            found[name] = Evaluation.read(run / "quality.json")
+            found[name] = Evaluation.read(run / QUALITY)
         else:
             others.append(run)
     if not found:

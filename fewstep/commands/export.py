@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     from fewstep.common.model_files import read_json
     from fewstep.flows.description import code_named
-    from fewstep.models.lora import DIFFUSERS_FILE
+    from fewstep.models.adapter_files import DIFFUSERS_FILE
     from fewstep.models.writing import moments_in
     from fewstep.runs.export import export
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     folder = export(args.model, folder, overwrite=args.overwrite, adapter=args.adapter)
     if args.adapter:
         others = "diffusers' load_lora_weights reads" if (folder / DIFFUSERS_FILE).is_file() else "peft reads"
-        print(f"{folder} is an adapter: fewstep.models.lora.load_adapter reads it, and {others} it too")
+        print(f"{folder} is an adapter: fewstep.models.adapter_files.load_adapter reads it, and {others} it too")
         say_next([shlex.join(["fewstep", "export", str(args.model), f"{args.model.name}-export"])])
         return 0
     print(f"{folder} is a model of its own; its README.md says how to use it")

@@ -65,18 +65,6 @@ def code_in(tree: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def came_with(recipe: Path) -> Path | None:
-    """The folder that a recipe file is a part of: a run, or an export of one; None for a file of its own."""
-    for file in (recipe, recipe.resolve()):
-        folder = file.parent
-        if any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl", "run.json")):
-            return folder
-        export = folder.parent
-        if folder.name == "training" and any((export / f).exists() for f in ("fewstep.json", "model_index.json")):
-            return export
-    return None
-
-
 def check_code(name: str) -> None:
     """Called before any code is read in.
 

@@ -9,7 +9,7 @@ from fewstep.flows.fields import DiffusionField
 from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.prompts import Prompts, knows_prompts
 from fewstep.latents.vae import VAE_FOLDERS, Latents
-from fewstep.models.diffusers_pipeline import find_scheduler
+from fewstep.models.diffusers_configs import find_scheduler
 from fewstep.models.distilled import distilled_as
 from fewstep.models.manifests import Diffusion
 from fewstep.networks import FAMILIES

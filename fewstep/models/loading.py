@@ -23,12 +23,13 @@ from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.prompts import Prompts
 from fewstep.latents.vae import Latents
 from fewstep.models.converted import is_converted, load_converted
-from fewstep.models.diffusers_pipeline import field_of_pipeline, hub_files, lack_weights, load_field, look_into
+from fewstep.models.diffusers_configs import look_into
+from fewstep.models.diffusers_pipeline import field_of_pipeline, hub_files, lack_weights, load_field
 from fewstep.models.manifests import Diffusion, read_map_index, read_timesteps
 from fewstep.models.writing import check_text, moments_in
 from fewstep.networks import FAMILIES
 from fewstep.networks.students import STUDENTS
-from fewstep.training.folder import is_run
+from fewstep.training.run_files import is_run
 
 _PLAIN_WEIGHTS = "model.safetensors"
 

@@ -14,7 +14,7 @@ from fewstep.common.errors import shown
 from fewstep.common.model_files import read_json
 from fewstep.flows.fields import DiffusionField, unguided
 from fewstep.latents.prompts import TEXT_CONDITIONS
-from fewstep.models.diffusers_pipeline import look_into
+from fewstep.models.diffusers_configs import look_into
 from fewstep.networks.unet import OfDiffusers
 
 META = torch.device("meta")
@@ -44,7 +44,7 @@ def field_without_weights(folder: Path, variant: str | None = None) -> Diffusion
         variant: of the weights of its VAE and text encoders.
 
     Raises:
-        FileNotFoundError, ValueError: as ``fewstep.models.diffusers_pipeline.look_into``.
+        FileNotFoundError, ValueError: as ``fewstep.models.diffusers_configs.look_into``.
     """
     found = look_into(folder, variant)
     field = DiffusionField(found.network, found.scheduler)

@@ -29,8 +29,8 @@ from fewstep.runs.opening import start_of
 from fewstep.runs.recipe import Recipe
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.students import make_student
+from fewstep.training.computing import PRECISIONS, use_checkpoints
 from fewstep.training.ema import Ema
-from fewstep.training.fit import PRECISIONS, use_checkpoints
 from fewstep.training.shares import default_chunk
 from fewstep.training.step import checkpoints_followed
 

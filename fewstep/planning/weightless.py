@@ -22,7 +22,7 @@ from fewstep.runs.opening import make_teacher
 from fewstep.runs.recipe import Recipe, Teacher
 from fewstep.runs.students import path_of
 from fewstep.runs.teachers import EXACT, check_teacher, guided
-from fewstep.training.folder import is_run
+from fewstep.training.run_files import is_run
 
 
 def teacher_without_weights(recipe: Recipe) -> VelocityField | None:

@@ -29,6 +29,7 @@ from fewstep.latents.prompts import TEXT_CONDITIONS
 from fewstep.runs.objective import follows_teacher, strength_of
 from fewstep.runs.recipe import Named, Recipe
 from fewstep.training.leaving import UNNAMED
+from fewstep.training.run_files import TEACHER_SAMPLES, TEACHER_SAMPLES_FILE
 
 
 def null_of(null: Mapping[str, int] | str, field: VelocityField | None, encoded: Path | None = None) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def _uncoupled(recipe: Recipe, teacher: VelocityField | None, out: Path | None, 
     options = recipe.data.options
     if teacher.text is None:
         options = arguments("data", TeacherSamples, options, given=("field", "seed", "file"))
-        file = None if out is None else out / "teacher-samples.npz"
+        file = None if out is None else out / TEACHER_SAMPLES_FILE
         return TeacherSamples(teacher, seed=recipe.seed, file=file, **options)
     if "prompts" not in options:
         raise ValueError(
@@ -86,7 +87,7 @@ def _uncoupled(recipe: Recipe, teacher: VelocityField | None, out: Path | None, 
         )
     options = arguments("data", PromptedSamples, options, given=("field", "seed", "folder", "guidance", "fresh"))
     told = recipe.teacher is not None and recipe.teacher.guidance is not None and recipe.teacher.guidance.told
-    folder = None if out is None else out / "teacher-samples"
+    folder = None if out is None else out / TEACHER_SAMPLES
     strength = strength_of(recipe) if told else None
     return PromptedSamples(teacher, seed=recipe.seed, folder=folder, guidance=strength, fresh=fresh, **options)
 

@@ -26,10 +26,11 @@ from fewstep.runs.recipe import Recipe, Student, Teacher
 from fewstep.runs.recipes import find_objective, load_recipe
 from fewstep.runs.students import make_student, path_of
 from fewstep.runs.teachers import EXACT, check_teacher, guided, is_nowhere
-from fewstep.training import checkpoints, folder
-from fewstep.training.folder import is_run
+from fewstep.training import checkpoints
+from fewstep.training.fingerprint import check_kept
 from fewstep.training.leaving import is_from_python, student_of
 from fewstep.training.run import frozen, put_back
+from fewstep.training.run_files import CHECKPOINTS, RECIPE, is_run
 
 
 def make_teacher(section: Teacher, encoded: Path | None = None) -> VelocityField:
@@ -152,9 +153,9 @@ def open_run(path: str | Path, *, trust: bool = False) -> Trained:
 
 def _opened(path: str | Path) -> Trained:
     path = Path(path).expanduser()
-    if not (path / "recipe.yaml").is_file():
+    if not (path / RECIPE).is_file():
         raise FileNotFoundError(f"there is no run in {path}: a run folder has a recipe.yaml and checkpoints/")
-    found = checkpoints.latest(path / "checkpoints")
+    found = checkpoints.latest(path / CHECKPOINTS)
     if found is None:
         raise FileNotFoundError(f"the run in {path} has no checkpoint yet: `fewstep train {path}` goes on with it")
     recipe, saved = recipe_of(path), checkpoints.load(found)
@@ -162,7 +163,7 @@ def _opened(path: str | Path) -> Trained:
     if not known.get("data_shape"):
         raise TrainingError(f"{found} does not say what it was trained on: put its state.json back as it was")
     if not is_from_python(path):
-        folder.check_kept(path, known, recipe.fingerprint())
+        check_kept(path, known, recipe.fingerprint())
     shape = tuple(known["data_shape"])
     with _opening(path), warnings.catch_warnings():
         # That some weights are new in the student was said when it was made, and they are loaded here.
@@ -198,8 +199,8 @@ def recipe_of(path: Path, tree: dict[str, Any] | None = None) -> Recipe:
     if not is_from_python(path):
         return load_recipe(path if tree is None else tree)
     if tree is None:
-        tree = read_yaml(path / "recipe.yaml")
-        check_folder(path, path / "recipe.yaml", code_in(tree))
+        tree = read_yaml(path / RECIPE)
+        check_folder(path, path / RECIPE, code_in(tree))
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:

@@ -16,7 +16,8 @@ from fewstep.flows.exact import GaussianField
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed
-from fewstep.models.lora import DIFFUSERS_FILE, PEFT_FILE, add_lora, has_lora, load_adapter, merge_lora, save_adapter
+from fewstep.models.adapter_files import DIFFUSERS_FILE, PEFT_FILE, load_adapter, save_adapter
+from fewstep.models.lora import add_lora, has_lora, merge_lora
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, FlowMatching
 from fewstep.runs.build import build
@@ -26,8 +27,8 @@ from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 from fewstep.training import checkpoints
 from fewstep.training.ema import Ema
+from fewstep.training.fingerprint import differences, flat
 from fewstep.training.fit import fit
-from fewstep.training.folder import differences, flat
 
 MLP_SIZE = 2 * 16 + 16 + 64 * 16 + 16 + 16 * 16 + 16 + 16 * 2 + 2
 

@@ -26,7 +26,7 @@ from fewstep.flows.signature import image_channels, takes
 from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.encoders import text_identity, vae_identity
 from fewstep.latents.vae import Latents
-from fewstep.models.diffusers_pipeline import look_into
+from fewstep.models.diffusers_configs import look_into
 from fewstep.models.export import no_pipeline
 from fewstep.models.exported import FlowMapPipeline
 from fewstep.models.writing import copy_part

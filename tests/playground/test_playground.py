@@ -38,6 +38,7 @@ from fewstep.playground.door import Door
 from fewstep.playground.shown import Playground, Wish, step_counts
 
 gradio = pytest.importorskip("gradio")
+from fewstep.playground import markup  # noqa: E402
 from fewstep.playground import page as playground_page  # noqa: E402
 
 
@@ -366,7 +367,7 @@ def test_the_command_under_the_pictures_draws_them(tmp_path: Path, monkeypatch: 
 
 def test_prompts_that_begin_with_a_dash_are_in_the_command(tmp_path: Path) -> None:
     play = Playground(tiny_student(), "tiny")
-    foot = playground_page._foot(play, "tiny", Wish(prompts=("a cat", "-hat", "--count 3")), tmp_path)
+    foot = markup.footer(play, "tiny", Wish(prompts=("a cat", "-hat", "--count 3")), tmp_path)
     words = shlex.split(html.unescape(re.findall("<code>(.*)</code>", foot)[0]))
     parser, _ = make_parser()
     assert parser.parse_args(words[1:]).prompt == ["a cat", "-hat", "--count 3"]

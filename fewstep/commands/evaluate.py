@@ -5,8 +5,8 @@ import shlex
 from pathlib import Path
 
 from fewstep.commands.parser import Commands, add_command
-from fewstep.commands.shared import add_device
-from fewstep.common.console import print_evaluation, say_next
+from fewstep.commands.shared import add_device, print_evaluation
+from fewstep.common.console import say_next
 
 
 def add(commands: Commands) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.commands.parser import OldSpelling
+from fewstep.common.console import print_table
 
 MODEL = "a run, an export, a diffusers folder or hub name, an exact field, or FILE.py:FUNCTION"
 
@@ -46,3 +47,9 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
         model = make_teacher(run.recipe.teacher)
         model.moments = run.model.moments  # it knows the data as the run does
     return model, run
+
+
+def print_evaluation(evaluation: Any) -> None:
+    """Its table, where there is one."""
+    if evaluation is not None:
+        print_table(*evaluation.table())

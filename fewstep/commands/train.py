@@ -5,7 +5,8 @@ import shlex
 from pathlib import Path
 
 from fewstep.commands.parser import Commands, RecipeKey, add_command
-from fewstep.common.console import print_evaluation, say, say_next
+from fewstep.commands.shared import print_evaluation
+from fewstep.common.console import say, say_next
 
 # The recipes of `fewstep train --data DIR` and `fewstep distill --teacher DIR`, and of `train` with both.
 DEFAULTS = {"train": ("data", "photos-teacher"), "distill": ("teacher", "distill")}
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from fewstep.runs.build import build
     from fewstep.runs.judge import next_commands
     from fewstep.runs.run import run as run_recipe
+    from fewstep.training.run_files import REPORT
 
     out = args.out or (Path(source) if Path(source).is_dir() else Path("runs") / recipe.name)
     if args.dry_run:
@@ -90,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
     if not environment().is_main:
         return 0
     print_evaluation(done.evaluation)
-    if (out / "report.html").is_file():
-        print(f"{out / 'report.html'} shows it all")
+    if (out / REPORT).is_file():
+        print(f"{out / REPORT} shows it all")
     else:
         print(f"{out} has its checkpoints and samples; fewstep evaluate {shlex.quote(str(out))} measures it")
     say_next(next_commands(out, recipe, isinstance(done.result.student, FlowMap)))

@@ -19,7 +19,7 @@ from typing import Any
 import record
 import torch
 
-from fewstep.commands.planning import (
+from fewstep.commands.plan import (
     duration,
     fit_table,
     memory_table,

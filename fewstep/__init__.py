@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
     from fewstep.flows.sampling import sample
     from fewstep.flows.tabulated import Tabulated
+    from fewstep.models.adapter_files import load_adapter, save_adapter
     from fewstep.models.hub import push
-    from fewstep.models.lora import add_lora, load_adapter, merge_lora, save_adapter
+    from fewstep.models.lora import add_lora, merge_lora
     from fewstep.objectives import (
         AYF,
         CTM,
@@ -117,12 +118,12 @@ _HOMES = {
     "export": "runs.export",
     "fit": "training.fit",
     "load": "runs.opening",
-    "load_adapter": "models.lora",
+    "load_adapter": "models.adapter_files",
     "load_data": "data",
     "merge_lora": "models.lora",
     "push": "models.hub",
     "sample": "flows.sampling",
-    "save_adapter": "models.lora",
+    "save_adapter": "models.adapter_files",
 }
 
 __all__ = [

@@ -2,17 +2,18 @@
 
 import argparse
 
-from fewstep.cli import _parser
+from fewstep.cli import make_parser
+from fewstep.commands.parser import CommandParser, arguments_of
 
 
 def commands() -> str:
     """Each command: what it does, how it is called, and its flags."""
-    _, known = _parser()
+    _, known = make_parser()
     return "\n\n".join(_command(name, parser) for name, parser in known.items())
 
 
-def _command(name: str, parser: argparse.ArgumentParser) -> str:
-    actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+def _command(name: str, parser: CommandParser) -> str:
+    actions = arguments_of(parser)
     usage = parser.format_usage().removeprefix("usage: ").strip()
     usage = "\n".join([usage.split("\n")[0], *(f"    {line.strip()}" for line in usage.split("\n")[1:])])
     parts = [f"## `fewstep {name}`", parser.description or "", f"```text\n{usage}\n```"]
@@ -20,8 +21,10 @@ def _command(name: str, parser: argparse.ArgumentParser) -> str:
         lines = ["```{list-table}", ":class: keys", ":header-rows: 1", "", "* - argument", "  - what it is"]
         lines += [f"* - {_name(action)}\n  - {_help(action, parser)}" for action in actions]
         parts.append("\n".join([*lines, "```"]))
-    if parser.epilog:
+    if parser.takes_recipe_keys:
         parts.append("Any key of a recipe is a flag too, with its value as YAML: [every key](../recipes/keys.md).")
+    if parser.examples:
+        parts.append("\n".join(["```bash", *parser.examples, "```"]))
     return "\n\n".join(part for part in parts if part)
 
 

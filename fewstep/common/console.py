@@ -30,12 +30,6 @@ def _cell(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def print_evaluation(evaluation: Any) -> None:
-    """Its table, where there is one."""
-    if evaluation is not None:
-        print_table(*evaluation.table())
-
-
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table for the terminal; None is a dash."""
     from rich.box import SIMPLE_HEAD

@@ -17,6 +17,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
+from fewstep.common.user_folders import state_folder
+
 # What becomes of code that a folder names: asked for, run, or (where a command only looks) no code at all.
 _ANSWER: ContextVar[Literal["ask", "run", "never"]] = ContextVar("answer", default="ask")
 # The keys of a recipe that may name code; a text in the place of their section stands for the last.
@@ -61,18 +63,6 @@ def code_in(tree: Mapping[str, Any]) -> dict[str, str]:
         if is_code(value):
             found[".".join(keys)] = value
     return found
-
-
-def came_with(recipe: Path) -> Path | None:
-    """The folder that a recipe file is a part of: a run, or an export of one; None for a file of its own."""
-    for file in (recipe, recipe.resolve()):
-        folder = file.parent
-        if any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl", "run.json")):
-            return folder
-        export = folder.parent
-        if folder.name == "training" and any((export / f).exists() for f in ("fewstep.json", "model_index.json")):
-            return export
-    return None
 
 
 def check_code(name: str) -> None:
@@ -153,8 +143,7 @@ def _known(said: Path) -> dict[str, Any] | None:
 
 def _note_of(said: Path) -> Path:
     """The note of a recipe, by where it is: in a folder, under its name there."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
-    return state / "fewstep" / "runs" / f"{hashlib.sha256(str(said).encode()).hexdigest()[:32]}.json"
+    return state_folder() / "runs" / f"{hashlib.sha256(str(said).encode()).hexdigest()[:32]}.json"
 
 
 def _place(name: str) -> str:

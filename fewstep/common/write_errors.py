@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fewstep.common.cache import cache_folder
+from fewstep.common.user_folders import cache_folder
 
 _ELSEWHERE = "write to another place"
 _CAUSES = {

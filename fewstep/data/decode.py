@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.common.cache import cache_folder
 from fewstep.common.disk import replace_folder
 from fewstep.common.errors import briefly, shown, unknown
 from fewstep.common.reading import no_file
+from fewstep.common.user_folders import cache_folder
 from fewstep.data.formats import formats
 
 LARGEST = 1 << 14  # pixels along a side

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fewstep.data.batch import Batch
-from fewstep.data.encoded import CHECKS, Texts, check_floats, facts_in, is_list, is_said, shards_of
-from fewstep.data.encoded import read_shard as read_tensors
+from fewstep.data.shards import CHECKS, check_floats, facts_in, gathered, is_list, is_said, shards_of
+from fewstep.data.shards import read_shard as read_tensors
+from fewstep.data.texts import Texts
 
 FACTS = "pairs.json"
 FORMAT = 1
@@ -79,12 +80,8 @@ class Pairs:
         return [] if self._texts is None else self._texts.captions(self._text[index])
 
     def _gather(self, name: str, index: Tensor) -> Tensor:
-        gathered = torch.empty(len(index), *self.shape)
-        which = index // self.facts["shard"]
-        for shard in which.unique().tolist():
-            here = which == shard
-            gathered[here] = self._shards[shard][name][index[here] - shard * self.facts["shard"]]
-        return gathered
+        rows = self.facts["shard"]
+        return gathered((shard[name] for shard in self._shards), index // rows, index % rows, self.shape)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

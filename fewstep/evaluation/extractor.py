@@ -17,9 +17,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fewstep.common.cache import cache_folder
 from fewstep.common.disk import replace_file
 from fewstep.common.randomness import generator, mix
+from fewstep.common.user_folders import cache_folder
 from fewstep.data.batch import Data, has_classes
 
 _BATCH = 256

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.common.errors import briefly, refused, shown, unknown
-from fewstep.common.manifests import AGAIN, Described
 from fewstep.common.model_files import check_numbers
 from fewstep.common.options import arguments, find_object
 from fewstep.common.parsing import checked
 from fewstep.common.trust import is_code
+from fewstep.flows.described import AGAIN, Described
 from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Forward, Linear, Reversed, Trigonometric, VariancePreserving

@@ -29,8 +29,23 @@ def shape_of(model: Model) -> tuple[int, ...]:
     )
 
 
+def shape_at(model: Model, size: tuple[int, int], own: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The shape of a model's samples, of images of ``size`` (height, width) in pixels.
+
+    Args:
+        own: of its own samples; by default what its network says.
+
+    Raises:
+        ValueError: a size that the VAE does not take, or a network that does not say the shape of its samples.
+    """
+    if model.latents is None:
+        return (*(own or shape_of(model))[:-2], *size)
+    frames = () if own is None else model.latents.image_shape_of(own)[1:-2]
+    return model.latents.shape_of((model.latents.image_channels, *frames, *size))
+
+
 def sized(model: Model, shape: tuple[int, ...] | None, size: tuple[int, int]) -> tuple[int, ...]:
-    """The shape of a model's samples, of images of ``size`` (height, width) in pixels and not of its own.
+    """As :func:`shape_at`, once it is known that the network takes images of that size, which is not its own.
 
     Args:
         shape: of its own samples; None for a model that does not say.
@@ -56,7 +71,7 @@ def sized(model: Model, shape: tuple[int, ...] | None, size: tuple[int, int]) ->
     most = (config.get("pos_embed_max_size") or 0) * factor * step
     if most and max(size) > most:
         raise ValueError(f"{said}: this {kind} draws up to {most}x{most}")
-    return (*shape[:-2], height // factor, width // factor)
+    return shape_at(model, size, shape)
 
 
 def classes_of(model: Model) -> int:

@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.common.cache import cache_folder
 from fewstep.common.disk import replace_file
 from fewstep.common.distributed import choose_device, environment
 from fewstep.common.errors import unknown
+from fewstep.common.user_folders import cache_folder
 from fewstep.data.captions import Captioned, Rows
 from fewstep.data.decode import check_side, decode, unreadable
-from fewstep.data.encoded import FACTS, FORMAT, INDEX, TEXTS, Encoded, read_facts
+from fewstep.data.encoded import FACTS, FORMAT, INDEX, Encoded, read_facts
 from fewstep.data.pairs import Pairs
 from fewstep.data.sources import listed
+from fewstep.data.texts import TEXTS
 from fewstep.flows.signature import Model, classes_of, shape_of
 from fewstep.generation.texts import (
     DTYPES,

@@ -17,7 +17,7 @@ from fewstep.evaluation.grids import image_grid
 from fewstep.evaluation.plots import points_figure
 from fewstep.evaluation.style import png
 from fewstep.generation.requests import Asked
-from fewstep.training.folder import differences
+from fewstep.training.fingerprint import differences
 
 # In a folder of pictures: what they were all drawn with, and what each of them is.
 FACTS, LINES = "samples.json", "samples.jsonl"

@@ -17,8 +17,9 @@ from fewstep.common.disk import replace_file
 from fewstep.common.distributed import choose_device, environment
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import sample_generators
-from fewstep.data.encoded import MOST_SHARDS, Texts
 from fewstep.data.pairs import FACTS, FORMAT, read_facts, read_shard, shard_files, shard_rows
+from fewstep.data.shards import MOST_SHARDS
+from fewstep.data.texts import Texts
 from fewstep.flows.identity import identity
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample, sample_noise

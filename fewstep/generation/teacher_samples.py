@@ -23,7 +23,7 @@ from fewstep.generation.drawing import draw
 from fewstep.generation.images import write
 from fewstep.generation.reflow import facts_of, make_pairs
 from fewstep.generation.requests import read_lines
-from fewstep.training.folder import differences
+from fewstep.training.fingerprint import differences
 
 _FEW, _SHARD = 8, 1000
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from fewstep.common.disk import create_file, replace_file, sweep
 from fewstep.common.distributed import World
 from fewstep.common.reading import parse_json, read_text
-from fewstep.data.encoded import CAPTIONS, NULL, TEXTS, is_note, is_whole, text_files
+from fewstep.data.shards import is_note, is_whole
+from fewstep.data.texts import CAPTIONS, NULL, TEXTS, text_files
 from fewstep.latents.encoders import kept_null
 from fewstep.latents.prompts import SIZES, Prompts
-from fewstep.training.folder import differences
+from fewstep.training.fingerprint import differences
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _SHARD_BYTES, _MOST = 1 << 28, 10_000  # a shard has as many bytes, and rows, at most

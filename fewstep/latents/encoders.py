@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fewstep.common.cache import cache_folder
 from fewstep.common.disk import replace_file
 from fewstep.common.model_files import ENCODER_WEIGHTS, read_json, weight_paths
 from fewstep.common.reading import no_file
-from fewstep.data.encoded import read_shard
+from fewstep.common.user_folders import cache_folder
+from fewstep.data.shards import read_shard
 from fewstep.latents.prompts import Prompts, text_parts
 from fewstep.latents.vae import Latents
 

@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-from fewstep.common.manifests import AGAIN, Diffusion
 from fewstep.common.model_files import class_names_in, load_weights, read_json
 from fewstep.common.parsing import checked
+from fewstep.flows.described import AGAIN
 from fewstep.flows.fields import DiffusionField
 from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.prompts import Prompts, knows_prompts
 from fewstep.latents.vae import VAE_FOLDERS, Latents
-from fewstep.models.diffusers_pipeline import find_scheduler
+from fewstep.models.diffusers_configs import find_scheduler
 from fewstep.models.distilled import distilled_as
+from fewstep.models.manifests import Diffusion
 from fewstep.networks import FAMILIES
 from fewstep.networks.unet import keep_facts, public_config
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fewstep.common.model_files import read_json
 from fewstep.common.received import unlike_its_name
-from fewstep.models.lora import DIFFUSERS_FILE, PEFT_CONFIG
-from fewstep.training.folder import is_run
+from fewstep.models.adapter_files import DIFFUSERS_FILE, PEFT_CONFIG
+from fewstep.training.run_files import is_run
 
 # Names that files with secrets have, and their folders. "token" alone would catch tokenizers.
 _SECRETS = (

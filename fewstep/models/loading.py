@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from fewstep.common.disk import put_right
 from fewstep.common.errors import unknown
-from fewstep.common.manifests import AGAIN, Diffusion, read_map_index, read_timesteps
 from fewstep.common.model_files import check_file, check_weights, class_names_in, class_of, put_in, read_json
 from fewstep.common.trust import check_folder, trusting
+from fewstep.flows.described import AGAIN
 from fewstep.flows.description import check_description, code_named, made_again
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
@@ -23,11 +23,13 @@ from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.prompts import Prompts
 from fewstep.latents.vae import Latents
 from fewstep.models.converted import is_converted, load_converted
-from fewstep.models.diffusers_pipeline import field_of_pipeline, hub_files, lack_weights, load_field, look_into
+from fewstep.models.diffusers_configs import look_into
+from fewstep.models.diffusers_pipeline import field_of_pipeline, hub_files, lack_weights, load_field
+from fewstep.models.manifests import Diffusion, read_map_index, read_timesteps
 from fewstep.models.writing import check_text, moments_in
 from fewstep.networks import FAMILIES
 from fewstep.networks.students import STUDENTS
-from fewstep.training.folder import is_run
+from fewstep.training.run_files import is_run
 
 _PLAIN_WEIGHTS = "model.safetensors"
 

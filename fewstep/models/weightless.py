@@ -14,9 +14,10 @@ from fewstep.common.errors import shown
 from fewstep.common.model_files import read_json
 from fewstep.flows.fields import DiffusionField, unguided
 from fewstep.latents.prompts import TEXT_CONDITIONS
-from fewstep.models.diffusers_pipeline import look_into
+from fewstep.models.diffusers_configs import look_into
 from fewstep.networks.unet import OfDiffusers
 
+META = torch.device("meta")
 # Tokens that the pipelines with a T5 cut a prompt to (the default of ``encode_prompt``).
 LONGEST = {
     "FluxPipeline": 512,
@@ -43,7 +44,7 @@ def field_without_weights(folder: Path, variant: str | None = None) -> Diffusion
         variant: of the weights of its VAE and text encoders.
 
     Raises:
-        FileNotFoundError, ValueError: as ``fewstep.models.diffusers_pipeline.look_into``.
+        FileNotFoundError, ValueError: as ``fewstep.models.diffusers_configs.look_into``.
     """
     found = look_into(folder, variant)
     field = DiffusionField(found.network, found.scheduler)
@@ -54,13 +55,13 @@ def field_without_weights(folder: Path, variant: str | None = None) -> Diffusion
 def text_conditions(model: Any, rows: int) -> dict[str, Tensor]:
     """What the text encoders of a model give for prompts, (rows, ...) on the meta device; nothing for a model without
     text."""
-    cond = {name: _numbers(rows, *shape) for name, shape in _told(model).items() if name in TEXT_CONDITIONS}
+    cond = {name: numbers(rows, *shape) for name, shape in needed_shapes(model).items() if name in TEXT_CONDITIONS}
     if _class(model) == "PixArtTransformer2DModel":
         cond["encoder_attention_mask"] = torch.ones(rows, _tokens(model), dtype=torch.long, device=META)
     return cond
 
 
-def _told(model: Any) -> dict[str, tuple[int, ...]]:
+def needed_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """A row of each condition that a model of diffusers needs; nothing of another one."""
     network = getattr(unguided(model), "network", None)
     return network.told(_tokens(model)) if isinstance(network, OfDiffusers) else {}
@@ -85,8 +86,5 @@ def _class(model: Any) -> str:
     return type(inner).__name__.removeprefix("TwoTime")
 
 
-def _numbers(*shape: int) -> Tensor:
+def numbers(*shape: int) -> Tensor:
     return torch.empty(shape, device=META)
-
-
-META = torch.device("meta")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.common.disk import put_right, replace_folder
-from fewstep.common.manifests import read_mark
 from fewstep.common.model_files import (
     ENCODER_WEIGHTS,
     WEIGHT_FILES,
@@ -26,6 +25,8 @@ from fewstep.common.received import copy_file, is_place
 from fewstep.common.version import __version__
 from fewstep.latents.prompts import Prompts, encoder_class, text_parts
 from fewstep.latents.vae import Latents
+from fewstep.models.manifests import read_mark
+from fewstep.training.run_files import RECIPE
 
 # In every folder that fewstep writes: it alone says that the folder may be replaced.
 MARK = "fewstep.json"
@@ -78,7 +79,7 @@ def _said(file: Path) -> dict[str, Any]:
 
 def _needed_by(source: Any) -> list[tuple[str, Path]]:
     """The folders that a run is opened with, by their keys; none for anything else."""
-    recipe = Path(source).expanduser() / "recipe.yaml" if isinstance(source, str | Path) else None
+    recipe = Path(source).expanduser() / RECIPE if isinstance(source, str | Path) else None
     if recipe is None or not recipe.is_file():
         return []
     said = read_yaml(recipe)

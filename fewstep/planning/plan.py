@@ -16,21 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.gpus import GPUS
 from fewstep.data.batch import Batch
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.models.weightless import META
 from fewstep.objectives.base import Objective
 from fewstep.planning.counting import Counted, count_call, count_step
+from fewstep.planning.gpus import GPUS
 from fewstep.planning.weightless import conditions, sample_of, teacher_without_weights
 from fewstep.runs.objective import make_objective, trains_map
 from fewstep.runs.opening import start_of
 from fewstep.runs.recipe import Recipe
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.students import make_student
+from fewstep.training.computing import PRECISIONS, use_checkpoints
 from fewstep.training.ema import Ema
-from fewstep.training.fit import PRECISIONS, use_checkpoints
 from fewstep.training.shares import default_chunk
 from fewstep.training.step import checkpoints_followed
 

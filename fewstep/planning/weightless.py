@@ -1,5 +1,6 @@
 """The teacher and the data of a recipe from their configurations alone: shapes and types without numbers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,18 @@ from fewstep.common.randomness import generator
 from fewstep.common.trust import is_code
 from fewstep.data import encoded, load_data, pairs
 from fewstep.data.decode import check_side
-from fewstep.flows.fields import Guided, VelocityField, unguided
-from fewstep.flows.signature import classes_of, image_channels, shape_of
+from fewstep.flows.fields import VelocityField, unguided
+from fewstep.flows.signature import classes_of, image_channels, shape_at, shape_of
 from fewstep.latents.prompts import SIZES
 from fewstep.latents.vae import Latents
 from fewstep.models.loading import find_configurations
-from fewstep.models.weightless import META, _numbers, _told, field_without_weights, text_conditions
-from fewstep.runs.datasets import make_data, settled
-from fewstep.runs.opening import EXACT, check_teacher, check_told, make_teacher
+from fewstep.models.weightless import META, field_without_weights, needed_shapes, numbers, text_conditions
+from fewstep.runs.datasets import make_data, null_of, settled
+from fewstep.runs.opening import make_teacher
 from fewstep.runs.recipe import Recipe, Teacher
 from fewstep.runs.students import path_of
-from fewstep.training.folder import is_run
+from fewstep.runs.teachers import EXACT, check_teacher, guided
+from fewstep.training.run_files import is_run
 
 
 def teacher_without_weights(recipe: Recipe) -> VelocityField | None:
@@ -40,25 +42,18 @@ def teacher_without_weights(recipe: Recipe) -> VelocityField | None:
 
 
 def _teacher(section: Teacher) -> VelocityField:
-    guidance = section.guidance
     bare = section.model_copy(update={"guidance": None})
     source = section.source
     is_folder = source not in EXACT and not is_code(source) and not is_run(Path(source).expanduser())
     folder = find_configurations(section.source) if is_folder else None
     field = make_teacher(bare) if folder is None else field_without_weights(folder)
-    if guidance is None:
-        return field
-    if guidance.told:
-        check_told(section.source, field)
-        return field
-    weak = None if guidance.weak is None else _teacher(Teacher(source=guidance.weak))
-    null: Any = guidance.null
-    if null == "text":
-        text = text_conditions(field, 1)
-        if not text:
-            return make_teacher(section)  # which says what is wrong
-        null = {name: value[0] for name, value in text.items() if name not in SIZES}
-    return Guided(field, guidance.scale, guidance.interval, null=null, weak=weak)
+    return guided(field, section, lambda weak: _teacher(Teacher(source=weak)), _null)
+
+
+def _null(null: Mapping[str, int] | str, field: VelocityField) -> dict[str, Any]:
+    """The conditions that stand for none, without numbers where they are those of an empty prompt."""
+    text = text_conditions(field, 1) if null == "text" else {}
+    return {name: value[0] for name, value in text.items() if name not in SIZES} if text else null_of(null, field)
 
 
 def sample_of(recipe: Recipe, teacher: VelocityField | None) -> tuple[tuple[int, ...], dict[str, Tensor] | None]:
@@ -100,9 +95,7 @@ def _sized(field: VelocityField, options: dict[str, Any]) -> tuple[int, ...]:
     if size is None or len(shape) != 3:
         return shape
     check_side(size)
-    if field.latents is None:
-        return (shape[0], size, size)
-    return field.latents.shape_of((field.latents.image_channels, size, size))
+    return shape_at(field, (size, size))
 
 
 def conditions(recipe: Recipe, model: Any, rows: int, shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -111,9 +104,9 @@ def conditions(recipe: Recipe, model: Any, rows: int, shape: tuple[int, ...]) ->
     if classes_of(model):
         cond["class_labels"] = torch.zeros(rows, dtype=torch.long, device=META)
     if channels := (recipe.student.image or image_channels(model)):
-        cond["image"] = _numbers(rows, channels, *shape[1:])
+        cond["image"] = numbers(rows, channels, *shape[1:])
     guidance = recipe.teacher.guidance if recipe.teacher else None
     if guidance is not None and (guidance.told or guidance.range is not None):
-        cond["guidance"] = _numbers(rows)
-    others = {name: _numbers(rows, *shape) for name, shape in _told(model).items() if name not in cond}
+        cond["guidance"] = numbers(rows)
+    others = {name: numbers(rows, *shape) for name, shape in needed_shapes(model).items() if name not in cond}
     return cond | others

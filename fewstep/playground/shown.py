@@ -24,7 +24,7 @@ from fewstep.flows.signature import Model, classes_of, shape_of, takes
 from fewstep.generation.drawing import draw
 from fewstep.runs.datasets import given_by
 from fewstep.runs.opening import find_model, make_teacher
-from fewstep.training.folder import is_run
+from fewstep.training.run_files import is_run
 
 # What a page that is left alone draws of the plane, and what is looked at to choose its extent.
 POINTS, _LOOK = 4096, 1024

@@ -22,7 +22,7 @@ from fewstep.runs.recipe import Recipe
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.students import make_student
 from fewstep.training import checkpoints
-from fewstep.training.folder import is_run
+from fewstep.training.run_files import CHECKPOINTS, is_run
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _is_unsettled(out: Path) -> bool:
     """Whether a run that has begun took its pictures as they are, from before its teacher settled their size."""
     return (
         is_run(out)
-        and bool(checkpoints.steps_in(out / "checkpoints"))
+        and bool(checkpoints.steps_in(out / CHECKPOINTS))
         and "size" not in load_recipe(out, look=True).data.options
     )
 

@@ -11,10 +11,12 @@ from fewstep.common.trust import is_code, only_looking
 from fewstep.data.pairs import FACTS
 from fewstep.flows.fields import NetworkField
 from fewstep.objectives import OBJECTIVES
-from fewstep.runs.opening import EXACT, make_teacher
+from fewstep.runs.opening import make_teacher
 from fewstep.runs.recipe import Recipe, Teacher
 from fewstep.runs.recipes import find_recipe, known_recipes, load_recipe
+from fewstep.runs.teachers import EXACT
 from fewstep.runs.warm_start import recipe_of
+from fewstep.training.run_files import RECIPE
 
 # A paper by its arXiv number, or "" for a remark, and what it is cited for.
 Use = tuple[str, str]
@@ -158,7 +160,7 @@ def _teacher(section: Teacher) -> Iterator[Use]:
         yield "", f"what the teacher {section.source} uses is not known: no code is run to cite it"
         return
     folder = Path(section.source).expanduser()
-    if (folder / "recipe.yaml").is_file():
+    if (folder / RECIPE).is_file():
         for number, reason in _recipe(load_recipe(folder, look=True)):
             yield number, f"of the teacher: {reason}" if number else reason
     try:

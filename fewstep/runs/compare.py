@@ -1,6 +1,5 @@
 """Several methods trained alike, on one teacher, network, data, seeds and budget, and put side by side."""
 
-import dataclasses
 import json
 import re
 import sys
@@ -9,50 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import BaseModel
-
 from fewstep.common.disk import replace_file
-from fewstep.common.distributed import choose_device, environment
-from fewstep.common.errors import TrainingError, shortened
+from fewstep.common.distributed import environment
+from fewstep.common.errors import shortened
 from fewstep.common.locks import owned
 from fewstep.common.model_files import read_json
 from fewstep.common.options import parse_value
-from fewstep.common.parsing import checked
-from fewstep.common.randomness import generator
-from fewstep.data.batch import Batch, Data
-from fewstep.evaluation.calls import Counts
-from fewstep.evaluation.cost import Cost, Entry, compare_costs, step_cost
 from fewstep.evaluation.results import Evaluation
-from fewstep.objectives import FlowMatching
-from fewstep.runs.build import Built, build
+from fewstep.runs.budget import FAILURES, costs_of
+from fewstep.runs.build import build
 from fewstep.runs.recipe import Recipe
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
-from fewstep.runs.side_by_side import Comparison, MethodCost, Training
+from fewstep.runs.side_by_side import Comparison, Training
 from fewstep.training import checkpoints
-from fewstep.training.folder import MAY_DIFFER, check_ours, check_recipe, flat
+from fewstep.training.fingerprint import check_recipe
+from fewstep.training.folder import check_ours
+from fewstep.training.run_files import CHECKPOINTS, FAILED, METRICS, QUALITY, RECIPE
 from fewstep.training.trackers import read_metrics
 
 STEPS = (1, 2, 4, 8, 16)
-_ROUNDS = 7
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_FAILURES = (TrainingError, ValueError, TypeError, RuntimeError)
-
-
-class _Cost(BaseModel):
-    failed: str | None = None
-    time: float | None = None
-    memory: float | None = None
-    counts: Counts | None = None
-
-
-class _Budget(BaseModel):
-    """What ``budget.json`` says: of each method its cost, over the seconds of a step of flow matching."""
-
-    recipe: dict[str, Any]
-    base_seconds: float | None
-    methods: dict[str, _Cost]
 
 
 @dataclass(frozen=True)
@@ -145,7 +120,7 @@ def compare_methods(
             for seed in seeds:
                 _check_folder(out / method.folder(seed), recipe_of(method, seed, steps or 1))
         built = {label: build(found) for label, found in first.items()}
-        costs = _costs(first, built, out / "budget.json", say)
+        costs = costs_of(first, built, out / "budget.json", say)
         del built
 
         def planned(method: Method, seed: int) -> Recipe:
@@ -193,7 +168,7 @@ def _check_folder(folder: Path, recipe: Recipe) -> None:
 
 def _check_length(folder: Path, recipe: Recipe) -> None:
     """Raise if the run that is there was to be of another length: it would be neither of the two."""
-    if checkpoints.steps_in(folder / "checkpoints"):
+    if checkpoints.steps_in(folder / CHECKPOINTS):
         there, here = load_recipe(folder).training.steps, recipe.training.steps
         if there != here:
             raise ValueError(
@@ -210,26 +185,26 @@ def _train(label: str, recipe: Recipe, folder: Path) -> Training:
             found = done.evaluation
             if done.result.stopped == "interrupted":
                 raise KeyboardInterrupt
-        except _FAILURES as error:  # all that can be refused has been: this is the method's own
+        except FAILURES as error:  # all that can be refused has been: this is the method's own
             failed = shortened(str(error))
             note = {"why": failed, "recipe": recipe.as_dict()}
-            replace_file(folder / "failed.json", json.dumps(note, indent=2).encode())
-    metrics = folder / "metrics.jsonl"
+            replace_file(folder / FAILED, json.dumps(note, indent=2).encode())
+    metrics = folder / METRICS
     last = (read_metrics(metrics) if metrics.is_file() else [])[-1:] or [{}]
-    steps = max(checkpoints.steps_in(folder / "checkpoints"), default=0)
+    steps = max(checkpoints.steps_in(folder / CHECKPOINTS), default=0)
     return Training(label, recipe.seed, folder, steps, last[0].get("loss"), last[0].get("seconds"), failed, found)
 
 
 def _failure(folder: Path, recipe: Recipe) -> str | None:
     """Why the run in the folder failed, if it did: the same recipe would fail again."""
-    file = folder / "failed.json"
+    file = folder / FAILED
     note = read_json(file)
     return str(note.get("why", "")) if note.get("recipe") == recipe.as_dict() else None
 
 
 def _finished(folder: Path, recipe: Recipe) -> Evaluation | None:
     """The evaluation of a run that was trained and judged by just this recipe."""
-    file, kept = folder / "quality.json", folder / "recipe.yaml"
+    file, kept = folder / QUALITY, folder / RECIPE
     # Of a longer training that was killed before its evaluation, the file is older than the recipe.
     if not file.is_file() or file.stat().st_mtime < kept.stat().st_mtime:
         return None
@@ -237,72 +212,3 @@ def _finished(folder: Path, recipe: Recipe) -> Evaluation | None:
     steps = {row["steps"] for row in found.rows if row["model"] == "student"}
     is_same = steps == set(recipe.evaluation.steps) and found.facts["count"] == recipe.evaluation.count
     return found if is_same and load_recipe(folder).as_dict() == recipe.as_dict() else None
-
-
-def _costs(
-    recipes: dict[str, Recipe], built: dict[str, Built], file: Path, say: Callable[[str], None]
-) -> dict[str, MethodCost]:
-    """The cost of each method, from ``budget.json`` or measured now. What is kept is the time of a step of flow
-    matching, and ratios to it, so that a method that joins later is measured against the same."""
-    recipe = next(iter(recipes.values()))
-    ours = {
-        key: value
-        for key, value in flat(recipe.fingerprint()).items()
-        if not key.startswith("objective.") and key not in {*MAY_DIFFER, "seed", "student.weights"}
-    }
-    kept: dict[str, Any] = {"recipe": ours, "base_seconds": None, "methods": {}}
-    if file.is_file():
-        budget = checked(_Budget, read_json(file), file, "remove it, and steps are timed anew")
-        kept = budget.model_dump(exclude_unset=True)
-    if kept["recipe"] != ours:
-        differing = ", ".join(k for k in ours.keys() | kept["recipe"].keys() if ours.get(k) != kept["recipe"].get(k))
-        raise ValueError(f"{file} was measured for another recipe ({differing} differ): use another --out")
-    missing = [label for label in recipes if label not in kept["methods"]]
-    if missing:
-        say(f"timing a step of {', '.join(missing)}")
-        base, found = _measure({label: built[label] for label in missing}, recipe)
-        kept["base_seconds"] = kept["base_seconds"] or base.seconds * recipe.training.accumulate
-        for label, cost in found.items():
-            if isinstance(cost, str):
-                kept["methods"][label] = {"failed": cost}
-                continue
-            memory, counts = cost.peak_bytes / base.peak_bytes, dataclasses.asdict(cost.counts)
-            kept["methods"][label] = {"time": cost.over(base), "memory": memory, "counts": counts}
-        replace_file(file, json.dumps(kept, indent=2).encode())
-
-    def read(values: dict[str, Any]) -> MethodCost:
-        if "failed" in values:
-            return MethodCost(failed=values["failed"])
-        counts = Counts(**values["counts"])
-        return MethodCost(kept["base_seconds"] * values["time"], values["time"], values["memory"], counts)
-
-    return {label: read(kept["methods"][label]) for label in recipes}
-
-
-def _measure(built: dict[str, Built], recipe: Recipe) -> tuple[Cost, dict[str, Cost | str]]:
-    """Flow matching's cost, and each method's, timed in turn; of one that cannot run, why."""
-    device = choose_device(recipe.training.device, environment())
-    batch = _batch(next(iter(built.values())).data, recipe.training.batch // recipe.training.accumulate).to(device)
-    parts: dict[str, Entry] = {
-        label: (one.student.to(device), one.objective.to(device), None) for label, one in built.items()
-    }
-    failed: dict[str, Cost | str] = {}
-    for label, part in list(parts.items()):
-        try:
-            step_cost(part[0], part[1], batch, rounds=1)
-        except _FAILURES as error:
-            failed[label] = shortened(str(error))
-            del parts[label]
-    student = next(iter(parts.values()))[0] if parts else next(iter(built.values())).student
-    base: dict[str, Entry] = {"": (student, FlowMatching(), None)}
-    costs = compare_costs(base | parts, batch, _ROUNDS, precision=_HALF.get(recipe.training.precision))
-    return costs.pop(""), {**costs, **failed}
-
-
-def _batch(data: Data, rows: int) -> Batch:
-    """As many rows as a step has. Samples of a teacher are not drawn for it: their values do not change the cost."""
-    cond = getattr(data, "cond", None)
-    if cond is None:
-        return data.rows(torch.arange(rows) % (data.size or rows), generator(0))
-    index = torch.arange(rows) % (data.size or rows)
-    return Batch(torch.randn(rows, *data.shape, generator=generator(0)), {k: v[index] for k, v in cond.items()})

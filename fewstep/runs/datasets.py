@@ -18,10 +18,10 @@ from fewstep.data.batch import Data
 from fewstep.data.conditions import Dropped, Strengths
 from fewstep.data.couplings import Coupled
 from fewstep.data.decode import check_side
-from fewstep.data.encoded import NULL, read_null
 from fewstep.data.sources import is_pictures
+from fewstep.data.texts import NULL, read_null
 from fewstep.flows.fields import VelocityField, unguided
-from fewstep.flows.signature import Model, classes_of, needed_conditions, shape_of, takes
+from fewstep.flows.signature import Model, classes_of, needed_conditions, shape_at, shape_of, takes
 from fewstep.generation.encoding import check_model, encoded_once
 from fewstep.generation.teacher_samples import PromptedSamples, TeacherSamples
 from fewstep.latents.encoders import kept_null
@@ -29,6 +29,7 @@ from fewstep.latents.prompts import TEXT_CONDITIONS
 from fewstep.runs.objective import follows_teacher, strength_of
 from fewstep.runs.recipe import Named, Recipe
 from fewstep.training.leaving import UNNAMED
+from fewstep.training.run_files import TEACHER_SAMPLES, TEACHER_SAMPLES_FILE
 
 
 def null_of(null: Mapping[str, int] | str, field: VelocityField | None, encoded: Path | None = None) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def _uncoupled(recipe: Recipe, teacher: VelocityField | None, out: Path | None, 
     options = recipe.data.options
     if teacher.text is None:
         options = arguments("data", TeacherSamples, options, given=("field", "seed", "file"))
-        file = None if out is None else out / "teacher-samples.npz"
+        file = None if out is None else out / TEACHER_SAMPLES_FILE
         return TeacherSamples(teacher, seed=recipe.seed, file=file, **options)
     if "prompts" not in options:
         raise ValueError(
@@ -86,7 +87,7 @@ def _uncoupled(recipe: Recipe, teacher: VelocityField | None, out: Path | None, 
         )
     options = arguments("data", PromptedSamples, options, given=("field", "seed", "folder", "guidance", "fresh"))
     told = recipe.teacher is not None and recipe.teacher.guidance is not None and recipe.teacher.guidance.told
-    folder = None if out is None else out / "teacher-samples"
+    folder = None if out is None else out / TEACHER_SAMPLES
     strength = strength_of(recipe) if told else None
     return PromptedSamples(teacher, seed=recipe.seed, folder=folder, guidance=strength, fresh=fresh, **options)
 
@@ -97,11 +98,11 @@ def encoded_shape(section: Named, model: Model | None) -> tuple[int, ...] | None
         return None
     if not is_pictures(section.name, section.options):
         return None
-    size, latents = section.options.get("size"), model.latents
+    size = section.options.get("size")
     if size is None:
         return shape_of(model)
     check_side(size)
-    return latents.shape_of((latents.image_channels, size, size))
+    return shape_at(model, (size, size))
 
 
 def data_of(section: Named, model: Model | None, quiet: bool = False) -> Data:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
+from fewstep.models.adapter_files import save_adapter
 from fewstep.models.export import _write_field, _write_plain, _writer, no_pipeline
-from fewstep.models.lora import has_lora, merge_lora, save_adapter
+from fewstep.models.lora import has_lora, merge_lora
 from fewstep.models.model_card import card
 from fewstep.models.writing import (
     aside,
@@ -14,7 +15,7 @@ from fewstep.models.writing import (
 )
 from fewstep.runs.opening import load, open_run
 from fewstep.runs.provenance import citation, origin_of
-from fewstep.training.folder import is_run
+from fewstep.training.run_files import is_run
 
 
 def export(
@@ -46,7 +47,7 @@ def export(
         overwrite: whether an export that is there already is replaced; nothing else is.
         method: the objective it was trained by, for the model card; a run knows its own.
         quality: a Markdown table for the model card; a run that has been evaluated knows its own.
-        adapter: write the adapter of a LoRA alone (``fewstep.models.lora.save_adapter``), not the model that it is
+        adapter: write the adapter of a LoRA alone (``fewstep.save_adapter``), not the model that it is
             added to.
         trust: as for :func:`fewstep.load`.
 

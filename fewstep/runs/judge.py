@@ -28,6 +28,7 @@ from fewstep.generation.drawing import draw
 from fewstep.runs.datasets import data_of
 from fewstep.runs.objective import follows_teacher, strength_of
 from fewstep.runs.recipe import Named, Recipe
+from fewstep.training.run_files import METRICS, QUALITY, QUALITY_FIGURE, REPORT
 from fewstep.training.trackers import read_metrics
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def judge(
                 progress=progress,
                 decode=model.latents.decode if model.latents is not None and section.extractor != "auto" else None,
             )
-        replace_file(out / "quality.json", found.to_json().encode())
+        replace_file(out / QUALITY, found.to_json().encode())
     _report(model, teacher, recipe, found, out)
     return found
 
@@ -192,15 +193,15 @@ def _report(model: Model, teacher: VelocityField | None, recipe: Recipe, found: 
         tables.append(("Quality against network calls", *found.table()))
         for metric in _plotted(found.rows):
             figures.append((LABELS[metric], quality_figure(found.rows, metric)))
-        png(figures[0][1], out / "quality.png")
+        png(figures[0][1], out / QUALITY_FIGURE)
         figures += (pictures := _pictures(model, teacher, recipe, found))
         if pictures and (captions := found.captions[: _shown(model)]):
             tables.append(("The pictures' prompts, row by row", ["picture", "prompt"], list(enumerate(captions, 1))))
-    lines = read_metrics(out / "metrics.jsonl")
+    lines = read_metrics(out / METRICS)
     if sum(row.get("loss") is not None for row in lines) > 1:  # one point is no line
         figures.append(("Loss", loss_figure(lines)))
     write_report(
-        out / "report.html",
+        out / REPORT,
         title=recipe.name,
         recipe_text=recipe.as_yaml(),
         figures=figures,

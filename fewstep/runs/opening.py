@@ -2,7 +2,7 @@
 recipe."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,28 +15,22 @@ from fewstep.common.errors import TrainingError, unknown
 from fewstep.common.options import arguments, find_object, in_one_line, read_yaml
 from fewstep.common.trust import check_folder, code_in, is_code, trusting
 from fewstep.flows.description import say_shape
-from fewstep.flows.exact import CheckerboardField, eight_gaussians, spiral
-from fewstep.flows.fields import Guided, NetworkField, VelocityField
+from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.signature import Model, takes
+from fewstep.flows.signature import Model
 from fewstep.models.loading import has_one_variant, load_folder
 from fewstep.models.lora import has_lora, merge_lora
-from fewstep.objectives.base import check_velocity
 from fewstep.runs.datasets import data_of, encoded_folder, null_of
-from fewstep.runs.objective import follows_teacher, strength_of, trains_map
+from fewstep.runs.objective import strength_of, trains_map
 from fewstep.runs.recipe import Recipe, Student, Teacher
 from fewstep.runs.recipes import find_objective, load_recipe
 from fewstep.runs.students import make_student, path_of
-from fewstep.training import checkpoints, folder
-from fewstep.training.folder import is_run
+from fewstep.runs.teachers import EXACT, check_teacher, guided, is_nowhere
+from fewstep.training import checkpoints
+from fewstep.training.fingerprint import check_kept
 from fewstep.training.leaving import is_from_python, student_of
 from fewstep.training.run import frozen, put_back
-
-EXACT: dict[str, Callable[[], VelocityField]] = {
-    "checkerboard": CheckerboardField,
-    "eight-gaussians": eight_gaussians,
-    "spiral": spiral,
-}
+from fewstep.training.run_files import CHECKPOINTS, RECIPE, is_run
 
 
 def make_teacher(section: Teacher, encoded: Path | None = None) -> VelocityField:
@@ -58,41 +52,7 @@ def make_teacher(section: Teacher, encoded: Path | None = None) -> VelocityField
             f"the teacher {section.source!r} is a flow map, and what is distilled is a velocity field: "
             "name the teacher that it was made from; to train the map on, name it as student.start"
         )
-    if (guidance := section.guidance) is not None:
-        if guidance.told:
-            check_told(source, field)
-            return field
-        weak = None if guidance.weak is None else find_model(guidance.weak)
-        null = null_of(guidance.null, field, encoded)
-        field = Guided(field, guidance.scale, guidance.interval, null=null, weak=weak)
-    return field
-
-
-def is_nowhere(source: str) -> bool:
-    """Whether the name of a teacher is a bare word that neither fewstep nor this folder has."""
-    return not any(mark in source for mark in "/:~") and source not in EXACT and not Path(source).exists()
-
-
-def check_teacher(recipe: Recipe, teacher: VelocityField) -> None:
-    """That what is distilled is a velocity, or the recipe says that it is to be taken for one.
-
-    Raises:
-        ValueError: it is a model that was distilled for a few steps.
-    """
-    if recipe.teacher is not None and recipe.teacher.distilled:
-        teacher.distilled = ""
-    if follows_teacher(recipe):
-        check_velocity(teacher)
-
-
-def check_told(source: str, field: VelocityField) -> None:
-    """That a teacher is told the strength of guidance as it is.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not takes(field, "guidance"):
-        raise ValueError(f"teacher.guidance.told: {source!r} is told no strength of guidance: say null")
+    return guided(field, section, find_model, lambda null, field: null_of(null, field, encoded))
 
 
 def find_model(source: str, options: dict[str, Any] | None = None) -> Any:
@@ -193,9 +153,9 @@ def open_run(path: str | Path, *, trust: bool = False) -> Trained:
 
 def _opened(path: str | Path) -> Trained:
     path = Path(path).expanduser()
-    if not (path / "recipe.yaml").is_file():
+    if not (path / RECIPE).is_file():
         raise FileNotFoundError(f"there is no run in {path}: a run folder has a recipe.yaml and checkpoints/")
-    found = checkpoints.latest(path / "checkpoints")
+    found = checkpoints.latest(path / CHECKPOINTS)
     if found is None:
         raise FileNotFoundError(f"the run in {path} has no checkpoint yet: `fewstep train {path}` goes on with it")
     recipe, saved = recipe_of(path), checkpoints.load(found)
@@ -203,7 +163,7 @@ def _opened(path: str | Path) -> Trained:
     if not known.get("data_shape"):
         raise TrainingError(f"{found} does not say what it was trained on: put its state.json back as it was")
     if not is_from_python(path):
-        folder.check_kept(path, known, recipe.fingerprint())
+        check_kept(path, known, recipe.fingerprint())
     shape = tuple(known["data_shape"])
     with _opening(path), warnings.catch_warnings():
         # That some weights are new in the student was said when it was made, and they are loaded here.
@@ -239,8 +199,8 @@ def recipe_of(path: Path, tree: dict[str, Any] | None = None) -> Recipe:
     if not is_from_python(path):
         return load_recipe(path if tree is None else tree)
     if tree is None:
-        tree = read_yaml(path / "recipe.yaml")
-        check_folder(path, path / "recipe.yaml", code_in(tree))
+        tree = read_yaml(path / RECIPE)
+        check_folder(path, path / RECIPE, code_in(tree))
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:

@@ -20,6 +20,7 @@ from fewstep.flows.sampling import sample, sample_noise
 from fewstep.runs.objective import strength_of
 from fewstep.runs.recipe import Recipe
 from fewstep.training.run import Run
+from fewstep.training.run_files import SAMPLES
 
 _POINTS = 8192  # in a picture of a density
 _MEASURED = 512  # points compared with the teacher's; its exact flow takes seconds for more
@@ -84,7 +85,7 @@ class Watch:
                     median, most = error_quantiles(samples[few], self._ends)
                     found |= {f"error_median@{n}": median, f"error_99@{n}": most}
 
-        file = self.out / "samples" / f"step-{step:08d}.png"
+        file = self.out / SAMPLES / f"step-{step:08d}.png"
         if is_plane:
             truth = self.data.rows(torch.arange(count) % (self.data.size or count), generator(self.seed)).data
             panels = {f"{n} step{'s' * (n > 1)}": samples for n, samples in drawn.items()}

@@ -14,9 +14,8 @@ from fewstep.flows.maps import FlowMap
 from fewstep.models.model_card import Origin
 from fewstep.runs.cite import cite
 from fewstep.runs.recipe import Recipe
+from fewstep.training.run_files import QUALITY, QUALITY_FIGURE, RECIPE, SAMPLES, TRAINING
 
-# Where an export of a run keeps what it has of the run. Not beside the model: a folder with a recipe.yaml is a run.
-TRAINING = "training"
 _BASE = ("license", "license_name", "license_link", "base_model")
 
 
@@ -32,15 +31,15 @@ def origin_of(model: FlowMap | NetworkField, run: Path | None, export: Path) -> 
         return Origin(base=base)
     (export / TRAINING).mkdir()
     pictures = {}
-    grids = sorted((run / "samples").glob("step-*.png"))
-    found = {"samples.png": grids[-1:], "quality.png": [*run.glob("quality.png")]}
+    grids = sorted((run / SAMPLES).glob("step-*.png"))
+    found = {"samples.png": grids[-1:], "quality.png": [*run.glob(QUALITY_FIGURE)]}
     captions = {"samples.png": "Samples at the end of the training", "quality.png": "Quality against network calls"}
     for name, files in found.items():
         for packed in filter(None, (_picture(file, run) for file in files)):
             (export / TRAINING / name).write_bytes(packed)
             pictures[f"{TRAINING}/{name}"] = captions[name]
-    said = read_yaml(run / "recipe.yaml")
-    (export / TRAINING / "recipe.yaml").write_text(as_yaml(without_places(said)))
+    said = read_yaml(run / RECIPE)
+    (export / TRAINING / RECIPE).write_text(as_yaml(without_places(said)))
     recipe = Recipe.model_validate(said)  # which opening the run has checked
     method, teacher = recipe.objective.name, recipe.teacher.source if recipe.teacher else ""
     if not base:
@@ -51,7 +50,7 @@ def origin_of(model: FlowMap | NetworkField, run: Path | None, export: Path) -> 
         method=without_places(method),
         quality=_table_of(run),
         pictures=pictures,
-        recipe=f"{TRAINING}/recipe.yaml",
+        recipe=f"{TRAINING}/{RECIPE}",
         citation=citation(str(run)) or citation(method),
         base=base,
     )
@@ -80,7 +79,7 @@ def citation(what: str) -> str | None:
 def _table_of(run: Path) -> str | None:
     from fewstep.common.console import markdown
 
-    file = run / "quality.json"
+    file = run / QUALITY
     if not file.is_file():
         return None
     return markdown(*Evaluation.read(own_file(file, run)).table())

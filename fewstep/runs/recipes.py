@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from fewstep.common.errors import unknown
 from fewstep.common.options import arguments, find_object, in_one_line, parse_value, read_yaml
-from fewstep.common.trust import came_with, check_folder, code_in, is_code, trusting
+from fewstep.common.trust import check_folder, code_in, is_code, trusting
 from fewstep.runs.recipe import NETWORKS, PATHS, Named, Recipe
+from fewstep.training.run_files import RECIPE, came_with
 from fewstep.training.shares import check_shares, default_chunk
 
 # The key that a section's short form gives: `teacher: checkerboard` is `teacher: {source: checkerboard}`.
@@ -91,7 +92,7 @@ def find_recipe(source: str | Path) -> Path:
     """The file of a recipe, given by its path, its run folder or its name."""
     path = Path(source).expanduser()
     if path.is_dir():
-        path = path / "recipe.yaml"
+        path = path / RECIPE
     if path.is_file():
         return path
     known = known_recipes()

@@ -19,10 +19,11 @@ from fewstep.runs.judge import judge, prepare
 from fewstep.runs.opening import Trained, open_run, recipe_of, teacher_of
 from fewstep.runs.previews import Watch
 from fewstep.runs.recipe import Recipe
-from fewstep.training import checkpoints, folder
+from fewstep.training import checkpoints, fingerprint, folder
 from fewstep.training.fit import fit
 from fewstep.training.leaving import check_from_recipe
 from fewstep.training.run import Result
+from fewstep.training.run_files import CHECKPOINTS, RECIPE
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def _run(recipe: Recipe, out: Path, fresh: bool, is_main: bool) -> Finished:
     built = build(recipe, out, fresh)
     recipe = built.recipe
     if not fresh:
-        folder.check_recipe(out, recipe.fingerprint())
+        fingerprint.check_recipe(out, recipe.fingerprint())
     if recipe.evaluation.count:
         prepare(recipe, uncoupled(built.data), built.student)
     if is_main:
@@ -134,11 +135,11 @@ def _begin(out: Path, recipe: Recipe, fresh: bool) -> None:
     """Write the recipe of a run that starts. One that goes on keeps its own until ``fit`` has compared the two."""
     if fresh:
         folder.throw_away(out)
-    if not checkpoints.steps_in(out / "checkpoints"):
+    if not checkpoints.steps_in(out / CHECKPOINTS):
         folder.begin(out)
         _write_recipe(out, recipe)
 
 
 def _write_recipe(out: Path, recipe: Recipe) -> None:
     folder.write_recipe(out, recipe.as_dict())
-    remember(out, out / "recipe.yaml", code_in(recipe.as_dict()))
+    remember(out, out / RECIPE, code_in(recipe.as_dict()))

@@ -9,6 +9,7 @@ from fewstep.networks import UNet
 from fewstep.networks.families import ConditionalUNet
 from fewstep.networks.unet import OfDiffusers, set_size
 from fewstep.runs.recipe import Student
+from fewstep.training.run_files import RECIPE, TRAINING
 
 
 def started(
@@ -57,5 +58,5 @@ def started(
 def recipe_of(start: str) -> Path | None:
     """The recipe of the run, or export of one, that a student goes on from; None where there is none."""
     folder = Path(start).expanduser()
-    found = [file for file in (folder / "recipe.yaml", folder / "training" / "recipe.yaml") if file.is_file()]
+    found = [file for file in (folder / RECIPE, folder / TRAINING / RECIPE) if file.is_file()]
     return found[0] if found else None

@@ -14,16 +14,17 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fewstep.common import console, distributed, threads
+from fewstep.common import console, distributed
 from fewstep.common.distributed import World
-from fewstep.common.errors import unknown
 from fewstep.common.locks import owned
 from fewstep.data.batch import Data
 from fewstep.data.given import as_data
 from fewstep.objectives.base import Objective
 from fewstep.training import checkpoints, folder, interrupt, trackers
 from fewstep.training.batches import Batches
+from fewstep.training.computing import compile_networks, half_precision, threads_for, use_checkpoints
 from fewstep.training.ema import Ema, Model
+from fewstep.training.fingerprint import flat
 from fewstep.training.leaving import leave
 from fewstep.training.logbook import Logbook
 from fewstep.training.meter import Meter
@@ -36,13 +37,10 @@ from fewstep.training.step import (
     check_scale,
     checkpoints_followed,
     parallel,
-    rehearsal,
     seed_dropout,
     syncing,
     update,
 )
-
-PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def fit(
@@ -152,7 +150,7 @@ def fit(
     trackers.check(track)
     world = distributed.environment()
     device = distributed.choose_device(device, world)
-    half = _half_precision(precision, device)
+    half = half_precision(precision, device)
     data = as_data(data)
     chunk = chunk or default_chunk(batch)
     batches = Batches(data, batch, chunk, seed, accumulate, world.rank, world.size)
@@ -165,7 +163,7 @@ def fit(
     if data.size is not None and data.size < batch and not quiet and world.is_main:
         each = f"{batch / data.size:.2g} times"
         console.say(f"note: {data.size} rows of data and batch={batch}: each update sees each row about {each}")
-    identity = _identity(settings, student, objective, data) | folder.flat(fingerprint or {})
+    identity = _identity(settings, student, objective, data) | flat(fingerprint or {})
     if out is not None:
         folder.open_run(out, identity, resume)
 
@@ -208,13 +206,13 @@ def fit(
         run.progress = _progress(run, steps, max_seconds)
         if device.type == "cpu":
             stack.callback(torch.set_num_threads, torch.get_num_threads())
-            run.threads = world.from_main(_threads(run, step, batches, half))
+            run.threads = world.from_main(threads_for(run, step, batches, half))
             torch.set_num_threads(run.threads)
             # Killed before its first checkpoint, it begins with as many again.
             if out is not None and world.is_main and folder.threads_of(out) != run.threads:
                 folder.begin(out, identity, run.threads)
         if compile:
-            _compile(student, run.target)
+            compile_networks(student, run.target)
         saved, saved_at, started = run.step, run.seconds, time.perf_counter() - run.seconds
         book = stack.enter_context(Logbook(run, steps, track, world.is_main, quiet))
 
@@ -268,26 +266,6 @@ def fit(
     return Result(student, cast(Model, run.ema), run.step, run.seconds, run.step / run.seconds, losses, out, stopped)
 
 
-def _threads(run: Run, model: Step, batches: Batches, half: torch.dtype | None) -> int:
-    """How many the training takes: as the user says, as it had them before, or as it was measured on its own step."""
-    if threads.is_settled() or run.progress >= 1.0:
-        return torch.get_num_threads()
-    known = run.threads or (None if run.out is None else folder.threads_of(run.out))
-    if known is not None:
-        return known
-    model = rehearsal(model)
-
-    def work() -> None:
-        rows, noise = batches.micro(run.step, 0)
-        with checkpoints_followed(model.objective):
-            with torch.autocast("cpu", half, enabled=half is not None, cache_enabled=False):
-                loss, _, _ = model(rows, noise, run.target, run.progress, run.step)
-            loss.backward()
-        model.zero_grad()
-
-    return threads.fastest(work)
-
-
 def _save(run: Run, book: Logbook, world: World, keep: int) -> int:
     """A checkpoint by the main process, once every number of every process is known to be finite; the step."""
     run.meter.read()
@@ -304,36 +282,9 @@ def _check_positive(**values: float | None) -> None:
             raise ValueError(f"{name} must be more than 0, got {value}")
 
 
-def _half_precision(precision: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type, None for none."""
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
-    if precision == "fp16" and device.type != "cuda":
-        raise ValueError(f"precision='fp16' needs a CUDA GPU, this is {device}: use 'bf16' or 'float32'")
-    return PRECISIONS[precision]
-
-
-def use_checkpoints(student: nn.Module) -> None:
-    """Turn gradient checkpointing on, where the network is a diffusers model that has it."""
-    network: Any = getattr(student, "network", None)
-    if not getattr(getattr(network, "model", None), "_supports_gradient_checkpointing", False):
-        raise ValueError(
-            f"gradient_checkpointing=True is for diffusers models, and the student's network is a "
-            f"{type(network).__name__}: leave it out, or checkpoint in its forward (torch.utils.checkpoint)"
-        )
-    network.model.enable_gradient_checkpointing()
-
-
-def _compile(*models: Any) -> None:
-    """Compile the networks in place; the averages for evaluation, called now and then, stay as they are."""
-    for model in models:
-        if model is not None:
-            model.network.compile()
-
-
 def _identity(settings: dict[str, Any], student: nn.Module, objective: Objective, data: Data) -> dict[str, Any]:
     """What makes a run this run and no other, as far as ``fit`` can see it."""
-    return folder.flat(
+    return flat(
         {
             "training": settings,
             "objective_class": type(objective).__name__,

@@ -21,8 +21,8 @@ from fewstep.flows.maps import FlowMap
 from fewstep.objectives.base import Objective
 from fewstep.training.folder import write_recipe
 from fewstep.training.run import frozen
+from fewstep.training.run_files import STUDENT
 
-STUDENT = "student.json"
 # In the place of the name of data that have none.
 UNNAMED = "given to fewstep.fit"
 _PLAIN = bool | int | float | str | None

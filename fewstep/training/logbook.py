@@ -8,6 +8,7 @@ from fewstep.common.console import duration
 from fewstep.training import trackers
 from fewstep.training.progress import Progress
 from fewstep.training.run import Run
+from fewstep.training.run_files import METRICS
 
 
 class Logbook:
@@ -22,7 +23,7 @@ class Logbook:
     """
 
     def __init__(self, run: Run, steps: int | None, track: Sequence[str], is_main: bool, quiet: bool) -> None:
-        self._lines = trackers.JsonLines(run.out / "metrics.jsonl", run.step) if is_main and run.out else None
+        self._lines = trackers.JsonLines(run.out / METRICS, run.step) if is_main and run.out else None
         self._trackers: list[trackers.Tracker] = [self._lines] if self._lines else []
         if is_main:
             self._trackers += trackers.start(track, run.out, run.step, run.fingerprint)

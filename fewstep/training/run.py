@@ -16,6 +16,7 @@ from fewstep.training import checkpoints
 from fewstep.training.checkpoints import Checkpoint, Tensors
 from fewstep.training.ema import Ema, Model
 from fewstep.training.meter import Meter
+from fewstep.training.run_files import CHECKPOINTS
 
 
 @dataclass
@@ -87,7 +88,7 @@ class Run:
     def save(self, keep: int) -> None:
         """Write a checkpoint, where there is a run folder, and drop all but the newest ``keep``."""
         if self.out is not None:
-            checkpoints.save(self.out / "checkpoints", self.step, *self.capture(), keep)
+            checkpoints.save(self.out / CHECKPOINTS, self.step, *self.capture(), keep)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where the checkpoint was taken."""

@@ -14,6 +14,7 @@ from fewstep.common.errors import shown, unknown
 from fewstep.common.reading import parse_json, read_text
 from fewstep.common.received import no_link
 from fewstep.common.write_errors import cannot_write
+from fewstep.training.run_files import TENSORBOARD
 
 _GOES_ON = "the same command goes on from the last checkpoint"
 
@@ -59,7 +60,7 @@ class TensorBoard:
 
     def __init__(self, out: Path | None, step: int, config: dict[str, Any]) -> None:
         writer = import_module("torch.utils.tensorboard").SummaryWriter
-        self._folder = Path("runs") if out is None else out / "tensorboard"
+        self._folder = Path("runs") if out is None else out / TENSORBOARD
         with cannot_write(self._folder):
             self._writer = writer(None if out is None else str(self._folder), purge_step=step + 1 if step else None)
 

@@ -14,7 +14,7 @@ from fuzz.cases import Case
 from fuzz.edits import Edit
 from toys.places import TESTS
 
-from fewstep import commands
+from fewstep.commands import recipes
 
 
 def _fuzzed(count: int, seed: int) -> subprocess.CompletedProcess[str]:
@@ -61,7 +61,7 @@ def _fault(world: Path, edits: tuple[Edit, ...] = ()) -> str | None:
 def test_the_fuzzer_notices(
     does: Callable[[], Any], kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "run_recipes", lambda args, overrides: does())
+    monkeypatch.setattr(recipes, "run", lambda args: does())
     found = _fault(tmp_path)
     assert (found is None) == (kind is None)
     assert kind is None or str(found).startswith(kind)
@@ -75,5 +75,5 @@ def test_the_fuzzer_notices_what_does_not_end(tmp_path: Path, monkeypatch: pytes
         while True:
             pass
 
-    monkeypatch.setattr(commands, "run_recipes", busy)
+    monkeypatch.setattr(recipes, "run", busy)
     assert _fault(tmp_path) == "cpu"

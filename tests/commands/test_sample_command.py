@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from toys.families import tiny_model, tiny_pipeline
+from toys.families import tiny_model, tiny_pipeline, tiny_vae
 from toys.places import ROOT
 from toys.unet import tiny_student
 
@@ -24,7 +24,6 @@ import fewstep
 from fewstep.cli import main
 from fewstep.common.console import progress_bar
 from fewstep.common.distributed import World
-from fewstep.common.sharing import shares
 from fewstep.flows import signature
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.sampling import sample, sample_noise
@@ -33,6 +32,8 @@ from fewstep.generation.drawing import draw
 from fewstep.generation.images import claim, save_pictures
 from fewstep.generation.placement import place
 from fewstep.generation.requests import Asked, Encoded, class_names, class_numbers, prompt_flags, read_lines
+from fewstep.generation.sharing import shares
+from fewstep.latents.vae import Latents
 from fewstep.networks.families import SD3, Flux
 from fewstep.runs.opening import load
 
@@ -587,3 +588,14 @@ def test_sizes_that_a_network_cannot_draw() -> None:
         signature.sized(flux, (4, 128, 128), (8, 7))
     with pytest.raises(ValueError, match="no pictures"):
         signature.sized(model, (2,), (8, 8))
+
+
+def test_the_shape_of_samples_of_a_size() -> None:
+    model = NetworkField(SD3(tiny_model("sd3")))
+    assert signature.shape_at(model, (12, 16)) == (4, 12, 16)
+    model.latents = Latents(tiny_vae())
+    side = model.latents.factor
+    assert signature.shape_at(model, (4 * side, 6 * side)) == (4, 4, 6)
+    assert signature.sized(model, None, (4 * side, 6 * side)) == (4, 4, 6)
+    with pytest.raises(ValueError, match=f"both sides must be multiples of {side}"):
+        signature.shape_at(model, (4 * side, 6 * side + 1))

@@ -17,8 +17,8 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
 from toys.unet import tiny_student, tiny_unet
 
-from fewstep import commands
 from fewstep.cli import main
+from fewstep.commands import recipes
 from fewstep.common.errors import TrainingError, briefly, refused, shortened, shown
 from fewstep.common.parsing import parse_yaml
 from fewstep.data import pairs
@@ -113,20 +113,20 @@ def test_memory_that_is_not_there_is_one_line(
         def full(*_: object, error: Exception = error) -> int:
             raise error
 
-        monkeypatch.setattr(commands, "run_recipes", full)
+        monkeypatch.setattr(recipes, "run", full)
         _one_line(["recipes"], "there is not enough memory for this: ask for fewer or smaller samples", capsys)
 
     def broken(*_: object) -> int:
         raise RuntimeError("a fault of fewstep's own")
 
-    monkeypatch.setattr(commands, "run_recipes", broken)
+    monkeypatch.setattr(recipes, "run", broken)
     with pytest.raises(RuntimeError, match="own"):
         main(["recipes"])
 
 
 def test_what_libraries_log_is_short(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     factory = logging.getLogRecordFactory()
-    monkeypatch.setattr(commands, "run_recipes", lambda *_: logging.getLogger("x").warning("cut: %s", "a " * 9999) or 0)
+    monkeypatch.setattr(recipes, "run", lambda *_: logging.getLogger("x").warning("cut: %s", "a " * 9999) or 0)
     assert main(["recipes"]) == 0
     assert len(caplog.messages[0]) < 400
     assert logging.getLogRecordFactory() is factory

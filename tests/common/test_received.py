@@ -28,7 +28,8 @@ from fewstep.common.received import clean_png, is_place, own_file, plain_name, w
 from fewstep.data.encoded import Encoded
 from fewstep.flows.maps import FlowMap
 from fewstep.models import hub
-from fewstep.models.lora import add_lora, load_adapter, save_adapter
+from fewstep.models.adapter_files import load_adapter, save_adapter
+from fewstep.models.lora import add_lora
 from fewstep.runs.convert import convert
 from fewstep.runs.export import export
 from fewstep.runs.opening import load

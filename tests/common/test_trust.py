@@ -19,7 +19,7 @@ from fewstep.runs.opening import open_run
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 from fewstep.training.checkpoints import _seal
-from fewstep.training.folder import _SEEN, flat
+from fewstep.training.fingerprint import _SEEN, flat
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -38,7 +38,7 @@ from torch import nn
 
 import fewstep
 from fewstep.networks import MLP
-from fewstep.runs.opening import EXACT
+from fewstep.runs.teachers import EXACT
 
 Path(__file__).with_name("RAN").touch()
 

@@ -21,7 +21,7 @@ from toys.captions import picture
 
 from fewstep.common import reading
 from fewstep.common.options import read_yaml
-from fewstep.data import encoded, load_data, pairs
+from fewstep.data import encoded, load_data, pairs, texts
 from fewstep.data.decode import decode
 from fewstep.data.sources import listed
 from fewstep.flows.exact import CheckerboardField
@@ -324,12 +324,12 @@ def test_an_index_names_shards_of_its_folder_alone(tmp_path: Path, index: Any) -
     (tmp_path / encoded.INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"index\.json is damaged: "):
         encoded.read_index(tmp_path)
-    (tmp_path / encoded.TEXTS).write_text(json.dumps({"count": 3, "shard": 0}))
+    (tmp_path / texts.TEXTS).write_text(json.dumps({"count": 3, "shard": 0}))
     with pytest.raises(ValueError, match=r"texts\.json is damaged: it has no count and shard"):
-        encoded.read_texts(tmp_path)
-    (tmp_path / encoded.TEXTS).write_text(json.dumps({"count": 1 << 31, "shard": 1}))
+        texts.read_texts(tmp_path)
+    (tmp_path / texts.TEXTS).write_text(json.dumps({"count": 1 << 31, "shard": 1}))
     with pytest.raises(ValueError, match=r"texts\.json is damaged: it has more than 100,000 shards"):
-        encoded.read_texts(tmp_path)
+        texts.read_texts(tmp_path)
 
 
 @pytest.mark.parametrize(("key", "value"), [("labels", True), ("labels", [-1]), ("labels", ["a"]), ("prompts", 3)])

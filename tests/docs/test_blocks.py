@@ -43,7 +43,7 @@ def page(stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(stranger / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for name in ("previews._MEASURED", "previews._POINTS", "judge._POINTS"):  # of the pictures that a training shows
-        monkeypatch.setattr(f"fewstep.runs.run.{name}", 32)
+        monkeypatch.setattr(f"fewstep.runs.{name}", 32)
     logging.disable(logging.ERROR)
     yield Page(here, stranger / "inputs")
     logging.disable(logging.NOTSET)

@@ -20,7 +20,8 @@ import drawing  # noqa: E402
 import keys  # noqa: E402
 import offline  # noqa: E402
 
-from fewstep.cli import _parser  # noqa: E402
+from fewstep.cli import make_parser  # noqa: E402
+from fewstep.commands.parser import arguments_of  # noqa: E402
 from fewstep.objectives import OBJECTIVES  # noqa: E402
 from fewstep.runs.recipes import known_recipes, load_recipe  # noqa: E402
 
@@ -84,11 +85,11 @@ def test_every_recipe_is_shown_whole() -> None:
 
 
 def test_every_command_and_flag_is_on_the_page_of_commands() -> None:
-    page, known = commands.commands(), _parser()[1]
+    page, known = commands.commands(), make_parser()[1]
     parts = dict(re.findall(r"^## `fewstep (\w+)`\n(.*?)(?=^## |\Z)", page, re.M | re.S))
     assert set(parts) == set(known)
     for name, parser in known.items():
-        for action in parser._actions[1:]:  # all but --help
+        for action in arguments_of(parser):
             assert all(f"`{flag}" in parts[name] for flag in action.option_strings), (name, action)
         assert all(cell for row in _rows(parts[name]) for cell in row), name
 

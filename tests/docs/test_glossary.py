@@ -6,7 +6,7 @@ from functools import reduce
 from toys.places import ROOT
 
 import fewstep
-from fewstep.commands import DEFAULTS
+from fewstep.commands.train import DEFAULTS
 from fewstep.runs.recipe import Recipe
 
 PAGE = (ROOT / "docs" / "guides" / "glossary.md").read_text()

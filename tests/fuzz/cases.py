@@ -227,7 +227,7 @@ def mistyped(draw: st.DrawFn) -> Case:
 @cache
 def _flags_of(command: str) -> list[str]:
     """The flags of a command, from the parser itself, and for those that take them, the keys of a recipe."""
-    _, commands = cli._parser()
+    _, commands = cli.make_parser()
     flags = [flag for action in commands[command]._actions for flag in action.option_strings]
     if command in ("train", "distill", "plan"):
         flags += [f"--{key}" for key in _keys(Recipe)]

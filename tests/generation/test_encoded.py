@@ -20,7 +20,7 @@ from fewstep.common.distributed import World
 from fewstep.common.randomness import generator
 from fewstep.data import Data, Encoded, load_data
 from fewstep.data.decode import decode
-from fewstep.data.encoded import Texts
+from fewstep.data.texts import Texts
 from fewstep.flows.fields import VelocityField
 from fewstep.generation import encoding
 from fewstep.generation.encoding import encoded_once

@@ -23,8 +23,9 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.latents.vae import Latents
+from fewstep.models.adapter_files import PEFT_CONFIG, PEFT_FILE, load_adapter
 from fewstep.models.exported import network_folder
-from fewstep.models.lora import PEFT_CONFIG, PEFT_FILE, add_lora, load_adapter, merge_lora
+from fewstep.models.lora import add_lora, merge_lora
 from fewstep.networks import FAMILIES, UNet, two_times
 from fewstep.pipelines.source import whole
 from fewstep.runs.export import export

@@ -16,7 +16,8 @@ from fewstep.flows.exact import GaussianField
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed
-from fewstep.models.lora import DIFFUSERS_FILE, PEFT_FILE, add_lora, has_lora, load_adapter, merge_lora, save_adapter
+from fewstep.models.adapter_files import DIFFUSERS_FILE, PEFT_FILE, load_adapter, save_adapter
+from fewstep.models.lora import add_lora, has_lora, merge_lora
 from fewstep.objectives import ITVM
 from fewstep.runs.opening import load
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from toys.families import conditions, ddim, tiny_model
 
 from fewstep.flows.fields import DiffusionField
-from fewstep.models.lora import DIFFUSERS_FILE, load_adapter, merge_lora, save_adapter
+from fewstep.models.adapter_files import DIFFUSERS_FILE, load_adapter, save_adapter
+from fewstep.models.lora import merge_lora
 from fewstep.networks import ConditionalUNet
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")

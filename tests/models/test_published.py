@@ -22,11 +22,11 @@ from fewstep.evaluation.agreement import compare_samplers
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample
 from fewstep.flows.schedules import schedule_of, todays_config
-from fewstep.flows.signature import image_channels, takes
+from fewstep.flows.signature import image_channels, shape_at, takes
 from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.encoders import text_identity, vae_identity
 from fewstep.latents.vae import Latents
-from fewstep.models.diffusers_pipeline import look_into
+from fewstep.models.diffusers_configs import look_into
 from fewstep.models.export import no_pipeline
 from fewstep.models.exported import FlowMapPipeline
 from fewstep.models.writing import copy_part
@@ -176,6 +176,9 @@ def test_kandinsky_and_wan_decode_as_their_pipelines_do(tmp_path: Path) -> None:
     assert video.shape == (1, 3, 5, 16, 16)
     assert field.latents.image_shape_of((4, 2, 2, 2)) == (3, 5, 16, 16)
     assert field.latents.shape_of((3, 5, 16, 16)) == (4, 2, 2, 2)
+    assert shape_at(field, (16, 32), (4, 2, 2, 2)) == (4, 2, 2, 4)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        shape_at(field, (16, 12), (4, 2, 2, 2))
     mode = vae.encode(video).latent_dist.mode()
     assert torch.allclose(field.latents.encode(video), (mean - mode).neg() / std, atol=1e-6)
     for shape, says in (((3, 6, 16, 16), "videos of 6 frames"), ((3, 16, 16), r"takes videos \(C, F, H, W\)")):

@@ -20,7 +20,8 @@ from fewstep.data.batch import Batch
 from fewstep.flows.fields import DiffusionField, Guided, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample
-from fewstep.models.lora import add_lora, load_adapter, merge_lora, save_adapter
+from fewstep.models.adapter_files import load_adapter, save_adapter
+from fewstep.models.lora import add_lora, merge_lora
 from fewstep.networks import FAMILIES, MLP, SECOND_TIMES, gains_second_time, with_second_time
 from fewstep.networks.two_times import SECOND_TIMES as CARRIED
 from fewstep.objectives import (

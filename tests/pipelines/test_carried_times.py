@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fewstep.common.manifests import Diffusion
 from fewstep.flows.change_of_path import scaling
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.paths import Linear, Path, Reversed
@@ -21,6 +20,7 @@ from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.tabulated import Tabulated
 from fewstep.models.export import diffusion_of
 from fewstep.models.loading import _spoken
+from fewstep.models.manifests import Diffusion
 from fewstep.networks.flow_model import flow_scaling
 from fewstep.networks.held import held_ratios
 from fewstep.pipelines.native_times import coefficients, second_timestep

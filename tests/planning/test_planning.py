@@ -18,7 +18,7 @@ from toys.unet import tiny_field
 
 import fewstep
 from fewstep.cli import main
-from fewstep.commands.planning import duration, fit_table, number
+from fewstep.commands.plan import duration, fit_table, number
 from fewstep.common.randomness import generator
 from fewstep.data import encoded, pairs
 from fewstep.data.batch import Batch
@@ -387,7 +387,7 @@ def test_what_does_not_fit_is_told_what_to_change(monkeypatch: pytest.MonkeyPatc
     assert wanted == [list(wanted[-1])[: n + 1] for n in range(3)]
     assert wanted[-1] == ["training.precision", "training.gradient_checkpointing", "student.lora.rank"]
     assert [some for some, _ in changes(load_recipe(POINTS))] == [{"training.precision": "bf16"}]
-    monkeypatch.setattr("fewstep.commands.planning.CARDS", (7, 24, 48, 80))
+    monkeypatch.setattr("fewstep.commands.plan.CARDS", (7, 24, 48, 80))
     rows_of = {row[0]: (row[1], row[3]) for row in fit_table(planned(recipe))[1]}
     change = "--training.precision bf16 --training.gradient_checkpointing true"
     assert rows_of == {

@@ -26,7 +26,7 @@ from toys.families import tiny_pipeline
 from toys.unet import tiny_field, tiny_student
 
 import fewstep
-from fewstep.cli import _parser, main
+from fewstep.cli import main, make_parser
 from fewstep.common.randomness import sample_generators
 from fewstep.evaluation.grids import image_grid
 from fewstep.flows.fields import Guided, NetworkField
@@ -38,6 +38,7 @@ from fewstep.playground.door import Door
 from fewstep.playground.shown import Playground, Wish, step_counts
 
 gradio = pytest.importorskip("gradio")
+from fewstep.playground import markup  # noqa: E402
 from fewstep.playground import page as playground_page  # noqa: E402
 
 
@@ -366,9 +367,9 @@ def test_the_command_under_the_pictures_draws_them(tmp_path: Path, monkeypatch: 
 
 def test_prompts_that_begin_with_a_dash_are_in_the_command(tmp_path: Path) -> None:
     play = Playground(tiny_student(), "tiny")
-    foot = playground_page._foot(play, "tiny", Wish(prompts=("a cat", "-hat", "--count 3")), tmp_path)
+    foot = markup.footer(play, "tiny", Wish(prompts=("a cat", "-hat", "--count 3")), tmp_path)
     words = shlex.split(html.unescape(re.findall("<code>(.*)</code>", foot)[0]))
-    parser, _ = _parser()
+    parser, _ = make_parser()
     assert parser.parse_args(words[1:]).prompt == ["a cat", "-hat", "--count 3"]
 
 
@@ -473,7 +474,7 @@ def test_the_command_serves_until_it_is_ended(
             time.sleep(20)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("fewstep.commands.playground.Event", Pressed)
+    monkeypatch.setattr("fewstep.commands.ui.Event", Pressed)
     assert main(["ui", "checkerboard"]) == 0
     assert answers == [200]
     assert capsys.readouterr().err == "\nended\n"

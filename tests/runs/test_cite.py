@@ -220,8 +220,8 @@ def test_the_commands_of_a_page_are_those_of_its_method(page: Path) -> None:
     commands = [line for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
     assert commands
     for command in commands:
-        rest, overrides = cli._split(shlex.split(command)[1:])
-        recipe = load_recipe(rest[1], overrides)
+        args = cli.parsed(shlex.split(command)[1:])
+        recipe = load_recipe(args.recipe, args.overrides)
         assert recipe.objective.name == name
         teacher = make_teacher(recipe.teacher) if recipe.teacher and recipe.teacher.source == "checkerboard" else None
         if teacher or recipe.teacher is None:

@@ -14,8 +14,8 @@ from fewstep.evaluation import evaluate as evaluation
 from fewstep.evaluation.plots import quality_figure
 from fewstep.evaluation.results import Evaluation
 from fewstep.objectives import MeanFlow
+from fewstep.runs import budget, judge
 from fewstep.runs import compare as comparing
-from fewstep.runs import judge
 from fewstep.runs import previews as watch
 from fewstep.runs.build import build
 from fewstep.runs.compare import compare_methods, parse_method
@@ -56,7 +56,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "_report", lambda *_: None)  # of each run, with its pictures
     monkeypatch.setattr(watch, "teacher_states", partial(watch.teacher_states, steps=2))
     monkeypatch.setattr(evaluation, "_SOLVE", 2)
-    monkeypatch.setattr(comparing, "_ROUNDS", 1)
+    monkeypatch.setattr(budget, "_ROUNDS", 1)
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_two_methods_two_seeds_side_by_side_and_never_trained_twice(
         raise AssertionError("this was done")
 
     monkeypatch.setattr(comparing, "run", never)
-    monkeypatch.setattr(comparing, "compare_costs", never)
+    monkeypatch.setattr(budget, "compare_costs", never)
     again, _ = compare(recipe, "ITVM", "LMD:ends=0.1", seeds=(0, 1), steps=3)
     assert again.rows == found.rows
     assert again.costs == found.costs

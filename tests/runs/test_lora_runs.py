@@ -10,7 +10,8 @@ from toys.unet import tiny_unet
 from fewstep.common.errors import TrainingError
 from fewstep.flows.fields import Guided
 from fewstep.flows.maps import FlowMap
-from fewstep.models.lora import add_lora, has_lora, load_adapter, save_adapter
+from fewstep.models.adapter_files import load_adapter, save_adapter
+from fewstep.models.lora import add_lora, has_lora
 from fewstep.objectives import ITVM
 from fewstep.runs.build import build
 from fewstep.runs.export import export
@@ -19,7 +20,7 @@ from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 from fewstep.training import checkpoints
 from fewstep.training.ema import Ema
-from fewstep.training.folder import differences, flat
+from fewstep.training.fingerprint import differences, flat
 
 MLP_SIZE = 2 * 16 + 16 + 64 * 16 + 16 + 16 * 16 + 16 + 16 * 2 + 2
 

@@ -22,7 +22,7 @@ from fewstep.runs.compare import compare_methods
 from fewstep.runs.opening import open_run
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import evaluate_run, run
-from fewstep.training import checkpoints, folder
+from fewstep.training import checkpoints, fingerprint, folder, run_files
 from fewstep.training.fit import fit
 
 POINTS: dict[str, Any] = {
@@ -178,9 +178,9 @@ def test_a_recipe_that_was_edited_is_not_what_the_checkpoint_is_of(tmp_path: Pat
 @pytest.mark.takes_seconds
 def test_runs_of_before_there_was_a_mark_go_on(tmp_path: Path) -> None:
     out = trained(tmp_path / "run")
-    (out / folder.MARK).unlink()
+    (out / run_files.MARK).unlink()
     assert run(load_recipe(POINTS, {"steps": "6"}), out).result.step == 6
-    (out / folder.MARK).unlink()
+    (out / run_files.MARK).unlink()
     shutil.rmtree(out / "checkpoints")
     (out / "metrics.jsonl").unlink()  # killed before its first checkpoint
     assert run(load_recipe(POINTS), out).result.step == 4
@@ -272,7 +272,7 @@ def test_killed_at_any_change_of_a_fresh_start_no_checkpoint_passes_as_another_r
         if not kill_at(call, out, other):
             break
         call += 1
-        assert folder.is_ours(out)
+        assert run_files.is_ours(out)
         now = load_recipe(out)
         steps = checkpoints.steps_in(out / "checkpoints")
         left.add((tuple(steps), now.name))
@@ -280,7 +280,7 @@ def test_killed_at_any_change_of_a_fresh_start_no_checkpoint_passes_as_another_r
             assert now.as_dict() == old.as_dict()
             assert open_run(out).step == steps[-1]
             with pytest.raises(ValueError, match="belongs to another recipe"):
-                folder.check_recipe(out, other.fingerprint())
+                fingerprint.check_recipe(out, other.fingerprint())
         else:
             with pytest.raises(FileNotFoundError):
                 open_run(out)
@@ -323,7 +323,7 @@ def test_what_moved_is_a_place_that_is_left_for_one_that_is_there(
         Path(name).mkdir()
     for name in ("lib/net.py", "other.py"):
         Path(name).touch()
-    differing = lambda key, then, now: bool(folder._differing({key: then}, {key: now}))  # noqa: E731
+    differing = lambda key, then, now: bool(fingerprint._differing({key: then}, {key: now}))  # noqa: E731
     for then, now in (("old", "new"), ("./old", "new"), ("/gone/old", "./new"), ("owner/name", "new")):
         assert not differing("data.name", then, now)
         assert not differing("teacher.source", then, now)

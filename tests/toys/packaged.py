@@ -17,7 +17,7 @@ import venv
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 IN_WHEEL = ["fewstep/py.typed", "fewstep/pretrained/fashion-mnist/model_index.json"]
 IN_SDIST = ["pyproject.toml", "Makefile", "constraints.txt", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"]
 # Nothing that was built or measured here belongs to a package.

@@ -4,10 +4,28 @@ import argparse
 import signal
 from threading import Event
 
+from fewstep.commands.parser import Commands, add_command
+from fewstep.commands.shared import MODEL, add_device, add_variant
 from fewstep.common.console import say
 
 
-def run_ui(args: argparse.Namespace, _: dict[str, str]) -> int:
+def add(commands: Commands) -> None:
+    p = add_command(
+        commands,
+        "ui",
+        run,
+        "try a model out on a page: few steps and the teacher side by side",
+        examples=["ui runs/checkerboard", "ui checkerboard-export --port 8000"],
+        may_run_code=True,
+    )
+    p.add_argument("model", help=MODEL)
+    p.add_argument("--host", default="127.0.0.1", metavar="NAME", help="where it listens (default: this machine alone)")
+    p.add_argument("--port", type=int, metavar="N", help="(default: the first that is free from 7860)")
+    add_variant(p)
+    add_device(p)
+
+
+def run(args: argparse.Namespace) -> int:
     from fewstep.common.distributed import World, choose_device
     from fewstep.playground.page import check_gradio, serve
     from fewstep.playground.shown import Playground

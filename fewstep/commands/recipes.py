@@ -1,20 +1,23 @@
-"""`recipes` and `cite`: what comes along, and by whom."""
+"""`recipes`: what comes along to start from."""
 
 import argparse
-import shlex
 
+from fewstep.commands.parser import Commands, add_command
 from fewstep.common.console import say_next
 
 
-def run_cite(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.runs.cite import cite
+def add(commands: Commands) -> None:
+    p = add_command(
+        commands,
+        "recipes",
+        run,
+        "list the recipes that come along",
+        examples=["recipes", "recipes checkerboard-itvm > mine.yaml"],
+    )
+    p.add_argument("recipe", nargs="?", help="print this one, to start your own from")
 
-    print(cite(*args.what), end="")
-    say_next([shlex.join(["fewstep", *args.argv]) + " > papers.bib"])
-    return 0
 
-
-def run_recipes(args: argparse.Namespace, _: dict[str, str]) -> int:
+def run(args: argparse.Namespace) -> int:
     from fewstep.runs.recipes import describe, find_recipe, known_recipes
 
     if args.recipe is not None:

@@ -1,16 +1,34 @@
-"""`export`, `convert` and `push`: models as folders, and those on the hub."""
+"""`export`: the model of a run as a folder of its own."""
 
 import argparse
 import shlex
+from pathlib import Path
 
-from fewstep.commands.words import numbers
-from fewstep.common.console import print_table, say_next
+from fewstep.commands.parser import Commands, add_command
+from fewstep.common.console import say_next
 
 
-def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
+def add(commands: Commands) -> None:
+    p = add_command(
+        commands,
+        "export",
+        run,
+        "write a model that diffusers loads",
+        examples=["export runs/checkerboard checkerboard-export", "export runs/checkerboard --format onnx"],
+        may_run_code=True,
+    )
+    p.add_argument("model", type=Path, help="a run folder")
+    p.add_argument("folder", type=Path, nargs="?", help="where to (default: model, in the run folder)")
+    p.add_argument("--overwrite", action="store_true", help="replace an export that is there")
+    p.add_argument("--adapter", action="store_true", help="of a run with student.lora: the adapter alone")
+    text = "diffusers (default), or the bare map as a program for other runtimes"
+    p.add_argument("--format", choices=("diffusers", "onnx", "torch"), default="diffusers", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
     from fewstep.common.model_files import read_json
     from fewstep.flows.description import code_named
-    from fewstep.models.lora import DIFFUSERS_FILE
+    from fewstep.models.adapter_files import DIFFUSERS_FILE
     from fewstep.models.writing import moments_in
     from fewstep.runs.export import export
 
@@ -20,7 +38,7 @@ def run_export(args: argparse.Namespace, _: dict[str, str]) -> int:
     folder = export(args.model, folder, overwrite=args.overwrite, adapter=args.adapter)
     if args.adapter:
         others = "diffusers' load_lora_weights reads" if (folder / DIFFUSERS_FILE).is_file() else "peft reads"
-        print(f"{folder} is an adapter: fewstep.models.lora.load_adapter reads it, and {others} it too")
+        print(f"{folder} is an adapter: fewstep.models.adapter_files.load_adapter reads it, and {others} it too")
         say_next([shlex.join(["fewstep", "export", str(args.model), f"{args.model.name}-export"])])
         return 0
     print(f"{folder} is a model of its own; its README.md says how to use it")
@@ -45,46 +63,4 @@ def _export_program(args: argparse.Namespace) -> int:
     rows = "any number of rows" if done.largest_batch is None else f"up to {done.largest_batch} rows"
     print(f"{folder / done.file} takes {rows}, and differs from the model by {done.difference:.1e} at most, as checked")
     print(f"{folder / 'README.md'} has the code that samples it")
-    return 0
-
-
-def run_convert(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.runs.convert import convert
-
-    done = convert(
-        args.model,
-        args.out,
-        check=not args.no_check,
-        count=args.count,
-        steps=args.steps,
-        seed=args.seed,
-        labels=numbers("--labels", args.labels) if args.labels else None,
-        prompts=args.prompt,
-        device=args.device,
-        overwrite=args.overwrite,
-        variant=args.variant,
-    )
-    for what, line in done.rows():
-        print(f"{what + ':':<15} {line}")
-    if done.agreement is not None:
-        print_table(*done.agreement.table())
-    print(done.verdict)
-    if done.picture is not None:
-        print(f"{args.out / done.picture} shows original, flow and difference; {args.out / 'README.md'} has it all")
-    out, name = str(args.out), args.out.name
-    say_next(
-        [
-            shlex.join(["fewstep", "sample", out, "--steps", "50", "--out", f"{name}.png"]),
-            shlex.join(["fewstep", "reflow", out, "--count", "10000", "--out", f"{name}-pairs"]),
-            shlex.join(["fewstep", "distill", "--teacher", out]),
-        ]
-    )
-    return 0 if done.agreement is None or done.agreement.is_good else 1
-
-
-def run_push(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.models.hub import how_to_load, kind_of, push
-
-    print(push(args.folder, args.name, private=args.private or None, message=args.message))
-    say_next([how_to_load(args.name, kind_of(args.folder))])
     return 0

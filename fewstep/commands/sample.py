@@ -1,28 +1,72 @@
-"""`sample` and `reflow`: what a model draws."""
+"""`sample`: what a model draws."""
 
 import argparse
-import json
 import re
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from fewstep.commands.words import numbers
+from fewstep.commands.parser import Commands, add_command
+from fewstep.commands.shared import MODEL, add_device, add_guidance_scale, add_variant, numbers, open_model
 from fewstep.common.console import progress_bar, say_next
 from fewstep.common.errors import shown
 
 _MOST = 10_000_000  # samples: what is known of each takes memory
 
 
-def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
+def add(commands: Commands) -> None:
+    p = add_command(
+        commands,
+        "sample",
+        run,
+        "draw samples",
+        examples=[
+            "sample runs/checkerboard --steps 2 --count 1000 --out samples.npy",
+            'sample ./stable-diffusion --prompt "a cat" "a dog" --guidance-scale 7.5 --out cats-and-dogs.png',
+        ],
+        may_run_code=True,
+    )
+    p.add_argument("model", help=MODEL)
+    text = "how many steps, diffusers' num_inference_steps (default: 2 for a flow map, 50 for a velocity field)"
+    p.add_argument("--steps", type=int, metavar="N", help=text)
+    p.add_argument("--count", type=int, metavar="N", help="how many (default: 64, or as many as prompts or seeds)")
+    p.add_argument("--seed", type=int, metavar="N", help="sample i of a seed is always the same (default: 0)")
+    p.add_argument("--first", type=int, default=0, metavar="I", help="go on with sample I of the seed (default: 0)")
+    p.add_argument("--seeds", metavar="5,9,17", help="in the place of --seed and --count: sample 0 of each of these")
+    p.add_argument("--out", type=Path, metavar="PATH", help="a .png grid, .npy, .npz, or a folder (goes on there)")
+    text = "classes by number or name, given to the samples in turn (default: all)"
+    p.add_argument("--labels", metavar="3,cat", help=text)
+    prompts = p.add_mutually_exclusive_group()
+    text = "texts, given to the samples in turn, for a model of text; --prompt=-TEXT for one that begins with a dash"
+    prompts.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help=text)
+    text = "sample i takes line i: of a text file, or of a .jsonl with text, seed and label (samples.jsonl is one)"
+    prompts.add_argument("--prompts", metavar="FILE", help=text)
+    text = "height and width in pixels, for a model that takes others"
+    p.add_argument("--size", metavar="768x1024", help=text)
+    add_guidance_scale(p)
+    p.add_argument("--latents", action="store_true", help="write the latents of a latent model, not their images")
+    text = "re-noising between steps, 0 to 1 (default: the map's, mostly 0)"
+    p.add_argument("--gamma", type=float, metavar="G", help=text)
+    text = "times of the steps: uniform (default), shifted, quadratic, or native (those of DDIM)"
+    p.add_argument("--grid", default="uniform", metavar="NAME", help=text)
+    p.add_argument("--solver", metavar="NAME", help="for a velocity field: euler (default), midpoint, heun, adaptive")
+    p.add_argument("--teacher", action="store_true", help="sample the teacher of the run instead")
+    p.add_argument("--batch", type=int, default=256, metavar="N", help="samples drawn at once, at most (default: 256)")
+    text = "of the network: float32 (default), bf16, or fp16 on a GPU"
+    p.add_argument("--dtype", default="float32", metavar="NAME", help=text)
+    p.add_argument("--compile", action="store_true", help="compile the network (torch.compile), which takes a while")
+    add_variant(p)
+    add_device(p)
+
+
+def run(args: argparse.Namespace) -> int:
     from contextlib import ExitStack
     from math import prod
 
     from fewstep.common.distributed import choose_device, environment, join
     from fewstep.common.reading import check_memory
     from fewstep.common.received import without_places
-    from fewstep.common.sharing import gathered, shares
     from fewstep.flows.maps import FlowMap
     from fewstep.flows.sampling import count_calls
     from fewstep.flows.signature import shape_of, sized
@@ -30,6 +74,7 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     from fewstep.generation.images import check_out, claim, missing, picture_name, save_pictures, says, write
     from fewstep.generation.placement import place
     from fewstep.generation.requests import prompt_flags
+    from fewstep.generation.sharing import gathered, shares
     from fewstep.latents.prompts import TEXT_CONDITIONS
     from fewstep.runs.datasets import given_by
 
@@ -49,7 +94,7 @@ def run_sample(args: argparse.Namespace, _: dict[str, str]) -> int:
     given = {} if run is None else given_by(run.recipe, model, asked.count, asked.first, text=not asked.prompts)
     asked = settled(model, asked, given)
 
-    options = {"grid": args.grid, "gamma": args.gamma, "solver": args.solver, "guidance": args.guidance}
+    options = {"grid": args.grid, "gamma": args.gamma, "solver": args.solver, "guidance": args.guidance_scale}
     options = {name: value for name, value in options.items() if value is not None}
     is_folder = out.suffix == ""
     if not is_folder:
@@ -179,79 +224,3 @@ def _size(text: str) -> tuple[int, int]:
     if max(size) > LARGEST:
         raise ValueError(f"--size {shown(text)}: {LARGEST} pixels at most")
     return size
-
-
-def run_reflow(args: argparse.Namespace, _: dict[str, str]) -> int:
-    from fewstep.common.distributed import environment
-    from fewstep.flows.fields import Guided, NetworkField, unguided
-    from fewstep.flows.maps import FlowMap
-    from fewstep.flows.signature import image_channels, shape_of, takes
-    from fewstep.generation.reflow import make_pairs
-    from fewstep.generation.requests import read_lines
-    from fewstep.latents.encoders import kept_null
-
-    model, run = open_model(args)
-    shape = shape_of(model) if run is None else run.shape
-    if image_channels(model):
-        raise ValueError(
-            f"{args.model} takes an image beside the state, and pairs are drawn of classes alone: draw its noise and "
-            "samples in Python, fewstep.sample(model, noise, image=...), and train on arrays"
-        )
-    again, is_main = shlex.join(["fewstep", *args.argv]), environment().is_main
-    is_map, guidance = isinstance(model, FlowMap), args.guidance
-    if guidance is not None and not is_map and not isinstance(model, Guided) and not takes(model, "guidance"):
-        if model.text is None:
-            raise ValueError(f"--guidance {guidance:g}: {args.model} is told no strength of guidance, and has no text")
-        model, guidance = Guided(model, guidance, null=kept_null(model.text)), None
-    with progress_bar("pairs", quiet=not (is_main and sys.stderr.isatty())) as progress:
-        missing = make_pairs(
-            model,
-            args.out,
-            args.count,
-            steps=args.steps or ((1 if model.gamma else 2) if is_map else 50),
-            solver=args.solver,
-            shape=shape,
-            seed=args.seed,
-            labels=numbers("--labels", args.labels) if args.labels else None,
-            prompts=read_lines(args.prompts).prompts if args.prompts else None,
-            guidance=guidance,
-            batch=args.batch,
-            shard=args.shard,
-            device=args.device,
-            command=again,
-            progress=progress,
-        )
-    if not is_main:
-        return 0
-    if missing:
-        print(f"{args.out}: {missing} shards are still missing, which other processes draw")
-        say_next([again])
-        return 0
-    print(f"{args.out}: {args.count} pairs of noise and data")
-    train = ["--objective", "FlowMatching", "--out", f"{args.out}-trained"]
-    if isinstance(unguided(model), NetworkField) and not args.teacher:
-        # Starts from the model's own weights, and is judged by its trajectories.
-        say_next([shlex.join(["fewstep", "distill", "--teacher", args.model, "--data", str(args.out), *train])])
-    else:
-        recipe = args.model if run else "checkerboard-reflow" if len(shape) == 1 else "photos-teacher"
-        # As a mapping, it takes the place of the options of the recipe's own data too.
-        data = json.dumps({"name": str(args.out)})
-        say_next([shlex.join(["fewstep", "train", recipe, "--data", data, *train])])
-    return 0
-
-
-def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model that is asked for (with --teacher, the teacher of the run), and its run if it is one."""
-    from fewstep.runs.opening import find_model, make_teacher, open_run
-    from fewstep.training.folder import is_run
-
-    run = open_run(args.model) if is_run(Path(args.model).expanduser()) else None
-    if args.teacher and (run is None or run.recipe.teacher is None):
-        raise ValueError(f"--teacher: {args.model} is no run that has a teacher")
-    if args.variant and run is not None:
-        raise ValueError(f"--variant {args.variant}: {args.model} is a run; its recipe says that of its teacher")
-    model = find_model(args.model, {"variant": args.variant} if args.variant else None) if run is None else run.model
-    if args.teacher and run is not None and run.recipe.teacher is not None:
-        model = make_teacher(run.recipe.teacher)
-        model.moments = run.model.moments  # it knows the data as the run does
-    return model, run

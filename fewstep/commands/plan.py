@@ -5,10 +5,12 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fewstep.commands.parser import Commands, RecipeKey, add_command
 from fewstep.common.console import print_table, say_next
 
 if TYPE_CHECKING:
     from fewstep.planning.plan import Plan
+
 
 Table = tuple[list[str], list[list[Any]]]
 
@@ -19,15 +21,39 @@ CALLS = (1, 2, 4, 8)
 _UNITS = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"), (0.0, "us"))
 
 
-def run_plan(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+def add(commands: Commands) -> None:
+    p = add_command(
+        commands,
+        "plan",
+        run,
+        "say what a training will need: memory, time and what fits",
+        examples=[
+            "plan checkerboard-itvm",
+            "plan --teacher ./stable-diffusion --data photos --training.batch 64 --gpu H100",
+        ],
+        may_run_code=True,
+        takes_recipe_keys=True,
+    )
+    p.add_argument("recipe", nargs="?", help="a recipe by path or name, with any of its keys as flags")
+    text = "its configurations are enough: no weights are read or fetched"
+    p.add_argument("--teacher", action=RecipeKey, metavar="FOLDER", help=text)
+    text = "need not be there where the teacher says what its samples are"
+    p.add_argument("--data", action=RecipeKey, metavar="FOLDER", help=text)
+    p.add_argument("--gpu", metavar="NAME", help="the one to say times for, such as H100 (default: four of them)")
+    text = "share of its peak that a GPU reaches (default: 0.4)"
+    p.add_argument("--utilization", type=float, default=0.4, metavar="U", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
     from fewstep.common.errors import unknown
-    from fewstep.common.gpus import GPUS
+    from fewstep.planning.gpus import GPUS
     from fewstep.runs.recipes import load_recipe
 
     if not 0 < args.utilization <= 1:
         raise ValueError(f"--utilization {args.utilization:g}: the share of its peak that a GPU reaches lies in (0, 1]")
     if args.gpu is not None and args.gpu not in GPUS:
         raise unknown("GPU", args.gpu, GPUS)
+    overrides = args.overrides
     source = args.recipe or next((name for key, name in _USUAL.items() if key in overrides), None)
     if source is None:
         raise ValueError("fewstep plan needs a recipe, --teacher or --data: `fewstep recipes` lists recipes")

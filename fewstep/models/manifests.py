@@ -4,23 +4,13 @@ anybody, and may have been changed."""
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from fewstep.common.model_files import read_json
 from fewstep.common.parsing import checked
+from fewstep.flows.described import AGAIN, Above, Count, Finite, Said
 
-AGAIN = "export the model again"
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Above = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(gt=0, le=1 << 24)]
 Part = tuple[str | None, str | None]
-
-
-class Said(BaseModel):
-    """The keys that fewstep reads; there may be others."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
 
 class Mark(Said):
@@ -52,40 +42,6 @@ class MapIndex(Said):
     guidance: Finite | None = None
     shape: Annotated[tuple[Count, ...], Field(min_length=2, max_length=4)] | None = None
     text: dict[str, Any] | None = None
-
-
-class Made(Said):
-    """A class and what it was made with."""
-
-    name: str
-    options: dict[str, Any] = {}
-
-
-class Network(Made):
-    """A network of fewstep's own by its options, or one around a model of diffusers by its class and config."""
-
-    model: str | None = None
-    config: dict[str, Any] = {}
-    size: int | tuple[int, ...] | None = None
-
-
-class Scheduler(Said):
-    name: str
-    config: dict[str, Any]
-
-
-class Described(Said):
-    """A model in words, as ``fewstep.flows.description`` has it."""
-
-    class_name: Literal["FlowMap", "NetworkField"] = Field(alias="_class_name")
-    network: Network
-    native: Made
-    path: Made
-    prediction: str
-    shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=4)] | None = None
-    gamma: Annotated[float, Field(ge=0, le=1)] = 0.0
-    guidance: Finite | None = None
-    scheduler: Scheduler | None = None
 
 
 class FlowTimes(Said):

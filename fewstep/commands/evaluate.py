@@ -1,0 +1,50 @@
+"""`evaluate`: the quality of a run at each number of steps."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from fewstep.commands.parser import Commands, add_command
+from fewstep.commands.shared import add_device, print_evaluation
+from fewstep.common.console import say_next
+
+
+def add(commands: Commands) -> None:
+    p = add_command(
+        commands,
+        "evaluate",
+        run,
+        "measure quality against network calls",
+        examples=["evaluate runs/checkerboard", "evaluate runs/checkerboard --steps 1 2 4 --teacher-steps 50"],
+        may_run_code=True,
+    )
+    p.add_argument("run", type=Path, help="a run folder")
+    text = "a list of step counts, each measured (default: the recipe's)"
+    p.add_argument("--steps", type=int, nargs="+", metavar="N", help=text)
+    p.add_argument("--teacher-steps", type=int, nargs="+", metavar="N", help="those of the teacher")
+    p.add_argument("--count", type=int, metavar="N", help="samples at each (default: the recipe's)")
+    p.add_argument("--seed", type=int, metavar="N", help="of the samples (default: the recipe's)")
+    text = "where it is now, or for a run without one (default: the recipe's)"
+    p.add_argument("--teacher", metavar="MODEL", help=text)
+    p.add_argument("--data", metavar="DATA", help="what it is held against (default: the recipe's)")
+    add_device(p)
+
+
+def run(args: argparse.Namespace) -> int:
+    from fewstep.runs.run import evaluate_run
+
+    asked = {"steps": args.steps, "teacher_steps": args.teacher_steps, "count": args.count, "seed": args.seed}
+    asked |= {"teacher": args.teacher, "data": args.data}
+    found = evaluate_run(args.run, args.device, **{name: value for name, value in asked.items() if value is not None})
+    if found is None:
+        raise ValueError(f"{args.run} has nothing to be measured by: images without labels, and no teacher")
+    print_evaluation(found)
+    print(f"{args.run / 'quality.png'}, {args.run / 'quality.json'} and {args.run / 'report.html'} have it too")
+    run, name = str(args.run), args.run.name
+    say_next(
+        [
+            shlex.join(["fewstep", "sample", run, "--out", f"{name}.png"]),
+            shlex.join(["fewstep", "export", run, f"{name}-export"]),
+        ]
+    )
+    return 0

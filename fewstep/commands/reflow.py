@@ -1,0 +1,100 @@
+"""`reflow`: pairs of noise and data that a model draws."""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from fewstep.commands.parser import Commands, add_command
+from fewstep.commands.shared import MODEL, add_device, add_guidance_scale, add_variant, numbers, open_model
+from fewstep.common.console import progress_bar, say_next
+
+
+def add(commands: Commands) -> None:
+    p = add_command(
+        commands,
+        "reflow",
+        run,
+        "draw pairs of noise and data from a model, to train a straighter one on",
+        examples=[
+            "reflow checkerboard --count 10000 --out pairs",
+            "reflow ./stable-diffusion --prompts captions.txt --guidance-scale 7.5 --count 20000 --out pairs",
+        ],
+        may_run_code=True,
+    )
+    p.add_argument("model", help=MODEL)
+    p.add_argument("--count", type=int, required=True, metavar="N", help="how many pairs")
+    p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to; goes on with what is there")
+    p.add_argument("--steps", type=int, metavar="N", help="2 for a flow map, 50 for a velocity field")
+    p.add_argument("--solver", metavar="NAME", help="for a velocity field: euler, midpoint, heun (default), adaptive")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="decides the noise (default: 0)")
+    p.add_argument("--labels", metavar="3,5", help="classes, given to the pairs in turn (default: all)")
+    p.add_argument("--prompts", metavar="FILE", help="texts, given to the pairs in turn, for a model of text")
+    add_guidance_scale(p)
+    p.add_argument("--teacher", action="store_true", help="take the teacher of the run instead")
+    p.add_argument("--batch", type=int, default=256, metavar="N", help="pairs drawn at once (default: 256)")
+    p.add_argument("--shard", type=int, default=10_000, metavar="N", help="pairs in a file (default: 10000)")
+    add_variant(p)
+    add_device(p)
+
+
+def run(args: argparse.Namespace) -> int:
+    from fewstep.common.distributed import environment
+    from fewstep.flows.fields import Guided, NetworkField, unguided
+    from fewstep.flows.maps import FlowMap
+    from fewstep.flows.signature import image_channels, shape_of, takes
+    from fewstep.generation.reflow import make_pairs
+    from fewstep.generation.requests import read_lines
+    from fewstep.latents.encoders import kept_null
+
+    model, run = open_model(args)
+    shape = shape_of(model) if run is None else run.shape
+    if image_channels(model):
+        raise ValueError(
+            f"{args.model} takes an image beside the state, and pairs are drawn of classes alone: draw its noise and "
+            "samples in Python, fewstep.sample(model, noise, image=...), and train on arrays"
+        )
+    again, is_main = shlex.join(["fewstep", *args.argv]), environment().is_main
+    is_map, guidance = isinstance(model, FlowMap), args.guidance_scale
+    if guidance is not None and not is_map and not isinstance(model, Guided) and not takes(model, "guidance"):
+        if model.text is None:
+            raise ValueError(
+                f"--guidance-scale {guidance:g}: {args.model} is told no strength of guidance, and has no text"
+            )
+        model, guidance = Guided(model, guidance, null=kept_null(model.text)), None
+    with progress_bar("pairs", quiet=not (is_main and sys.stderr.isatty())) as progress:
+        missing = make_pairs(
+            model,
+            args.out,
+            args.count,
+            steps=args.steps or ((1 if model.gamma else 2) if is_map else 50),
+            solver=args.solver,
+            shape=shape,
+            seed=args.seed,
+            labels=numbers("--labels", args.labels) if args.labels else None,
+            prompts=read_lines(args.prompts).prompts if args.prompts else None,
+            guidance=guidance,
+            batch=args.batch,
+            shard=args.shard,
+            device=args.device,
+            command=again,
+            progress=progress,
+        )
+    if not is_main:
+        return 0
+    if missing:
+        print(f"{args.out}: {missing} shards are still missing, which other processes draw")
+        say_next([again])
+        return 0
+    print(f"{args.out}: {args.count} pairs of noise and data")
+    train = ["--objective", "FlowMatching", "--out", f"{args.out}-trained"]
+    if isinstance(unguided(model), NetworkField) and not args.teacher:
+        # Starts from the model's own weights, and is judged by its trajectories.
+        say_next([shlex.join(["fewstep", "distill", "--teacher", args.model, "--data", str(args.out), *train])])
+    else:
+        recipe = args.model if run else "checkerboard-reflow" if len(shape) == 1 else "photos-teacher"
+        # As a mapping, it takes the place of the options of the recipe's own data too.
+        data = json.dumps({"name": str(args.out)})
+        say_next([shlex.join(["fewstep", "train", recipe, "--data", data, *train])])
+    return 0

@@ -1,0 +1,55 @@
+"""What several commands share: flags of models and devices, and how they are read."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fewstep.commands.parser import OldSpelling
+from fewstep.common.console import print_table
+
+MODEL = "a run, an export, a diffusers folder or hub name, an exact field, or FILE.py:FUNCTION"
+
+
+def add_variant(parser: argparse.ArgumentParser) -> None:
+    text = "weights of a diffusers model, such as fp16 (default: the plain ones, or the only ones that there are)"
+    parser.add_argument("--variant", metavar="NAME", help=text)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
+
+
+def add_guidance_scale(parser: argparse.ArgumentParser) -> None:
+    text = "strength of guidance, for a model of text or one that takes it"
+    parser.add_argument("--guidance-scale", type=float, metavar="W", help=text)
+    parser.add_argument("--guidance", action=OldSpelling, now="--guidance-scale", type=float)
+
+
+def numbers(flag: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag} {text}: whole numbers with commas between are needed, such as 3,5") from None
+
+
+def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model that is asked for (with --teacher, the teacher of the run), and its run if it is one."""
+    from fewstep.runs.opening import find_model, make_teacher, open_run
+    from fewstep.training.run_files import is_run
+
+    run = open_run(args.model) if is_run(Path(args.model).expanduser()) else None
+    if args.teacher and (run is None or run.recipe.teacher is None):
+        raise ValueError(f"--teacher: {args.model} is no run that has a teacher")
+    if args.variant and run is not None:
+        raise ValueError(f"--variant {args.variant}: {args.model} is a run; its recipe says that of its teacher")
+    model = find_model(args.model, {"variant": args.variant} if args.variant else None) if run is None else run.model
+    if args.teacher and run is not None and run.recipe.teacher is not None:
+        model = make_teacher(run.recipe.teacher)
+        model.moments = run.model.moments  # it knows the data as the run does
+    return model, run
+
+
+def print_evaluation(evaluation: Any) -> None:
+    """Its table, where there is one."""
+    if evaluation is not None:
+        print_table(*evaluation.table())

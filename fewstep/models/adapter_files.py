@@ -1,0 +1,170 @@
+"""Adapters in files: those of diffusers and of peft, written and read."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fewstep.common.errors import briefly, refused
+from fewstep.common.model_files import check_file, read_json
+from fewstep.common.write_errors import cannot_write
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.maps import FlowMap
+from fewstep.models.lora import check_bare, has_lora, import_peft, inject, inner_network, trained_in_full
+from fewstep.models.lora_keys import read_adapter
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# What an adapter may say of itself: how its layers are found, and what they compute.
+_OPTIONS = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
+    "use_rslora", "use_dora", "bias", "lora_bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern",
+    "modules_to_save",
+)  # fmt: skip
+_OF_NO_MATTER = (
+    "peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+    "init_lora_weights",
+)  # fmt: skip
+
+
+def save_adapter(model: NetworkField | FlowMap, folder: str | Path) -> Path:
+    """Write the adapter of a model, as safetensors; returns the folder, which :func:`load_adapter` reads.
+
+    * A field of a model that diffusers loads adapters for (``UNet2DConditionModel``, SD3, Flux):
+      ``pytorch_lora_weights.safetensors``, for ``pipeline.load_lora_weights(folder)``.
+    * Any other, and every flow map: peft's ``adapter_model.safetensors`` and ``adapter_config.json``, for
+      ``peft.PeftModel.from_pretrained(network, folder)``. What trains in full beside the adapter is in it, as peft's
+      ``modules_to_save``.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    if not has_lora(model):
+        raise ValueError(f"this {type(model).__name__} has no adapter to save: add_lora gives it one")
+    network, folder = inner_network(model), Path(folder).expanduser()
+    with cannot_write(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _save(network, folder, for_diffusers=hasattr(network, "load_lora_adapter") and not isinstance(model, FlowMap))
+    return folder
+
+
+def _save(network: Any, folder: Path, for_diffusers: bool) -> None:
+    from peft import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(network, adapter_name="default")
+    options = _describe(network.peft_config["default"])
+    if for_diffusers:
+        prefix = _prefix(network)
+        # As diffusers' save_lora_weights writes it; the metadata has the alpha, which the weights do not tell.
+        metadata = json.dumps({f"{prefix}.{key}": value for key, value in options.items()}, indent=2, sort_keys=True)
+        state = {f"{prefix}.{name}": _plain(value) for name, value in weights.items()}
+        save_file(state, folder / DIFFUSERS_FILE, metadata={"format": "pt", "lora_adapter_metadata": metadata})
+        return
+    whole = network.peft_config["default"].modules_to_save or []
+    for name in whole:
+        weights |= {f"{name}.{key}": value for key, value in network.get_submodule(name).state_dict().items()}
+    state = {f"base_model.model.{name}": _plain(value) for name, value in weights.items()}
+    save_file(state, folder / PEFT_FILE, metadata={"format": "pt"})
+    options = {"peft_type": "LORA", **options, "modules_to_save": whole or None}
+    (folder / PEFT_CONFIG).write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
+
+
+def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
+    """Give a model the adapter of a folder, or of one file of diffusers' form, in place: its base frozen, the adapter
+    as it was saved, and trainable.
+
+    Reads what :func:`save_adapter` writes, and adapters of diffusers' and peft's own in the same files, by whatever
+    names a version of diffusers gave their weights (``fewstep.models.lora_keys``).
+
+    Raises:
+        FileNotFoundError: no adapter in the folder.
+        ValueError: an adapter of another model, or one that is there already.
+        ImportError: peft is not installed.
+    """
+    check_bare(model)
+    peft, network, folder = import_peft(), inner_network(model), Path(folder).expanduser()
+    file = folder if folder.is_file() else folder / DIFFUSERS_FILE
+    if file.is_file() and file.suffix == ".safetensors":
+        check_file(file)
+        options, weights = read_adapter(file, dict(network.named_modules()), _prefix(network))
+        config = _config(options, file)
+    elif (folder / PEFT_FILE).is_file() and (folder / PEFT_CONFIG).is_file():
+        config = _config(read_json(folder / PEFT_CONFIG), folder / PEFT_CONFIG)
+        weights = load_file(folder / PEFT_FILE)
+    else:
+        is_pickle = file.suffix == ".bin" or file.with_suffix(".bin").is_file()
+        way = ". A .bin can run code when it is opened: load it with diffusers, and save it anew" if is_pickle else ""
+        raise FileNotFoundError(f"no adapter in {folder}: {DIFFUSERS_FILE}, or {PEFT_FILE} and {PEFT_CONFIG}{way}")
+    weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
+    whole = {name: weights.pop(name) for name in list(weights) if ".lora_" not in name}
+    wrong = f"the adapter in {folder} is not one of this {type(network).__name__}"
+    layers, own = dict(network.named_modules()), dict(network.named_parameters())
+    for name in (name.partition(".lora_")[0] for name in weights):
+        if name not in layers:
+            raise ValueError(f"{wrong}, which has no layer {name}")
+    for name, value in whole.items():
+        if name not in own or own[name].shape != value.shape:
+            raise ValueError(f"{wrong}, which has no weight {name} of shape {tuple(value.shape)}")
+    # Targets go by the ends of names, and what fewstep added has names that end like others: it has no adapter.
+    added = [
+        f"{name}.{inner}" for name, part in trained_in_full(model).items() for inner, _ in part.named_modules() if inner
+    ]
+    if added and not isinstance(config.exclude_modules, str):
+        config.exclude_modules = [*(config.exclude_modules or ()), *added]
+    try:
+        inject(model, config)
+    except (re.error, TypeError, KeyError, AttributeError) as error:  # patterns that are none, ranks that are words
+        raise ValueError(f"{wrong}: peft cannot add it ({briefly(error)})") from None
+    if missing := peft.get_peft_model_state_dict(network, adapter_name="default").keys() - weights.keys():
+        raise ValueError(f"{wrong}: it lacks {len(missing)} weights, one is {min(missing)}")
+    try:
+        peft.set_peft_model_state_dict(network, weights, adapter_name="default")
+    except RuntimeError as error:
+        raise ValueError(f"{wrong}: {briefly(error)}") from None
+    network.load_state_dict(whole, strict=False)
+
+
+def _config(options: dict[str, Any], file: Path) -> "LoraConfig":
+    """The configuration of an adapter, of the options that say what its layers compute.
+
+    Raises:
+        ValueError: another option that is not as it is by default: some change the weights that are adapted, and some
+            name a module that peft would import.
+    """
+    from peft import LoraConfig
+
+    usual = LoraConfig().to_dict()
+    for key in options.keys() - {*_OPTIONS, *_OF_NO_MATTER}:
+        if key in usual and options[key] not in (usual[key], None, False):
+            raise ValueError(f"{file} has {key}: {str(options[key])[:60]}, and fewstep reads {', '.join(_OPTIONS)}")
+    if (start := options.get("init_lora_weights", True)) not in (True, False, "gaussian"):
+        raise ValueError(f"{file} has init_lora_weights: {str(start)[:60]}, which changes the weights it is added to")
+    with refused(f"peft cannot make an adapter of what {file} says", "save it anew"):
+        return LoraConfig(**{key: options[key] for key in _OPTIONS if key in options})
+
+
+def _prefix(network: nn.Module) -> str:
+    """How diffusers' pipelines call the model in a file of adapters."""
+    return "unet" if "UNet" in type(network).__name__ else "transformer"  # TwoTimeUNet2DConditionModel too
+
+
+def _describe(config: "LoraConfig") -> dict[str, Any]:
+    """What of a configuration is not as it is by default, so that other versions of peft read it too."""
+    usual = type(config)().to_dict()
+    kept = ("r", "lora_alpha", "lora_dropout", "target_modules")
+    left_out = ("peft_type", "inference_mode", "base_model_name_or_path", "modules_to_save")
+    return {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in config.to_dict().items()
+        if name in kept or (value != usual.get(name) and name not in left_out)
+    }
+
+
+def _plain(value: Tensor) -> Tensor:
+    return value.detach().cpu().contiguous().clone()

@@ -43,8 +43,8 @@ from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.vae import Latents
 from fewstep.models.export import diffusion_of
 from fewstep.networks import FAMILIES, MLP, UNet, flow_model
-from fewstep.networks.calls import pack
-from fewstep.networks.unet import public_config, with_image
+from fewstep.networks.configs import public_config, with_image
+from fewstep.networks.two_times.flux import pack
 from fewstep.runs.convert import convert
 from fewstep.runs.opening import load
 

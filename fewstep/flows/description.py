@@ -29,8 +29,8 @@ from fewstep.flows.paths import Forward, Linear, Reversed, Trigonometric, Varian
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.tabulated import Tabulated
-from fewstep.networks import FAMILIES, MLP, STUDENTS, with_second_time
-from fewstep.networks.unet import OfDiffusers, public_config
+from fewstep.networks import FAMILIES, MLP, STUDENTS, OfDiffusers, two_time_model, with_second_time
+from fewstep.networks.configs import public_config
 
 _MAKER, _WHERE = "_made_by", "the description of a model"
 _SAID_OF_OWN = ("name", "options", "told_guidance")
@@ -199,12 +199,11 @@ def _network_of(config: Mapping[str, Any], is_map: bool, where: str) -> nn.Modul
     import diffusers
 
     name = config["model"]
-    family = FAMILIES.get(name.removeprefix("TwoTime"))
+    stock = name.removeprefix("TwoTime")
+    family = FAMILIES.get(stock)
     if family is None:
         raise unknown("model of diffusers", name, FAMILIES)
-    from fewstep.networks import two_times
-
-    made = getattr(two_times if name.startswith("TwoTime") else diffusers, name)
+    made: Any = two_time_model(stock) if stock != name else getattr(diffusers, name)
     check_numbers(config.get("config", {}), f"{where}: network.config")
     with refused(f"{where}: diffusers cannot make the {name} that it describes", AGAIN):
         network: Any = (STUDENTS[family] if is_map else family)(made.from_config(config["config"]))

@@ -6,8 +6,7 @@ from typing import Any
 
 from fewstep.flows.fields import VelocityField, unguided
 from fewstep.flows.maps import FlowMap
-from fewstep.networks import MLP
-from fewstep.networks.unet import OfDiffusers
+from fewstep.networks import MLP, OfDiffusers
 from fewstep.pipelines.arguments import side_step
 
 Model = FlowMap | VelocityField

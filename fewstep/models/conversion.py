@@ -15,7 +15,7 @@ from fewstep.flows.paths import Linear
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.tabulated import Tabulated
-from fewstep.networks.unet import OfDiffusers
+from fewstep.networks import OfDiffusers
 
 # What a sampler of diffusers may do besides its steps, and a flow does not.
 _SWITCHES = ("clip_sample", "thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")

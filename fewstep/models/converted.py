@@ -13,7 +13,7 @@ from fewstep.models.diffusers_configs import find_scheduler
 from fewstep.models.distilled import distilled_as
 from fewstep.models.manifests import Diffusion
 from fewstep.networks import FAMILIES
-from fewstep.networks.unet import keep_facts, public_config
+from fewstep.networks.configs import keep_facts, public_config
 
 # The diffusers models that have a class in `fewstep.networks.flow_model`.
 FLOWS = {

@@ -18,7 +18,7 @@ from fewstep.flows.fields import DiffusionField
 from fewstep.latents.prompts import Prompts, knows_prompts
 from fewstep.latents.vae import VAE_FOLDERS, Latents
 from fewstep.models.diffusers_configs import look_into
-from fewstep.networks.unet import keep_facts
+from fewstep.networks.configs import keep_facts
 
 # The parts of a pipeline that have weights of diffusers' own.
 _WEIGHED = ("unet", "transformer", *VAE_FOLDERS)

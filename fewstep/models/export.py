@@ -29,9 +29,7 @@ from fewstep.models.writing import (
     write_text,
     write_vae,
 )
-from fewstep.networks import FAMILIES, UNet
-from fewstep.networks.students import TwoTimeNetwork
-from fewstep.networks.unet import OfDiffusers
+from fewstep.networks import FAMILIES, OfDiffusers, TwoTimeNetwork, UNet
 
 
 def _writer(model: FlowMap | VelocityField) -> Any:
@@ -107,9 +105,9 @@ def _write_map(model: FlowMap, folder: Path) -> None:
     """A pipeline that carries its code, and the code of its model where diffusers has none."""
     import diffusers
 
-    from fewstep.models.exported import CARRIED
-    from fewstep.networks import two_times
+    from fewstep.networks.two_times.base import TwoTimes
     from fewstep.pipelines import flow_map
+    from fewstep.pipelines.flow_map import CARRIED
     from fewstep.pipelines.source import whole
 
     network: Any = model.network
@@ -117,9 +115,9 @@ def _write_map(model: FlowMap, folder: Path) -> None:
     save_part(network.model, folder / part)
     (folder / "pipeline.py").write_text(whole(flow_map.__file__))
     library = "diffusers"
-    if type(network.model).__module__ == two_times.__name__:
+    if isinstance(network.model, TwoTimes):
         library = CARRIED
-        (folder / part / f"{CARRIED}.py").write_text(whole(two_times.__file__))
+        (folder / part / f"{CARRIED}.py").write_text(whole(inspect.getfile(type(network.model))))
 
     scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=_timesteps(model.native))
     save_part(scheduler, folder / "scheduler")

@@ -12,11 +12,9 @@ from diffusers import FlowMapEulerDiscreteScheduler, UNet2DModel
 from fewstep.common.errors import unknown
 from fewstep.common.model_files import load_weights
 from fewstep.latents.vae import KNOWN_VAES
-from fewstep.networks import two_times
+from fewstep.networks import FAMILIES, two_time_model
 from fewstep.pipelines import flow_map
 
-# The library of a class that the folder carries, in `model_index.json`: the name of its file.
-CARRIED = "two_times"
 # The same before there was one file for all families, and how its models are made now.
 _BEFORE = {
     "ClassTimeUNet2DModel": {"second_time": "t", "told_guidance": False},
@@ -47,11 +45,11 @@ def load_network(folder: Path, index: dict[str, Any], **kwargs: Any) -> Any:
             f"{folder / 'model_index.json'} names neither a unet nor a transformer: export the model again"
         )
     name = index[part][1]
-    known = {kind: getattr(two_times, kind) for kind in vars(two_times) if kind.startswith("TwoTime")}
-    known |= {"UNet2DModel": UNet2DModel, **dict.fromkeys(_BEFORE, two_times.TwoTimeUNet2DModel)}
-    if name not in known:
-        raise unknown(f"network in {folder / part}", name, [kind for kind in known if kind.endswith("Model")])
-    return _loaded(known[name], folder / part, kwargs, **_BEFORE.get(name, {}))
+    known = {f"TwoTime{stock}": stock for stock in FAMILIES} | dict.fromkeys(_BEFORE, "UNet2DModel")
+    if name not in (*known, "UNet2DModel"):
+        raise unknown(f"network in {folder / part}", name, [*known, "UNet2DModel"])
+    kind = two_time_model(known[name]) if name in known else UNet2DModel
+    return _loaded(kind, folder / part, kwargs, **_BEFORE.get(name, {}))
 
 
 def _loaded(kind: Any, folder: Path, options: dict[str, Any], **config: Any) -> Any:

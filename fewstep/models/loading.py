@@ -27,8 +27,7 @@ from fewstep.models.diffusers_configs import look_into
 from fewstep.models.diffusers_pipeline import field_of_pipeline, hub_files, lack_weights, load_field
 from fewstep.models.manifests import Diffusion, read_map_index, read_timesteps
 from fewstep.models.writing import check_text, moments_in
-from fewstep.networks import FAMILIES
-from fewstep.networks.students import STUDENTS
+from fewstep.networks import FAMILIES, STUDENTS
 from fewstep.training.run_files import is_run
 
 _PLAIN_WEIGHTS = "model.safetensors"

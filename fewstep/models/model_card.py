@@ -10,8 +10,7 @@ import yaml
 from fewstep.common.version import __version__
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import classes_of, image_channels, shape_of
-from fewstep.networks import MLP
-from fewstep.networks.unet import OfDiffusers
+from fewstep.networks import MLP, OfDiffusers
 from fewstep.objectives import OBJECTIVES
 
 _CARD = """\

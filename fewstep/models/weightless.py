@@ -15,7 +15,7 @@ from fewstep.common.model_files import read_json
 from fewstep.flows.fields import DiffusionField, unguided
 from fewstep.latents.prompts import TEXT_CONDITIONS
 from fewstep.models.diffusers_configs import look_into
-from fewstep.networks.unet import OfDiffusers
+from fewstep.networks import OfDiffusers
 
 META = torch.device("meta")
 # Tokens that the pipelines with a T5 cut a prompt to (the default of ``encode_prompt``).

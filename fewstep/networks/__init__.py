@@ -1,18 +1,24 @@
 """Networks: a small MLP, the adapters of diffusers models, those that give them a second time, and the piece that
 gives it to networks of one's own. There is no U-Net or transformer of fewstep's own."""
 
-from fewstep.networks.families import FAMILIES, SD3, ConditionalUNet, DiT, Flux, PixArt, UNet, Wan
+from fewstep.networks.families import (
+    FAMILIES,
+    SD3,
+    STUDENTS,
+    ConditionalUNet,
+    DiT,
+    Flux,
+    PixArt,
+    TwoTimeUNet,
+    UNet,
+    Wan,
+    two_time_model,
+)
+from fewstep.networks.families.base import OfDiffusers, TwoTimeNetwork
 from fewstep.networks.mlp import MLP
 from fewstep.networks.second_time import SecondTime, sinusoidal
-from fewstep.networks.students import (
-    SECOND_TIMES,
-    STUDENTS,
-    TwoTimeNetwork,
-    TwoTimeUNet,
-    gains_second_time,
-    new_parts,
-    with_second_time,
-)
+from fewstep.networks.students import gains_second_time, new_parts, with_second_time
+from fewstep.networks.two_times.base import SECOND_TIMES
 
 __all__ = [
     "FAMILIES",
@@ -23,6 +29,7 @@ __all__ = [
     "ConditionalUNet",
     "DiT",
     "Flux",
+    "OfDiffusers",
     "PixArt",
     "SecondTime",
     "TwoTimeNetwork",
@@ -32,5 +39,6 @@ __all__ = [
     "gains_second_time",
     "new_parts",
     "sinusoidal",
+    "two_time_model",
     "with_second_time",
 ]

@@ -4,133 +4,15 @@ They start as the network that they are made of: at s = t they predict what it d
 keep their names.
 """
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.common.errors import unknown
-from fewstep.networks.calls import call_unet
-from fewstep.networks.families import SD3, ConditionalUNet, DiT, Flux, PixArt, Wan
-from fewstep.networks.stock_time import takes_any_type
-from fewstep.networks.unet import OfDiffusers, UNet, keep_facts, public_config
-
-# How the second time goes in; ``fewstep.networks.two_times``, which is imported where a model is made, knows the same.
-SECOND_TIMES = ("t", "span", "late")
-
-
-class TwoTimeNetwork(OfDiffusers):
-    """What the networks below have in common: ``net(x, s, t, guidance=None, **cond)``, with the conditions of the
-    network of one time. ``guidance`` (B,) is its strength, for a model that is told it."""
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        if TwoTimeNetwork not in cls.__bases__:  # made of one that has its forward
-            return
-
-        def forward(self: Any, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
-            return self.predict(x, s, t, guidance, **cond)
-
-        # Which conditions a network takes is read off its signature.
-        signature = list(inspect.signature(forward).parameters.values())[:-1]
-        one_time: Any = inspect.signature(cls.__mro__[2].forward)
-        cond = [p.replace(kind=p.KEYWORD_ONLY) for p in list(one_time.parameters.values())[3:] if p.name != "guidance"]
-        made: Any = forward
-        made.__signature__ = one_time.replace(parameters=[*signature, *cond])
-        cls.forward = made
-
-    def predict(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
-        """The prediction at x (B, ...), averaged from s to t, (B,) each.
-
-        Raises:
-            ValueError: a condition that the model needs is missing, or a strength of guidance that it is not told.
-        """
-        self.need(**cond, guidance=guidance)
-        if guidance is not None and not self.takes_guidance:
-            name = type(self.model).__name__
-            raise ValueError(f"this {name} is told no strength of guidance: FlowMap.from_field(..., guidance=True)")
-        return self.model.predict(x, s, t, guidance, **cond)
-
-    @property
-    def second_time(self) -> str:
-        """How the second time goes in: t, span or late (see ``fewstep.networks.two_times``)."""
-        return self.model.second_time
-
-    @property
-    def is_told_alike(self) -> bool:
-        """Whether it wants both times in the same timesteps, as it holds the one against the other."""
-        return self.second_time != "t"
-
-    @property
-    def takes_guidance(self) -> bool:
-        return self.model.told_guidance or super().takes_guidance
-
-
-class TwoTimeUNet(TwoTimeNetwork, UNet):
-    """Of a ``UNet2DModel``. One that needs nothing but the second time itself stays of diffusers' own class, with
-    ``class_embed_type="timestep"``, and that time goes in as its class label."""
-
-    model: Any
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        if self.is_stock:
-            takes_any_type(model)
-
-    def predict(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
-        if self.is_stock and guidance is None:
-            return call_unet(self.model, x, s, t, cond.get("image"))
-        return super().predict(x, s, t, guidance, **cond)
-
-    @property
-    def is_stock(self) -> bool:
-        """Whether the model is of diffusers' own class."""
-        return not hasattr(self.model, "predict")
-
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        return {} if self.is_stock else super().told(tokens)
-
-    @property
-    def second_time(self) -> str:
-        return "t" if self.is_stock else self.model.second_time
-
-    @property
-    def takes_guidance(self) -> bool:
-        return not self.is_stock and self.model.told_guidance
-
-
-class TwoTimeConditionalUNet(TwoTimeNetwork, ConditionalUNet):
-    """Of a ``UNet2DConditionModel``."""
-
-
-class TwoTimeDiT(TwoTimeNetwork, DiT):
-    """Of a ``DiTTransformer2DModel``."""
-
-
-class TwoTimePixArt(TwoTimeNetwork, PixArt):
-    """Of a ``PixArtTransformer2DModel``."""
-
-
-class TwoTimeSD3(TwoTimeNetwork, SD3):
-    """Of an ``SD3Transformer2DModel``."""
-
-
-class TwoTimeFlux(TwoTimeNetwork, Flux):
-    """Of a ``FluxTransformer2DModel``."""
-
-
-class TwoTimeWan(TwoTimeNetwork, Wan):
-    """Of a ``WanTransformer3DModel``."""
-
-
-# By the class of the network of one time; each is made of the class of diffusers that two_times.TwoTime... extends.
-STUDENTS: dict[type[Any], type[Any]] = {
-    student.__mro__[2]: student
-    for student in (
-        TwoTimeUNet, TwoTimeConditionalUNet, TwoTimeDiT, TwoTimePixArt, TwoTimeSD3, TwoTimeFlux, TwoTimeWan,
-    )
-}  # fmt: skip
+from fewstep.networks.configs import keep_facts, public_config
+from fewstep.networks.families import STUDENTS, UNet, two_time_model
+from fewstep.networks.two_times.base import SECOND_TIMES
 
 
 def gains_second_time(network: nn.Module) -> bool:
@@ -170,8 +52,6 @@ def with_second_time(
 
 
 def _student_of(network: Any, guidance: bool, second_time: str, share: bool) -> nn.Module:
-    from fewstep.networks import two_times
-
     teacher = network.model
     _check_time(teacher)
     config = public_config(teacher)
@@ -180,7 +60,7 @@ def _student_of(network: Any, guidance: bool, second_time: str, share: bool) -> 
         make: Any = type(teacher)
         options = {**config, "class_embed_type": "timestep"}
     else:
-        make = getattr(two_times, f"TwoTime{type(teacher).__name__}")
+        make = two_time_model(type(teacher).__name__)
         options = {**config, "second_time": second_time, "told_guidance": guidance}
     with torch.device("meta"):
         model = make.from_config(options)
@@ -215,7 +95,7 @@ def _check_time(model: Any) -> None:
 def _take_weights(model: Any, teacher: Any, share: bool) -> None:
     """Give a new model the weights of its teacher, and to what is new those of the time embedding beside it, with a
     last layer of zeros."""
-    from fewstep.networks.rows import LabelAndTimes
+    from fewstep.networks.two_times.rows import LabelAndTimes
 
     weights = teacher.state_dict(keep_vars=share)
     buffers = dict(teacher.named_buffers())
@@ -242,7 +122,7 @@ def _take_weights(model: Any, teacher: Any, share: bool) -> None:
 def new_parts(model: Any) -> list[tuple[Any, dict[str, Tensor]]]:
     """The embeddings that the model of a student has and that of its teacher has not, each with the weights of the one
     beside it."""
-    from fewstep.networks.rows import LabelAndTimes, RowEmbedding
+    from fewstep.networks.two_times.rows import LabelAndTimes, RowEmbedding
 
     if not hasattr(model, "predict"):  # of diffusers' own class
         return [(model.class_embedding, model.time_embedding.state_dict())]

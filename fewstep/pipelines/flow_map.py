@@ -43,6 +43,8 @@ from .stock_prompts import ENCODERS, encode
 Generators = torch.Generator | list[torch.Generator] | None
 # The parts of the pipeline beside its scheduler.
 PARTS = ["unet", "transformer", "vae", *ENCODERS]
+# The library of a network that the folder carries the class of, in `model_index.json`: the name of its file.
+CARRIED = "two_times"
 
 
 class FlowMapPipeline(DiffusionPipeline):
@@ -304,7 +306,6 @@ class FlowMapPipeline(DiffusionPipeline):
         (folder / "pipeline.py").write_text(whole(__file__))
         kind = type(getattr(self.network, "_orig_mod", self.network))
         if not kind.__module__.startswith("diffusers."):
-            library = kind.__module__.rpartition(".")[2]
-            index[part] = [library, kind.__name__]
-            (folder / part / f"{library}.py").write_text(whole(inspect.getfile(kind)))
+            index[part] = [CARRIED, kind.__name__]
+            (folder / part / f"{CARRIED}.py").write_text(whole(inspect.getfile(kind)))
         (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")

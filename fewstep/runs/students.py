@@ -17,9 +17,8 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.models.lora import add_lora
-from fewstep.networks import MLP, UNet, gains_second_time
-from fewstep.networks.families import ConditionalUNet
-from fewstep.networks.unet import set_size, with_image
+from fewstep.networks import MLP, ConditionalUNet, UNet, gains_second_time
+from fewstep.networks.configs import set_size, with_image
 from fewstep.runs.recipe import PATHS, Student
 from fewstep.runs.warm_start import started
 

@@ -5,9 +5,8 @@ from pathlib import Path
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import classes_of, shape_of
-from fewstep.networks import UNet
-from fewstep.networks.families import ConditionalUNet
-from fewstep.networks.unet import OfDiffusers, set_size
+from fewstep.networks import ConditionalUNet, OfDiffusers, UNet
+from fewstep.networks.configs import set_size
 from fewstep.runs.recipe import Student
 from fewstep.training.run_files import RECIPE, TRAINING
 

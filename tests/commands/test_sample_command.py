@@ -34,7 +34,7 @@ from fewstep.generation.placement import place
 from fewstep.generation.requests import Asked, Encoded, class_names, class_numbers, prompt_flags, read_lines
 from fewstep.generation.sharing import shares
 from fewstep.latents.vae import Latents
-from fewstep.networks.families import SD3, Flux
+from fewstep.networks import SD3, Flux
 from fewstep.runs.opening import load
 
 CPU = torch.device("cpu")

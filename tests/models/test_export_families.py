@@ -1,5 +1,6 @@
 """Exports of every family of diffusers: the same pixels by the folder's own code, where fewstep is and is not."""
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from fewstep.latents.vae import Latents
 from fewstep.models.adapter_files import PEFT_CONFIG, PEFT_FILE, load_adapter
 from fewstep.models.exported import network_folder
 from fewstep.models.lora import add_lora, merge_lora
-from fewstep.networks import FAMILIES, UNet, two_times
+from fewstep.networks import FAMILIES, UNet, two_time_model
 from fewstep.pipelines.source import whole
 from fewstep.runs.export import export
 from fewstep.runs.opening import load
@@ -167,7 +168,9 @@ def test_the_class_is_one_that_fewstep_writes(tmp_path: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     assert network_folder(index) == "transformer"
     assert index["transformer"] == ["two_times", "TwoTimeDiTTransformer2DModel"]
-    assert (folder / "transformer" / "two_times.py").read_text() == whole(two_times.__file__)
+    assert (folder / "transformer" / "two_times.py").read_text() == whole(
+        inspect.getfile(two_time_model("DiTTransformer2DModel"))
+    )
     index["transformer"] = ["two_times", "TwoTimeDiTransformer2DModel"]
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="did you mean 'TwoTimeDiTTransformer2DModel'"):

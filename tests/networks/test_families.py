@@ -15,7 +15,7 @@ from fewstep.flows.paths import Linear, VariancePreserving
 from fewstep.flows.signature import classes_of, shape_of
 from fewstep.generation.drawing import draw
 from fewstep.networks import FAMILIES, SD3, ConditionalUNet, DiT, Flux, PixArt, TwoTimeUNet, UNet
-from fewstep.networks.calls import pack, unpack
+from fewstep.networks.two_times.flux import pack, unpack
 
 NAMES = list(MODELS)
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -23,7 +23,6 @@ from fewstep.flows.sampling import sample
 from fewstep.models.adapter_files import load_adapter, save_adapter
 from fewstep.models.lora import add_lora, merge_lora
 from fewstep.networks import FAMILIES, MLP, SECOND_TIMES, gains_second_time, with_second_time
-from fewstep.networks.two_times import SECOND_TIMES as CARRIED
 from fewstep.objectives import (
     AYF,
     CTM,
@@ -164,7 +163,6 @@ def test_what_a_model_has_no_room_for_is_refused() -> None:
     with pytest.raises(ValueError, match="needs the condition encoder_hidden_states"):
         with_second_time(network("sd3"))(rows("sd3")[0], S, T)
     assert not gains_second_time(nn.Linear(2, 2))
-    assert CARRIED == SECOND_TIMES
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])

@@ -281,7 +281,7 @@ def made():
 @pytest.mark.takes_seconds
 def test_a_change_that_the_parts_refuse_is_left_out(tmp_path: Path) -> None:
     blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
-    teacher = {"source": "unet_toys:tiny_field", "options": blocks}
+    teacher = {"source": "toys.unet:tiny_field", "options": blocks}
     training = {"steps": 2, "batch": 4, "chunk": 4, "precision": "bf16"}
     lmd = {"name": "lmd", "teacher": teacher, "data": "teacher", "objective": "LMD", "training": training}
     [(keys, found)] = changes(load_recipe({**lmd, "evaluation": {"count": 0}}))

@@ -19,7 +19,7 @@ from fewstep.flows.exact import GaussianField
 from fewstep.flows.paths import Reversed
 from fewstep.flows.sampling import count_calls
 from fewstep.networks import UNet
-from fewstep.networks.unet import with_image
+from fewstep.networks.configs import with_image
 from fewstep.runs.build import build
 from fewstep.runs.opening import load_run
 from fewstep.runs.recipes import load_recipe

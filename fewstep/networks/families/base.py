@@ -1,26 +1,27 @@
-"""diffusers' ``UNet2DModel`` as a field's network, and what U-Nets have in common.
+"""What the networks of all families have in common: those of a field, and those of a flow map."""
 
-It is called with timesteps in the units the model was trained with, which the field's native path supplies.
-"""
-
-from typing import TYPE_CHECKING, Any
+import inspect
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.common.errors import shown
-from fewstep.networks.calls import call_unet, state_channels
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DModel
+from fewstep.networks.channels import state_channels
+from fewstep.networks.two_times import code_of
 
 
 class OfDiffusers(nn.Module):
     """A network that calls a ``model`` of diffusers, and knows from its config what its samples are."""
 
+    # The file of the family in ``fewstep.networks.two_times``.
+    code: ClassVar[str]
+
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        # How the pipelines of its family call the model, on a state x (B, C, H, W) and a timestep (B,).
+        self.call = code_of(self.code).call
 
     @property
     def channels(self) -> int:
@@ -109,70 +110,48 @@ class OfDiffusers(nn.Module):
             )
 
 
-class UNet(OfDiffusers):
-    """``net(x, timestep, class_labels=None)`` over a diffusers ``UNet2DModel``; images (B, C, H, W)."""
+class TwoTimeNetwork(OfDiffusers):
+    """What the networks below have in common: ``net(x, s, t, guidance=None, **cond)``, with the conditions of the
+    network of one time. ``guidance`` (B,) is its strength, for a model that is told it."""
 
-    model: "UNet2DModel"
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if TwoTimeNetwork not in cls.__bases__:  # made of one that has its forward
+            return
 
-    def forward(
-        self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None, image: Tensor | None = None
-    ) -> Tensor:
-        self.need(class_labels=class_labels)
-        return call_unet(self.model, x, timestep, class_labels, image)
+        def forward(self: Any, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
+            return self.predict(x, s, t, guidance, **cond)
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        return label_shape(self.model)
+        # Which conditions a network takes is read off its signature.
+        signature = list(inspect.signature(forward).parameters.values())[:-1]
+        one_time: Any = inspect.signature(cls.__mro__[2].forward)
+        cond = [p.replace(kind=p.KEYWORD_ONLY) for p in list(one_time.parameters.values())[3:] if p.name != "guidance"]
+        made: Any = forward
+        made.__signature__ = one_time.replace(parameters=[*signature, *cond])
+        cls.forward = made
 
+    def predict(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
+        """The prediction at x (B, ...), averaged from s to t, (B,) each.
 
-def label_shape(model: Any) -> dict[str, tuple[int, ...]]:
-    """The row of ``class_labels`` of a U-Net that needs them: the number of a class, a time, or a vector."""
-    config = model.config
-    match config["class_embed_type"]:
-        case None:
-            return {} if config["num_class_embeds"] is None else {"class_labels": ()}
-        case "projection" | "simple_projection":
-            return {"class_labels": (config["projection_class_embeddings_input_dim"],)}
-        case "identity":
-            return {"class_labels": (model.time_embedding.linear_2.out_features,)}
-        case _:
-            return {"class_labels": ()}
+        Raises:
+            ValueError: a condition that the model needs is missing, or a strength of guidance that it is not told.
+        """
+        self.need(**cond, guidance=guidance)
+        if guidance is not None and not self.takes_guidance:
+            name = type(self.model).__name__
+            raise ValueError(f"this {name} is told no strength of guidance: FlowMap.from_field(..., guidance=True)")
+        return self.model.predict(x, s, t, guidance, **cond)
 
+    @property
+    def second_time(self) -> str:
+        """How the second time goes in: t, span or late (see ``fewstep.networks.two_times``)."""
+        return self.model.second_time
 
-def keep_facts(model: Any, source: Any) -> None:
-    """Have the config of a model say what that of ``source`` does of its channels (see ``calls.state_channels``)."""
-    facts = {name: source.config[name] for name in ("_state_channels", "_image_first") if name in source.config}
-    model.register_to_config(**facts)
+    @property
+    def is_told_alike(self) -> bool:
+        """Whether it wants both times in the same timesteps, as it holds the one against the other."""
+        return self.second_time != "t"
 
-
-def public_config(model: Any) -> dict[str, Any]:
-    """A diffusers config without its private keys, which would keep ``from_config`` from taking changes."""
-    return {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
-
-
-def with_image(network: Any, channels: int) -> Any:
-    """A copy of a U-Net's network that takes the condition ``image`` (B, channels, H, W) beside the state, and does not
-    heed it yet: the weights of the first convolution for it are zeros (as of the latents in arXiv 2211.09800).
-
-    Raises:
-        ValueError: for a network without a first convolution of its own.
-    """
-    teacher = getattr(network, "model", None)
-    if not isinstance(getattr(teacher, "conv_in", None), nn.Conv2d):
-        raise ValueError(f"student.image widens the first convolution of a U-Net, a {type(network).__name__} has none")
-    config = public_config(teacher)
-    first = config["in_channels"]
-    model = type(teacher).from_config({**config, "in_channels": first + channels})  # pyright: ignore
-    keep_facts(model, teacher)
-    weights = teacher.state_dict()  # pyright: ignore
-    wide = torch.zeros_like(model.conv_in.weight)
-    wide[:, :first] = weights["conv_in.weight"]
-    model.load_state_dict({**weights, "conv_in.weight": wide})
-    return type(network)(model.to(next(network.parameters())).train(network.training))
-
-
-def set_size(model: Any, shape: tuple[int, ...]) -> None:
-    """Have the config of a convolutional model, which takes pictures of any size, name that of ``shape`` (C, H, W)."""
-    if len(shape) == 3:
-        size = shape[1] if shape[1] == shape[2] else shape[1:]
-        if model.config["sample_size"] != size:
-            model.register_to_config(sample_size=size)
+    @property
+    def takes_guidance(self) -> bool:
+        return self.model.told_guidance or super().takes_guidance

@@ -1,0 +1,36 @@
+"""The channels of a model of diffusers: those of the state, of an image beside it, and of a variance behind it.
+
+It is part of the ``two_times.py`` of an export, so it needs torch alone.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def state_channels(config: Any) -> int:
+    """How many channels the state of a U-Net has. An image may go in beside it, and a variance come out behind it: what
+    is there of both is said as ``_state_channels`` where the numbers alone would not tell."""
+    takes = config["in_channels"]
+    return config.get("_state_channels") or min(takes, config["out_channels"] or takes)
+
+
+def beside(model: Any, x: Tensor, image: Tensor | None) -> Tensor:
+    """What goes into a U-Net: the state (B, C, H, W), and behind it the channels of an image it is conditioned on;
+    before it where the config says ``_image_first``.
+
+    Raises:
+        ValueError: they are not as many channels as the model takes.
+    """
+    parts = [x] if image is None else [x, image.to(x)]
+    both = torch.cat(parts[::-1] if model.config.get("_image_first") else parts, dim=1)
+    if both.shape[1] != (takes := model.config["in_channels"]):
+        own = f"the state has {x.shape[1]}" + ("" if image is None else f" and the condition image {image.shape[1]}")
+        raise ValueError(f"this {type(model).__name__} takes {takes} channels, {own}: they must add up")
+    return both
+
+
+def mean_part(output: Tensor, x: Tensor) -> Tensor:
+    """The first half of the channels where the model also predicts a variance."""
+    return output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] else output

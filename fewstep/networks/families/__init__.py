@@ -1,0 +1,40 @@
+"""The families of diffusers as networks, one file each: of a field, ``net(x, timestep, **cond) -> prediction``, both
+(B, C, H, W), and of a flow map, ``net(x, s, t, **cond)``.
+
+Each wraps a model of diffusers and calls it as the pipelines of its family do. Timesteps (B,) are in the units of the
+model's scheduler, 0 to 1000 mostly. Conditions keep the names of the model's own arguments, and the entries of
+``added_cond_kwargs`` come as conditions of their own. Of a model that also predicts a variance, the mean is kept.
+
+A family is a file here, with its two networks; a file of the same name in ``fewstep.networks.two_times``, with the code
+that an export carries; and a line below.
+"""
+
+from typing import Any
+
+from fewstep.networks.families.dit import DiT, TwoTimeDiT
+from fewstep.networks.families.flux import Flux, TwoTimeFlux
+from fewstep.networks.families.pixart import PixArt, TwoTimePixArt
+from fewstep.networks.families.sd3 import SD3, TwoTimeSD3
+from fewstep.networks.families.unet2d import TwoTimeUNet, UNet
+from fewstep.networks.families.unet2d_condition import ConditionalUNet, TwoTimeConditionalUNet
+from fewstep.networks.families.wan import TwoTimeWan, Wan
+from fewstep.networks.two_times import code_of
+
+# The class in diffusers, and what wraps it: as a field, and with a second time as a flow map.
+_BOTH: dict[str, tuple[type[Any], type[Any]]] = {
+    "DiTTransformer2DModel": (DiT, TwoTimeDiT),
+    "FluxTransformer2DModel": (Flux, TwoTimeFlux),
+    "PixArtTransformer2DModel": (PixArt, TwoTimePixArt),
+    "SD3Transformer2DModel": (SD3, TwoTimeSD3),
+    "UNet2DConditionModel": (ConditionalUNet, TwoTimeConditionalUNet),
+    "UNet2DModel": (UNet, TwoTimeUNet),
+    "WanTransformer3DModel": (Wan, TwoTimeWan),
+}
+FAMILIES = {name: field for name, (field, _) in _BOTH.items()}
+# By the class of the network of one time.
+STUDENTS = dict(_BOTH.values())
+
+
+def two_time_model(name: str) -> type[Any]:
+    """The model of this class in diffusers with a second time: ``TwoTime...``, of that class."""
+    return getattr(code_of(FAMILIES[name].code), f"TwoTime{name}")

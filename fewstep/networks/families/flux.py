@@ -1,0 +1,68 @@
+"""A ``FluxTransformer2DModel`` as the network of a field, and of a flow map."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fewstep.networks.families.base import OfDiffusers, TwoTimeNetwork
+from fewstep.networks.families.conditions import text_and_pooled
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+
+
+class Flux(OfDiffusers):
+    """A ``FluxTransformer2DModel`` on latents (B, C, H, W), which it sees as 2 x 2 patches.
+
+    Conditions: ``encoder_hidden_states`` (B, tokens, D), ``pooled_projections`` (B, D'), and ``guidance`` (B,) where
+    the model was distilled to take it.
+
+    Args:
+        size: height and width of the latents, which the model's config does not say; for ``shape`` alone.
+    """
+
+    code = "flux"
+    model: "FluxTransformer2DModel"
+
+    def __init__(self, model: "FluxTransformer2DModel", size: int = 128) -> None:
+        super().__init__(model)
+        self.size = size
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        text = {"encoder_hidden_states": encoder_hidden_states, "pooled_projections": pooled_projections}
+        self.need(**text, guidance=guidance)
+        if guidance is not None and not self.takes_guidance:
+            raise ValueError("this FluxTransformer2DModel takes no guidance (B,), its config has no guidance_embeds")
+        return self.call(self.model, x, timestep, **text, guidance=guidance)
+
+    @property
+    def takes_guidance(self) -> bool:
+        return self.model.config["guidance_embeds"]
+
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        guidance = {"guidance": ()} if self.model.config["guidance_embeds"] else {}
+        return {**text_and_pooled(self.model, tokens), **guidance}
+
+    @property
+    def channels(self) -> int:
+        return self.model.config["in_channels"] // 4
+
+    @property
+    def image_channels(self) -> int:
+        return 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of one sample, (C, H, W)."""
+        return self.channels, self.size, self.size
+
+
+class TwoTimeFlux(TwoTimeNetwork, Flux):
+    """Of a ``FluxTransformer2DModel``."""

@@ -1,0 +1,55 @@
+"""A ``WanTransformer3DModel`` as the network of a field, and of a flow map."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fewstep.networks.families.base import OfDiffusers, TwoTimeNetwork
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+
+class Wan(OfDiffusers):
+    """A ``WanTransformer3DModel``: videos (B, C, F, H, W). Conditions: ``encoder_hidden_states`` (B, tokens, D), and
+    ``encoder_hidden_states_image`` (B, tokens, D') where the model was trained with an image.
+
+    Args:
+        size: frames, height and width of the latents, which the model's config does not say; for ``shape`` alone.
+    """
+
+    code = "wan"
+    model: "WanTransformer3DModel"
+
+    def __init__(self, model: "WanTransformer3DModel", size: tuple[int, int, int] = (21, 60, 104)) -> None:
+        super().__init__(model)
+        self.size = size
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_image: Tensor | None = None,
+    ) -> Tensor:
+        text = {"encoder_hidden_states": encoder_hidden_states}
+        self.need(**text, encoder_hidden_states_image=encoder_hidden_states_image)
+        return self.call(self.model, x, timestep, **text, encoder_hidden_states_image=encoder_hidden_states_image)
+
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        config = self.model.config
+        image = {} if config["image_dim"] is None else {"encoder_hidden_states_image": (257, config["image_dim"])}
+        return {"encoder_hidden_states": (tokens, config["text_dim"]), **image}
+
+    @property
+    def channels(self) -> int:
+        return self.model.config["out_channels"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of one sample, (C, F, H, W)."""
+        return self.channels, *self.size
+
+
+class TwoTimeWan(TwoTimeNetwork, Wan):
+    """Of a ``WanTransformer3DModel``."""

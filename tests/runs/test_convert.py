@@ -35,15 +35,9 @@ from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.sampling import sample
 from fewstep.flows.tabulated import Tabulated
 from fewstep.models.export import diffusion_of
-<<<<<<< HEAD
 from fewstep.networks import UNet, flow_model
-from fewstep.networks.calls import pack
-from fewstep.networks.unet import public_config
-=======
-from fewstep.networks import FAMILIES, MLP, UNet, flow_model
-from fewstep.networks.configs import public_config, with_image
+from fewstep.networks.configs import public_config
 from fewstep.networks.two_times.flux import pack
->>>>>>> main
 from fewstep.runs.convert import convert
 from fewstep.runs.opening import load
 

@@ -22,7 +22,7 @@ from fewstep.flows.paths import Linear, Reversed, Trigonometric
 from fewstep.flows.sampling import sample
 from fewstep.latents.vae import Latents
 from fewstep.networks import MLP, UNet, flow_model
-from fewstep.networks.unet import with_image
+from fewstep.networks.configs import with_image
 from fewstep.runs.convert import convert
 from fewstep.runs.opening import load
 

@@ -64,7 +64,7 @@ def text_conditions(model: Any, rows: int) -> dict[str, Tensor]:
 def needed_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """A row of each condition that a model of diffusers needs; nothing of another one."""
     network = getattr(unguided(model), "network", None)
-    return network.told(_tokens(model)) if isinstance(network, OfDiffusers) else {}
+    return network.condition_shapes(_tokens(model)) if isinstance(network, OfDiffusers) else {}
 
 
 def _tokens(model: Any) -> int:

@@ -106,7 +106,7 @@ def conditions(recipe: Recipe, model: Any, rows: int, shape: tuple[int, ...]) ->
     if channels := (recipe.student.image or image_channels(model)):
         cond["image"] = numbers(rows, channels, *shape[1:])
     guidance = recipe.teacher.guidance if recipe.teacher else None
-    if guidance is not None and (guidance.told or guidance.range is not None):
+    if guidance is not None and (guidance.embedded or guidance.range is not None):
         cond["guidance"] = numbers(rows)
     others = {name: numbers(rows, *shape) for name, shape in needed_shapes(model).items() if name not in cond}
     return cond | others

@@ -65,7 +65,7 @@ def make_data(recipe: Recipe, teacher: VelocityField | None, out: Path | None, f
     if recipe.drop is not None:
         data = Dropped(data, recipe.drop.share, null_of(recipe.drop.null, teacher, encoded_folder(recipe)))
     guidance = None if recipe.teacher is None else recipe.teacher.guidance
-    if guidance is not None and (guidance.told or guidance.range is not None):
+    if guidance is not None and (guidance.embedded or guidance.range is not None):
         data = Strengths(data, *(guidance.range or (guidance.scale, guidance.scale)))
     return data if recipe.coupling == "independent" else Coupled(data, recipe.coupling)
 
@@ -86,9 +86,9 @@ def _uncoupled(recipe: Recipe, teacher: VelocityField | None, out: Path | None, 
             "data: {name: teacher, prompts: captions.txt}"
         )
     options = arguments("data", PromptedSamples, options, given=("field", "seed", "folder", "guidance", "fresh"))
-    told = recipe.teacher is not None and recipe.teacher.guidance is not None and recipe.teacher.guidance.told
+    embedded = recipe.teacher is not None and recipe.teacher.guidance is not None and recipe.teacher.guidance.embedded
     folder = None if out is None else out / TEACHER_SAMPLES
-    strength = strength_of(recipe) if told else None
+    strength = strength_of(recipe) if embedded else None
     return PromptedSamples(teacher, seed=recipe.seed, folder=folder, guidance=strength, fresh=fresh, **options)
 
 

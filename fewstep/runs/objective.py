@@ -30,7 +30,7 @@ def trains_map(recipe: Recipe) -> bool:
 def strength_of(recipe: Recipe) -> float | None:
     """The strength of guidance at which a student that is told one is held against its teacher: the teacher's own."""
     guidance = recipe.teacher.guidance if recipe.teacher else None
-    return guidance.scale if guidance is not None and (guidance.told or guidance.range is not None) else None
+    return guidance.scale if guidance is not None and (guidance.embedded or guidance.range is not None) else None
 
 
 def follows_teacher(recipe: Recipe) -> bool:

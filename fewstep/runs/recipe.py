@@ -1,9 +1,10 @@
 """The sections of a recipe: everything a run is made of, typed, in one place."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fewstep.common.options import as_yaml
 
@@ -24,6 +25,17 @@ class Section(BaseModel):
     @classmethod
     def _text_alone(cls, value: Any) -> Any:
         return {cls.short: value} if cls.short and isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_spellings(cls, value: Any) -> Any:
+        """Keys that had another name before are taken by it too, with a note."""
+        for name, field in cls.model_fields.items():
+            old = field.validation_alias.choices[1:] if isinstance(field.validation_alias, AliasChoices) else ()
+            for key in old:
+                if isinstance(value, Mapping) and value.get(key) is not None:
+                    warnings.warn(f"the key {key} of a recipe is now called {name}: both are taken", stacklevel=2)
+        return value
 
 
 class Named(Section):
@@ -55,18 +67,20 @@ class Guidance(Section):
         description="the conditions that stand for none, such as {class_labels: 10}, or text: an empty prompt",
     )
     weak: str | None = Field(default=None, description="a weaker model, named as a teacher is: autoguidance")
-    told: bool | None = Field(
-        default=None, description="the teacher is told the strength as it is, as Flux.1-dev: nothing else guides it"
+    embedded: bool | None = Field(
+        default=None,
+        validation_alias=AliasChoices("embedded", "told"),
+        description="the teacher is told the strength as it is, as Flux.1-dev: nothing else guides it",
     )
 
     @model_validator(mode="after")
     def _something_weaker(self) -> "Guidance":
-        if self.told and (self.null or self.weak is not None):
+        if self.embedded and (self.null or self.weak is not None):
             raise ValueError("guidance told to the teacher needs no null conditions or weak model: leave them out")
-        if not self.told and not self.null and self.weak is None:
+        if not self.embedded and not self.null and self.weak is None:
             raise ValueError(
-                "guidance needs null conditions, such as {class_labels: 10}, a weak model, or told: true for a teacher "
-                "that is told its strength"
+                "guidance needs null conditions, such as {class_labels: 10}, a weak model, or embedded: true for a "
+                "teacher that is told its strength"
             )
         if self.range is not None and not self.range[0] <= self.scale <= self.range[1]:
             raise ValueError(

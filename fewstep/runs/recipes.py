@@ -178,7 +178,7 @@ def _find_names(recipe: Recipe, base: Path) -> None:
             teacher.guidance.weak = _beside(base, teacher.guidance.weak)
         guidance = teacher.guidance
         # One that is told the strength as it is makes a student that is.
-        is_new = guidance is not None and guidance.range is not None and not guidance.told
+        is_new = guidance is not None and guidance.range is not None and not guidance.embedded
         if is_new and student.network == "auto" and student.guidance is None:
             student.guidance = True
     _check_student(recipe)

@@ -36,8 +36,8 @@ def guided(
     guidance = section.guidance
     if guidance is None:
         return field
-    if guidance.told:
-        check_told(section.source, field)
+    if guidance.embedded:
+        check_embedded(section.source, field)
         return field
     weak = None if guidance.weak is None else weak_of(guidance.weak)
     return Guided(field, guidance.scale, guidance.interval, null=null_of(guidance.null, field), weak=weak)
@@ -60,11 +60,11 @@ def check_teacher(recipe: Recipe, teacher: VelocityField) -> None:
         check_velocity(teacher)
 
 
-def check_told(source: str, field: VelocityField) -> None:
+def check_embedded(source: str, field: VelocityField) -> None:
     """That a teacher is told the strength of guidance as it is.
 
     Raises:
         ValueError: it is not.
     """
     if not takes(field, "guidance"):
-        raise ValueError(f"teacher.guidance.told: {source!r} is told no strength of guidance: say null")
+        raise ValueError(f"teacher.guidance.embedded: {source!r} is told no strength of guidance: say null")

@@ -19,6 +19,8 @@ MAY_DIFFER = frozenset({"data_classes", "data_moments"}) | frozenset(
         "resume", "device", "accumulate", "gradient_checkpointing",
     )
 )  # fmt: skip
+# Keys that had another name before.
+_NOW_CALLED = {"teacher.guidance.told": "teacher.guidance.embedded"}
 # What ``fit`` sees of the parts themselves, and no recipe says.
 _SEEN = frozenset(
     {"objective_class", "student_class", "student_parameters", "training.seed"}
@@ -40,8 +42,9 @@ def fingerprint_of(out: Path) -> dict[str, Any] | None:
     """What makes the run in a folder this run and no other; None where nothing was trained yet."""
     steps = checkpoints.steps_in(out / CHECKPOINTS)
     if steps and (path := checkpoints.latest(out / CHECKPOINTS)):
-        return checkpoints.read_state(path)["fingerprint"]
-    return read_mark(out).get("fingerprint")
+        return flat(checkpoints.read_state(path)["fingerprint"])
+    found = read_mark(out).get("fingerprint")
+    return None if found is None else flat(found)
 
 
 def check_kept(out: Path, trained: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
@@ -55,7 +58,7 @@ def check_kept(out: Path, trained: Mapping[str, Any], resolved: Mapping[str, Any
     """
     # As it was written: what a key that came later would be, or where a file is found today, is no difference.
     written = {key: value for key, value in read_yaml(out / RECIPE).items() if key in resolved}
-    now, then = flat(written), {key: value for key, value in trained.items() if key not in _SEEN}
+    now, then = flat(written), {key: value for key, value in flat(trained).items() if key not in _SEEN}
     today = flat(resolved)
     now |= {key: today.get(key) for key in then.keys() - now.keys()}
     if differing := _differing(then, now):
@@ -73,7 +76,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             leaves |= flat(value, f"{prefix}{key}.")
         else:
-            leaves[f"{prefix}{key}"] = json.loads(json.dumps(value, default=str))
+            leaves[_NOW_CALLED.get(f"{prefix}{key}", f"{prefix}{key}")] = json.loads(json.dumps(value, default=str))
     return leaves
 
 

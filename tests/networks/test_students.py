@@ -518,7 +518,7 @@ def test_a_teacher_that_is_told_the_strength_makes_a_student_that_is(tmp_path: A
         "name": "told", "data": {"name": str(tmp_path / "latents.npz"), "conditions": list(cond)}, "objective": "ITVM",
         "training": {"steps": 1, "batch": 8, "quiet": True}, "evaluation": {"count": 0},
     }  # fmt: skip
-    teacher = {"source": str(tmp_path / "teacher"), "guidance": {"scale": 3.5, "told": True}}
+    teacher = {"source": str(tmp_path / "teacher"), "guidance": {"scale": 3.5, "embedded": True}}
     run(load_recipe({**recipe, "teacher": teacher}), tmp_path / "run")
     model = open_run(tmp_path / "run").model
     assert (model.guidance, model.network.takes_guidance) == (3.5, True)  # pyright: ignore
@@ -531,7 +531,7 @@ def test_a_teacher_that_is_told_the_strength_makes_a_student_that_is(tmp_path: A
     with pytest.raises(ValueError, match="told to the teacher needs no null conditions"):
         load_recipe({**recipe, "teacher": teacher})
     write("flux", tmp_path / "plain")
-    teacher = {"source": str(tmp_path / "plain"), "guidance": {"scale": 3.5, "told": True}}
+    teacher = {"source": str(tmp_path / "plain"), "guidance": {"scale": 3.5, "embedded": True}}
     with pytest.raises(ValueError, match="is told no strength of guidance: say null"):
         run(load_recipe({**recipe, "teacher": teacher}), tmp_path / "other")
 

@@ -10,7 +10,9 @@ import yaml
 from fewstep.runs import recipes as config
 from fewstep.runs.recipe import Recipe, Training
 from fewstep.runs.recipes import describe, find_recipe, known_recipes, load_recipe
+from fewstep.training.fingerprint import check_recipe
 from fewstep.training.fit import fit
+from fewstep.training.folder import begin
 
 SMALL = {
     "name": "small",
@@ -215,3 +217,26 @@ def test_a_recipe_whose_code_is_not_there_is_not_listed(tmp_path: Path, monkeypa
     assert "mnist-vit-itvm" not in known_recipes()
     with pytest.raises(FileNotFoundError, match="there is no recipe 'mnist-vit-itvm'"):
         load_recipe("mnist-vit-itvm")
+
+
+def test_a_key_that_had_another_name_is_taken_by_it_with_a_note() -> None:
+    guidance = {"scale": 3.5, "told": True}
+    tree = {"name": "x", "teacher": {"source": "checkerboard", "guidance": guidance}, "data": "checkerboard"}
+    with pytest.warns(UserWarning, match="the key told of a recipe is now called embedded"):
+        recipe = Recipe.model_validate({**tree, "objective": "ITVM"})
+    assert recipe.teacher is not None
+    assert recipe.teacher.guidance is not None
+    assert recipe.teacher.guidance.embedded is True
+    assert recipe.as_dict()["teacher"]["guidance"]["embedded"] is True
+    assert "told" not in recipe.as_dict()["teacher"]["guidance"]
+
+
+def test_a_run_of_before_a_key_was_renamed_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    begin(out, {"seed": 0, "teacher.guidance.told": True, "teacher.guidance.scale": 3.5})
+    now = {"seed": 0, "teacher": {"guidance": {"embedded": True, "scale": 3.5}}}
+    check_recipe(out, now)
+    now["teacher"]["guidance"]["embedded"] = False  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    with pytest.raises(ValueError, match=r"teacher\.guidance\.embedded is True there and False here"):
+        check_recipe(out, now)

@@ -349,7 +349,7 @@ def test_a_teacher_that_is_told_its_strength(models: Path, photos: Path, tmp_pat
     pipeline.register_modules(transformer=tiny_model("flux", guidance_embeds=True))
     pipeline.save_pretrained(tmp_path / "dev")
     tree = recipe_of(tmp_path / "dev", prompted(shape=[4, 8, 8], count=3, steps=1, solver="euler"))
-    tree["teacher"]["guidance"] = {"scale": 3.5, "told": True}
+    tree["teacher"]["guidance"] = {"scale": 3.5, "embedded": True}
     tree["evaluation"] = {"count": 0, "steps": [1]}
     run(load_recipe(tree), tmp_path / "run")
     field: Any = fewstep.load(tmp_path / "dev")

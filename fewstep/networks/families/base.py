@@ -71,7 +71,7 @@ class OfDiffusers(nn.Module):
         """Whether it is told the strength of guidance, the condition ``guidance`` (B,)."""
         return False
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         """The conditions without which it cannot be called, and the shape of one sample's row of each.
 
         Args:
@@ -83,7 +83,7 @@ class OfDiffusers(nn.Module):
         self, shape: tuple[int, ...], rows: int, tokens: int, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
         """Zeros for all that it is told beside states of ``shape``, (rows, ...) each."""
-        shapes = self.told(tokens)
+        shapes = self.condition_shapes(tokens)
         if self.image_channels:
             shapes["image"] = (self.image_channels, *shape[1:])
         kinds = {"class_labels": torch.long} if self.classes else {}
@@ -92,7 +92,7 @@ class OfDiffusers(nn.Module):
     @property
     def needed(self) -> list[str]:
         """The names of the conditions without which it cannot be called."""
-        return list(self.told(1))
+        return list(self.condition_shapes(1))
 
     def need(self, **cond: Tensor | None) -> None:
         """That the conditions which it needs are given.

@@ -36,7 +36,7 @@ class DiT(OfDiffusers):
         """How many ``class_labels`` it knows, without the one for none."""
         return self.model.config["num_embeds_ada_norm"]
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         return {"class_labels": ()}
 
 

@@ -46,7 +46,7 @@ class Flux(OfDiffusers):
     def takes_guidance(self) -> bool:
         return self.model.config["guidance_embeds"]
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         guidance = {"guidance": ()} if self.model.config["guidance_embeds"] else {}
         return {**text_and_pooled(self.model, tokens), **guidance}
 

@@ -34,7 +34,7 @@ class PixArt(OfDiffusers):
         told = {"resolution": resolution, "aspect_ratio": aspect_ratio}
         return self.call(self.model, x, timestep, encoder_hidden_states, encoder_attention_mask, **told)
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         config = self.model.config
         width = config["caption_channels"] or config["cross_attention_dim"]
         sizes = {"resolution": (2,), "aspect_ratio": (1,)} if self.model.use_additional_conditions else {}

@@ -28,7 +28,7 @@ class SD3(OfDiffusers):
         self.need(encoder_hidden_states=encoder_hidden_states, pooled_projections=pooled_projections)
         return self.call(self.model, x, timestep, encoder_hidden_states, pooled_projections)
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         return text_and_pooled(self.model, tokens)
 
 

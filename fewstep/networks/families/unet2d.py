@@ -24,7 +24,7 @@ class UNet(OfDiffusers):
         self.need(class_labels=class_labels)
         return self.call(self.model, x, timestep, class_labels, image)
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         return label_shape(self.model)
 
 
@@ -49,8 +49,8 @@ class TwoTimeUNet(TwoTimeNetwork, UNet):
         """Whether the model is of diffusers' own class."""
         return not hasattr(self.model, "predict")
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        return {} if self.is_stock else super().told(tokens)
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        return {} if self.is_stock else super().condition_shapes(tokens)
 
     @property
     def second_time(self) -> str:

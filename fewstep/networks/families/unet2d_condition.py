@@ -43,7 +43,7 @@ class ConditionalUNet(OfDiffusers):
         mask = {"encoder_attention_mask": encoder_attention_mask, "timestep_cond": timestep_cond, "image": image}
         return self.call(self.model, x, timestep, **told, **mask)
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         config: Any = self.model.config
         cross = config["cross_attention_dim"]
         cross = cross if isinstance(cross, int) else cross[0]

@@ -36,7 +36,7 @@ class Wan(OfDiffusers):
         self.need(**text, encoder_hidden_states_image=encoder_hidden_states_image)
         return self.call(self.model, x, timestep, **text, encoder_hidden_states_image=encoder_hidden_states_image)
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         config = self.model.config
         image = {} if config["image_dim"] is None else {"encoder_hidden_states_image": (257, config["image_dim"])}
         return {"encoder_hidden_states": (tokens, config["text_dim"]), **image}

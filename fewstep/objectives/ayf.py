@@ -8,7 +8,10 @@ from fewstep.flows.broadcasting import expand
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.objectives.base import check_decay, check_options
-from fewstep.objectives.two_time import Now, Rows, ToTheEnd, TwoTime, near_the_end, normalized, warmed
+from fewstep.objectives.compositions import near_the_end
+from fewstep.objectives.rows import Now, Rows
+from fewstep.objectives.two_time import ToTheEnd, TwoTime
+from fewstep.objectives.weights import normalized, warmed
 
 VARIANTS = ("EMD", "LMD")
 

@@ -10,7 +10,8 @@ from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.solvers import heun_step
 from fewstep.objectives.base import Index, check_decay, check_options, squared_error
-from fewstep.objectives.two_time import Now, Rows, ToTheEnd, TwoTime
+from fewstep.objectives.rows import Now, Rows
+from fewstep.objectives.two_time import ToTheEnd, TwoTime
 
 
 class _Consistency(ToTheEnd):

@@ -7,7 +7,9 @@ from fewstep.common.randomness import Generators, uniform
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.times import draw_pairs
 from fewstep.objectives.base import Index, check_options, squared_error
-from fewstep.objectives.two_time import Now, Rows, TwoTime, warmed
+from fewstep.objectives.rows import Now, Rows
+from fewstep.objectives.two_time import TwoTime
+from fewstep.objectives.weights import warmed
 
 
 class FMM(TwoTime):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.objectives.two_time import Now, Rows, TwoTime
+from fewstep.objectives.rows import Now, Rows
+from fewstep.objectives.two_time import TwoTime
 
 
 class _Eulerian(TwoTime):

@@ -12,7 +12,8 @@ from fewstep.common.errors import unknown
 from fewstep.flows.broadcasting import expand
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.objectives.two_time import Now, Rows, TwoTime
+from fewstep.objectives.rows import Now, Rows
+from fewstep.objectives.two_time import TwoTime
 
 
 def default_power(teacher: VelocityField | None) -> float:

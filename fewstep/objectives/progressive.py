@@ -17,7 +17,9 @@ from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.times import draw_pairs
 from fewstep.objectives.base import check_decay
-from fewstep.objectives.two_time import Now, Rows, TwoTime, step_velocity, through_middle
+from fewstep.objectives.compositions import step_velocity, through_middle
+from fewstep.objectives.rows import Now, Rows
+from fewstep.objectives.two_time import TwoTime
 
 MIDDLES = ("midpoint", "uniform")
 

@@ -4,7 +4,6 @@ A method says what ``u(x, s, t)`` is to be (``goal``), or which residual is to v
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,58 +13,41 @@ from torch.nn.modules.dropout import _DropoutNd
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, same_draws, uniform
 from fewstep.data.batch import Batch
-from fewstep.flows.broadcasting import as_times, expand
+from fewstep.flows.broadcasting import as_times
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.times import draw_pairs, draw_times
-from fewstep.networks.second_time import sinusoidal
 from fewstep.objectives.base import (
     Index,
     Loss,
     Objective,
     check_options,
     noise_of,
-    rows_of,
     split_rows,
     squared_error,
 )
+from fewstep.objectives.compositions import near_the_end, step_velocity, through_middle
 from fewstep.objectives.derivative import MODES, derivative, time_derivative
+from fewstep.objectives.rows import Now, Rows
+from fewstep.objectives.weights import LearnedWeight, normalized, warmed
+
+# A method of one's own imports all that it is made of from here.
+__all__ = [
+    "ERRORS",
+    "LearnedWeight",
+    "Now",
+    "Rows",
+    "ToTheEnd",
+    "TwoTime",
+    "drops",
+    "near_the_end",
+    "normalized",
+    "step_velocity",
+    "through_middle",
+    "warmed",
+]
 
 ERRORS = ("auto", "velocity", "data")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a batch on the path: ``x`` is x_s (n, ...), ``dx`` its conditional velocity, made of ``noise`` and
-    ``data``; ``s`` and ``t`` (n,) the times; ``fraction`` (n,) uniform in [0, 1), for a time between them; ``cond``
-    the conditions; ``part`` the term that these rows belong to."""
-
-    part: str
-    x: Tensor
-    dx: Tensor
-    s: Tensor
-    t: Tensor
-    noise: Tensor
-    data: Tensor
-    fraction: Tensor
-    cond: dict[str, Tensor]
-
-    def take(self, part: str, index: Index) -> "Rows":
-        """Some of the rows."""
-        numbers = (self.x, self.dx, self.s, self.t, self.noise, self.data, self.fraction)
-        return Rows(part, *(values[index] for values in numbers), cond=rows_of(self.cond, index))
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-
-@dataclass(frozen=True)
-class Now:
-    """Where the training is: ``progress`` in [0, 1], ``step``, and the EMA copy ``target`` where there is one."""
-
-    target: Any = None
-    progress: float = 0.0
-    step: int = 0
 
 
 class TwoTime(Objective):
@@ -275,64 +257,7 @@ class ToTheEnd(TwoTime):
         return s, torch.ones_like(s)
 
 
-class LearnedWeight(nn.Module):
-    """w(s, t) of the weight ``exp(-w) error + w``: at its minimum exp(w) is the mean error at (s, t), so that all times
-    weigh alike in the end. Zero at the start. ``forward(s, t)``, each (n,), gives (n,)."""
-
-    def __init__(self, frequencies: int = 16) -> None:
-        super().__init__()
-        self.frequencies = frequencies
-        with torch.random.fork_rng([]):  # the same in every process and run
-            torch.manual_seed(0)
-            self.first, self.last = nn.Linear(2 * frequencies, 64), nn.Linear(64, 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-
-    def forward(self, s: Tensor, t: Tensor) -> Tensor:
-        features = [sinusoidal(time, self.frequencies, low=0.5, high=10.0) for time in (s, t)]
-        hidden = nn.functional.silu(self.first(torch.cat(features, dim=1).to(self.first.weight.dtype)))
-        return self.last(hidden)[:, 0]
-
-
-def through_middle(model: FlowMap, rows: Rows, part: Tensor | float) -> Tensor:
-    """The average velocity from s to t by way of m = s + part (t - s), part (n,) or one for all:
-    ``part u(x, s, m) + (1 - part) u(X_{s,m}(x), m, t)``. Two calls."""
-    x, s, t = rows.x, rows.s, rows.t
-    m = s + part * (t - s)
-    first = model.average_velocity(x, s, m, **rows.cond)
-    second = model.average_velocity(x + expand(m - s, x) * first, m, t, **rows.cond)
-    weight = expand(part, x) if isinstance(part, Tensor) else part
-    return weight * first + (1 - weight) * second
-
-
-def step_velocity(field: VelocityField, x: Tensor, s: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-    """The mean velocity of one Heun step of a field from s to t: two calls, and no division by t - s."""
-    here = field(x, s, **cond)
-    return (here + field(x + expand(t - s, x) * here, t, **cond)) / 2
-
-
 def drops(student: nn.Module) -> bool:
     """Whether a student has dropout, and is training."""
     dropping = (m for m in student.modules() if isinstance(m, _DropoutNd | nn.MultiheadAttention) and m.training)
     return any((m.p if isinstance(m, _DropoutNd) else m.dropout) > 0 for m in dropping)
-
-
-def near_the_end(model: FlowMap, field: VelocityField, rows: Rows, m: Tensor) -> Tensor:
-    """The average velocity from s to t by the map to m and one Heun step of a field from there, m (n,)."""
-    x, s, t = rows.x, rows.s, rows.t
-    first = model.average_velocity(x, s, m, **rows.cond)
-    second = step_velocity(field, x + expand(m - s, x) * first, m, t, rows.cond)
-    weight = expand((m - s) / (t - s).clamp(min=1e-9), x)  # 0 where s = m = t
-    return weight * first + (1 - weight) * second
-
-
-def warmed(progress: float, warmup: float) -> float:
-    """From 0 to 1 over the first ``warmup`` of the training."""
-    return min(1.0, progress / warmup) if warmup else 1.0
-
-
-def normalized(residual: Tensor) -> Tensor:
-    """``g / (rms(g) + 0.1)`` for each row: bounded by 1, so that no row can throw the training off (arXiv 2410.11081;
-    with the root mean square for their norm, 0.1 does not depend on the dimension)."""
-    rms = residual.flatten(1).square().mean(1).sqrt()
-    return residual / expand(rms + 0.1, residual)

@@ -34,7 +34,8 @@ from fewstep.objectives import (
     SplitMeanFlow,
     TwoTime,
 )
-from fewstep.objectives.two_time import Now, Rows, normalized
+from fewstep.objectives.rows import Now, Rows
+from fewstep.objectives.weights import normalized
 
 # Times
 

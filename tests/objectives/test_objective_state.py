@@ -12,8 +12,9 @@ from fewstep.data import toy
 from fewstep.flows import exact
 from fewstep.flows.maps import FlowMap
 from fewstep.networks import MLP
-from fewstep.objectives import PFMM, PSD, Objective, two_time
-from fewstep.objectives.two_time import Now
+from fewstep.objectives import PFMM, PSD, Objective
+from fewstep.objectives.rows import Now
+from fewstep.objectives.weights import LearnedWeight
 from fewstep.training.fit import fit
 from fewstep.training.run import Run
 
@@ -29,7 +30,7 @@ def student_of(seed: int = 0, dropout: float = 0.0) -> FlowMap:
 
 
 def test_the_learned_weight_goes_to_the_logarithm_of_the_error():
-    weight = two_time.LearnedWeight()
+    weight = LearnedWeight()
     s, t = torch.rand(2, 256, generator=generator(0))
     assert torch.equal(weight(s, t), torch.zeros(256))
     error = torch.exp(2 * s - t)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fewstep.flows.change_of_path import scaling
 from fewstep.flows.fields import NetworkField
-from fewstep.flows.paths import Linear, Path, Reversed
+from fewstep.flows.paths import Forward, Linear, Path, Reversed
 from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.tabulated import Tabulated
 from fewstep.models.export import diffusion_of
@@ -71,6 +71,16 @@ def test_the_three_are_one(natives: Any, kind: str) -> None:
         assert (back, same) == (native, kind)
 
     check()
+
+
+@pytest.mark.parametrize(("native", "kind"), [(Reversed(700.0), "flow"), (Forward(700.0), "velocity")])
+def test_a_flow_of_the_straight_path_is_asked_as_it_is(native: Any, kind: str) -> None:
+    diffusion = diffusion_of(NetworkField(nn.Identity(), native, kind, path=Linear())) or {}
+    expected = scaling(native, kind, Linear(), TIMES)
+    wanted = torch.stack([expected.into, expected.time, expected.skip, expected.out], dim=1)
+    close(torch.tensor([coefficients(diffusion, t, native.scale) for t in TIMES], dtype=F64), wanted)
+    told = [second_timestep(diffusion, t, native.scale) for t in TIMES]
+    close(torch.tensor(told, dtype=F64), native.network_time(TIMES))
 
 
 def spoken(native: Path, kind: str) -> tuple[dict[str, Any], float]:

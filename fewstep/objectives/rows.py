@@ -1,0 +1,45 @@
+"""Rows of a batch on the path, and where the training is: what a method of flow maps is given."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.objectives.base import (
+    Index,
+    rows_of,
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch on the path: ``x`` is x_s (n, ...), ``dx`` its conditional velocity, made of ``noise`` and
+    ``data``; ``s`` and ``t`` (n,) the times; ``fraction`` (n,) uniform in [0, 1), for a time between them; ``cond``
+    the conditions; ``part`` the term that these rows belong to."""
+
+    part: str
+    x: Tensor
+    dx: Tensor
+    s: Tensor
+    t: Tensor
+    noise: Tensor
+    data: Tensor
+    fraction: Tensor
+    cond: dict[str, Tensor]
+
+    def take(self, part: str, index: Index) -> "Rows":
+        """Some of the rows."""
+        numbers = (self.x, self.dx, self.s, self.t, self.noise, self.data, self.fraction)
+        return Rows(part, *(values[index] for values in numbers), cond=rows_of(self.cond, index))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True)
+class Now:
+    """Where the training is: ``progress`` in [0, 1], ``step``, and the EMA copy ``target`` where there is one."""
+
+    target: Any = None
+    progress: float = 0.0
+    step: int = 0

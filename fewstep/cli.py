@@ -1,12 +1,8 @@
 """The command line: parse, call, print. Nothing heavy is imported before a command is known."""
 
 import argparse
-import logging
 import sys
-import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 from fewstep.commands import (
     cite,
@@ -23,8 +19,9 @@ from fewstep.commands import (
     train,
     ui,
 )
+from fewstep.commands.messages import one_line, short_messages
 from fewstep.commands.parser import CommandParser, Parser, arguments_of
-from fewstep.common.errors import OUT_OF_MEMORY, TrainingError, briefly, is_out_of_memory, shortened, shown, unknown
+from fewstep.common.errors import OUT_OF_MEMORY, TrainingError, briefly, is_out_of_memory, shown, unknown
 from fewstep.common.trust import trusting
 from fewstep.common.version import __version__
 from fewstep.common.write_errors import NEVER_OF_READING, WriteError, write_error
@@ -39,18 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
-    usual, warnings.formatwarning = warnings.formatwarning, _note
-    records = logging.getLogRecordFactory()
-    logging.setLogRecordFactory(partial(_short_record, records))
     try:
-        if empty := next((word for word in argv if word.startswith("--") and word.endswith("=--")), None):
-            raise ValueError(f"{shown(empty)}: -- is no value (a text that begins with a dash is --flag=-text)")
-        if odd := next((word for word in argv if "\0" in word), None):  # from Python: no shell has it
-            raise ValueError(f"{shown(odd)} has a byte of zero in it")
-        args = parsed(argv)
-        args.argv = argv
-        with trusting(getattr(args, "trust", False)):  # the commands that only look have no --trust
-            return args.function(args)
+        with short_messages():
+            args = parsed(argv)
+            args.argv = argv
+            with trusting(getattr(args, "trust", False)):  # the commands that only look have no --trust
+                return args.function(args)
     except (ValueError, OSError, ImportError, TrainingError) as error:
         if is_debug:
             raise
@@ -68,9 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    finally:
-        warnings.formatwarning = usual
-        logging.setLogRecordFactory(records)
 
 
 def make_parser() -> tuple[Parser, dict[str, CommandParser]]:
@@ -94,6 +82,10 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         ValueError: in a line; a slip of a command or a flag names what is meant.
     """
+    if empty := next((word for word in argv if word.startswith("--") and word.endswith("=--")), None):
+        raise ValueError(f"{shown(empty)}: -- is no value (a text that begins with a dash is --flag=-text)")
+    if odd := next((word for word in argv if "\0" in word), None):  # from Python: no shell has it
+        raise ValueError(f"{shown(odd)} has a byte of zero in it")
     made, known = make_parser()
     if argv and argv[0] not in known and not argv[0].startswith("-"):
         raise unknown("command", argv[0], known)
@@ -106,28 +98,3 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         said = f"{args.command} does not know what {shown(rest[0])} is for"
         raise ValueError(f"{said} (see fewstep {args.command} --help)")
     return args
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in a line that can be read."""
-    return shortened(_as_flags(str(error)))
-
-
-def _as_flags(text: str) -> str:
-    """An error in one line; what Python calls resume=False, overwrite=True and trust=True are flags here."""
-    text = " ".join(text.split())
-    for python, flag in (("resume=False", "--fresh"), ("overwrite=True", "--overwrite")):
-        text = text.replace(f"{python} ({flag})", flag).replace(python, flag)
-    return text
-
-
-def _note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
-    """A warning as one line, without the place in the code."""
-    return f"note: {shortened(str(message))}\n"
-
-
-def _short_record(make: Callable[..., logging.LogRecord], *args: Any, **more: Any) -> logging.LogRecord:
-    """What diffusers and transformers log, in a line that can be read: they repeat whole captions."""
-    record = make(*args, **more)
-    record.msg, record.args = shortened(record.getMessage()), ()
-    return record

@@ -78,7 +78,8 @@ def commands(capsys: pytest.CaptureFixture[str]) -> tuple[str, list[list[str]]]:
 def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
     script = (
         "import sys\nfrom fewstep.cli import main\n"
-        "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "for words in (['--help'], ['train', '--help']):\n"
+        "    try:\n        main(words)\n    except SystemExit as stop:\n        assert stop.code == 0\n"
         "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'rich', 'diffusers', 'matplotlib', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

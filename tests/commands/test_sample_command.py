@@ -284,7 +284,7 @@ def test_half_precision_is_near_and_its_state_is_float32(name: str, models: Path
 
 @pytest.mark.takes_seconds
 def test_a_text_model_in_half_precision(draws: Draw) -> None:
-    words = ("--prompt", *TEXTS, "--count", "3", "--steps", "2", "--guidance", "3")
+    words = ("--prompt", *TEXTS, "--count", "3", "--steps", "2", "--guidance-scale", "3")
     full, half = draws("sd", *words), draws("sd", *words, "--dtype", "bf16")
     assert 0 < np.abs(full - half).max() < 0.1
 
@@ -457,7 +457,13 @@ def test_what_is_in_the_way_is_named(models: Path, refused: Any) -> None:
 
 
 def test_a_folder_is_not_begun_by_a_command_that_cannot_be(refused: Any) -> None:
-    for words in (["--gamma", "2"], ["--steps", "0"], ["--guidance", "2"], ["--solver", "heun"], ["--dtype", "fp16"]):
+    for words in (
+        ["--gamma", "2"],
+        ["--steps", "0"],
+        ["--guidance-scale", "2"],
+        ["--solver", "heun"],
+        ["--dtype", "fp16"],
+    ):
         refused("plain", "--out", "pics", *words)
 
 

@@ -81,7 +81,16 @@ def test_it_is_judged_and_sampled_at_a_strength(recipe, tmp_path, monkeypatch):
     judged = [g for g in asked if g is not None and len(g) == 40]
     assert judged
     assert all((g == 2.0).all() for g in judged)
-    words = ["sample", str(tmp_path / "run"), "--count", "4", "--guidance", "1.5", "--out", str(tmp_path / "x.npy")]
+    words = [
+        "sample",
+        str(tmp_path / "run"),
+        "--count",
+        "4",
+        "--guidance-scale",
+        "1.5",
+        "--out",
+        str(tmp_path / "x.npy"),
+    ]
     assert main(words) == 0
     assert torch.equal(asked[-1], torch.full((4,), 1.5))
     with pytest.raises(ValueError, match="takes no strength of guidance: make it with guidance=True"):

@@ -91,7 +91,7 @@ def test_guidance_of_any_strength_is_told_to_the_student(ddpm: Path, tmp_path: P
     with torch.no_grad():
         one, three = (student(x, 0.0, 1.0, class_labels=labels, guidance=torch.full((2,), w)) for w in (1.0, 3.0))
     assert (one - three).abs().max() > 1e-6
-    words = ["sample", str(tmp_path / "run"), "--guidance", "3", "--count", "2", "--steps", "1"]
+    words = ["sample", str(tmp_path / "run"), "--guidance-scale", "3", "--count", "2", "--steps", "1"]
     assert main([*words, "--out", str(tmp_path / "x.npz")]) == 0
     # Where nothing is said, it is sampled at the strength it was judged at, and so it is watched.
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_guidance_of_any_strength_is_told_to_the_student(ddpm: Path, tmp_path: P
 
 
 def test_no_guidance(ddpm: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sample", str(ddpm), "--guidance", "3", "--count", "1", "--out", "x.npy"]) == 2
+    assert main(["sample", str(ddpm), "--guidance-scale", "3", "--count", "1", "--out", "x.npy"]) == 2
     assert "guidance 3: the model is told no strength of it" in capsys.readouterr().err
     built = build(load_recipe(recipe_of(ddpm)))
     assert not isinstance(built.teacher, Guided)

@@ -169,7 +169,7 @@ def test_pairs_of_prompts(
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("\n".join(CAPTIONS))
     words = ["reflow", str(models / "sd3"), "--prompts", "prompts.txt", "--count", "7", "--steps", "2", "--shard", "4"]
-    assert main([*words, "--guidance", "2", "--out", "pairs"]) == 0
+    assert main([*words, "--guidance-scale", "2", "--out", "pairs"]) == 0
     pairs = Pairs("pairs")
     batch = pairs.rows(torch.tensor([6, 1]), generator(0))
     assert batch.noise is not None
@@ -183,7 +183,7 @@ def test_pairs_of_prompts(
 
     Path("prompts.txt").write_text("a cat\na dog")
     capsys.readouterr()
-    assert main([*words, "--guidance", "2", "--out", "pairs"]) == 2
+    assert main([*words, "--guidance-scale", "2", "--out", "pairs"]) == 2
     assert "other pairs: prompts is 5 prompts" in capsys.readouterr().err
     assert main([*words[:2], *words[4:], "--out", "none"]) == 2
     assert "conditioned on text: give it prompts" in capsys.readouterr().err

@@ -1,0 +1,48 @@
+"""What is said while a command runs, in lines that can be read: errors, warnings, and what libraries log."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from fewstep.common.errors import shortened
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in a line that can be read."""
+    return shortened(as_flags(str(error)))
+
+
+def as_flags(text: str) -> str:
+    """An error in one line; what Python calls resume=False and overwrite=True are flags here."""
+    text = " ".join(text.split())
+    for python, flag in (("resume=False", "--fresh"), ("overwrite=True", "--overwrite")):
+        text = text.replace(f"{python} ({flag})", flag).replace(python, flag)
+    return text
+
+
+@contextmanager
+def short_messages() -> Iterator[None]:
+    """Warnings as notes of one line, and lines of logs no longer than that."""
+    usual, warnings.formatwarning = warnings.formatwarning, _note
+    records = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(partial(_short_record, records))
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+        logging.setLogRecordFactory(records)
+
+
+def _note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+    """A warning as one line, without the place in the code."""
+    return f"note: {shortened(str(message))}\n"
+
+
+def _short_record(make: Callable[..., logging.LogRecord], *args: Any, **more: Any) -> logging.LogRecord:
+    """What diffusers and transformers log, in a line that can be read: they repeat whole captions."""
+    record = make(*args, **more)
+    record.msg, record.args = shortened(record.getMessage()), ()
+    return record

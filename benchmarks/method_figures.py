@@ -12,7 +12,7 @@ from pathlib import Path
 from fewstep.evaluation.plots import points_figure
 from fewstep.evaluation.style import png
 from fewstep.generation.drawing import draw
-from fewstep.runs.opening import load_run
+from fewstep.runs.loading import load_run
 
 STEPS = (1, 2, 4, 8)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 
 from fewstep.generation.drawing import draw
-from fewstep.runs.opening import load_run, make_teacher
+from fewstep.runs.loading import load_run, make_teacher
 from fewstep.runs.recipes import load_recipe
 
 COLUMNS = 14

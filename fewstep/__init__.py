@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from fewstep.runs.convert import convert
     from fewstep.runs.encode import encode
     from fewstep.runs.export import export
-    from fewstep.runs.opening import load
+    from fewstep.runs.loading import load
     from fewstep.training.batches import Batches
     from fewstep.training.ema import Ema
     from fewstep.training.fit import fit
@@ -117,7 +117,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "export": "runs.export",
     "fit": "training.fit",
-    "load": "runs.opening",
+    "load": "runs.loading",
     "load_adapter": "models.adapter_files",
     "load_data": "data",
     "merge_lora": "models.lora",

@@ -200,7 +200,7 @@ BATCH = (
 
 SAMPLE = (
     Stop(
-        "fewstep.load(model)", "runs.opening:load", "a run becomes what it trained; exports and diffusers folders too",
+        "fewstep.load(model)", "runs.loading:load", "a run becomes what it trained; exports and diffusers folders too",
         "a FlowMap or a VelocityField",
     ),
     Stop(

@@ -1,4 +1,4 @@
-"""`encode`: pictures and captions as what a latent model trains on."""
+"""`encode`: images and captions as what a latent model trains on."""
 
 import argparse
 import shlex
@@ -15,7 +15,7 @@ def add(commands: Commands) -> None:
         commands,
         "encode",
         run,
-        "encode pictures and captions for a latent model, once",
+        "encode images and captions for a latent model, once",
         examples=[
             "encode --teacher ./stable-diffusion --data photos --out photos-encoded",
             "encode --teacher ./DiT-XL-2-256 --data train-{0000..0099}.tar --size 256 --out encoded",
@@ -24,21 +24,21 @@ def add(commands: Commands) -> None:
     )
     p.add_argument("--teacher", required=True, metavar="MODEL", help="what they are for: a diffusers folder or a run")
     text = (
-        "a folder of pictures (captions in its metadata.jsonl), hf:NAME, a folder of save_to_disk, or webdataset "
+        "a folder of images (captions in its metadata.jsonl), hf:NAME, a folder of save_to_disk, or webdataset "
         "shards: a folder, a .tar or train-{0000..0099}.tar"
     )
     p.add_argument("--data", required=True, metavar="DATA", help=text)
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to; goes on with what is there")
-    p.add_argument("--size", type=int, metavar="N", help="side of the pictures in pixels (default: the model's)")
+    p.add_argument("--size", type=int, metavar="N", help="side of the images in pixels (default: the model's)")
     p.add_argument("--dtype", default="float16", metavar="NAME", help="float16 (default), bfloat16 or float32")
-    p.add_argument("--batch", type=int, default=16, metavar="N", help="pictures encoded at once (default: 16)")
-    p.add_argument("--shard", type=int, metavar="N", help="pictures in a file (default: about 256 MB)")
+    p.add_argument("--batch", type=int, default=16, metavar="N", help="images encoded at once (default: 16)")
+    p.add_argument("--shard", type=int, metavar="N", help="images in a file (default: about 256 MB)")
     p.add_argument("--caption", metavar="COLUMN", help="that of the captions (default: text, caption or prompt)")
-    p.add_argument("--image", metavar="COLUMN", help="of a Hugging Face data set, that of the pictures")
+    p.add_argument("--image", metavar="COLUMN", help="of a Hugging Face data set, that of the images")
     p.add_argument("--label", metavar="COLUMN", help="of a Hugging Face data set, that of the classes")
     p.add_argument("--split", metavar="NAME", help="of a Hugging Face data set (default: train)")
     p.add_argument("--config", metavar="NAME", help="of a Hugging Face data set")
-    p.add_argument("--on-error", default="raise", metavar="DO", help="with a bad picture: raise (default) or skip")
+    p.add_argument("--on-error", default="raise", metavar="DO", help="with a bad image: raise (default) or skip")
     add_variant(p)
     add_device(p)
 
@@ -76,6 +76,6 @@ def run(args: argparse.Namespace) -> int:
     size = sum(file.stat().st_size for file in args.out.iterdir())
     said = f", {data.facts['captions']} captions" if data.texts is not None else ""
     left = data.facts["count"] - len(data)
-    print(f"{args.out}: {len(data)} pictures{said}, {size / 1e6:.1f} MB{f'; {left} left out' if left else ''}")
+    print(f"{args.out}: {len(data)} images{said}, {size / 1e6:.1f} MB{f'; {left} left out' if left else ''}")
     say_next([shlex.join(["fewstep", "distill", "--teacher", args.teacher, "--data", str(args.out)])])
     return 0

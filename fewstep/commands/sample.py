@@ -90,27 +90,28 @@ def run(args: argparse.Namespace) -> int:
     is_drawn = (len(written) == 3 and written[0] in (1, 3)) or written == (2,)
     out = args.out or Path("samples.png" if is_drawn else "samples.npy")
     check_out(out, written)
-    asked = _asked(args, model)
-    given = {} if run is None else given_by(run.recipe, model, asked.count, asked.first, text=not asked.prompts)
-    asked = settled(model, asked, given)
+    requests = _requests(args, model)
+    rows = {"count": requests.count, "first": requests.first, "text": not requests.prompts}
+    given = {} if run is None else given_by(run.recipe, model, **rows)
+    requests = settled(model, requests, given)
 
     options = {"grid": args.grid, "gamma": args.gamma, "solver": args.solver, "guidance": args.guidance_scale}
     options = {name: value for name, value in options.items() if value is not None}
     is_folder = out.suffix == ""
     if not is_folder:
-        wanted = 4 * asked.count * prod(written)
-        check_memory(f"{asked.count:,} samples in one file", wanted, "fewer (--count), or a folder (--out samples)")
-    facts = _facts(args, model, asked, given, shape, {"steps": steps, **options}) if is_folder else {}
+        wanted = 4 * requests.count * prod(written)
+        check_memory(f"{requests.count:,} samples in one file", wanted, "fewer (--count), or a folder (--out samples)")
+    facts = _facts(args, model, requests, given, shape, {"steps": steps, **options}) if is_folder else {}
     model = place(model, device, args.dtype, args.compile)
-    batches = shares(asked.count, args.batch, world)
+    batches = shares(requests.count, args.batch, world)
     mine = batches[world.rank :: world.size]
 
     if is_folder:
-        mine = [rows for rows in (missing(out, rows, asked.count) for rows in mine) if rows]
+        mine = [rows for rows in (missing(out, rows, requests.count) for rows in mine) if rows]
     told = {"size": size, "given": given, "decode": not args.latents, **options}
-    drawn = draw_batches(model, asked, mine, steps, shape=shape, **told)
+    drawn = draw_batches(model, requests, mine, steps, shape=shape, **told)
     if is_folder:
-        claim(out, facts, asked)
+        claim(out, facts, requests)
     parts, done, total = [], 0, sum(map(len, mine))
     with ExitStack() as stack:
         stack.enter_context(join(world, device))
@@ -118,9 +119,9 @@ def run(args: argparse.Namespace) -> int:
         progress = stack.enter_context(progress_bar("samples", not (world.is_main and sys.stderr.isatty())))
         for rows, samples in drawn:
             if is_folder:
-                name = without_places(args.model)  # a picture goes to others
-                texts = [{"model": name, **says(asked, i), "steps": steps, **options} for i in rows]
-                save_pictures(samples, [out / picture_name(i, asked.count) for i in rows], texts)
+                name = without_places(args.model)  # an image goes to others
+                texts = [{"model": name, **says(requests, i), "steps": steps, **options} for i in rows]
+                save_pictures(samples, [out / picture_name(i, requests.count) for i in rows], texts)
             else:
                 parts.append(samples)
             done += len(rows)
@@ -133,10 +134,10 @@ def run(args: argparse.Namespace) -> int:
     if whole is not None:
         # Not those of text, many times larger than the samples.
         kept = given.keys() - (TEXT_CONDITIONS if model.text is not None else ())
-        turns = {name: given[name][[i % len(given[name]) for i in range(asked.count)]] for name in sorted(kept)}
-        write(whole, {**labels_of(asked), **turns}, out)
-    there = f" ({asked.count - new} were there)" if new < asked.count else ""
-    print(f"{out}: {asked.count} samples{there}" + (f", {called / new:g} network calls each" if new else ""))
+        turns = {name: given[name][[i % len(given[name]) for i in range(requests.count)]] for name in sorted(kept)}
+        write(whole, {**labels_of(requests), **turns}, out)
+    there = f" ({requests.count - new} were there)" if new < requests.count else ""
+    print(f"{out}: {requests.count} samples{there}" + (f", {called / new:g} network calls each" if new else ""))
     if run is None or args.teacher:
         text = ["--prompts", args.prompts] if args.prompts else prompt_flags(args.prompt or [])
         more = [
@@ -153,9 +154,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(args: argparse.Namespace, model: Any) -> Any:
+def _requests(args: argparse.Namespace, model: Any) -> Any:
     """Which samples are asked for."""
-    from fewstep.generation.requests import Asked, class_names, class_numbers, is_number, read_lines
+    from fewstep.generation.requests import Requests, class_names, class_numbers, is_number, read_lines
 
     seeds = numbers("--seeds", args.seeds) if args.seeds else []
     if seeds and (args.seed is not None or args.first or args.count is not None):
@@ -187,29 +188,29 @@ def _asked(args: argparse.Namespace, model: Any) -> Any:
         raise ValueError(f"--count {shown(count)}: {_MOST:,} samples at most, --first goes on after them")
     has_names = any(isinstance(word, str) and not is_number(word) for word in labels)
     names = class_names(model) if has_names else {}
-    return Asked(count, args.seed or 0, first, prompts, class_numbers(labels, names), noise)
+    return Requests(count, args.seed or 0, first, prompts, class_numbers(labels, names), noise)
 
 
 def _facts(
-    args: argparse.Namespace, model: Any, asked: Any, given: dict[str, Any], shape: Any, options: dict[str, Any]
+    args: argparse.Namespace, model: Any, requests: Any, given: dict[str, Any], shape: Any, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """What all pictures of a folder are drawn with: what would make others of them."""
+    """What all images of a folder are drawn with: what would make others of them."""
     import hashlib
 
     from fewstep.flows.identity import identity
     from fewstep.latents.encoders import text_identity, vae_identity
 
-    # What makes pictures of latents, and conditions of prompts, where that is what is done.
+    # What makes images of latents, and conditions of prompts, where that is what is done.
     vae = None if model.latents is None or args.latents else vae_identity(model.latents)
-    text = None if model.text is None or not asked.prompts else text_identity(model.text)
+    text = None if model.text is None or not requests.prompts else text_identity(model.text)
     digest = hashlib.sha256()
     for name, value in sorted(given.items()):
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
     return {
         "format": 1, "model": args.model, "weights": identity(model), "vae": vae, "text": text, "shape": list(shape),
         "dtype": args.dtype, "latents": args.latents,
-        **options, "count": asked.count, "seed": asked.seed, "first": asked.first,
-        "seeds, prompts and labels": asked.digest(), "conditions": digest.hexdigest()[:16] if given else None,
+        **options, "count": requests.count, "seed": requests.seed, "first": requests.first,
+        "seeds, prompts and labels": requests.digest(), "conditions": digest.hexdigest()[:16] if given else None,
     }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def numbers(flag: str, text: str) -> list[int]:
 
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model that is asked for (with --teacher, the teacher of the run), and its run if it is one."""
-    from fewstep.runs.opening import find_model, make_teacher, open_run
+    from fewstep.runs.loading import find_model, make_teacher, open_run
     from fewstep.training.run_files import is_run
 
     run = open_run(args.model) if is_run(Path(args.model).expanduser()) else None

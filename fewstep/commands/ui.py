@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_gradio()  # before a model is loaded
     playground = Playground.open(args.model, choose_device(args.device, World()), args.variant)
-    # SIGTERM ends it as Ctrl-C does, so that the pictures go with the page.
+    # SIGTERM ends it as Ctrl-C does, so that the images go with the page.
     before, close = signal.signal(signal.SIGTERM, signal.default_int_handler), None
     try:
         address, close = serve(playground, args.model, host=args.host, port=args.port)

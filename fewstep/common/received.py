@@ -112,7 +112,7 @@ def unlike_its_name(file: Path, suffix: str) -> str:
 
 
 def clean_png(file: Path) -> bytes:
-    """The picture in a PNG, packed anew: what else is in the file, text or bytes after its end, stays behind.
+    """The image in a PNG, packed anew: what else is in the file, text or bytes after its end, stays behind.
 
     Raises:
         ValueError: it is none.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where what is made once is kept (decoded pictures, encoded data, hashes, classifiers): $FEWSTEP_CACHE, else
+    """Where what is made once is kept (decoded images, encoded data, hashes, classifiers): $FEWSTEP_CACHE, else
     ~/.cache/fewstep."""
     return Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep").expanduser()
 

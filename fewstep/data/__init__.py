@@ -54,7 +54,7 @@ def load_data(name: str | Path, **options: Any) -> Data:
     """The data that ``name`` stands for, with the options of its loader (``split``, ``size``, ``flip``, ...).
 
     Args:
-        name: one of the names above; ``hf:NAME`` on the Hugging Face hub; or a path: a folder of pictures, of IDX
+        name: one of the names above; ``hf:NAME`` on the Hugging Face hub; or a path: a folder of images, of IDX
             files, of binary CIFAR-10 batches, of reflow pairs, of ``fewstep encode`` or from ``save_to_disk``, a
             ``.npy``, ``.npz`` or IDX file.
 

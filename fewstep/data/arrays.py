@@ -13,15 +13,15 @@ from fewstep.data.batch import Batch
 class ArrayData:
     """Rows of an array (N, ...), images as uint8 until the moment they are used.
 
-    uint8 arrays are pictures: they stay as they are and the gathered rows alone become floats in [-1, 1]. All other
+    uint8 arrays are images: they stay as they are and the gathered rows alone become floats in [-1, 1]. All other
     numbers pass through as float32, or with ``normalize`` as ``(value - mean) / std`` over the whole array.
 
     Args:
         array: (N, ...), at least two axes; a numpy array, a memory map (which stays one) or a CPU tensor.
         cond: conditions by name, each of N rows. ``class_labels`` are whole numbers from 0, (N,), or floats, (N,)
-            or (N, D), for a model that embeds those; pictures (uint8 of three axes or more) come as floats in [-1, 1].
+            or (N, D), for a model that embeds those; images (uint8 of three axes or more) come as floats in [-1, 1].
         flip: turn each gathered row left to right (its last axis) with probability 1/2, and conditions that are
-            pictures of the same size with it.
+            images of the same size with it.
         normalize: bring the values to mean 0 and standard deviation 1; ``denormalize`` maps samples back.
         classes: what the class labels mean, where that is known.
         name: what to call it in errors, such as its file.
@@ -47,7 +47,7 @@ class ArrayData:
         _check_range(name, self.array, np.float64 if normalize else np.float32)
         if flip and self.array.ndim < 3:
             raise ValueError(
-                f"flip turns pictures over, the rows of {name} have the shape {self.array.shape[1:]}: drop flip"
+                f"flip turns images over, the rows of {name} have the shape {self.array.shape[1:]}: drop flip"
             )
         self.size: int | None = len(self.array)
         self.shape: tuple[int, ...] = self.array.shape[1:]
@@ -109,14 +109,14 @@ class ArrayData:
         return None if self._is_picture or (self.mean, self.std) == (0, 1) else (self.mean, self.std)
 
     def denormalize(self, data: Tensor) -> Tensor:
-        """Samples (B, ...) back in the units of the array: 0 to 255 for pictures, not rounded or clipped."""
+        """Samples (B, ...) back in the units of the array: 0 to 255 for images, not rounded or clipped."""
         return data * self.std + self.mean
 
 
 def channels_first(array: np.ndarray, channels_last: bool | None, name: str) -> np.ndarray:
-    """Pictures (N, H, W) or (N, H, W, C) as a view (N, C, H, W); arrays that are no pictures as they are.
+    """Images (N, H, W) or (N, H, W, C) as a view (N, C, H, W); arrays that are no images as they are.
 
-    Only uint8 arrays are taken for pictures. ``channels_last=None`` refuses one whose channels seem to come last;
+    Only uint8 arrays are taken for images. ``channels_last=None`` refuses one whose channels seem to come last;
     True moves the last axis of any array, False leaves it.
     """
     if channels_last:
@@ -127,7 +127,7 @@ def channels_first(array: np.ndarray, channels_last: bool | None, name: str) -> 
         return array[:, None]
     if channels_last is None and array.ndim == 4 and array.shape[-1] in (1, 3, 4) and array.shape[1] not in (1, 3, 4):
         raise ValueError(
-            f"{name} has shape {array.shape}, which looks like pictures with their channels last: "
+            f"{name} has shape {array.shape}, which looks like images with their channels last: "
             "say channels_last: true to move them, or false to leave them"
         )
     return array

@@ -1,4 +1,4 @@
-"""Pictures and what is said of them, where they lie: folders and Hugging Face data sets.
+"""Images and what is said of them, where they lie: folders and Hugging Face data sets.
 
 Nothing is decoded here: ``fewstep.generation.encoding`` turns them into what a latent model trains on.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.decode import Source
-from fewstep.data.folders import Folder, open_folder, stamp
+from fewstep.data.listing import Folder, open_folder, stamp
 from fewstep.data.metadata import (
     CAPTIONS,
     METADATA,
@@ -30,7 +30,7 @@ from fewstep.data.tables import PICTURE_KINDS, find_columns, held_by, open_table
 
 @dataclass(frozen=True)
 class Rows:
-    """Pictures, a row each: ``read`` gives the files (or their bytes) of a slice, ``names`` what to call them.
+    """Images, a row each: ``read`` gives the files (or their bytes) of a slice, ``names`` what to call them.
 
     ``captions`` and ``labels`` (whole numbers, of ``classes``) are one a row, None where there are none. ``problems``
     says of rows that cannot be used why.
@@ -49,7 +49,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Captioned:
-    """A source of pictures and captions, by its ``name``. ``identity`` changes when they do; ``rows`` are listed when
+    """A source of images and captions, by its ``name``. ``identity`` changes when they do; ``rows`` are listed when
     first needed."""
 
     name: str
@@ -68,20 +68,20 @@ def image_folder(
     captions: bool = True,
     split: str | None = None,
 ) -> Captioned:
-    """The pictures of a folder and those below it, with their captions.
+    """The images of a folder and those below it, with their captions.
 
     Where there is a ``metadata.jsonl``, ``.csv`` or ``.parquet`` (one in each sub-folder, if one likes), its rows are
-    the pictures: ``file_name`` beside it, and the caption in ``text`` (else ``caption`` or ``prompt``). Otherwise all
-    pictures are taken, the caption of ``0.png`` is in ``0.txt`` or ``0.caption``, and sub-folders are classes as in
+    the images: ``file_name`` beside it, and the caption in ``text`` (else ``caption`` or ``prompt``). Otherwise all
+    images are taken, the caption of ``0.png`` is in ``0.txt`` or ``0.caption``, and sub-folders are classes as in
     ``fewstep.data.images.image_folder``.
 
     Args:
         caption: the column of the captions, or ``txt`` or ``caption`` for files of that suffix. labels: whether
             sub-folders are classes. captions: whether captions are wanted; otherwise they are not read.
-        split: which part of the folder is used: see ``fewstep.data.folders.open_folder``.
+        split: which part of the folder is used: see ``fewstep.data.listing.open_folder``.
 
     Raises:
-        FileNotFoundError: no such folder, or no pictures in it.
+        FileNotFoundError: no such folder, or no images in it.
         ValueError: an unknown column, or a line that is no row.
     """
     folder = open_folder(Path(name).expanduser(), split)
@@ -98,7 +98,7 @@ def image_folder(
 
 
 def _beside(folder: Folder, caption: str | None) -> list[str | None] | None:
-    """The captions in files beside the pictures; None where there are no such files."""
+    """The captions in files beside the images; None where there are no such files."""
     kinds = [kind for kind in SIDECARS if caption in (None, kind.removeprefix("."))]
     files = sidecars(folder, kinds)
     if any(files):
@@ -106,22 +106,22 @@ def _beside(folder: Folder, caption: str | None) -> list[str | None] | None:
     if caption is not None:
         raise ValueError(
             f"caption: {caption} names a column of {METADATA[0]}, and there is none in {folder.root} "
-            f"(nor {', '.join(METADATA[1:])}; txt or caption names files beside the pictures)"
+            f"(nor {', '.join(METADATA[1:])}; txt or caption names files beside the images)"
         )
     return None
 
 
 def _of_rows(folder: Folder, files: Sequence[str], caption: str | None) -> Captioned:
-    """The pictures that files of rows name."""
+    """The images that files of rows name."""
     root, used = folder.root, set(folder.names)
     listed = [row for file in files for row in captions_in(root / file, root, caption)]
-    # A file above the folders of a split names the pictures of all of them.
+    # A file above the folders of a split names the images of all of them.
     listed = [(name, text, why) for name, text, why in listed if name in used or why or not folder.depth]
     if not listed:
-        raise ValueError(f"{root / files[0]} names no picture that is used")
+        raise ValueError(f"{root / files[0]} names no image that is used")
     if unnamed := used.difference(name for name, _, _ in listed):
         warnings.warn(
-            f"{len(unnamed)} pictures such as {min(unnamed)} of {root} are named in no {files[0].rpartition('/')[2]} "
+            f"{len(unnamed)} images such as {min(unnamed)} of {root} are named in no {files[0].rpartition('/')[2]} "
             "and left out",
             stacklevel=4,
         )
@@ -147,18 +147,18 @@ def hugging_face(
 
     Args:
         split, config: which part of it.
-        image: the column of pictures, by default the first. caption: that of the captions, by default ``text``,
+        image: the column of images, by default the first. caption: that of the captions, by default ``text``,
             ``caption`` or ``prompt``, else the only one of text. label: that of the classes.
         labels, captions: whether they are wanted.
 
     Raises:
-        FileNotFoundError: the data set cannot be had. ValueError: an unknown split or column, or no pictures.
+        FileNotFoundError: the data set cannot be had. ValueError: an unknown split or column, or no images.
     """
     source = str(name).removeprefix("hf:")
     table = open_table(source, split, config)
     kinds, image, label = find_columns(table, source, image, label, caption)
     if image is None or kinds[image] not in PICTURE_KINDS:
-        raise ValueError(f"{source} has no column of pictures{f' {image}' if image else ''}, only {held_by(kinds)}")
+        raise ValueError(f"{source} has no column of images{f' {image}' if image else ''}, only {held_by(kinds)}")
     texts = [
         c for c, f in table.features.items() if c != image and getattr(f, "dtype", None) in ("string", "large_string")
     ]

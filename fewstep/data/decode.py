@@ -1,4 +1,4 @@
-"""Pictures decoded once, by a pool of threads, into one uint8 memory map that is kept in a cache."""
+"""Images decoded once, by a pool of threads, into one uint8 memory map that is kept in a cache."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from fewstep.data.formats import formats
 LARGEST = 1 << 14  # pixels along a side
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _DECODER = 1  # part of the cache's key: count up when the same options give other pixels
-# A small file can unfold to any size. Pictures of many pixels are decoded one after another, for their memory.
+# A small file can unfold to any size. Images of many pixels are decoded one after another, for their memory.
 _MOST_PIXELS, _MANY_PIXELS = 1 << 26, 1 << 24
 _ONE_AT_A_TIME = Lock()
 
@@ -34,15 +34,15 @@ Read = Callable[[slice], Sequence[Source]]
 def decode_once(
     read: Read, names: list[str], fingerprint: list[Any], size: int | None, channels: int, on_error: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The pictures as a memory map (n, C, H, W) uint8, from the cache where they are, and which of them these are.
+    """The images as a memory map (n, C, H, W) uint8, from the cache where they are, and which of them these are.
 
     Args:
-        read: gives the files (or their bytes) of a slice of the pictures.
-        names: what to call each picture in a message.
-        fingerprint: changes when the pictures do; anything that JSON takes.
+        read: gives the files (or their bytes) of a slice of the images.
+        names: what to call each image in a message.
+        fingerprint: changes when the images do; anything that JSON takes.
     """
     if channels not in _MODES:
-        raise ValueError(f"channels={channels}: pictures have 1 (grey), 3 (RGB) or 4 (RGBA)")
+        raise ValueError(f"channels={channels}: images have 1 (grey), 3 (RGB) or 4 (RGBA)")
     if size is not None:
         check_side(size)
     if on_error not in ("raise", "skip"):
@@ -57,19 +57,19 @@ def decode_once(
         raise unreadable(names[int(row)], skipped[row])
     if skipped:
         some = "; ".join(f"{names[int(i)]}: {why}" for i, why in list(skipped.items())[:3])
-        warnings.warn(f"{len(skipped)} of {len(names)} pictures cannot be read and are left out ({some})", stacklevel=3)
+        warnings.warn(f"{len(skipped)} of {len(names)} images cannot be read and are left out ({some})", stacklevel=3)
     kept = np.setdiff1d(np.arange(len(names)), np.array([*map(int, skipped)], dtype=int))
     return np.load(entry / "pixels.npy", mmap_mode="r", allow_pickle=False), kept
 
 
 def check_side(size: Any) -> None:
-    """That this is the side of a picture in pixels.
+    """That this is the side of an image in pixels.
 
     Raises:
-        ValueError: it is no whole number, less than 1, or more than any picture here has.
+        ValueError: it is no whole number, less than 1, or more than any image here has.
     """
     if type(size) is not int or not 1 <= size <= LARGEST:
-        raise ValueError(f"size={shown(size)}: the side of a picture is a whole number of pixels, 1 to {LARGEST}")
+        raise ValueError(f"size={shown(size)}: the side of an image is a whole number of pixels, 1 to {LARGEST}")
 
 
 def _fill(entry: Path, read: Read, names: list[str], size: int | None, channels: int, on_error: str) -> None:
@@ -82,7 +82,7 @@ def _fill(entry: Path, read: Read, names: list[str], size: int | None, channels:
 def _decode_all(
     target: Path, read: Read, names: list[str], size: int | None, channels: int, on_error: str
 ) -> dict[int, str]:
-    """Decodes all pictures into one .npy; returns those it could not, with the reason."""
+    """Decodes all images into one .npy; returns those it could not, with the reason."""
     skipped: dict[int, str] = {}
     shape, first, count = None, "", 0
     # Written as a file, not through a memory map: there a full disk would kill the process instead of raising.
@@ -100,14 +100,14 @@ def _decode_all(
                     _write_header(file, (len(names), *shape))
                 if pixels.shape != shape:
                     raise ValueError(
-                        f"pictures of several sizes: {first} is {shape[2]} x {shape[1]}, "
+                        f"images of several sizes: {first} is {shape[2]} x {shape[1]}, "
                         f"{names[i]} is {pixels.shape[2]} x {pixels.shape[1]}: say --data.size 64 (size=64 in Python) "
                         "for the middle square of each, scaled to 64 x 64"
                     )
                 file.write(pixels.tobytes())
                 count += 1
         if shape is None:
-            raise ValueError(f"none of the {len(names)} pictures can be read, the first being {names[0]}: {skipped[0]}")
+            raise ValueError(f"none of the {len(names)} images can be read, the first being {names[0]}: {skipped[0]}")
         file.seek(0)
         _write_header(file, (count, *shape))
     return skipped
@@ -119,7 +119,7 @@ def _write_header(file: Any, shape: tuple[int, ...]) -> None:
 
 
 def decode(source: Source, size: int | None, channels: int) -> np.ndarray | str:
-    """One picture as (C, H, W) uint8, its middle square of this size, or why it cannot be read. Of an animation it is
+    """One image as (C, H, W) uint8, its middle square of this size, or why it cannot be read. Of an animation it is
     the first frame."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -135,20 +135,20 @@ def decode(source: Source, size: int | None, channels: int) -> np.ndarray | str:
             if pixels > most:
                 return f"it has {picture.width} x {picture.height} pixels, and more than {most:,} are not decoded"
             with _ONE_AT_A_TIME if pixels > _MANY_PIXELS else nullcontext():
-                ImageOps.exif_transpose(picture, in_place=True)  # cameras turn the picture by a note beside it
+                ImageOps.exif_transpose(picture, in_place=True)  # cameras turn the image by a note beside it
                 picture = _to_mode(picture, channels)
                 if size is not None:
                     picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
                 array = np.asarray(picture)
     except UnidentifiedImageError:
-        return "its content is no picture" if source else "it is empty"
+        return "its content is no image" if source else "it is empty"
     except Exception as error:  # on damaged files Pillow's decoders raise whatever they stumble over
         return briefly(error)
     return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
 
 
 def is_decodable(content: bytes) -> bool:
-    """Whether some bytes begin as a picture does."""
+    """Whether some bytes begin as an image does."""
     from PIL import Image
 
     try:
@@ -175,7 +175,7 @@ def _to_mode(picture: Any, channels: int) -> Any:
 
 
 def _on_white(picture: Any) -> Any:
-    """A transparent picture on white as RGB, a strip at a time: a large one would take its memory four times."""
+    """A transparent image on white as RGB, a strip at a time: a large one would take its memory four times."""
     from PIL import Image
 
     flat = Image.new("RGB", picture.size)
@@ -186,7 +186,7 @@ def _on_white(picture: Any) -> Any:
 
 
 def unreadable(name: str, why: str) -> ValueError:
-    """The error for a picture that cannot be read."""
+    """The error for an image that cannot be read."""
     name = " ".join(name.split())
     return ValueError(
         f"{name} cannot be read ({why}): mend or remove it, or leave such out: on_error: skip (--data.on_error skip, "

@@ -1,6 +1,6 @@
 """Data sets in files of arrays: scikit-learn's digits, IDX (MNIST and its kin), NumPy, the binary CIFAR-10.
 
-Every loader returns an ``ArrayData``. Pictures are (N, C, H, W) uint8. Labels, where a data set has them, are the
+Every loader returns an ``ArrayData``. Images are (N, C, H, W) uint8. Labels, where a data set has them, are the
 condition ``class_labels``; ``labels=False`` leaves them out. ``flip`` mirrors rows at random, ``normalize`` brings
 floats to mean 0 and standard deviation 1 (see ``ArrayData``).
 """
@@ -96,7 +96,7 @@ def npy(
 ) -> ArrayData:
     """An array (N, ...) of any shape in a ``.npy`` file (memory-mapped) or a ``.npz`` file (read whole).
 
-    uint8 arrays are pictures: (N, H, W) gets its channel axis, for (N, H, W, C) say ``channels_last=True``.
+    uint8 arrays are images: (N, H, W) gets its channel axis, for (N, H, W, C) say ``channels_last=True``.
 
     Args:
         key: the array of a ``.npz``; by default the first that holds no labels.

@@ -1,4 +1,4 @@
-"""Which files are pictures: those that the installed Pillow reads by itself."""
+"""Which files are images: those that the installed Pillow reads by itself."""
 
 import os
 from contextlib import suppress
@@ -34,5 +34,5 @@ def _suffixes() -> frozenset[str]:
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file of this name is a picture that is read."""
+    """Whether a file of this name is an image that is read."""
     return os.path.splitext(name)[1].lower() in _suffixes()

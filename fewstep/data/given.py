@@ -73,7 +73,7 @@ class Items:
         if not isinstance(row, Tensor | np.ndarray):
             raise ValueError(
                 f"item {index} of the {type(self.dataset).__name__} is a {type(item).__name__}: a tensor, or (tensor, "
-                "label), is needed (of pictures, torchvision's ToTensor() and Normalize(0.5, 0.5) make one)"
+                "label), is needed (of images, torchvision's ToTensor() and Normalize(0.5, 0.5) make one)"
             )
         return torch.as_tensor(row), None if label is None else int(label)
 

@@ -1,4 +1,4 @@
-"""Data sets of pictures: a folder of them, or a Hugging Face data set; each decoded once (see ``decode``)."""
+"""Data sets of images: a folder of them, or a Hugging Face data set; each decoded once (see ``decode``)."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from fewstep.data.arrays import ArrayData, channels_first
 from fewstep.data.decode import decode_once
-from fewstep.data.folders import open_folder, stamp
+from fewstep.data.listing import open_folder, stamp
 from fewstep.data.tables import (
     LISTS,
     PICTURE_KINDS,
@@ -28,22 +28,22 @@ def image_folder(
     labels: bool = True,
     split: str | None = None,
 ) -> ArrayData:
-    """All pictures in a folder and below it that Pillow reads, in the order of their names.
+    """All images in a folder and below it that Pillow reads, in the order of their names.
 
     They are decoded once, into a cache ($FEWSTEP_CACHE, else ~/.cache/fewstep) that is kept until a file or an option
-    changes. Where the pictures lie in two or more sub-folders, these are the classes, in the order of their names;
+    changes. Where the images lie in two or more sub-folders, these are the classes, in the order of their names;
     ``train``, ``test`` and ``val`` are no classes, but parts of which one is used.
 
     Args:
-        size: side of the square pictures wanted: the middle square is cut out and resized (Lanczos, antialiased).
+        size: side of the square images wanted: the middle square is cut out and resized (Lanczos, antialiased).
             None takes them as they are, if all have one size.
-        channels: 1 (grey), 3 (RGB, on white where the picture is transparent) or 4 (RGBA).
-        on_error: what a picture that cannot be read does: raise, or skip (left out, with a warning).
-        split: which part is used, by default train where there are parts: see ``fewstep.data.folders.open_folder``.
+        channels: 1 (grey), 3 (RGB, on white where the image is transparent) or 4 (RGBA).
+        on_error: what an image that cannot be read does: raise, or skip (left out, with a warning).
+        split: which part is used, by default train where there are parts: see ``fewstep.data.listing.open_folder``.
 
     Raises:
-        FileNotFoundError: no such folder, or no pictures in it; says what it holds.
-        ValueError: a picture that cannot be read, or pictures of several sizes; names them. No such split.
+        FileNotFoundError: no such folder, or no images in it; says what it holds.
+        ValueError: an image that cannot be read, or images of several sizes; names them. No such split.
     """
     folder = open_folder(Path(path).expanduser(), split)
     files = [folder.root / name for name in folder.names]
@@ -71,27 +71,27 @@ def hugging_face(
 ) -> ArrayData:
     """A data set of the Hugging Face hub by name, or a folder that ``save_to_disk`` wrote.
 
-    Pictures are decoded once into the cache, as in ``image_folder``; columns of numbers are read whole. A column of
-    pictures is one of ``Image``, of bytes, of ``{bytes, path}``, or of text in base64.
+    Images are decoded once into the cache, as in ``image_folder``; columns of numbers are read whole. A column of
+    images is one of ``Image``, of bytes, of ``{bytes, path}``, or of text in base64.
 
     Args:
         split: which part; a folder that holds a single data set has none to choose from.
         config: the configuration, for a name on the hub that has several.
-        image: the column of the data; by default the first of pictures, else the first of arrays.
+        image: the column of the data; by default the first of images, else the first of arrays.
         label: the column of the class labels; by default the first ``ClassLabel``.
-        size, channels, on_error: for pictures, as in ``image_folder``.
+        size, channels, on_error: for images, as in ``image_folder``.
         normalize, channels_last: for arrays, as in ``fewstep.data.files.npy``.
 
     Raises:
         FileNotFoundError: the data set cannot be had, for instance offline.
-        ValueError: an unknown split or column, or a column that is neither pictures nor numbers.
+        ValueError: an unknown split or column, or a column that is neither images nor numbers.
     """
     table = open_table(name, split, config)
     kinds, image, label = find_columns(table, name, image, label)
     arrays = [c for c, kind in kinds.items() if kind.startswith("Array") or kind in LISTS]
     image = image or next(iter(arrays), None)
     if image is None:
-        raise ValueError(f"{name} has no column of pictures or arrays, only {held_by(kinds)}: say image: COLUMN")
+        raise ValueError(f"{name} has no column of images or arrays, only {held_by(kinds)}: say image: COLUMN")
 
     where = f"{image} of {name}"
     if kinds[image] in PICTURE_KINDS:
@@ -102,7 +102,7 @@ def hugging_face(
         pixels = channels_first(read_arrays(table, image), channels_last, where)
         kept = np.arange(len(table))
     else:
-        raise ValueError(f"{where} holds neither pictures nor arrays, the columns are {held_by(kinds)}")
+        raise ValueError(f"{where} holds neither images nor arrays, the columns are {held_by(kinds)}")
     cond = {"class_labels": np.array(read_column(table, label))[kept]} if label and labels else None
     classes = table.features[label].names if label and kinds[label] == "ClassLabel" else ()
     return ArrayData(pixels, cond, flip, normalize, classes, where)

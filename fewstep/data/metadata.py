@@ -1,5 +1,5 @@
-"""What is said of pictures in files beside them, as other trainers write and read it: rows of ``metadata.jsonl``,
-``.csv`` or ``.parquet``, and a ``.txt`` or ``.caption`` for each picture."""
+"""What is said of images in files beside them, as other trainers write and read it: rows of ``metadata.jsonl``,
+``.csv`` or ``.parquet``, and a ``.txt`` or ``.caption`` for each image."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from typing import Any
 
 from fewstep.common.errors import unknown
 from fewstep.common.reading import no_file, parse_json, read_text, reading
-from fewstep.data.folders import Folder
+from fewstep.data.listing import Folder
 
 # Columns that are taken for captions where none is named.
 CAPTIONS = ("text", "caption", "prompt")
@@ -29,7 +29,7 @@ def metadata_files(folder: Folder) -> list[str]:
 
 
 def captions_in(file: Path, root: Path, caption: str | None) -> Iterator[tuple[str, str | None, str | None]]:
-    """The pictures of a file of rows by their names under the root, the caption of each, and why it cannot be used.
+    """The images of a file of rows by their names under the root, the caption of each, and why it cannot be used.
 
     Raises:
         ValueError: the file cannot be read, a row that is none, or no column of captions.
@@ -84,7 +84,7 @@ def _rows_of(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def sidecars(folder: Folder, kinds: Iterable[str] = SIDECARS) -> list[Path | None]:
-    """The file of each picture's caption, which has its name and one of these suffixes; None where there is none."""
+    """The file of each image's caption, which has its name and one of these suffixes; None where there is none."""
     there = set(folder.others)
     stems = (name.rpartition(".")[0] for name in folder.names)
     found = (next((stem + kind for kind in kinds if stem + kind in there), None) for stem in stems)

@@ -30,7 +30,7 @@ def is_said(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
-# What facts of folders may be, where they have them: of all folders, and of those with pictures or latents of them.
+# What facts of folders may be, where they have them: of all folders, and of those with images or latents of them.
 CHECKS: dict[str, Callable[[Any], bool]] = {
     "shape": lambda value: is_list(value, is_count) and bool(value),
     "count": is_count,

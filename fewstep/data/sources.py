@@ -1,4 +1,4 @@
-"""Where pictures with captions come from, found by name."""
+"""Where images with captions come from, found by name."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ _OTHERS = (pairs.FACTS, encoded.FACTS, "*idx3-ubyte*", "*_batch*.bin")
 
 
 def is_pictures(name: str | Path, options: Mapping[str, Any]) -> bool:
-    """Whether a data set of this name is one of pictures, which :func:`listed` lists."""
+    """Whether a data set of this name is one of images, which :func:`listed` lists."""
     load = opener(name)
     if load is not hugging_face:
         return load is not None
@@ -30,10 +30,10 @@ def is_pictures(name: str | Path, options: Mapping[str, Any]) -> bool:
 
 
 def listed(name: str | Path, captions: bool = True, /, **options: Any) -> Captioned:
-    """The pictures of a data set by its name, with the options of its kind; and their captions, where they are wanted.
+    """The images of a data set by its name, with the options of its kind; and their captions, where they are wanted.
 
     Raises:
-        FileNotFoundError: it is not there. ValueError: it is no data of pictures, or does not take such an option.
+        FileNotFoundError: it is not there. ValueError: it is no data of images, or does not take such an option.
     """
     load = opener(name)
     if load is None:
@@ -41,7 +41,7 @@ def listed(name: str | Path, captions: bool = True, /, **options: Any) -> Captio
         if not os.path.exists(path) and ("/" in str(name) or path.suffix):
             raise FileNotFoundError(f"no data at {str(name)[:200]}: there is no such file or folder")
         raise ValueError(
-            f"{name} is no data of pictures that can be encoded: a folder, hf:NAME, what save_to_disk wrote, or "
+            f"{name} is no data of images that can be encoded: a folder, hf:NAME, what save_to_disk wrote, or "
             "webdataset shards (.tar) are"
         )
     takes = [option for option in signature(load).parameters if option not in ("name", "captions")]
@@ -52,7 +52,7 @@ def listed(name: str | Path, captions: bool = True, /, **options: Any) -> Captio
 
 
 def opener(name: str | Path) -> Callable[..., Captioned] | None:
-    """What lists the pictures of a data set of this name; None where it is none of pictures."""
+    """What lists the images of a data set of this name; None where it is none of images."""
     if str(name).startswith("hf:"):
         return hugging_face
     path = Path(name).expanduser()

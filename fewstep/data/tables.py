@@ -1,4 +1,4 @@
-"""Hugging Face data sets as tables: opened, and their columns of pictures, numbers and classes found."""
+"""Hugging Face data sets as tables: opened, and their columns of images, numbers and classes found."""
 
 import base64
 import binascii
@@ -12,7 +12,7 @@ from fewstep.common.errors import briefly, shortened
 from fewstep.data.decode import Read, Source, is_decodable
 
 LISTS = ("List", "LargeList", "Sequence")
-# What is read of a column of pictures; see ``kind_of``.
+# What is read of a column of images; see ``kind_of``.
 PICTURE_KINDS = ("Image", "binary", "bytes and path", "base64")
 
 
@@ -56,7 +56,7 @@ def open_table(name: str | Path, split: str, config: str | None) -> Any:
 def find_columns(
     table: Any, name: str | Path, image: str | None, label: str | None, *others: str | None
 ) -> tuple[dict[str, str], str | None, str | None]:
-    """The kinds of the columns of a table, and its columns of pictures and of classes: those that are named, else the
+    """The kinds of the columns of a table, and its columns of images and of classes: those that are named, else the
     first of each, None where there is none. Columns of ``Image`` come before those of bytes, these before text.
 
     Raises:
@@ -73,7 +73,7 @@ def find_columns(
 
 def kind_of(table: Any, column: str) -> str:
     """What a column holds: the name of its feature, or where more is known ``binary``, ``bytes and path`` (as
-    ``Image`` keeps it) or ``base64`` (text that is a picture, as the first row shows)."""
+    ``Image`` keeps it) or ``base64`` (text that is an image, as the first row shows)."""
     feature = table.features[column]
     if isinstance(feature, dict):
         return "bytes and path" if set(feature) == {"bytes", "path"} else "dict"
@@ -111,7 +111,7 @@ def read_column(table: Any, column: str) -> list[Any]:
 
 
 def undecoded(table: Any, column: str, kind: str) -> Read:
-    """What gives the files of a column of pictures, or their bytes, as they are."""
+    """What gives the files of a column of images, or their bytes, as they are."""
     import datasets
 
     pictures = table.select_columns([column]).with_format(None)
@@ -121,7 +121,7 @@ def undecoded(table: Any, column: str, kind: str) -> Read:
 
 
 def _source_of(cell: Any) -> Source:
-    """The bytes of a picture or its file; no bytes where there is none."""
+    """The bytes of an image or its file; no bytes where there is none."""
     if isinstance(cell, dict):
         return cell["bytes"] or cell["path"] or b""
     if isinstance(cell, str):
@@ -138,5 +138,5 @@ def _from_base64(text: str) -> bytes:
 
 
 def _is_base64(text: Any) -> bool:
-    """Whether a value is a picture as text in base64."""
+    """Whether a value is an image as text in base64."""
     return isinstance(text, str) and len(text) >= 64 and is_decodable(_from_base64(text))

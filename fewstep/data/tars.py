@@ -1,4 +1,4 @@
-"""Pictures and captions in webdataset shards: plain tar files, read by the places of the files in them."""
+"""Images and captions in webdataset shards: plain tar files, read by the places of the files in them."""
 
 import glob
 import os
@@ -21,14 +21,14 @@ _MOST_BRACES = 16
 def webdataset(name: str | Path, caption: str | None = None, labels: bool = True, captions: bool = True) -> Captioned:
     """Webdataset shards: a ``.tar``, a folder of them, or several by a pattern: ``train-{0000..0099}.tar``, ``*.tar``.
 
-    Files of one name are one row: a picture, and its caption in a ``.txt`` or in ``text`` (else ``caption`` or
-    ``prompt``) of a ``.json``; a class in a ``.cls``. Only the names are read until a picture is wanted.
+    Files of one name are one row: an image, and its caption in a ``.txt`` or in ``text`` (else ``caption`` or
+    ``prompt``) of a ``.json``; a class in a ``.cls``. Only the names are read until an image is wanted.
 
     Args:
         caption: the key of the captions in the ``.json``, or ``txt``. labels, captions: whether they are wanted.
 
     Raises:
-        FileNotFoundError: a shard is not there. ValueError: one is damaged or compressed, or has no pictures.
+        FileNotFoundError: a shard is not there. ValueError: one is damaged or compressed, or has no images.
     """
     files = _tar_files(str(name))
     stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -72,7 +72,7 @@ def _braces(text: str) -> Iterator[str]:
 
 
 def is_shards(folder: Path) -> bool:
-    """Whether a folder holds shards, and no pictures beside them."""
+    """Whether a folder holds shards, and no images beside them."""
     names = [path for path in folder.iterdir() if not path.name.startswith(".")]
     return any(path.suffix == ".tar" for path in names) and not any(is_picture(path.name) for path in names)
 
@@ -93,7 +93,7 @@ def _shard_rows(files: Sequence[Path], caption: str | None, labels: bool, captio
     if not files:
         raise ValueError("no shards there that are files: .tar files are needed")
     if not names:
-        raise ValueError(f"no pictures ({PICTURES}) in {files[0]}{' and others' if len(files) > 1 else ''}")
+        raise ValueError(f"no images ({PICTURES}) in {files[0]}{' and others' if len(files) > 1 else ''}")
 
     def read(part: slice) -> list[bytes]:
         found = []
@@ -110,7 +110,7 @@ def _shard_rows(files: Sequence[Path], caption: str | None, labels: bool, captio
 
 
 def _grouped(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The files of a shard by their name before the first dot: where the picture is, and what is said of it."""
+    """The files of a shard by their name before the first dot: where the image is, and what is said of it."""
     key, row = "", {}
     there = file.stat().st_size
     try:
@@ -127,7 +127,7 @@ def _grouped(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 kind = kind.lower()
                 if member.offset_data + member.size > there:
                     raise ValueError(f"{member.name[:80]!r} should have {member.size} bytes, which are not there")
-                if is_picture(f"picture.{kind}"):
+                if is_picture(f"image.{kind}"):
                     row["picture"] = member.offset_data, member.size
                 elif kind in ("txt", "json", "cls") and member.size <= _LONGEST:
                     content = tar.extractfile(member)

@@ -111,12 +111,12 @@ def swiss_roll(noise: float = 0.5) -> Toy:
 
 
 def silhouette(image: Any = None, threshold: float = 0.5) -> Toy:
-    """Uniform on the shape in a picture: its opaque pixels where it has transparent ones, else its dark ones.
+    """Uniform on the shape in an image: its opaque pixels where it has transparent ones, else its dark ones.
 
-    The picture keeps its proportions, so the two variances have mean 1 and need not be equal.
+    The image keeps its proportions, so the two variances have mean 1 and need not be equal.
 
     Args:
-        image: a PIL image, or a path; a heart without one. Pictures over 512 pixels a side are made smaller.
+        image: a PIL image, or a path; a heart without one. Images over 512 pixels a side are made smaller.
         threshold: opaque is an alpha from here on, dark a brightness below, both in [0, 1].
 
     Raises:
@@ -125,8 +125,8 @@ def silhouette(image: Any = None, threshold: float = 0.5) -> Toy:
     mask = _heart() if image is None else _shape_of(image, threshold)
     down, right = mask.nonzero().double().unbind(1)
     if not len(down):
-        raise ValueError(f"no opaque or dark pixel in {image}: raise threshold={threshold} or give another picture")
-    centres = torch.stack([right, -down], dim=1)  # rows of a picture count downwards
+        raise ValueError(f"no opaque or dark pixel in {image}: raise threshold={threshold} or give another image")
+    centres = torch.stack([right, -down], dim=1)  # rows of an image count downwards
     centres -= centres.mean(0)
     # A pixel is a unit square: jitter within it adds 1/12 to each variance.
     scale = (centres.square().mean() + 1 / 12).sqrt()
@@ -152,7 +152,7 @@ def _shape_of(image: "Picture", threshold: float) -> Tensor:
     if not isinstance(image, Image.Image):
         pixels = decode(Path(image).expanduser(), None, 4)
         if isinstance(pixels, str):
-            raise ValueError(f"{str(image)[:200]} cannot be read as a picture: {pixels}")
+            raise ValueError(f"{str(image)[:200]} cannot be read as an image: {pixels}")
         image = Image.fromarray(pixels.transpose(1, 2, 0))
     picture = image.convert("RGBA")
     picture.thumbnail((512, 512))

@@ -66,7 +66,7 @@ class SmallClassifier(nn.Module):
 @torch.no_grad()
 def extract(extractor: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
     """Features (N, F) in float32 on the CPU, of images (N, C, H, W) on any device, clamped to [-1, 1] as a saved
-    picture would be. Computed on the extractor's device, ``batch_size`` images at a time."""
+    image would be. Computed on the extractor's device, ``batch_size`` images at a time."""
     return _in_batches(extractor.eval(), extractor, images, batch_size)
 
 

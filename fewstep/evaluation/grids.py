@@ -54,7 +54,7 @@ def image_grid(
 
 
 def _labelled(picture: "Image", labels: Sequence[str], middles: Sequence[float]) -> "Image":
-    """The picture with words at its left, each at the height of its middle."""
+    """The image with words at its left, each at the height of its middle."""
     from PIL import Image, ImageColor, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=13)

@@ -52,7 +52,7 @@ def inception(weights_path: str | Path) -> "Inception":
 
 
 class Inception(nn.Module):
-    """Inception v3 up to its last pool. Images become 8-bit first, as FID is defined on saved pictures."""
+    """Inception v3 up to its last pool. Images become 8-bit first, as FID is defined on saved images."""
 
     num_features = 2048
 

@@ -74,7 +74,7 @@ def panels(count: int, size: float | tuple[float, float]) -> Iterator[tuple["Fig
 
 
 def frame(ax: "Axes", title: str) -> None:
-    """A picture with a thin frame all round and no ticks."""
+    """An image with a thin frame all round and no ticks."""
     ax.set_title(title)
     ax.set(xticks=[], yticks=[])
     ax.grid(False)

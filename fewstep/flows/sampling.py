@@ -6,7 +6,7 @@ A sampler is one function that reads like its formula; ``sample`` chooses it by 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ def sample(
     as many, adaptive as many as it needs (``count_calls`` counts them).
 
     Args:
-        noise: the start (B, ...), standard normal, on the model's device; ``sample_noise`` draws it sample by sample.
+        noise: the start (B, ...), standard normal; it goes to the model's device, where the samples are then.
+            ``sample_noise`` draws it sample by sample.
         steps: how many steps from t = 0 to t = 1.
         grid: uniform, shifted, quadratic, the times themselves, rising from 0 to 1, or native: equal steps of the
             schedule that a diffusion model was trained on, which is where DDIM takes its own.
@@ -49,7 +50,7 @@ def sample(
         generator: the source of re-noising where gamma > 0, torch's global one if not given; a list with one generator
             a sample fixes each sample.
         tolerance: of the adaptive solver.
-        cond: conditions, (B, ...) each, such as ``class_labels``.
+        cond: conditions, (B, ...) each, such as ``class_labels``; they go to the model's device too.
 
     Raises:
         ValueError: for steps below 1, an unknown solver or grid, gamma outside [0, 1], or an argument that does not
@@ -58,6 +59,9 @@ def sample(
     >>> images = fewstep.sample(student, torch.randn(64, 3, 32, 32), steps=2)
     """
     times = check_options(model, steps, grid=grid, solver=solver, gamma=gamma)
+    device = next((value.device for value in chain(model.parameters(), model.buffers())), noise.device)
+    noise = noise.to(device)
+    cond = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in cond.items()}
     if isinstance(model, FlowMap):
         gamma = model.gamma if gamma is None else gamma
         if model.guidance is not None and "guidance" not in cond:

@@ -50,7 +50,7 @@ def sized(model: Model, shape: tuple[int, ...] | None, size: tuple[int, int]) ->
         shape: of its own samples; None for a model that does not say.
 
     Raises:
-        ValueError: samples that are no pictures, or a size that the VAE or the network does not take.
+        ValueError: samples that are no images, or a size that the VAE or the network does not take.
     """
     said, inner = f"size {size[0]}x{size[1]}", network_of(model)
     own = getattr(inner, "model", None)
@@ -59,7 +59,7 @@ def sized(model: Model, shape: tuple[int, ...] | None, size: tuple[int, int]) ->
         is_free = isinstance(inner, OfDiffusers) and not inner.has_size
         shape = (inner.channels, *size) if is_free else shape_of(model)
     if len(shape) < 3:
-        raise ValueError(f"{said}: samples of shape {shape} are no pictures")
+        raise ValueError(f"{said}: samples of shape {shape} are no images")
     height, width = size
     factor = 1 if model.latents is None else model.latents.factor
     step = side_step(config)

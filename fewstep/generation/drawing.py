@@ -15,7 +15,7 @@ from fewstep.flows.fields import Guided, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import check_options, count_calls, sample, sample_noise
 from fewstep.flows.signature import Model, check_image, classes_of, network_of, shape_of, takes
-from fewstep.generation.requests import Asked, Encoded, Wanted
+from fewstep.generation.requests import Encoded, Request, Requests
 from fewstep.networks import MLP
 
 
@@ -54,18 +54,20 @@ def draw(
     """
     if count < 1 or batch < 1:
         raise ValueError(f"count is {count} and batch is {batch}: at least one sample is needed")
-    asked = settled(model, Asked(count, seed, prompts=prompts or (), labels=() if labels is None else labels), given)
+    requests = settled(
+        model, Requests(count, seed, prompts=prompts or (), labels=() if labels is None else labels), given
+    )
     given = {name: value[torch.arange(count) % len(value)] for name, value in (given or {}).items()}
     batches = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
     with count_calls(model) as calls:
         drawn = draw_batches(
-            model, asked, batches, steps, shape=shape, given=given, decode=decode, guidance=guidance, **options
+            model, requests, batches, steps, shape=shape, given=given, decode=decode, guidance=guidance, **options
         )
         samples = torch.cat([part for _, part in drawn])
-    return samples, {**labels_of(asked), **given}, calls.rows / count
+    return samples, {**labels_of(requests), **given}, calls.rows / count
 
 
-def settled(model: Model, asked: Asked, given: Mapping[str, Tensor] | None = None) -> Asked:
+def settled(model: Model, requests: Requests, given: Mapping[str, Tensor] | None = None) -> Requests:
     """What is asked of a model, with the classes in it where none were named: all of them, in turn.
 
     Raises:
@@ -73,24 +75,24 @@ def settled(model: Model, asked: Asked, given: Mapping[str, Tensor] | None = Non
             an image without one.
     """
     classes, inner = classes_of(model), network_of(model)
-    labels = asked.labels if len(asked.labels) else range(classes)
+    labels = requests.labels if len(requests.labels) else range(classes)
     if classes and not all(0 <= label < classes for label in labels):
         raise ValueError(f"labels {_few(labels)}: the model has the classes 0 to {classes - 1}")
     if labels and not classes and (isinstance(inner, MLP | ExactField) or hasattr(inner, "classes")):
         raise ValueError(f"labels {_few(labels)}: the model has no classes")
     check_image(model, given or {})
-    if model.text is None and asked.prompts:
-        raise ValueError(f"prompts {_few(asked.prompts)}: this model has no text encoders that fewstep knows")
-    if model.text is not None and not asked.prompts and "encoder_hidden_states" not in (given or {}):
+    if model.text is None and requests.prompts:
+        raise ValueError(f"prompts {_few(requests.prompts)}: this model has no text encoders that fewstep knows")
+    if model.text is not None and not requests.prompts and "encoder_hidden_states" not in (given or {}):
         raise ValueError('the model is conditioned on text: give it prompts, --prompt "a cat" or prompts=["a cat"]')
-    return replace(asked, labels=labels)
+    return replace(requests, labels=labels)
 
 
-def labels_of(asked: Asked) -> dict[str, Tensor]:
+def labels_of(requests: Requests) -> dict[str, Tensor]:
     """The condition ``class_labels`` (count,) of all that is asked for; nothing where there are no classes."""
-    if not len(asked.labels):
+    if not len(requests.labels):
         return {}
-    return {"class_labels": torch.tensor([asked[i].label for i in range(asked.count)])}
+    return {"class_labels": torch.tensor([requests[i].label for i in range(requests.count)])}
 
 
 def _few(values: Sequence[Any]) -> str:
@@ -99,7 +101,7 @@ def _few(values: Sequence[Any]) -> str:
 
 def draw_batches(
     model: Model,
-    asked: Asked,
+    requests: Requests,
     batches: Sequence[Sequence[int]],
     steps: int,
     *,
@@ -110,10 +112,10 @@ def draw_batches(
     guidance: float | None = None,
     **options: Any,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """The samples of each batch of rows (their places in ``asked``), on the CPU, as they are done.
+    """The samples of each batch of rows (their places in ``requests``), on the CPU, as they are done.
 
     Args:
-        asked: as :func:`settled` gives it.
+        requests: as :func:`settled` gives them.
         batches: the rows of each call of the network; drawn one after the other, so that memory holds one.
         size: height and width of the images in pixels, for models that are told.
         shape, given, decode, guidance, options: as for :func:`draw`.
@@ -124,8 +126,8 @@ def draw_batches(
     """
     device = next((value.device for value in chain(model.parameters(), model.buffers())), torch.device("cpu"))
     encoded = None
-    if model.text is not None and asked.prompts:
-        uses = Counter(str(asked[row].prompt) for rows in batches for row in rows)
+    if model.text is not None and requests.prompts:
+        uses = Counter(str(requests[row].prompt) for rows in batches for row in rows)
         encoded = Encoded(model.text, uses, device, size)
         is_bare = not isinstance(model, Guided) and not takes(model, "guidance")
         if guidance is not None and is_bare and isinstance(model, VelocityField):
@@ -137,15 +139,15 @@ def draw_batches(
         )
     check_options(model, steps, **options)
 
-    def begin(rows: Sequence[int]) -> tuple[list[Wanted], list[torch.Generator], Tensor]:
+    def begin(rows: Sequence[int]) -> tuple[list[Request], list[torch.Generator], Tensor]:
         """One generator a sample, for its first noise and for all that is added later."""
-        wanted = [asked[row] for row in rows]
+        wanted = [requests[row] for row in rows]
         generators = [one for w in wanted for one in sample_generators(w.seed, [w.index])]
         return wanted, generators, sample_noise((len(rows), *(shape or shape_of(model))), generators)
 
-    def told(rows: Sequence[int], wanted: list[Wanted], generators: list[torch.Generator]) -> dict[str, Any]:
+    def conditions(rows: Sequence[int], wanted: list[Request], generators: list[torch.Generator]) -> dict[str, Any]:
         cond: dict[str, Any] = {}
-        if len(asked.labels):
+        if len(requests.labels):
             cond["class_labels"] = torch.tensor([w.label for w in wanted], device=device)
         cond |= {name: value[torch.tensor(rows) % len(value)].to(device) for name, value in (given or {}).items()}
         if encoded is not None:
@@ -160,7 +162,7 @@ def draw_batches(
             assert rows is not None
             assert begun is not None
             wanted, generators, noise = begun
-            samples = sample(model, noise.to(device), steps, **options, **told(rows, wanted, generators))
+            samples = sample(model, noise.to(device), steps, **options, **conditions(rows, wanted, generators))
             check_finite(samples, f"samples {rows[0]} to {rows[-1]}")
             samples = finished(model, samples) if decode else samples
             # While a GPU is at work, the noise of the next batch is drawn on the CPU.

@@ -1,4 +1,4 @@
-"""Pictures and captions as what a latent model trains on: latents and text embeddings, computed once, in shards.
+"""Images and captions as what a latent model trains on: latents and text embeddings, computed once, in shards.
 
 ``fewstep.data.encoded`` reads what is written here.
 """
@@ -112,7 +112,7 @@ def encode(
     if not missing:
         index = {file.name: read_note(file) for file in (*files, *texts)}
         if not any(index[file.name]["rows"] for file in files):
-            raise ValueError(f"none of the {len(rows)} pictures of {source.name} can be used")
+            raise ValueError(f"none of the {len(rows)} images of {source.name} can be used")
         if texts:
             index[TEXTS] = known_by((out / TEXTS).read_bytes(), len(captions))
         replace_file(out / INDEX, (json.dumps(index, indent=1) + "\n").encode())
@@ -130,11 +130,11 @@ def encoded_once(
     progress: Progress | None = None,
     **options: Any,
 ) -> Encoded:
-    """Data of pictures encoded for a model, from the cache ($FEWSTEP_CACHE, else ~/.cache/fewstep), where it is put
+    """Data of images encoded for a model, from the cache ($FEWSTEP_CACHE, else ~/.cache/fewstep), where it is put
     first if it is not there. Several processes share the work, and each sees to it that all of it is done.
 
     Args:
-        encode_batch: pictures and captions encoded at once; the others as for :func:`encode`.
+        encode_batch: images and captions encoded at once; the others as for :func:`encode`.
     """
     source = listed(data, model.text is not None, **options)
     facts = settings(model, source, size, dtype, on_error)
@@ -158,7 +158,7 @@ def settings(model: Model, source: Captioned, size: int | None, dtype: str, on_e
         raise unknown("on_error", on_error, ["raise", "skip"])
     latents, text = model.latents, model.text
     if latents is None:
-        raise ValueError("the model works on pixels, it has no VAE: there is nothing to encode, train on the pictures")
+        raise ValueError("the model works on pixels, it has no VAE: there is nothing to encode, train on the images")
     size = latents.image_shape_of(shape_of(model))[-1] if size is None else size
     check_side(size)
     return {
@@ -184,7 +184,7 @@ def check_model(data: Encoded | Pairs, model: Model, name: str) -> None:
         if value is not None and key in data.facts and data.facts[key] != value  # pairs of classes have neither
     ]
     if differing:
-        way_out = "Encode the pictures for this one" if isinstance(data, Encoded) else "Draw the pairs for this one"
+        way_out = "Encode the images for this one" if isinstance(data, Encoded) else "Draw the pairs for this one"
         raise ValueError(f"{name} was encoded by another model: {'; '.join(differing)}. {way_out}")
 
 
@@ -199,7 +199,7 @@ def _columns(model: Model, rows: Rows, name: str) -> tuple[dict[str, Tensor], li
         if rows.captions is None:
             raise ValueError(
                 f"the model is conditioned on text, and {name} has no captions: a folder has them in metadata.jsonl, "
-                'a line a picture, {"file_name": "0001.png", "text": "a cat"}, or in 0001.txt beside 0001.png'
+                'a line an image, {"file_name": "0001.png", "text": "a cat"}, or in 0001.txt beside 0001.png'
             )
         columns["text"] = torch.tensor([captions.setdefault(caption, len(captions)) for caption in rows.captions])
     if classes:
@@ -215,7 +215,7 @@ def _columns(model: Model, rows: Rows, name: str) -> tuple[dict[str, Tensor], li
 def _pictures(
     rows: Rows, part: range, size: int, channels: int, batch: int, on_error: str, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """The pictures of some rows, decoded a batch ahead, and which rows they are: those that can be used."""
+    """The images of some rows, decoded a batch ahead, and which rows they are: those that can be used."""
 
     def begin(start: int) -> list[Any]:
         places = slice(start, min(start + batch, part.stop))

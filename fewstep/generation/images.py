@@ -1,4 +1,4 @@
-"""Samples on disk: a grid, arrays, or a folder of pictures that can be gone on with."""
+"""Samples on disk: a grid, arrays, or a folder of images that can be gone on with."""
 
 import io
 import json
@@ -16,10 +16,10 @@ from fewstep.common.model_files import read_json
 from fewstep.evaluation.grids import image_grid
 from fewstep.evaluation.plots import points_figure
 from fewstep.evaluation.style import png
-from fewstep.generation.requests import Asked
+from fewstep.generation.requests import Requests
 from fewstep.training.fingerprint import differences
 
-# In a folder of pictures: what they were all drawn with, and what each of them is.
+# In a folder of images: what they were all drawn with, and what each of them is.
 FACTS, LINES = "samples.json", "samples.jsonl"
 # What may differ between a folder and the call that goes on with it: the name by which the same model was found.
 _MAY_DIFFER = ("model",)
@@ -29,7 +29,7 @@ def check_out(out: Path, shape: tuple[int, ...]) -> None:
     """Refuse, before anything is drawn, a file that samples of this shape cannot be written to.
 
     Raises:
-        ValueError: no suffix that is known, or pictures of what is none.
+        ValueError: no suffix that is known, or images of what is none.
         FileExistsError: a folder with something in it that is not begun by fewstep, a file in the place of a folder, or
             a folder in that of a file.
     """
@@ -37,7 +37,7 @@ def check_out(out: Path, shape: tuple[int, ...]) -> None:
         raise ValueError(f"--out {out}: samples are written as .png (a grid), .npy, .npz, or into a folder of PNGs")
     is_image = len(shape) == 3 and shape[0] in (1, 3)
     if not is_image and not (shape == (2,) and out.suffix == ".png") and out.suffix not in (".npy", ".npz"):
-        raise ValueError(f"--out {out}: samples of shape {shape} are no pictures, write them to a .npy or .npz file")
+        raise ValueError(f"--out {out}: samples of shape {shape} are no images, write them to a .npy or .npz file")
     is_folder = out.suffix == ""
     if not is_folder and out.is_dir():
         raise FileExistsError(f"--out {out}: there is a folder of that name, and a file is to be written")
@@ -83,37 +83,37 @@ def save_pictures(images: Tensor, files: Sequence[Path], texts: Sequence[Mapping
         Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(content, "png", pnginfo=info)
         replace_file(files[i], content.getvalue())
 
-    # What packs a picture lets go of Python's lock.
+    # What packs an image lets go of Python's lock.
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(save, range(len(files))))
 
 
-def claim(out: Path, facts: Mapping[str, Any], asked: Asked) -> None:
-    """Begin a folder of pictures, or see that it was begun by the same command, whose missing ones are then to draw.
+def claim(out: Path, facts: Mapping[str, Any], requests: Requests) -> None:
+    """Begin a folder of images, or see that it was begun by the same command, whose missing ones are then to draw.
 
-    ``samples.json`` has the facts, ``samples.jsonl`` a line for each picture. Every process may call this: they write
+    ``samples.json`` has the facts, ``samples.jsonl`` a line for each image. Every process may call this: they write
     the same bytes.
 
     Raises:
-        ValueError: it holds pictures of other facts.
+        ValueError: it holds images of other facts.
     """
     sweep(out)
     if not create_file(out / FACTS, (json.dumps(facts, indent=1) + "\n").encode()):
         if differing := differences(read_json(out / FACTS), json.loads(json.dumps(facts)), _MAY_DIFFER):
             raise ValueError(
-                f"--out {out} holds other pictures: {'; '.join(differing)}. Use another folder, or remove that one"
+                f"--out {out} holds other images: {'; '.join(differing)}. Use another folder, or remove that one"
             )
         if (out / LINES).exists():
             return
-    lines = ({"file_name": picture_name(i, asked.count), **says(asked, i)} for i in range(asked.count))
+    lines = ({"file_name": picture_name(i, requests.count), **says(requests, i)} for i in range(requests.count))
     replace_file(out / LINES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
 
-def says(asked: Asked, i: int) -> dict[str, Any]:
+def says(requests: Requests, i: int) -> dict[str, Any]:
     """What tells sample i from the others: its seed, its index of that seed, its prompt and label where it has any."""
-    return {name: value for name, value in vars(asked[i]).items() if value is not None}
+    return {name: value for name, value in vars(requests[i]).items() if value is not None}
 
 
 def missing(out: Path, rows: Sequence[int], count: int) -> list[int]:
-    """Those of the rows whose pictures are not there."""
+    """Those of the rows whose images are not there."""
     return [i for i in rows if not (out / picture_name(i, count)).is_file()]

@@ -21,7 +21,7 @@ _AT_ONCE, _KEPT_BYTES = 32, 1 << 30
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Request:
     """Sample ``index`` of ``seed``, of a prompt and a class where there are any."""
 
     seed: int
@@ -31,7 +31,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Requests:
     """``count`` samples from number ``first`` on: number i is sample i of the seed.
 
     Args:
@@ -47,12 +47,12 @@ class Asked:
     labels: Sequence[int] = ()
     noise: Sequence[tuple[int, int] | None] = ()
 
-    def __getitem__(self, i: int) -> Wanted:
+    def __getitem__(self, i: int) -> Request:
         number = self.first + i
         own = self.noise[number] if self.noise else None
         seed, index = own or (self.seed, number)
         prompt = self.prompts[number % len(self.prompts)] if self.prompts else None
-        return Wanted(seed, index, prompt, self.labels[number % len(self.labels)] if self.labels else None)
+        return Request(seed, index, prompt, self.labels[number % len(self.labels)] if self.labels else None)
 
     def digest(self) -> str:
         """A hash of every sample that is asked for."""
@@ -73,7 +73,7 @@ class Lines(NamedTuple):
 def read_lines(file: str | Path) -> Lines:
     """The prompts of a file: a line each, or of a ``.jsonl`` the keys ``text`` or ``prompt``, ``label`` (a number or a
     class's name), ``seed`` and ``index`` (sample ``index`` of that seed, 0 if not said) of each line, all of them
-    optional; empty lines count for nothing. ``samples.jsonl`` beside pictures of fewstep's is such a file.
+    optional; empty lines count for nothing. ``samples.jsonl`` beside images of fewstep's is such a file.
 
     Raises:
         FileNotFoundError: no such file.

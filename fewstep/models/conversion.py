@@ -44,7 +44,7 @@ class Conversion:
         covered: the times of the linear path (0 noise, 1 data) between which the network was trained.
         outside: the shares of uniform times below and above these.
         agreement: of the samples; None where it was not checked.
-        picture: the file with both samplers side by side, None where there is none.
+        image: the file with both samplers side by side, None where there is none.
     """
 
     folder: Path

@@ -20,7 +20,7 @@ from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.schedules import PREDICTION_TYPES
 from fewstep.flows.signature import image_channels
 from fewstep.flows.tabulated import Tabulated
-from fewstep.models.loading import load_folder
+from fewstep.models.folders import load_folder
 from fewstep.models.writing import (
     check_text,
     save_part,

@@ -164,7 +164,7 @@ def _secret(file: Path, path: Path) -> str:
         return "has the name of a file with secrets"
     with file.open("rb") as content:
         start = content.read(_READ)
-        # A picture may be followed by anything; the weights of a model fill what is between.
+        # An image may be followed by anything; the weights of a model fill what is between.
         content.seek(max(0, file.stat().st_size - _READ))
         found = _SECRET_TEXT.search(start) or _SECRET_TEXT.search(content.read())
         return "has what looks like a token or a key in it" if found else ""

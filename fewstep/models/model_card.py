@@ -69,7 +69,7 @@ class Origin:
     Attributes:
         method: the objective it was trained by.
         quality: a Markdown table of quality against network calls.
-        pictures: the files of pictures in the export, each with what it shows.
+        images: the files of images in the export, each with what it shows.
         recipe: the file of the recipe in the export.
         citation: BibTeX.
         base: what the front matter of the card takes from the model that it began as: ``license``, ``base_model``.

@@ -39,7 +39,7 @@ def with_image(network: Any, channels: int) -> Any:
 
 
 def set_size(model: Any, shape: tuple[int, ...]) -> None:
-    """Have the config of a convolutional model, which takes pictures of any size, name that of ``shape`` (C, H, W)."""
+    """Have the config of a convolutional model, which takes images of any size, name that of ``shape`` (C, H, W)."""
     if len(shape) == 3:
         size = shape[1] if shape[1] == shape[2] else shape[1:]
         if model.config["sample_size"] != size:

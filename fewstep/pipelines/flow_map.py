@@ -151,7 +151,7 @@ class FlowMapPipeline(DiffusionPipeline):
                 generators, else one.
             class_labels: for a class-conditional model, by number or name, one for all images or one for each.
             image: for a model that takes one beside the state, (B, C', H, W) with the H and W of the state, in the
-                units that it was trained with: [-1, 1] for pictures.
+                units that it was trained with: [-1, 1] for images.
             height, width: of the images in pixels; by default what the model was made for.
             generator: the source of all noise; a list with one generator an image fixes each image by itself.
             latents: the noise to start from, (B, C, H, W).

@@ -24,8 +24,8 @@ from fewstep.objectives.base import Objective
 from fewstep.planning.counting import Counted, count_call, count_step
 from fewstep.planning.gpus import GPUS
 from fewstep.planning.weightless import conditions, sample_of, teacher_without_weights
+from fewstep.runs.loading import start_of
 from fewstep.runs.objective import make_objective, trains_map
-from fewstep.runs.opening import start_of
 from fewstep.runs.recipe import Recipe
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.students import make_student

@@ -15,10 +15,10 @@ from fewstep.flows.fields import VelocityField, unguided
 from fewstep.flows.signature import classes_of, image_channels, shape_at, shape_of
 from fewstep.latents.prompts import SIZES
 from fewstep.latents.vae import Latents
-from fewstep.models.loading import find_configurations
+from fewstep.models.folders import find_configurations
 from fewstep.models.weightless import META, field_without_weights, needed_shapes, numbers, text_conditions
 from fewstep.runs.datasets import make_data, null_of, settled
-from fewstep.runs.opening import make_teacher
+from fewstep.runs.loading import make_teacher
 from fewstep.runs.recipe import Recipe, Teacher
 from fewstep.runs.students import path_of
 from fewstep.runs.teachers import EXACT, check_teacher, guided
@@ -32,7 +32,7 @@ def teacher_without_weights(recipe: Recipe) -> VelocityField | None:
     loaded as they always are, and their numbers dropped.
 
     Raises:
-        FileNotFoundError, ValueError: as ``fewstep.runs.opening.make_teacher``.
+        FileNotFoundError, ValueError: as ``fewstep.runs.loading.make_teacher``.
     """
     if recipe.teacher is None:
         return None
@@ -90,7 +90,7 @@ def _written(latents: Latents, name: str, facts: dict[str, Any]) -> tuple[int, .
 
 
 def _sized(field: VelocityField, options: dict[str, Any]) -> tuple[int, ...]:
-    """The shape of a model's samples, of pictures of the size that the data are cut to."""
+    """The shape of a model's samples, of images of the size that the data are cut to."""
     shape, size = shape_of(field), options.get("size")
     if size is None or len(shape) != 3:
         return shape

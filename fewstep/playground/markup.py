@@ -54,7 +54,7 @@ def row_of_figures(playground: Playground, wish: Wish, panels: list[Panel], made
 
 
 def footer(playground: Playground, source: str, wish: Wish, made: Path) -> str:
-    """Under the pictures: all of them as one file, and the command that draws the same."""
+    """Under the images: all of them as one file, and the command that draws the same."""
     words = ["fewstep", "sample", source, "--steps", str(wish.steps), "--seed", str(wish.seed)]
     words += ["--count", str(wish.count)]
     words += ["--gamma", f"{wish.gamma:g}"] if wish.gamma is not None else []
@@ -66,7 +66,7 @@ def footer(playground: Playground, source: str, wish: Wish, made: Path) -> str:
     url = _url(made / "pictures.zip")
     return (
         f'<p class="fs-foot"><a href="{url}" download="{_safe(playground.name)}.zip">download all</a> '
-        f"&nbsp;&middot;&nbsp; the picture of {wish.steps} step{'s' * (wish.steps > 1)} again: "
+        f"&nbsp;&middot;&nbsp; the image of {wish.steps} step{'s' * (wish.steps > 1)} again: "
         f"<code>{html.escape(shlex.join(words))}</code></p>"
     )
 
@@ -81,12 +81,12 @@ def header(playground: Playground) -> str:
         f"{weights:,} weights" if weights else "in closed form",
     ]
     facts += [f"{len(playground.classes)} classes"] if playground.classes else []
-    about = f"{' &middot; '.join(facts)}. All pictures start from the same noise."
+    about = f"{' &middot; '.join(facts)}. All images start from the same noise."
     return f"<h1>{html.escape(playground.name)}</h1><p>{about}</p>"
 
 
 def _ratio(playground: Playground, count: int) -> float:
-    """Width by height of a picture."""
+    """Width by height of an image."""
     if playground.is_plane:
         return 1.0
     columns = math.ceil(math.sqrt(count))

@@ -1,4 +1,4 @@
-"""The page of ``fewstep ui`` in gradio: pictures in a row, and below them what is drawn; nothing comes from the web."""
+"""The page of ``fewstep ui`` in gradio: images in a row, and below them what is drawn; nothing comes from the web."""
 
 import html
 import os
@@ -82,7 +82,7 @@ def check_gradio() -> None:
 
 
 def make_page(playground: Playground, source: str, folder: Path) -> Any:
-    """The page as gradio's ``Blocks``; pictures are kept in ``folder``, which it is to be allowed to serve."""
+    """The page as gradio's ``Blocks``; images are kept in ``folder``, which it is to be allowed to serve."""
     import gradio as gr
 
     class Page(gr.Blocks):
@@ -102,7 +102,7 @@ def make_page(playground: Playground, source: str, folder: Path) -> Any:
         inputs: dict[str, Any] = {}
         if playground.has_text:
             inputs["prompts"] = gr.Textbox(
-                "a cat", label="Prompt", info="several, one a line, are given to the pictures in turn", lines=1,
+                "a cat", label="Prompt", info="several, one a line, are given to the images in turn", lines=1,
                 max_lines=4, elem_id="prompts",
             )  # fmt: skip
         shown = gr.HTML(row_of_figures(playground, Wish(count=count), [], folder), elem_id="shown")
@@ -151,7 +151,7 @@ def make_page(playground: Playground, source: str, folder: Path) -> Any:
 
 
 def draw_page(playground: Playground, source: str, folder: Path, asked: dict[str, Any]) -> Iterator[str]:
-    """The row of pictures as it fills, for the values of the controls; an error is a sentence in it."""
+    """The row of images as it fills, for the values of the controls; an error is a sentence in it."""
     panels: list[Panel] = []
     wish = Wish(count=1)
     try:
@@ -209,7 +209,7 @@ def _limits(playground: Playground) -> dict[str, tuple[int, int]]:
 
 
 def _counts(playground: Playground) -> tuple[int, str]:
-    """How many samples a picture starts with, and what they are called."""
+    """How many samples an image starts with, and what they are called."""
     if playground.is_plane:
         return POINTS, "Points"
     side = max(playground.picture_shape[1:])

@@ -23,7 +23,7 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import Model, classes_of, shape_of, takes
 from fewstep.generation.drawing import draw
 from fewstep.runs.datasets import given_by
-from fewstep.runs.opening import find_model, make_teacher
+from fewstep.runs.loading import find_model, make_teacher
 from fewstep.training.run_files import is_run
 
 # What a page that is left alone draws of the plane, and what is looked at to choose its extent.
@@ -39,7 +39,7 @@ class Wish:
         steps: the most; see :func:`step_counts`. seed, count: as in ``fewstep sample``. gamma: the stochasticity of a
             flow map. guidance: its strength, None for what the model does if nothing is said. label: the class of all
             samples, None for all classes in turn. prompts: given to the samples in turn. teacher_steps: those of the
-            picture at the end.
+            image at the end.
     """
 
     steps: int = 8
@@ -54,7 +54,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture: what it is called, its samples (N, ...) on the CPU, and what one of them cost."""
+    """One image: what it is called, its samples (N, ...) on the CPU, and what one of them cost."""
 
     name: str
     samples: Tensor
@@ -81,7 +81,7 @@ def step_counts(most: int) -> list[int]:
 
 
 class Playground:
-    """A model, and its teacher where there is one, with what it takes to draw pictures of both.
+    """A model, and its teacher where there is one, with what it takes to draw images of both.
 
     Args:
         model: a flow map or velocity field of images with 1 or 3 channels, of their latents, or of points in the plane.
@@ -91,7 +91,7 @@ class Playground:
             ``fewstep.generation.drawing.draw``.
 
     Raises:
-        ValueError: samples that are no pictures, or conditions that nothing on the page would give.
+        ValueError: samples that are no images, or conditions that nothing on the page would give.
     """
 
     def __init__(
@@ -118,10 +118,10 @@ class Playground:
         self.is_plane = self.picture_shape == (2,)
         if not self.is_plane and not (len(self.picture_shape) == 3 and self.picture_shape[0] in (1, 3)):
             raise ValueError(
-                f"samples of shape {self.picture_shape} are no pictures that a page can show: fewstep sample {name} "
+                f"samples of shape {self.picture_shape} are no images that a page can show: fewstep sample {name} "
                 "--out samples.npy writes the numbers"
             )
-        # Called once now, so that what is missing is known before there is a page, and no picture is timed cold.
+        # Called once now, so that what is missing is known before there is a page, and no image is timed cold.
         first = Wish(steps=1, count=1, prompts=("",) if self.has_text else ())
         self._panel("", model, 1, first)
         self.teacher: Model | None = teacher
@@ -141,9 +141,9 @@ class Playground:
         """Of a run, or of whatever else ``fewstep sample`` takes.
 
         Raises:
-            FileNotFoundError, ValueError: as ``fewstep.runs.opening.open_run``, ``fewstep.load`` and the class.
+            FileNotFoundError, ValueError: as ``fewstep.runs.loading.open_run``, ``fewstep.load`` and the class.
         """
-        from fewstep.runs.opening import open_run
+        from fewstep.runs.loading import open_run
 
         run = open_run(source) if is_run(Path(source).expanduser()) else None
         model = find_model(source, {"variant": variant} if variant else None) if run is None else run.model
@@ -165,13 +165,13 @@ class Playground:
         )
 
     def plan(self, wish: Wish) -> list[tuple[str, Model, int]]:
-        """What is drawn: the name of each picture, its model and steps."""
+        """What is drawn: the name of each image, its model and steps."""
         drawn = [("", self.model, n) for n in step_counts(wish.steps)]
         drawn += [] if self.teacher is None else [(self.called, self.teacher, wish.teacher_steps)]
         return [(f"{who}{n} step{'s' * (n > 1)}", model, n) for who, model, n in drawn]
 
     def panels(self, wish: Wish) -> Iterator[Panel]:
-        """The pictures of ``plan``, each as soon as it is drawn, all from the same noise."""
+        """The images of ``plan``, each as soon as it is drawn, all from the same noise."""
         own = len(step_counts(wish.steps))
         for i, (name, model, steps) in enumerate(self.plan(wish)):
             if i < own:
@@ -184,7 +184,7 @@ class Playground:
             yield self._of_teacher[1]
 
     def picture(self, samples: Tensor) -> bytes:
-        """Samples as PNG: images as a grid, points of the plane as dots, on one extent in all pictures."""
+        """Samples as PNG: images as a grid, points of the plane as dots, on one extent in all images."""
         if self.box is None:
             return image_grid(samples)
         from matplotlib.figure import Figure

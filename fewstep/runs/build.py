@@ -16,8 +16,8 @@ from fewstep.flows.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.flows.signature import Model, classes_of, shape_of
 from fewstep.objectives.base import Objective
 from fewstep.runs.datasets import encoded_folder, encoded_shape, make_data, null_of, settled
+from fewstep.runs.loading import start_of, teacher_of
 from fewstep.runs.objective import follows_teacher, make_objective, trains_map
-from fewstep.runs.opening import start_of, teacher_of
 from fewstep.runs.recipe import Recipe
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.students import make_student
@@ -50,7 +50,7 @@ def build(recipe: Recipe, out: Path | None = None, fresh: bool = False) -> Built
     teacher = teacher_of(recipe)
     if fresh or out is None or not _is_unsettled(out):
         recipe = settled(recipe, teacher)
-    # Pictures may take hours to encode: what can be known to fit before is.
+    # Images may take hours to encode: what can be known to fit before is.
     data, shape = None, encoded_shape(recipe.data, teacher)
     if shape is None:
         data = make_data(recipe, teacher, out, fresh)
@@ -73,7 +73,7 @@ def build(recipe: Recipe, out: Path | None = None, fresh: bool = False) -> Built
 
 
 def _is_unsettled(out: Path) -> bool:
-    """Whether a run that has begun took its pictures as they are, from before its teacher settled their size."""
+    """Whether a run that has begun took its images as they are, from before its teacher settled their size."""
     return (
         is_run(out)
         and bool(checkpoints.steps_in(out / CHECKPOINTS))
@@ -151,7 +151,7 @@ def _hint(model: Model, data: Data, has_needless_labels: bool) -> str:
         return ""
     if in_pixels is not None and len(data.shape) == 3 and data.shape[0] == in_pixels[0]:
         return (
-            ". It works on latents: a folder of pictures, hf:NAME or webdataset shards are encoded for it once; other "
+            ". It works on latents: a folder of images, hf:NAME or webdataset shards are encoded for it once; other "
             "images go through field.latents.encode(images), kept in a .npz file"
         )
     return ""

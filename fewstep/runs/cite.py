@@ -11,7 +11,7 @@ from fewstep.common.trust import is_code, only_looking
 from fewstep.data.pairs import FACTS
 from fewstep.flows.fields import NetworkField
 from fewstep.objectives import OBJECTIVES
-from fewstep.runs.opening import make_teacher
+from fewstep.runs.loading import make_teacher
 from fewstep.runs.recipe import Recipe, Teacher
 from fewstep.runs.recipes import find_recipe, known_recipes, load_recipe
 from fewstep.runs.teachers import EXACT

@@ -23,9 +23,9 @@ from fewstep.models.flow_pipeline import place, write_folder
 from fewstep.models.lora import has_lora, merge_lora
 from fewstep.models.writing import aside, check_target
 from fewstep.networks import FAMILIES
-from fewstep.runs.opening import load
+from fewstep.runs.loading import load
 
-_SHOWN = 8  # pictures a row
+_SHOWN = 8  # images a row
 
 
 def convert(
@@ -166,7 +166,7 @@ def _start(
 
 
 def _grid(field: NetworkField, original: Tensor, flow: Tensor) -> bytes | None:
-    """The original's samples, the flow's and their difference, a row each; None for what is no picture."""
+    """The original's samples, the flow's and their difference, a row each; None for what is no image."""
     pictures = [samples[:_SHOWN].float() for samples in (original, flow)]
     if field.latents is not None:
         pictures = [field.latents.decode(samples) for samples in pictures]

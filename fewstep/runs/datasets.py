@@ -93,7 +93,7 @@ def _uncoupled(recipe: Recipe, teacher: VelocityField | None, out: Path | None, 
 
 
 def encoded_shape(section: Named, model: Model | None) -> tuple[int, ...] | None:
-    """The shape (c, h, w) that the pictures of a section will have as latents; None where nothing is to be encoded."""
+    """The shape (c, h, w) that the images of a section will have as latents; None where nothing is to be encoded."""
     if model is None or model.latents is None or section.name == "teacher":
         return None
     if not is_pictures(section.name, section.options):
@@ -106,7 +106,7 @@ def encoded_shape(section: Named, model: Model | None) -> tuple[int, ...] | None
 
 
 def data_of(section: Named, model: Model | None, quiet: bool = False) -> Data:
-    """The data set that a section names. For a latent model, pictures come as their latents, encoded once into the
+    """The data set that a section names. For a latent model, images come as their latents, encoded once into the
     cache, and data that was encoded has to be its own.
 
     Raises:
@@ -119,7 +119,7 @@ def data_of(section: Named, model: Model | None, quiet: bool = False) -> Data:
         return load_data(name, **options)
     if is_pictures(name, options):
         size = options.get("size") or model.latents.image_shape_of(shape_of(model))[-1]
-        text = f"encoding the middle square of the pictures in {name} at {size} x {size} pixels, once"
+        text = f"encoding the middle square of the images in {name} at {size} x {size} pixels, once"
         with progress_bar(text, quiet or not environment().is_main) as progress:
             return encoded_once(model, name, progress=progress, **options)
     data = load_data(name, **options)
@@ -129,7 +129,7 @@ def data_of(section: Named, model: Model | None, quiet: bool = False) -> Data:
 
 
 def settled(recipe: Recipe, teacher: VelocityField | None) -> Recipe:
-    """The recipe with what its teacher settles about pictures where nothing is said: their size in pixels, their
+    """The recipe with what its teacher settles about images where nothing is said: their size in pixels, their
     channels, and that sub-folders are no classes where it knows none. Each is said once in a line."""
     inner = unguided(teacher)
     is_auto = recipe.student.network == "auto" and recipe.student.start is None
@@ -143,13 +143,13 @@ def settled(recipe: Recipe, teacher: VelocityField | None) -> Recipe:
 
 
 def _pictures_for(model: Model, section: Named, is_auto: bool, where: str) -> Named:
-    """A section of data, of pictures that nothing is said of with the options that a model takes them with."""
-    # A latent model has its own way from pictures to latents, where their size is settled too.
+    """A section of data, of images that nothing is said of with the options that a model takes them with."""
+    # A latent model has its own way from images to latents, where their size is settled too.
     if model.latents is not None or "size" in section.options or not is_pictures(section.name, section.options):
         return section
     try:
         channels, height, width = shape_of(model)
-    except ValueError:  # it does not say, or takes no pictures
+    except ValueError:  # it does not say, or takes no images
         return section
     if height != width or channels not in (1, 3, 4):
         return section
@@ -167,7 +167,7 @@ def _pictures_for(model: Model, section: Named, is_auto: bool, where: str) -> Na
         flip = "mirrored at random" if options.get("flip") else f"not mirrored (--{where}.flip true does, at random)"
         classes = ", folders are no classes" if has_folders and options.get("labels") is False else ""
         warnings.warn(
-            f"pictures in {section.name} are cut to their middle square and scaled to {height} x {height} pixels, the "
+            f"images in {section.name} are cut to their middle square and scaled to {height} x {height} pixels, the "
             f"teacher's size (--{where}.size takes another), {flip}{classes}",
             stacklevel=3,
         )

@@ -11,7 +11,7 @@ from fewstep.flows.signature import Model
 from fewstep.generation import encoding
 from fewstep.generation.encoding import Progress
 from fewstep.models.weightless import field_without_weights
-from fewstep.runs.opening import find_model
+from fewstep.runs.loading import find_model
 
 
 def encoders_of(source: str | Path, variant: str | None = None) -> Model:
@@ -49,7 +49,7 @@ def encode(
     rest: bool = False,
     **options: Any,
 ) -> int:
-    """Encode pictures and their captions for a latent model, once, into the folder ``out``; returns how many shards are
+    """Encode images and their captions for a latent model, once, into the folder ``out``; returns how many shards are
     still missing.
 
     Shards that are there with the hash that they were written with stay, so a call that was stopped, repeated, goes on.
@@ -60,22 +60,22 @@ def encode(
     Args:
         model: what they are encoded for, a model with ``latents`` (and ``text``), or its name: of a diffusers folder
             only VAE and text encoders are loaded.
-        data: a folder of pictures, ``hf:NAME``, webdataset shards: see ``fewstep.data.captions``.
+        data: a folder of images, ``hf:NAME``, webdataset shards: see ``fewstep.data.captions``.
         out: the folder of ``encoded.json``, ``index.json`` and the shards; each file is whole or absent.
-        size: side of the pictures in pixels: the middle square is cut out and resized. By default that of the model.
+        size: side of the images in pixels: the middle square is cut out and resized. By default that of the model.
         dtype: how latents and embeddings are kept: float16, bfloat16 or float32.
-        batch: pictures and captions encoded at once.
-        shard: pictures in a file; by default about 256 MB.
-        on_error: what a picture that cannot be read does, or a row without caption: raise, or skip.
+        batch: images and captions encoded at once.
+        shard: images in a file; by default about 256 MB.
+        on_error: what an image that cannot be read does, or a row without caption: raise, or skip.
         device: the default is the process's GPU if there is one, else the CPU.
         command: what to type to go on, told where a shard is missing.
-        progress: called with the pictures and captions done and all those of this process.
+        progress: called with the images and captions done and all those of this process.
         rest: afterwards, make what the other processes have not made yet.
         options: of the kind of data (``caption``, ``image``, ``split``, ...).
 
     Raises:
         FileNotFoundError: no such data. ValueError: arguments that cannot be, a folder of other data or of another
-            model, or of something else; a picture that cannot be read; numbers that the dtype cannot hold.
+            model, or of something else; an image that cannot be read; numbers that the dtype cannot hold.
 
     >>> encode("./stable-diffusion", "./photos", "encoded", size=512)
     >>> fit(student, ITVM(teacher), load_data("encoded"), steps=20_000)

@@ -13,7 +13,7 @@ from fewstep.models.writing import (
     aside,
     check_target,
 )
-from fewstep.runs.opening import load, open_run
+from fewstep.runs.loading import load, open_run
 from fewstep.runs.provenance import citation, origin_of
 from fewstep.training.run_files import is_run
 
@@ -39,7 +39,7 @@ def export(
       alone.
 
     Those of a latent model have its VAE, those of a model of text its tokenizers and text encoders. An export of a run
-    has its recipe and pictures in ``training/``; ``fewstep.json`` marks each as fewstep's own. :func:`fewstep.load`
+    has its recipe and images in ``training/``; ``fewstep.json`` marks each as fewstep's own. :func:`fewstep.load`
     reads each of them. The folder appears whole or not at all.
 
     Args:

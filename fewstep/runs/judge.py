@@ -44,7 +44,7 @@ LABELS = {
     "fd": "Frechet distance to the data",
     "fid": "FID",
 }
-_POINTS, _IMAGES, _DECODED = 8192, 24, 6  # in a picture; a VAE takes its time
+_POINTS, _IMAGES, _DECODED = 8192, 24, 6  # in an image; a VAE takes its time
 
 
 def prepare(recipe: Recipe, data: Data, model: Model) -> Data:
@@ -196,7 +196,7 @@ def _report(model: Model, teacher: VelocityField | None, recipe: Recipe, found: 
         png(figures[0][1], out / QUALITY_FIGURE)
         figures += (pictures := _pictures(model, teacher, recipe, found))
         if pictures and (captions := found.captions[: _shown(model)]):
-            tables.append(("The pictures' prompts, row by row", ["picture", "prompt"], list(enumerate(captions, 1))))
+            tables.append(("The images' prompts, row by row", ["picture", "prompt"], list(enumerate(captions, 1))))
     lines = read_metrics(out / METRICS)
     if sum(row.get("loss") is not None for row in lines) > 1:  # one point is no line
         figures.append(("Loss", loss_figure(lines)))

@@ -22,10 +22,10 @@ from fewstep.runs.recipe import Recipe
 from fewstep.training.run import Run
 from fewstep.training.run_files import SAMPLES
 
-_POINTS = 8192  # in a picture of a density
+_POINTS = 8192  # in an image of a density
 _MEASURED = 512  # points compared with the teacher's; its exact flow takes seconds for more
 _COLUMNS = 8  # images a row
-_SHARE, _FIRST = 0.05, 0.25  # of a training's time that pictures take; seconds that the first is taken to need
+_SHARE, _FIRST = 0.05, 0.25  # of a training's time that images take; seconds that the first is taken to need
 
 
 class Watch:
@@ -33,10 +33,10 @@ class Watch:
     N-step samples to the end points of the teacher's ODE, from the same noise; of points its median and 99 % quantile,
     ``error_median@N`` and ``error_99@N``, too.
 
-    Pictures are drawn of images with 1 or 3 channels (a row for each step count, the last the teacher's), of latents as
+    Images are drawn of images with 1 or 3 channels (a row for each step count, the last the teacher's), of latents as
     their VAE decodes them, and of points in the plane; other samples are only measured.
 
-    Each ``evaluation.every`` steps where that is said. Else at each eighth of the training where all pictures so far,
+    Each ``evaluation.every`` steps where that is said. Else at each eighth of the training where all images so far,
     and one more, take a small share of its time: a try of ten steps does not wait for eight of them.
     """
 
@@ -45,7 +45,7 @@ class Watch:
         self.data, self.teacher, self.seed = data, teacher, recipe.seed
         self.strength = strength_of(recipe)
         self._eighth: int | None = None
-        self._spent, self._last = 0.0, _FIRST  # seconds of all pictures, and of the last
+        self._spent, self._last = 0.0, _FIRST  # seconds of all images, and of the last
         self._ends: Tensor | None = None
 
     def __call__(self, run: Run) -> None:
@@ -62,7 +62,7 @@ class Watch:
             self._spent += self._last
 
     def draw(self, model: Any, step: int) -> dict[str, float]:
-        """Draw the picture of this step; returns the distances."""
+        """Draw the image of this step; returns the distances."""
         is_plane, shape, latents = self.data.shape == (2,), self.data.shape, getattr(model, "latents", None)
         is_image = len(shape) == 3 and (latents is not None or shape[0] in (1, 3))
         count = _POINTS if is_plane else _COLUMNS

@@ -1,4 +1,4 @@
-"""Where an export comes from: the run, its pictures and figures, and the model that it began as."""
+"""Where an export comes from: the run, its images and figures, and the model that it began as."""
 
 import re
 import warnings
@@ -21,7 +21,7 @@ _BASE = ("license", "license_name", "license_link", "base_model")
 
 def origin_of(model: FlowMap | NetworkField, run: Path | None, export: Path) -> Origin:
     """What is known of the origin of a model, which has been written to the folder ``export``; the recipe and the
-    pictures of its run are copied there.
+    images of its run are copied there.
 
     Args:
         run: the folder of the run that trained it, if one did.
@@ -57,7 +57,7 @@ def origin_of(model: FlowMap | NetworkField, run: Path | None, export: Path) -> 
 
 
 def _picture(file: Path, run: Path) -> bytes | None:
-    """A picture of a run, packed anew; None, and a note, for what is none of its own."""
+    """An image of a run, packed anew; None, and a note, for what is none of its own."""
     try:
         if own_file(file, run).stat().st_nlink > 1:
             raise ValueError(f"{file} has another name on this disk (a hard link)")

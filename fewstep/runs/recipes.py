@@ -76,7 +76,7 @@ def load_recipe(
 
 
 def _open_keys(tree: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The options that pictures and the recipe's method take, for who leaves the section out: ``size``, ``ema``."""
+    """The options that images and the recipe's method take, for who leaves the section out: ``size``, ``ema``."""
     from fewstep.data.images import hugging_face
     from fewstep.objectives import OBJECTIVES
 

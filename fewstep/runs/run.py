@@ -16,7 +16,7 @@ from fewstep.flows.signature import Model
 from fewstep.runs.build import build, held_against
 from fewstep.runs.datasets import make_data, settled
 from fewstep.runs.judge import judge, prepare
-from fewstep.runs.opening import Trained, open_run, recipe_of, teacher_of
+from fewstep.runs.loading import Trained, open_run, recipe_of, teacher_of
 from fewstep.runs.previews import Watch
 from fewstep.runs.recipe import Recipe
 from fewstep.training import checkpoints, fingerprint, folder

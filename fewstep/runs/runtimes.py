@@ -29,7 +29,7 @@ from fewstep.flows.signature import classes_of, image_channels, shape_of
 from fewstep.flows.tabulated import Tabulated
 from fewstep.models.lora import has_lora, merge_lora
 from fewstep.models.writing import aside, check_target, write_json
-from fewstep.runs.opening import load
+from fewstep.runs.loading import load
 from fewstep.runs.program_card import program_card, program_config
 
 FORMATS = {"torch": "map.pt2", "onnx": "map.onnx"}
@@ -170,7 +170,7 @@ def example_conditions(model: FlowMap, given: Mapping[str, Tensor] | None = None
     if classes_of(model):
         cond.setdefault("class_labels", torch.zeros(1, dtype=torch.long))
     if model.text is not None and "encoder_hidden_states" not in cond:
-        cond = {**model.text.encode(["a picture"]), **cond}
+        cond = {**model.text.encode(["an image"]), **cond}
     if channels := image_channels(model):
         cond.setdefault("image", torch.zeros(1, channels, *shape[1:]))
     if _is_told_strength(network):

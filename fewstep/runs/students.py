@@ -36,7 +36,7 @@ def make_student(
     """What is trained, for samples of ``shape``: its first weights come from the seed, or are the teacher's.
 
     Args:
-        start: the model that ``student.start`` names, where it names one (``fewstep.runs.opening.start_of``).
+        start: the model that ``student.start`` names, where it names one (``fewstep.runs.loading.start_of``).
 
     Raises:
         ValueError: a network that does not fit the shape, options that are not known, weights that do not fit.

@@ -27,6 +27,7 @@ class Logbook:
         self._trackers: list[trackers.Tracker] = [self._lines] if self._lines else []
         if is_main:
             self._trackers += trackers.start(track, run.out, run.step, run.fingerprint)
+        self._steps = steps
         self._bar = Progress(steps, run.step, run.progress, quiet or not is_main)
         self._mark = (run.step, time.perf_counter())
         if run.step:
@@ -43,7 +44,9 @@ class Logbook:
             for tracker in self._trackers:
                 tracker.log(run.step, run.record)
             run.record = {}
-        self._bar.update(run.step, run.progress, run.losses.get("loss"))
+        # ``run.progress`` is what the step was made with: its own is done by now.
+        done = max(run.progress, run.step / self._steps) if self._steps else run.progress
+        self._bar.update(run.step, done, run.losses.get("loss"))
 
     def sync(self) -> None:
         """All lines down to the disk: a checkpoint is about to stand for them."""

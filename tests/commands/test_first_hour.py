@@ -38,7 +38,7 @@ def home(tmp_path: Path) -> Path:
 def test_a_folder_of_photos_of_all_sizes_is_distilled_with(home: Path) -> None:
     done = typed("fewstep distill --teacher ./my-ddpm --data ./photos --out runs/fast", *SMALL, cwd=home)
     assert read_yaml(home / "runs/fast/recipe.yaml")["data"] == {"name": "./photos", "size": 16, "labels": False}
-    said = [line for line in done.stderr.splitlines() if line.startswith("note: pictures in ./photos")]
+    said = [line for line in done.stderr.splitlines() if line.startswith("note: images in ./photos")]
     assert len(said) == 1
     for word in ("middle square", "16 x 16", "--data.size", "not mirrored", "--data.flip", "folders are no classes"):
         assert word in said[0]
@@ -74,7 +74,7 @@ def test_a_run_from_before_keeps_its_pictures_as_they_are(home: Path, monkeypatc
     for start in (home / "old", home / "new"):
         (start / "checkpoints" / "step-00000001").mkdir(parents=True)
     (home / "old" / "recipe.yaml").write_text(recipe.as_yaml())
-    with pytest.raises(ValueError, match=r"pictures of several sizes.*--data\.size 64"):
+    with pytest.raises(ValueError, match=r"images of several sizes.*--data\.size 64"):
         build(recipe, home / "old")
     assert build(recipe, home / "old", fresh=True).recipe.data.options["size"] == 16
     assert build(recipe, home / "new" / "other").recipe.data.options["size"] == 16

@@ -31,11 +31,11 @@ from fewstep.generation import drawing
 from fewstep.generation.drawing import draw
 from fewstep.generation.images import claim, save_pictures
 from fewstep.generation.placement import place
-from fewstep.generation.requests import Asked, Encoded, class_names, class_numbers, prompt_flags, read_lines
+from fewstep.generation.requests import Encoded, Requests, class_names, class_numbers, prompt_flags, read_lines
 from fewstep.generation.sharing import shares
 from fewstep.latents.vae import Latents
 from fewstep.networks import SD3, Flux
-from fewstep.runs.opening import load
+from fewstep.runs.loading import load
 
 CPU = torch.device("cpu")
 TEXTS = ["a cat", "dog", "a dog"]
@@ -114,7 +114,7 @@ def test_a_line_of_a_file_says_text_seed_and_label(tmp_path: Path) -> None:
     )
     lines = read_lines(file)
     assert lines == (["a cat", "dog"], [3, "hen"], [(5, 0), (1, 2)])
-    asked = Asked(2, 7, 0, lines.prompts, [3, 4], lines.noise)
+    asked = Requests(2, 7, 0, lines.prompts, [3, 4], lines.noise)
     assert [vars(asked[i]) for i in range(2)] == [
         {"seed": 5, "index": 0, "prompt": "a cat", "label": 3},
         {"seed": 1, "index": 2, "prompt": "dog", "label": 4},
@@ -124,7 +124,7 @@ def test_a_line_of_a_file_says_text_seed_and_label(tmp_path: Path) -> None:
 @pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e", "\r", "\n", "\r\n"])
 def test_the_list_of_a_folder_reads_back(odd: str, tmp_path: Path) -> None:
     texts = [f"a{odd}cat", "-hat"]
-    claim(tmp_path, {}, Asked(2, 3, prompts=texts))
+    claim(tmp_path, {}, Requests(2, 3, prompts=texts))
     assert read_lines(tmp_path / "samples.jsonl") == (texts, [], [(3, 0), (3, 1)])
     if odd.strip("\r\n"):
         (tmp_path / "p.txt").write_bytes("\r\n".join(texts).encode())
@@ -326,7 +326,7 @@ def test_another_size(name: str, size: str, shape: tuple[int, ...], draws: Draw)
 def test_the_size_is_told_to_a_model_that_knows_sizes(models: Path, tmp_path: Path) -> None:
     tiny_pipeline("sdxl").save_pretrained(tmp_path)
     field: Any = load(tmp_path)
-    asked = drawing.settled(field, Asked(1, prompts=["a cat"]))
+    asked = drawing.settled(field, Requests(1, prompts=["a cat"]))
     rows = drawing.draw_batches(field, asked, [range(1)], 1, shape=(4, 12, 8), size=(24, 16))
     told = field.text.encode(["a cat"], size=(24, 16))
     wanted = sample(field, sample_noise((1, 4, 12, 8), fewstep.common.randomness.sample_generators(0, [0])), 1, **told)
@@ -410,7 +410,7 @@ def test_a_folder_of_something_else_is_refused(models: Path, draws: Draw, refuse
     draws("plain")
     draws("classes", "--count", "2", "--out", "pics")
     said = refused("classes", "--count", "2", "--out", "pics", "--seed", "1", "--steps", "3")
-    assert "--out pics holds other pictures: seed is 0 there and 1 here" in said
+    assert "--out pics holds other images: seed is 0 there and 1 here" in said
     assert "steps is 2 there and 3 here" in said
     assert "weights is FlowMap" in refused("plain", "--count", "2", "--out", "pics")
     assert "seeds, prompts and labels is" in refused("classes", "--count", "2", "--out", "pics", "--labels", "3")
@@ -592,7 +592,7 @@ def test_sizes_that_a_network_cannot_draw() -> None:
     assert signature.sized(flux, (4, 128, 128), (8, 6)) == (4, 8, 6)
     with pytest.raises(ValueError, match="multiples of 2 pixels"):
         signature.sized(flux, (4, 128, 128), (8, 7))
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         signature.sized(model, (2,), (8, 8))
 
 

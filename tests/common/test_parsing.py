@@ -27,7 +27,7 @@ from fewstep.latents.encoders import vae_identity
 from fewstep.latents.vae import Latents
 from fewstep.models.writing import moments_in
 from fewstep.runs.export import export
-from fewstep.runs.opening import load, open_run
+from fewstep.runs.loading import load, open_run
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 from fewstep.training import checkpoints
@@ -145,7 +145,7 @@ def test_pairs_of_other_types_are_refused(dtype: torch.dtype, tmp_path: Path) ->
 
 @pytest.mark.parametrize("size", ["0", "-1", "2147483648", "true", "1.5"])
 def test_sides_of_pictures_that_cannot_be(size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match=r"size=.*: the side of a picture is a whole number of pixels, 1 to 16384"):
+    with pytest.raises(ValueError, match=r"size=.*: the side of an image is a whole number of pixels, 1 to 16384"):
         check_side(yaml.safe_load(size))
     _one_line(["sample", "eight-gaussians", "--size", "2147483648"], "16384 pixels at most", capsys)
 

@@ -32,7 +32,7 @@ from fewstep.models.adapter_files import load_adapter, save_adapter
 from fewstep.models.lora import add_lora
 from fewstep.runs.convert import convert
 from fewstep.runs.export import export
-from fewstep.runs.opening import load
+from fewstep.runs.loading import load
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 from fewstep.runs.runtimes import export_program
@@ -87,17 +87,17 @@ def leads_to(target: Path) -> Callable[[Path], None]:
 
 HOSTILE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "a link to a key": (lambda file, home: file.symlink_to(home / "id_rsa"), "is a link out of"),
-    "a link to a picture": (lambda file, home: file.symlink_to(home / "private.png"), "is a link out of"),
+    "a link to an image": (lambda file, home: file.symlink_to(home / "private.png"), "is a link out of"),
     "a link to a link": (
         lambda file, home: (file.with_name("x").symlink_to(home / "id_rsa"), file.symlink_to("x")),
         "a link out",
     ),
     "a key": (lambda file, home: file.write_bytes(KEY), "is no PNG"),
     "a key with the head of a PNG": (lambda file, home: file.write_bytes(picture()[:8] + KEY), "is no PNG"),
-    "another name of a picture": (lambda file, home: os.link(home / "private.png", file), "hard link"),
+    "another name of an image": (lambda file, home: os.link(home / "private.png", file), "hard link"),
     "a pipe": (lambda file, home: os.mkfifo(file), "is no file"),
     "a folder": (lambda file, home: file.mkdir(), "is no file"),
-    "half a picture": (lambda file, home: file.write_bytes(picture()[:60]), "is no PNG"),
+    "half an image": (lambda file, home: file.write_bytes(picture()[:60]), "is no PNG"),
 }
 
 
@@ -409,7 +409,7 @@ def load_with_adapter() -> Any:
 @pytest.mark.parametrize(
     ("name", "make", "why"),
     [
-        ("a.png", lambda file, home: file.write_bytes(b"no picture"), "is no PNG"),
+        ("a.png", lambda file, home: file.write_bytes(b"no image"), "is no PNG"),
         ("a.png", lambda file, home: file.write_bytes(picture(after=KEY)), "a token or a key"),
         ("a.png", lambda file, home: file.write_bytes(KEY), "a token or a key"),
         ("a.json", lambda file, home: file.write_text("{"), "is no JSON"),

@@ -15,7 +15,7 @@ import fewstep
 from fewstep.cli import main
 from fewstep.common import trust
 from fewstep.common.options import find_object
-from fewstep.runs.opening import open_run
+from fewstep.runs.loading import open_run
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 from fewstep.training.checkpoints import _seal

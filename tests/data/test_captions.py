@@ -1,4 +1,4 @@
-"""Sources of pictures with captions: what they list, by what they are known, and what they refuse."""
+"""Sources of images with captions: what they list, by what they are known, and what they refuse."""
 
 import io
 import json
@@ -40,9 +40,7 @@ def test_the_rows_are_those_of_the_metadata_in_each_sub_folder(tmp_path: Path) -
     captioned_folder(tmp_path / "photos" / "a", ["one", "two"])
     captioned_folder(tmp_path / "photos" / "b" / "c", ["three"], column="caption")
     picture(9).save(tmp_path / "photos" / "unlisted.png")
-    with pytest.warns(
-        UserWarning, match=r"1 pictures such as unlisted\.png .* named in no metadata\.jsonl and left out"
-    ):
+    with pytest.warns(UserWarning, match=r"1 images such as unlisted\.png .* named in no metadata\.jsonl and left out"):
         rows = listed(tmp_path / "photos").rows
     assert rows.captions == ["one", "two", "three"]
     assert [Path(name).relative_to(tmp_path / "photos").as_posix() for name in rows.names] == [
@@ -134,7 +132,7 @@ def test_a_hugging_face_data_set(tmp_path: Path) -> None:
     assert listed(tmp_path / "saved", caption="said", labels=False).identity != source.identity
     with pytest.raises(ValueError, match=r"unknown column of .* 'sad'"):
         listed(tmp_path / "saved", caption="sad")
-    with pytest.raises(ValueError, match=r"has no column of pictures said, only photo \(Image\)"):
+    with pytest.raises(ValueError, match=r"has no column of images said, only photo \(Image\)"):
         listed(tmp_path / "saved", image="said")
     datasets.Dataset.from_dict({"x": [1.0]}).save_to_disk(str(tmp_path / "numbers"))
     assert is_pictures(tmp_path / "saved", {})
@@ -155,7 +153,7 @@ def test_captions_and_labels_are_read_without_the_pictures(tmp_path: Path, monke
     }
     datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).save_to_disk(str(tmp_path / "saved"))
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("a picture is decoded"))
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("an image is decoded"))
     found = listed(tmp_path / "saved").rows
     assert (found.captions, found.labels) == (["x", "y", "z"], [1, 0, 1])
     assert found.read(slice(1, 2)) == [b"broken"]
@@ -221,7 +219,7 @@ def test_shards_that_cannot_be_read(tmp_path: Path) -> None:
         assert listed(folder).rows
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
-    with pytest.raises(ValueError, match=r"no pictures \(\.png, .*empty\.tar"):
+    with pytest.raises(ValueError, match=r"no images \(\.png, .*empty\.tar"):
         assert listed(tmp_path / "empty.tar").rows
 
 
@@ -231,5 +229,5 @@ def test_what_is_no_source(tmp_path: Path) -> None:
         listed(tmp_path / "photos", captain="x")
     with pytest.raises(FileNotFoundError, match=r"no data at .*gone"):
         listed(tmp_path / "gone")
-    with pytest.raises(ValueError, match="digits is no data of pictures that can be encoded"):
+    with pytest.raises(ValueError, match="digits is no data of images that can be encoded"):
         listed("digits")

@@ -58,7 +58,7 @@ def idx(*sides: int) -> bytes:
 
 
 def png(width: int, height: int, kind: int = 2) -> bytes:
-    """A picture that declares width x height pixels, RGB or of another kind of PNG's, and has few bytes of them."""
+    """An image that declares width x height pixels, RGB or of another kind of PNG's, and has few bytes of them."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -245,9 +245,9 @@ def test_captions_of_a_shard_in_other_encodings(tmp_path: Path) -> None:
 
 def test_a_silhouette_of_what_is_no_picture(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.png")
-    with pytest.raises(ValueError, match=r"x\.png cannot be read as a picture: it is a pipe"):
+    with pytest.raises(ValueError, match=r"x\.png cannot be read as an image: it is a pipe"):
         load_data("silhouette", image=str(tmp_path / "x.png"))
-    with pytest.raises(ValueError, match=r"gone\.png cannot be read as a picture: there is no such file"):
+    with pytest.raises(ValueError, match=r"gone\.png cannot be read as an image: there is no such file"):
         load_data("silhouette", image=str(tmp_path / "gone.png"))
 
 

@@ -31,7 +31,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 def pictures(root: Path, *names: str) -> Path:
-    """A folder of pictures, number i at the i-th name."""
+    """A folder of images, number i at the i-th name."""
     for seed, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         picture(seed).save(root / name)
@@ -62,7 +62,7 @@ SPLIT = ("train/cat/0.png", "train/dog/1.TIF", "train/dog/2.bmp", "test/cat/3.pn
 )
 def test_train_and_test_are_no_classes(tmp_path: Path, above: str, names: dict[str, str]) -> None:
     pictures(tmp_path / "x", *(above + "/".join(names.get(part, part) for part in name.split("/")) for name in SPLIT))
-    said = rf"left out of .*x: the pictures of .*{names.get('test', 'test')} \(1\), .* is used"
+    said = rf"left out of .*x: the images of .*{names.get('test', 'test')} \(1\), .* is used"
     with pytest.warns(UserWarning, match=said):
         data: Any = load_data(tmp_path / "x")
     assert data.classes == ("cat", "dog")
@@ -85,7 +85,7 @@ def test_a_split_in_one_part_and_folders_that_are_none(tmp_path: Path) -> None:
         load_data(pictures(tmp_path / "c", "test/0.png", "val/1.png"))
 
 
-@pytest.mark.parametrize(("more", "beside"), [("cat/2.png", "the folder cat"), ("2.png", "1 pictures")])
+@pytest.mark.parametrize(("more", "beside"), [("cat/2.png", "the folder cat"), ("2.png", "1 images")])
 def test_splits_beside_something_else_are_asked_about(tmp_path: Path, more: str, beside: str) -> None:
     root = pictures(tmp_path / "x", "train/0.png", "test/1.png", more)
     with pytest.raises(ValueError, match=rf"has test, train, which look like .* beside them {beside}: say data.split"):
@@ -153,7 +153,7 @@ def test_files_that_are_none_do_not_hang(tmp_path: Path) -> None:
         ValueError, match=r"broken\.png cannot be read \(it is a link to gone\.png, which is not there\)"
     ):
         load_data(root)
-    with pytest.warns(UserWarning, match="5 of 7 pictures cannot be read"):
+    with pytest.warns(UserWarning, match="5 of 7 images cannot be read"):
         assert same(load_data(root, on_error="skip"), 0, 1)
     assert [decode(root / name, None, 3) for name in ("device.png", "pipe.png", "socket.png")] == [
         "it is a device and no file", "it is a pipe and no file", "it is a socket and no file",
@@ -177,7 +177,7 @@ def test_every_format_that_pillow_reads(tmp_path: Path) -> None:
 
 def test_a_picture_that_another_program_would_draw_is_none(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
-    assert decode(tmp_path / "x.png", None, 3) == "its content is no picture"
+    assert decode(tmp_path / "x.png", None, 3) == "its content is no image"
 
 
 def test_heic_is_read_where_its_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ def test_an_animation_is_its_first_frame_and_inks_are_colours(tmp_path: Path) ->
         assert drawn[:, 0, 0].tolist() == [0, 0, 255]
 
 
-# The third: a folder as trainers of adapters write it, a caption beside each picture, from any operating system.
+# The third: a folder as trainers of adapters write it, a caption beside each image, from any operating system.
 def captions(source: Captioned) -> Any:
     return source.rows.captions
 
@@ -341,7 +341,7 @@ def test_columns_of_pictures_that_are_not_called_so(tmp_path: Path, cells: list[
     rows = listed(root).rows
     assert rows.captions == ["one", "two"]
     assert rows.read(slice(0, 2)) == [content(0), content(1)]
-    with pytest.raises(ValueError, match=r"name of .*x holds neither pictures nor arrays"):
+    with pytest.raises(ValueError, match=r"name of .*x holds neither images nor arrays"):
         load_data(root, image="name")
 
 
@@ -349,7 +349,7 @@ def test_rows_of_bytes_that_are_no_picture(tmp_path: Path) -> None:
     root = saved(tmp_path / "x", {"image": [content(0), None, b"junk"]})
     with pytest.raises(ValueError, match=r"row 1 of .*x cannot be read \(it is empty\)"):
         load_data(root)
-    with pytest.warns(UserWarning, match=r"2 of 3 pictures .* row 2 of .*: its content is no picture"):
+    with pytest.warns(UserWarning, match=r"2 of 3 images .* row 2 of .*: its content is no image"):
         assert same(load_data(root, on_error="skip"), 0)
 
 

@@ -1,4 +1,4 @@
-"""Folders of pictures and Hugging Face data sets: decoded once, whole, and with a word on what is wrong."""
+"""Folders of images and Hugging Face data sets: decoded once, whole, and with a word on what is wrong."""
 
 import json
 import os
@@ -103,7 +103,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(folder, cache, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(decode, "_write_header", full)
-    with pytest.raises(OSError, match=r"could not write .*pictures.*the disk is full.*FEWSTEP_CACHE"):
+    with pytest.raises(OSError, match=r"could not write .*images.*the disk is full.*FEWSTEP_CACHE"):
         image_folder(folder)
     assert list((cache / "pictures").iterdir()) == []
 
@@ -133,7 +133,7 @@ def test_one_sub_folder_is_no_class_and_loose_pictures_are_told(folder):
         warnings.simplefilter("error")
         assert not image_folder(folder).cond
     save(random_picture(9), folder / "b" / "x.png")
-    with pytest.warns(UserWarning, match=r"5 pictures such as 0\.png lie beside the 2 sub-folders"):
+    with pytest.warns(UserWarning, match=r"5 images such as 0\.png lie beside the 2 sub-folders"):
         assert not image_folder(folder).cond
 
 
@@ -194,7 +194,7 @@ def test_mixed_sizes_name_two_and_the_way_out(folder):
     assert image_folder(folder, size=4).size == 5
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"not a picture", lambda b: b""])
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"not an image", lambda b: b""])
 def test_a_corrupt_picture_is_named_or_left_out(folder, damage):
     for name in ("a/x.png", "b/y.png"):
         save(random_picture(20), folder / name)
@@ -205,7 +205,7 @@ def test_a_corrupt_picture_is_named_or_left_out(folder, damage):
     with pytest.raises(ValueError, match=r"a/3\.png cannot be read .* on_error: skip"):
         image_folder(folder)
     for _ in range(2):  # decoded, then from the cache
-        with pytest.warns(UserWarning, match=r"1 of 7 pictures cannot be read and are left out .*a/3\.png"):
+        with pytest.warns(UserWarning, match=r"1 of 7 images cannot be read and are left out .*a/3\.png"):
             data = image_folder(folder, on_error="skip")
         assert data.size == 6
         assert data.array.shape == (6, 3, 5, 6)
@@ -225,7 +225,7 @@ def test_the_first_picture_may_be_the_corrupt_one(folder):
 def test_no_picture_at_all_can_be_read(folder):
     for file in folder.iterdir():
         file.write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"none of the 5 pictures can be read, the first being .*0\.png"):
+    with pytest.raises(ValueError, match=r"none of the 5 images can be read, the first being .*0\.png"):
         image_folder(folder, on_error="skip")
 
 
@@ -233,7 +233,7 @@ def test_folders_without_pictures_say_what_they_hold(tmp_path):
     for name in ("a.txt", "b.txt", "c.md", ".hidden.png", ".thumbs/x.png"):
         (tmp_path / "notes" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "notes" / name).write_text("x")
-    with pytest.raises(FileNotFoundError, match=r"no pictures .* holds 3 files: \.txt \(2\), \.md \(1\)"):
+    with pytest.raises(FileNotFoundError, match=r"no images .* holds 3 files: \.txt \(2\), \.md \(1\)"):
         load_data(tmp_path / "notes")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no files"):
@@ -305,7 +305,7 @@ def test_hugging_face_arrays(tmp_path):
     x = load_data(tmp_path / "list").rows(torch.arange(5), torch.Generator()).data
     assert np.allclose(x, values[:, 0])
     datasets.Dataset.from_dict({"name": ["a"]}).save_to_disk(tmp_path / "names")
-    with pytest.raises(ValueError, match=r"no column of pictures or arrays, only name \(Value\)"):
+    with pytest.raises(ValueError, match=r"no column of images or arrays, only name \(Value\)"):
         load_data(tmp_path / "names")
     datasets.Dataset.from_dict({"points": [[1.0], [1.0, 2.0]]}).save_to_disk(tmp_path / "ragged")
     with pytest.raises(ValueError, match=r"unequal shapes"):

@@ -1,4 +1,4 @@
-"""What a stranger has beside the page: models, pictures and texts under the names that the pages give them.
+"""What a stranger has beside the page: models, images and texts under the names that the pages give them.
 
 Each is made once, when a page first names it, and copied into the folder of each page that does.
 """
@@ -176,7 +176,7 @@ def write_hub(cache: Path) -> None:
 
 
 def write_idx(folder: Path) -> None:
-    """A few pictures of ten classes in the files of MNIST."""
+    """A few images of ten classes in the files of MNIST."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for prefix, count in (("train", 64), ("t10k", 32)):

@@ -42,7 +42,7 @@ def page(stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(stranger / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for name in ("previews._MEASURED", "previews._POINTS", "judge._POINTS"):  # of the pictures that a training shows
+    for name in ("previews._MEASURED", "previews._POINTS", "judge._POINTS"):  # of the images that a training shows
         monkeypatch.setattr(f"fewstep.runs.{name}", 32)
     logging.disable(logging.ERROR)
     yield Page(here, stranger / "inputs")

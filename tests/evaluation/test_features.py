@@ -270,7 +270,7 @@ def test_digits_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert model.accuracy > 0.95
     rows = data.rows(torch.arange(1797), rng())
     assert accuracy(model, rows.data, rows.cond["class_labels"]) > 0.97
-    # Features see what classes miss: noise on the pictures is far, the other half of the pictures is near.
+    # Features see what classes miss: noise on the images is far, the other half of the images is near.
     near = frechet_distance(*map(FeatureStatistics.of, extract(model, rows.data).tensor_split([900])))
     noisy = (rows.data[900:] + 0.5 * torch.randn(897, 1, 8, 8, generator=rng())).clamp(-1, 1)
     far = frechet_distance(*(FeatureStatistics.of(extract(model, x)) for x in (rows.data[:900], noisy)))

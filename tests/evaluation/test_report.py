@@ -1,4 +1,4 @@
-"""Pictures and the report: what they show, not how they look."""
+"""Images and the report: what they show, not how they look."""
 
 import base64
 import io

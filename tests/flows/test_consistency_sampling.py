@@ -12,7 +12,7 @@ from fewstep.flows.sampling import sample, sample_noise
 from fewstep.models.exported import FlowMapPipeline
 from fewstep.networks import MLP
 from fewstep.runs.export import export
-from fewstep.runs.opening import load, load_run
+from fewstep.runs.loading import load, load_run
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.common.randomness import generator, normal, sample_generators
 from fewstep.flows.exact import CheckerboardField, GaussianField
@@ -331,3 +331,17 @@ def test_a_diffusion_model_takes_the_steps_of_its_own_schedule_if_asked():
         sample(field, noise, steps=4, grid="naive")
     with pytest.raises(ValueError, match=r"unknown step grid 'native'"):
         sample(CheckerboardField(), noise[:, :2], steps=4, grid="native")  # which was trained on no schedule
+
+
+def test_noise_and_conditions_go_to_the_models_device() -> None:
+    class Labelled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(3, 2)
+
+        def forward(self, x: Tensor, s: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+            return x + self.table(class_labels)
+
+    student = FlowMap(Labelled(), Linear()).to("meta")  # as a student that was trained on a GPU
+    drawn = sample(student, torch.randn(4, 2), steps=2, class_labels=torch.zeros(4, dtype=torch.long))
+    assert (drawn.shape, drawn.device.type) == ((4, 2), "meta")

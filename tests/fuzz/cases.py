@@ -245,7 +245,7 @@ def _keys(model: type[BaseModel], before: str = "") -> list[str]:
 
 
 def files_in(world: Path) -> dict[str, list[str]]:
-    """The files of each folder that is damaged, from the world's own; pictures and cards of it left out."""
+    """The files of each folder that is damaged, from the world's own; images and cards of it left out."""
     left_out = (".html", ".md", ".py", ".bib")
     return {
         folder: sorted(

@@ -64,7 +64,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def images(data: Path, size: int = 16) -> torch.Tensor:
-    """The pictures as the cache of pictures has them."""
+    """The images as the cache of images has them."""
     array = load_data(data, size=size)
     return array.rows(torch.arange(COUNT), generator(0)).data
 
@@ -166,7 +166,7 @@ def test_killed_and_started_again_the_bytes_are_the_same(
     seen: list[tuple[int, int]] = []
     assert make(field, photos, out, progress=lambda done, total: seen.append((done, total))) == 0
     assert count == [2, 1]
-    assert seen[-1] == (9, 9)  # five pictures, four captions
+    assert seen[-1] == (9, 9)  # five images, four captions
     assert files(out) == files(tmp_path / "whole")
 
 
@@ -286,7 +286,7 @@ def test_a_model_is_known_wherever_it_lies(sd: Path, tmp_path: Path) -> None:
         ({"on_error": "ignore"}, "unknown on_error 'ignore'"),
         ({"size": 15}, "images of 15 x 15: .*multiples of 2"),
         ({"size": -2}, "size=-2"),
-        ({"size": "big"}, "size='big': the side of a picture is a whole number"),
+        ({"size": "big"}, "size='big': the side of an image is a whole number"),
         ({"capton": "x"}, r"unknown option of .* 'capton': did you mean 'caption'\?"),
     ],
 )
@@ -349,7 +349,7 @@ def test_bad_pictures_and_rows_without_caption(field: VelocityField, tmp_path: P
     folder = captioned_folder(tmp_path / "photos", ["a", None, "cat", "dog"])
     with pytest.raises(ValueError, match=r"1\.png cannot be read \(it has no caption\)"):
         make(field, folder, tmp_path / "out")
-    (folder / "2.png").write_bytes(b"no picture")
+    (folder / "2.png").write_bytes(b"no image")
     assert not (tmp_path / "out").exists()
     assert make(field, folder, tmp_path / "out", on_error="skip", dtype="float32", batch=1) == 0
     data: Any = load_data(tmp_path / "out")
@@ -362,7 +362,7 @@ def test_bad_pictures_and_rows_without_caption(field: VelocityField, tmp_path: P
     wanted = field.text.encode(["a", "dog"])["encoder_hidden_states"]
     torch.testing.assert_close(batch.cond["encoder_hidden_states"], wanted)
     captioned_folder(tmp_path / "none", [None])
-    with pytest.raises(ValueError, match=r"none of the 1 pictures of .*none can be used"):
+    with pytest.raises(ValueError, match=r"none of the 1 images of .*none can be used"):
         make(field, tmp_path / "none", tmp_path / "empty", on_error="skip")
 
 
@@ -435,7 +435,7 @@ def test_the_command(
     words = ["encode", "--teacher", str(sd), "--data", "photos", "--out", "enc", "--size", "16", "--shard", "2"]
     assert main(words) == 0
     said = capsys.readouterr()
-    assert said.out.startswith("enc: 5 pictures, 4 captions, 0.0 MB")
+    assert said.out.startswith("enc: 5 images, 4 captions, 0.0 MB")
     assert f"fewstep distill --teacher {sd} --data enc" in said.err
     assert main([*words[:-1], "3"]) == 2
     assert "shard is 2 there and 3 here" in capsys.readouterr().err

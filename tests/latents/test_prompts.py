@@ -19,7 +19,7 @@ from fewstep.flows.sampling import sample, sample_noise
 from fewstep.flows.solvers import integrate
 from fewstep.generation.drawing import draw
 from fewstep.latents.prompts import Prompts, knows_prompts
-from fewstep.runs.opening import load
+from fewstep.runs.loading import load
 
 TEXTS = ["a cat", "a dog"]
 NAMES = ["sd", "sdxl", "pixart", "sd3", "sd3 without", "flux"]
@@ -172,7 +172,7 @@ def test_samples_of_a_text_model_from_the_command_line(
     assert torch.allclose(decoder.decode(latents), images, atol=1e-5)
     capsys.readouterr()
     assert main([*words, "--latents", "--out", str(tmp_path / "latents.png")]) == 2
-    assert "(4, 8, 8) are no pictures" in capsys.readouterr().err
+    assert "(4, 8, 8) are no images" in capsys.readouterr().err
 
 
 # Refusals

@@ -30,7 +30,7 @@ from fewstep.models.lora import add_lora, merge_lora
 from fewstep.networks import FAMILIES, UNet, two_time_model
 from fewstep.pipelines.source import whole
 from fewstep.runs.export import export
-from fewstep.runs.opening import load
+from fewstep.runs.loading import load
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 

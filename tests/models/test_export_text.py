@@ -1,4 +1,4 @@
-"""Exports of maps that take prompts: text encoders, tokenizers and VAE go along, and the same pictures come out."""
+"""Exports of maps that take prompts: text encoders, tokenizers and VAE go along, and the same images come out."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from fewstep.flows.maps import FlowMap
 from fewstep.generation.drawing import draw
 from fewstep.models.exported import FlowMapPipeline
 from fewstep.runs.export import export
-from fewstep.runs.opening import load
+from fewstep.runs.loading import load
 
 NAMES = ["sd", "sdxl", "pixart", "sd3", "sd3 without", "flux"]
 PROMPTS = ["cat", "a dog", "cat"]
@@ -44,7 +44,7 @@ def text_map(source: Path, **options: Any) -> FlowMap:
 
 
 def expected_of(student: FlowMap, steps: int = 2) -> torch.Tensor:
-    """The pictures 0, 1, 2 of seed 7 in [0, 1]."""
+    """The images 0, 1, 2 of seed 7 in [0, 1]."""
     return draw(student, 3, steps, seed=7, prompts=PROMPTS, decode=True)[0] / 2 + 0.5
 
 

@@ -19,7 +19,7 @@ from fewstep.flows.paths import Linear, Reversed
 from fewstep.models.adapter_files import DIFFUSERS_FILE, PEFT_FILE, load_adapter, save_adapter
 from fewstep.models.lora import add_lora, has_lora, merge_lora
 from fewstep.objectives import ITVM
-from fewstep.runs.opening import load
+from fewstep.runs.loading import load
 
 
 @pytest.fixture(autouse=True)

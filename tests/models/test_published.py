@@ -32,7 +32,7 @@ from fewstep.models.exported import FlowMapPipeline
 from fewstep.models.writing import copy_part
 from fewstep.runs.build import build
 from fewstep.runs.export import export
-from fewstep.runs.opening import load, make_teacher
+from fewstep.runs.loading import load, make_teacher
 from fewstep.runs.recipe import Teacher
 from fewstep.runs.recipes import load_recipe
 
@@ -338,7 +338,7 @@ def arrays(folder: Path, network: Any, file: str = "rows.npz", count: int = 8) -
 @pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["stable-diffusion 2.1 unclip", "geowizard", "kandinsky 2.2"])
 def test_what_a_model_is_told_can_be_trained_on(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Class labels that are vectors are a condition like any other: of data, of samples, of the pictures of a run."""
+    """Class labels that are vectors are a condition like any other: of data, of samples, of the images of a run."""
     teacher, run, out = LOADED[name][0](tmp_path / "model"), tmp_path / "run", tmp_path / "samples.npz"
     field: Any = load(teacher)
     conditions = arrays(tmp_path, field.network)
@@ -420,7 +420,7 @@ def test_attention_as_the_first_versions_named_it(tmp_path: Path) -> None:
 
 @pytest.mark.takes_seconds
 def test_prompts_of_a_model_of_any_size(tmp_path: Path) -> None:
-    """What SDXL is told of the size of its pictures, where its config does not say one, or one for each side."""
+    """What SDXL is told of the size of its images, where its config does not say one, or one for each side."""
     tiny_pipeline("sdxl").save_pretrained(tmp_path)
     for size, told in ((None, [256.0, 256.0]), ([8, 12], [16.0, 24.0]), (8, [16.0, 16.0])):
         edit(tmp_path / "unet" / "config.json", sample_size=size)

@@ -40,7 +40,7 @@ from fewstep.objectives import (
     Objective,
     Shortcut,
 )
-from fewstep.runs.opening import open_run
+from fewstep.runs.loading import open_run
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 from fewstep.training.fit import fit
@@ -178,7 +178,7 @@ def test_the_conditions_of_a_time_stay_those_of_the_model(name: str) -> None:
 
 
 def test_labels_that_are_vectors_stay_conditions() -> None:
-    """Stable Diffusion 2.1 unCLIP tells its U-Net a noisy picture's embedding as a class label."""
+    """Stable Diffusion 2.1 unCLIP tells its U-Net a noisy image's embedding as a class label."""
     teacher = FAMILIES["UNet2DConditionModel"](
         tiny_model("sd", class_embed_type="projection", projection_class_embeddings_input_dim=6)
     )

@@ -7,7 +7,7 @@ from fewstep.cli import main
 from fewstep.flows.exact import eight_gaussians
 from fewstep.flows.fields import Guided
 from fewstep.networks import MLP
-from fewstep.runs.opening import load_run
+from fewstep.runs.loading import load_run
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 

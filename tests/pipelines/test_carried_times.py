@@ -19,7 +19,7 @@ from fewstep.flows.paths import Forward, Linear, Path, Reversed
 from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.tabulated import Tabulated
 from fewstep.models.export import diffusion_of
-from fewstep.models.loading import _spoken
+from fewstep.models.folders import _spoken
 from fewstep.models.manifests import Diffusion
 from fewstep.networks.flow_model import flow_scaling
 from fewstep.networks.held import held_ratios

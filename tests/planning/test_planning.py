@@ -320,7 +320,7 @@ def test_a_start_beside_a_teacher_with_text_is_planned_with_an_adapter_of_its_ow
 
 @pytest.mark.takes_seconds
 def test_rows_have_the_size_that_the_data_say(tmp_path: Path) -> None:
-    """The tiny VAE makes a latent of 2 x 2 pixels, and its model's own pictures are 16 x 16."""
+    """The tiny VAE makes a latent of 2 x 2 pixels, and its model's own images are 16 x 16."""
     source = {"teacher.source": str(_configurations("sd", tmp_path / "model"))}
 
     def shape_with(data: str, **options: str) -> tuple[int, ...]:
@@ -333,7 +333,7 @@ def test_rows_have_the_size_that_the_data_say(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="images of 17 x 17: the VAE makes one latent of 2 x 2"):
         shape_with("./pictures", size="17")
     for size in ("big", "0", "1.5"):
-        with pytest.raises(ValueError, match=rf"size='?{size}'?: the side of a picture is a whole number"):
+        with pytest.raises(ValueError, match=rf"size='?{size}'?: the side of an image is a whole number"):
             shape_with("./pictures", size=size)
     for kind, folder in ((encoded, tmp_path / "encoded"), (pairs, tmp_path / "pairs")):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""The playground: what its pictures are drawn by, the page over HTTP, and a real browser."""
+"""The playground: what its images are drawn by, the page over HTTP, and a real browser."""
 
 import html
 import io
@@ -157,7 +157,7 @@ def test_images_are_a_grid_and_points_are_dots_on_one_extent() -> None:
 
 
 def test_what_cannot_be_shown_is_refused_with_a_reason() -> None:
-    with pytest.raises(ValueError, match=r"samples of shape \(3,\) are no pictures"):
+    with pytest.raises(ValueError, match=r"samples of shape \(3,\) are no images"):
         Playground(FlowMap.from_field(NetworkField(MLP(3))), "three")
 
 
@@ -359,7 +359,7 @@ def test_the_command_under_the_pictures_draws_them(tmp_path: Path, monkeypatch: 
     *_, said = playground_page.draw_page(play, "my tiny", tmp_path, asked)
     words = shlex.split(html.unescape(re.findall("<code>(.*)</code>", said)[0]))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fewstep.runs.opening.find_model", lambda *_: student)
+    monkeypatch.setattr("fewstep.runs.loading.find_model", lambda *_: student)
     assert main([*words[1:], "--out", "x.npy", "--device", "cpu"]) == 0
     *_, shown = play.panels(Wish(steps=4, seed=5, count=3, gamma=0.0))
     assert np.allclose(np.load("x.npy"), shown.samples, atol=1e-5)
@@ -478,7 +478,7 @@ def test_the_command_serves_until_it_is_ended(
     assert main(["ui", "checkerboard"]) == 0
     assert answers == [200]
     assert capsys.readouterr().err == "\nended\n"
-    assert not list(tmp_path.glob("fewstep-ui-*")), "the pictures go with the page"
+    assert not list(tmp_path.glob("fewstep-ui-*")), "the images go with the page"
     assert signal.getsignal(signal.SIGTERM) == before
 
 

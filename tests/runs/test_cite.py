@@ -18,8 +18,8 @@ from fewstep.flows.exact import CheckerboardField
 from fewstep.objectives import OBJECTIVES
 from fewstep.runs import cite as citing
 from fewstep.runs.cite import bibliography, cite
+from fewstep.runs.loading import make_teacher
 from fewstep.runs.objective import make_objective
-from fewstep.runs.opening import make_teacher
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 

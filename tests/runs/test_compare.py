@@ -53,7 +53,7 @@ class Broken(FlowMatching):
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "_MEASURED", 8)
     monkeypatch.setattr(watch, "_POINTS", 64)
-    monkeypatch.setattr(judge, "_report", lambda *_: None)  # of each run, with its pictures
+    monkeypatch.setattr(judge, "_report", lambda *_: None)  # of each run, with its images
     monkeypatch.setattr(watch, "teacher_states", partial(watch.teacher_states, steps=2))
     monkeypatch.setattr(evaluation, "_SOLVE", 2)
     monkeypatch.setattr(budget, "_ROUNDS", 1)

@@ -208,7 +208,7 @@ def test_edm_in_the_report(tmp_path: Path) -> None:
 
 
 def test_the_same_noise_and_labels_as_samples_have(tmp_path: Path) -> None:
-    """Row i of the picture is sample i of the seed."""
+    """Row i of the image is sample i of the seed."""
     field: Any = tiny_field("v_prediction", 5)
     report = convert(field, tmp_path / "flow", steps=[2], count=3, labels=[1, 3], seed=9)
     noise = sample_noise((3, 1, 8, 8), sample_generators(9, range(3)))

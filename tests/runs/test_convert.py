@@ -39,7 +39,7 @@ from fewstep.networks import UNet, flow_model
 from fewstep.networks.configs import public_config
 from fewstep.networks.two_times.flux import pack
 from fewstep.runs.convert import convert
-from fewstep.runs.opening import load
+from fewstep.runs.loading import load
 
 NAMES = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
 # Differences of 1 and these are exact, so that 1 - t and t are the same time; both ends and beyond the schedule's.
@@ -351,7 +351,7 @@ def test_a_run_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (run / "checkpoints").mkdir(parents=True)
     (run / "recipe.yaml").write_text("objective: {name: FlowMatching}\n")
     field = tiny_field("v_prediction")
-    monkeypatch.setattr("fewstep.runs.opening.load_run", lambda folder, **_: {run: field}[folder])
+    monkeypatch.setattr("fewstep.runs.loading.load_run", lambda folder, **_: {run: field}[folder])
     convert(run, tmp_path / "flow", check=False)
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad():

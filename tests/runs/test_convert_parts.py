@@ -24,7 +24,7 @@ from fewstep.latents.vae import Latents
 from fewstep.networks import MLP, UNet, flow_model
 from fewstep.networks.configs import with_image
 from fewstep.runs.convert import convert
-from fewstep.runs.opening import load
+from fewstep.runs.loading import load
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from fewstep import FlowMap, Guided, load, sample
 from fewstep.cli import main
 from fewstep.data.couplings import uncoupled
 from fewstep.runs.build import build
-from fewstep.runs.opening import load_run
+from fewstep.runs.loading import load_run
 from fewstep.runs.previews import Watch
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run

@@ -25,7 +25,7 @@ from fewstep.networks import MLP, UNet
 from fewstep.pipelines import flow_map
 from fewstep.pipelines.source import whole
 from fewstep.runs.export import export
-from fewstep.runs.opening import load
+from fewstep.runs.loading import load
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 
@@ -145,7 +145,7 @@ def test_a_run_is_exported_with_its_method(tmp_path: Path, monkeypatch: pytest.M
     (run / "checkpoints").mkdir(parents=True)
     (run / "recipe.yaml").write_text("name: run\ndata: checkerboard\nobjective: {name: LMD}\n")
     student = tiny_student("flow")
-    monkeypatch.setattr("fewstep.runs.opening.load_run", lambda folder, **_: {run: student}[folder])
+    monkeypatch.setattr("fewstep.runs.loading.load_run", lambda folder, **_: {run: student}[folder])
     folder = export(run, tmp_path / "export")
     assert torch.equal(pixels(load(folder), 2), pixels(student, 2))
     assert "Trained with LMD" in (folder / "README.md").read_text()
@@ -155,7 +155,7 @@ def test_a_run_is_exported_with_its_method(tmp_path: Path, monkeypatch: pytest.M
 def test_what_a_run_hands_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its averaged weights, its recipe, its last pictures and its figures; and it is no run to any command."""
+    """Its averaged weights, its recipe, its last images and its figures; and it is no run to any command."""
     monkeypatch.chdir(tmp_path)
     recipe: dict[str, Any] = {
         "name": "points", "teacher": "checkerboard", "data": "checkerboard", "objective": "LMD",

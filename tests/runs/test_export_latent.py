@@ -30,7 +30,7 @@ from fewstep.flows.sampling import sample, sample_noise
 from fewstep.latents.vae import Latents
 from fewstep.networks import UNet
 from fewstep.runs.export import export
-from fewstep.runs.opening import load
+from fewstep.runs.loading import load
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 

@@ -18,7 +18,7 @@ from fewstep.latents.vae import Latents
 from fewstep.models.exported import FlowMapPipeline
 from fewstep.playground.shown import _names
 from fewstep.runs.export import export
-from fewstep.runs.opening import load
+from fewstep.runs.loading import load
 
 CLASSES = [DiffusionPipeline, FlowMapPipeline]
 TEXT = ["text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"]

@@ -28,7 +28,7 @@ from fewstep.models.exported import FlowMapPipeline
 from fewstep.networks import MLP, UNet, flow_model
 from fewstep.pipelines.native_times import coefficients
 from fewstep.runs.export import export
-from fewstep.runs.opening import load
+from fewstep.runs.loading import load
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from fewstep.flows.sampling import count_calls
 from fewstep.networks import UNet
 from fewstep.networks.configs import with_image
 from fewstep.runs.build import build
-from fewstep.runs.opening import load_run
+from fewstep.runs.loading import load_run
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 
@@ -207,7 +207,7 @@ def test_another_resolution(tmp_path: Path) -> None:
 
 @pytest.fixture
 def edges(tmp_path: Path) -> Path:
-    """Pictures, and of each what goes beside it."""
+    """Images, and of each what goes beside it."""
     draw = np.random.default_rng(0)
     pictures = draw.integers(0, 255, (16, 1, 8, 8), dtype=np.uint8)
     beside = draw.normal(size=(16, 2, 8, 8)).astype(np.float32)
@@ -221,13 +221,13 @@ def test_conditions_of_an_archive(edges: Path) -> None:
     assert {name: value.shape for name, value in data.cond.items()} == {"image": (16, 2, 8, 8)}
     with pytest.raises(ValueError, match=r"unknown array in .*edges.npz 'depth'.*Known: data, image"):
         load_data(edges, conditions=["depth"])
-    # Pictures are pictures, and what stands beside one turns with it.
+    # Images are images, and what stands beside one turns with it.
     pictures = np.arange(4 * 8, dtype=np.uint8).reshape(4, 1, 1, 8)
     turned = ArrayData(pictures, {"image": pictures[:, :, :, ::-1].copy()}, flip=True)
     batch = turned.rows(torch.arange(4).repeat(8), torch.Generator().manual_seed(0))
     assert torch.equal(batch.cond["image"], batch.data.flip(-1))
     assert len(batch.data.unique(dim=0)) == 8
-    # What is no picture of that size stays as it is.
+    # What is no image of that size stays as it is.
     text = torch.randn(4, 5, 3, 2)
     kept = ArrayData(pictures, {"text": text.numpy()}, flip=True).rows(
         torch.arange(4), torch.Generator().manual_seed(0)

@@ -27,7 +27,7 @@ from fewstep.flows.paths import Linear
 from fewstep.latents.vae import Latents
 from fewstep.models.diffusers_pipeline import hub_files
 from fewstep.networks import FAMILIES, UNet
-from fewstep.runs.opening import load
+from fewstep.runs.loading import load
 
 
 def write(folder: Path, scheduler: Any = None, layout: str = "pipeline", **options: Any) -> Path:
@@ -139,7 +139,7 @@ def test_a_run_is_left_to_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "recipe.yaml").write_text("{}")
     field = DiffusionField(UNet(tiny_unet()), DDPMScheduler())
-    monkeypatch.setattr("fewstep.runs.opening.load_run", lambda folder, **_: {tmp_path: field}[folder])
+    monkeypatch.setattr("fewstep.runs.loading.load_run", lambda folder, **_: {tmp_path: field}[folder])
     assert load(str(tmp_path)) is field
 
 

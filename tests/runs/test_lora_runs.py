@@ -15,7 +15,7 @@ from fewstep.models.lora import add_lora, has_lora
 from fewstep.objectives import ITVM
 from fewstep.runs.build import build
 from fewstep.runs.export import export
-from fewstep.runs.opening import load, open_run
+from fewstep.runs.loading import load, open_run
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 from fewstep.training import checkpoints

@@ -1,4 +1,4 @@
-"""Pictures while a run trains: when they are drawn."""
+"""Images while a run trains: when they are drawn."""
 
 from types import SimpleNamespace
 
@@ -47,7 +47,7 @@ def test_a_picture_each_eighth_of_a_long_training_and_none_in_a_short_one(watche
 
 def test_pictures_take_a_small_share_of_the_time(watcher):
     made, drawn = watcher()
-    train(made, 3.0)  # 240 seconds, of which a twentieth is three pictures
+    train(made, 3.0)  # 240 seconds, of which a twentieth is three images
     assert drawn == [11, 61]  # the second at 183 s, when two of four seconds are less than a twentieth
     made, drawn = watcher(**{"evaluation.every": "20"})
     train(made, 0.01)

@@ -24,7 +24,7 @@ from fewstep.runs import judge
 from fewstep.runs import previews as watch
 from fewstep.runs.build import build
 from fewstep.runs.datasets import make_data
-from fewstep.runs.opening import make_teacher
+from fewstep.runs.loading import make_teacher
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import evaluate_run, run
 

@@ -19,7 +19,7 @@ from fewstep.common import locks
 from fewstep.common.locks import BusyError, NoLocksError, owned
 from fewstep.runs import run as runs
 from fewstep.runs.compare import compare_methods
-from fewstep.runs.opening import open_run
+from fewstep.runs.loading import open_run
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import evaluate_run, run
 from fewstep.training import checkpoints, fingerprint, folder, run_files

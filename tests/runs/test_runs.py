@@ -27,7 +27,7 @@ from fewstep.networks import MLP, TwoTimeUNet, UNet
 from fewstep.runs import judge
 from fewstep.runs import previews as watch
 from fewstep.runs.build import build
-from fewstep.runs.opening import load_run, open_run
+from fewstep.runs.loading import load_run, open_run
 from fewstep.runs.recipes import known_recipes, load_recipe
 from fewstep.runs.run import evaluate_run, run
 
@@ -383,7 +383,7 @@ TWINS = {"sd15-itvm": "sd", "sdxl-itvm": "sdxl", "sd3-itvm-lora": "sd3", "flux-i
 
 
 def _twin(name: str, folder: Path) -> dict[str, str]:
-    """A tiny pipeline in the place of the model of a recipe, and latents with conditions in that of pictures."""
+    """A tiny pipeline in the place of the model of a recipe, and latents with conditions in that of images."""
     pipeline = family_toys.tiny_pipeline(name)
     if name == "flux":  # Flux.1-dev is told the strength of guidance
         pipeline.transformer = family_toys.tiny_model("flux", guidance_embeds=True)
@@ -424,7 +424,7 @@ def test_every_recipe_runs_shortened(
         if recipe.teacher.source.startswith("runs/") or name == "distill":
             overrides |= {"teacher": str(teacher_run)}
     overrides |= needed if name == "finetune" or name in TWINS else {}
-    if name in TWINS:  # no evaluation: pictures are drawn of prompts, by encoders of six letters
+    if name in TWINS:  # no evaluation: images are drawn of prompts, by encoders of six letters
         overrides |= {"evaluation.count": "0", "training.accumulate": "1", "training.precision": "float32"}
     if recipe.data.name == "teacher":
         overrides |= {"data.count": "8", "data.steps": "1"}

@@ -1,4 +1,4 @@
-"""A text-to-image model distilled from a recipe: from pictures and captions, or from prompts alone."""
+"""A text-to-image model distilled from a recipe: from images and captions, or from prompts alone."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ from fewstep.runs import previews as watch
 from fewstep.runs.build import build
 from fewstep.runs.datasets import given_by, make_data
 from fewstep.runs.encode import encode
-from fewstep.runs.opening import load_run
+from fewstep.runs.loading import load_run
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import evaluate_run, run
 
@@ -76,7 +76,7 @@ def recipe_of(teacher: Path, data: Any, **more: Any) -> dict[str, Any]:
 def test_from_pictures_and_captions_to_a_student(models: Path, photos: Path, tmp_path: Path, name: str) -> None:
     tree, out = recipe_of(models / name, {"name": str(photos), "size": 16}), tmp_path / "run"
     run(load_recipe(tree), out)
-    with Image.open(out / "samples" / "step-00000002.png") as grid:  # pictures of 16 x 16 in three channels
+    with Image.open(out / "samples" / "step-00000002.png") as grid:  # images of 16 x 16 in three channels
         assert grid.mode == "RGB"
         assert min(grid.size) >= 32
     found = json.loads((out / "quality.json").read_text())
@@ -85,7 +85,7 @@ def test_from_pictures_and_captions_to_a_student(models: Path, photos: Path, tmp
     assert found["facts"]["shape"] == [4, 8, 8]
     page = (out / "report.html").read_text()
     assert "data:image/png" in page
-    # The prompts of the two pictures that it shows.
+    # The prompts of the two images that it shows.
     assert sum(page.count(f"<td>{caption}</td>") for caption in set(CAPTIONS)) == 2
     done = run(load_recipe(tree, {"steps": "3", "evaluation.count": "0"}), out)
     assert done.result.step == 3
@@ -96,7 +96,7 @@ def test_from_pictures_and_captions_to_a_student(models: Path, photos: Path, tmp
 
 @pytest.mark.takes_seconds
 def test_sample_grids_are_decoded(models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of pictures for each step count and one of the teacher's, of the captions of the first rows."""
+    """A row of images for each step count and one of the teacher's, of the captions of the first rows."""
     recipe = load_recipe(recipe_of(models / "sd", {"name": str(photos), "size": 16}))
     built, grids = build(recipe), []
     monkeypatch.setattr(watch, "image_grid", lambda images, *_, **__: grids.append(images))
@@ -197,7 +197,7 @@ def test_training_loads_no_text_encoders(
     tree = recipe_of(models / "sd", {"name": str(photos), "size": 16}, drop={"share": 0.5, "null": "text"})
     build(load_recipe(tree))
     monkeypatch.setattr(Prompts, "encode", lambda *_, **__: pytest.fail("no prompt is to be encoded"))
-    monkeypatch.setattr(Latents, "encode", lambda *_: pytest.fail("no picture is to be encoded"))
+    monkeypatch.setattr(Latents, "encode", lambda *_: pytest.fail("no image is to be encoded"))
     build(load_recipe(tree))
 
 
@@ -236,7 +236,7 @@ def test_pairs_of_other_text_encoders_are_refused(models: Path, tmp_path: Path) 
 
 @pytest.mark.takes_seconds
 def test_options_of_another_type_are_one_error(models: Path, photos: Path) -> None:
-    for option, said in (("size", "size='big': the side of a picture"), ("encode_batch", "batch must be .*'big'")):
+    for option, said in (("size", "size='big': the side of an image"), ("encode_batch", "batch must be .*'big'")):
         with pytest.raises(ValueError, match=said):
             build(load_recipe(recipe_of(models / "sd", {"name": str(photos), "size": 16, option: "big"})))
 
@@ -263,7 +263,7 @@ def test_a_recipe_of_pixels_says_how_to_get_latents(models: Path, tmp_path: Path
     import numpy as np
 
     np.save(tmp_path / "x.npy", np.zeros((4, 3, 16, 16), np.uint8))
-    with pytest.raises(ValueError, match=r"a folder of pictures, hf:NAME or webdataset shards are encoded for it once"):
+    with pytest.raises(ValueError, match=r"a folder of images, hf:NAME or webdataset shards are encoded for it once"):
         build(load_recipe(recipe_of(models / "sd", str(tmp_path / "x.npy"))))
 
 

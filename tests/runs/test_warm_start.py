@@ -23,7 +23,7 @@ from fewstep.objectives import LMD
 from fewstep.runs.build import build
 from fewstep.runs.cite import cite
 from fewstep.runs.export import export
-from fewstep.runs.opening import load, open_run
+from fewstep.runs.loading import load, open_run
 from fewstep.runs.recipe import Student
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run

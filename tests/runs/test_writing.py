@@ -22,7 +22,7 @@ from fewstep.models.lora import add_lora
 from fewstep.models.writing import MARK, check_target
 from fewstep.networks import MLP
 from fewstep.playground.shown import Playground, Wish
-from fewstep.runs.opening import open_run
+from fewstep.runs.loading import open_run
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 from fewstep.runs.runtimes import export_program

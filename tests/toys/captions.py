@@ -1,4 +1,4 @@
-"""Small pictures with captions, and tiny pipelines on disk."""
+"""Small images with captions, and tiny pipelines on disk."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def picture(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:
 
 
 def captioned_folder(folder: Path, captions: Sequence[str | None] = CAPTIONS, column: str = "text") -> Path:
-    """Pictures of 24 x 20 with a ``metadata.jsonl``."""
+    """Images of 24 x 20 with a ``metadata.jsonl``."""
     folder.mkdir(parents=True)
     lines = []
     for i, caption in enumerate(captions):

@@ -49,7 +49,7 @@ class OfDiffusers(nn.Module):
         if size is None:
             raise ValueError(
                 f"the config of this {type(self.model).__name__} has no sample_size: say it (`fewstep sample --size "
-                f"64`, --data.size 64 for pictures, --data.shape '[{self.channels}, 64, 64]' for samples of the "
+                f"64`, --data.size 64 for images, --data.shape '[{self.channels}, 64, 64]' for samples of the "
                 "teacher), or write it into its config.json"
             )
         sides = [size, size] if isinstance(size, int) else size

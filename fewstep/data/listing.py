@@ -1,4 +1,4 @@
-"""What lies in a folder of pictures: which files are pictures, which part of them is used, which sub-folders are
+"""What lies in a folder of images: which files are images, which part of them is used, which sub-folders are
 classes."""
 
 import os
@@ -14,7 +14,7 @@ from typing import Any
 from fewstep.common.errors import unknown
 from fewstep.data.formats import PICTURES, is_picture
 
-# Files beside pictures that are no loss, and what operating systems leave everywhere.
+# Files beside images that are no loss, and what operating systems leave everywhere.
 _BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet")
 _JUNK = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
 
@@ -25,7 +25,7 @@ _PARTS = {"train": "train(ing)?", "test": "test(ing)?", "val": "val(id(ation)?)?
 
 @dataclass(frozen=True)
 class Folder:
-    """The pictures of a folder by their relative ``names``, in order; ``others`` are the files beside them. The folders
+    """The images of a folder by their relative ``names``, in order; ``others`` are the files beside them. The folders
     that may be classes lie ``depth`` folders below the root."""
 
     root: Path
@@ -34,8 +34,8 @@ class Folder:
     depth: int = 0
 
     def classes(self) -> tuple[list[str], list[int]]:
-        """The sub-folders that are classes, in their order, and the number of each picture's; none where there are not
-        two of them, or pictures beside."""
+        """The sub-folders that are classes, in their order, and the number of each image's; none where there are not
+        two of them, or images beside."""
         inner = [name.split("/")[self.depth :] for name in self.names]
         folders = {parts[0] for parts in inner if len(parts) > 1}
         loose = [name for name, parts in zip(self.names, inner, strict=True) if len(parts) == 1]
@@ -43,7 +43,7 @@ class Folder:
             return [], []
         if loose:
             warnings.warn(
-                f"{len(loose)} pictures such as {loose[0]} lie beside the {len(folders)} sub-folders of {self.root}: "
+                f"{len(loose)} images such as {loose[0]} lie beside the {len(folders)} sub-folders of {self.root}: "
                 "no class labels are taken from these (labels: false says that none are wanted)",
                 stacklevel=3,
             )
@@ -57,7 +57,7 @@ class Folder:
 
 
 def open_folder(root: Path, split: str | None = None) -> Folder:
-    """What is used of a folder of pictures; says in a line what is left out, and why.
+    """What is used of a folder of images; says in a line what is left out, and why.
 
     Hidden files and what operating systems leave (``Thumbs.db``, ``__MACOSX``) are no files here. Links to folders are
     followed, and each folder is read once.
@@ -67,7 +67,7 @@ def open_folder(root: Path, split: str | None = None) -> Folder:
             is used, by default train where there are such; ``all`` takes them for folders like any other.
 
     Raises:
-        FileNotFoundError: no such folder, or no pictures in it; says what it holds.
+        FileNotFoundError: no such folder, or no images in it; says what it holds.
         ValueError: no such split, or some folders that look like splits and some that do not.
     """
     if not root.is_dir():
@@ -76,12 +76,12 @@ def open_folder(root: Path, split: str | None = None) -> Folder:
     names = [name for name in found if is_picture(name)]
     if not names:
         held = [f"{len(found)} files: {_counted(found, 8)}" if found else "no files", *left_out]
-        raise FileNotFoundError(f"no pictures ({PICTURES}) in {root}, which holds {'; '.join(held)}")
+        raise FileNotFoundError(f"no images ({PICTURES}) in {root}, which holds {'; '.join(held)}")
     above, used, unused = _split(root, names, split)
     if unused:
         sizes = Counter(name.removeprefix(above).split("/")[0] for name in names)
         counts = ", ".join(f"{folder} ({sizes[folder]})" for folder in unused)
-        left_out.append(f"the pictures of {counts}, since {' and '.join(used)} is used (data.split names another)")
+        left_out.append(f"the images of {counts}, since {' and '.join(used)} is used (data.split names another)")
         names = [name for name in names if name.startswith(tuple(f"{above}{folder}/" for folder in used))]
     others = [name for name in found if not is_picture(name)]
     others = [name for name in others if not name.startswith(tuple(f"{above}{folder}/" for folder in unused))]
@@ -165,7 +165,7 @@ def _split(root: Path, names: list[str], split: str | None) -> tuple[str, list[s
         if not known or (len(known) == 1 and (known != {"train"} or others or loose)):
             return "", [], []
         if others or loose:
-            beside = f"the folder {others[0]}" if others else f"{loose} pictures"
+            beside = f"the folder {others[0]}" if others else f"{loose} images"
             some = ", ".join(sorted(folder for folder in folders if parts[folder]))
             raise ValueError(
                 f"{root} has {some}, which look like parts of a data set, and beside them {beside}: say "

@@ -18,7 +18,7 @@ from fewstep.flows.description import say_shape
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import Model
-from fewstep.models.loading import has_one_variant, load_folder
+from fewstep.models.folders import has_one_variant, load_folder
 from fewstep.models.lora import has_lora, merge_lora
 from fewstep.runs.datasets import data_of, encoded_folder, null_of
 from fewstep.runs.objective import strength_of, trains_map

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GaussianAverageVelocity
 from torch import Tensor, nn
+from toys.gaussian import GaussianAverageVelocity
 from toys.objectives import Perturbed, batch_of, loss_of
 
 from fewstep.common.randomness import generator

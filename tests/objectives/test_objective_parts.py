@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GaussianAverageVelocity
 from torch import Tensor, nn
+from toys.gaussian import GaussianAverageVelocity
 from toys.objectives import Perturbed, SolvedAverageVelocity, loss_of, value
 from toys.times import GAP, N, gap
 

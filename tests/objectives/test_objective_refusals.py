@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from conftest import GaussianAverageVelocity
+from toys.gaussian import GaussianAverageVelocity
 from toys.objectives import DISTILLS, Perturbed, batch_of, teacher_of
 
 from fewstep.common.randomness import generator

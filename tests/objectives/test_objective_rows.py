@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import GaussianAverageVelocity
 from torch import Tensor, nn
+from toys.gaussian import GaussianAverageVelocity
 from toys.objectives import (
     ALL,
     DISTILLS,

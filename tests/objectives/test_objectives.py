@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import GaussianAverageVelocity
 from torch import Tensor
+from toys.gaussian import GaussianAverageVelocity
 from toys.objectives import (
     ALL,
     DISTILLS,

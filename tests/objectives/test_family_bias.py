@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import GaussianAverageVelocity
 from torch import Tensor
+from toys.gaussian import GaussianAverageVelocity
 from toys.objectives import SolvedAverageVelocity, States, expected_gradients, mixture, three_states
 
 from fewstep.flows.exact import GaussianField

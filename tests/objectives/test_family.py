@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import GaussianAverageVelocity
 from torch import Tensor, nn
+from toys.gaussian import GaussianAverageVelocity
 from toys.objectives import (
     Make,
     OfRows,

@@ -1,0 +1,63 @@
+"""Tiny students of every family, and rows for them."""
+
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from fewstep.flows.fields import DiffusionField
+from fewstep.networks import FAMILIES
+from toys.families import MODELS, conditions, made, tiny_model
+from toys.unet import tiny_unet
+
+NAMES = ["unet", "unet of classes", *MODELS, "pixart of one size", "flux told", "wan"]
+
+
+def network(name: str) -> Any:
+    """The network of a field, with random weights."""
+    match name:
+        case "unet" | "unet of classes":
+            model: Any = tiny_unet(classes=5 if "classes" in name else None, in_channels=4, out_channels=4)
+        case "pixart of one size":
+            model = tiny_model("pixart", use_additional_conditions=False, num_layers=3)
+        case "flux told":
+            model = tiny_model("flux", guidance_embeds=True)
+        case "wan":
+            model = made(
+                diffusers.WanTransformer3DModel, num_attention_heads=2, attention_head_dim=12, in_channels=4,
+                out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=3, rope_max_seq_len=32,
+            )  # fmt: skip
+        case _:
+            model = tiny_model(name)
+    return FAMILIES[type(model).__name__](model)
+
+
+def rows(name: str, count: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
+    """A state and its conditions."""
+    draw = torch.Generator().manual_seed(5)
+    shape = (4, 3, 8, 8) if name == "wan" else (4, 8, 8)
+    known = {"unet": {}, "unet of classes": {"class_labels": torch.arange(count) % 5}}
+    known["wan"] = {"encoder_hidden_states": torch.randn(count, 8, 16, generator=draw)}
+    cond = known[name] if name in known else conditions(name.split(" ")[0], count)
+    if name == "pixart of one size":
+        cond = {"encoder_hidden_states": cond["encoder_hidden_states"]}
+    if name == "flux told":
+        cond["guidance"] = torch.tensor([3.5, 1.0])[:count]
+    return torch.randn(count, *shape, generator=draw), cond
+
+
+def field_of(name: str) -> DiffusionField:
+    return DiffusionField(network(name), FlowMatchEulerDiscreteScheduler())
+
+
+S, T = torch.tensor([100.0, 730.0]), torch.tensor([50.0, 20.0])
+
+
+def loud(student: nn.Module) -> nn.Module:
+    """With no layer of zeros, as after training."""
+    for weight in student.parameters():
+        if not weight.any():
+            nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(2))
+    return student

@@ -1,2 +1,1 @@
-"""The diffusers pipeline of an export: the code that the folder carries (``flow_map``, and what it imports from beside
-it), and the way to load an export without running code from its folder (``exported``)."""
+"""The diffusers pipeline of an export: the code that its folder carries, which needs no fewstep."""

@@ -47,6 +47,7 @@ html_theme = "furo"
 html_title = f"fewstep {version}"
 html_static_path = ["_static"]
 html_css_files = ["fewstep.css"]
+html_favicon = "_static/favicon.svg"
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {

@@ -1,5 +1,5 @@
-"""Networks: a small MLP, the adapters of diffusers models, those that give them a second time, and the piece that
-gives it to networks of one's own. There is no U-Net or transformer of fewstep's own."""
+"""A small MLP, the families of diffusers as fields and as students, and a second time for networks of one's own. There
+is no U-Net or transformer of fewstep's own."""
 
 from fewstep.networks.families import (
     FAMILIES,

@@ -178,3 +178,10 @@ def test_drawings_are_whole_and_the_same_again() -> None:
     for svg in first.values():
         ElementTree.fromstring(svg)
     assert all(f">{name}<" in first["house"] for name in drawing.imports())
+    assert "…" not in first["house"], "the first sentence of a package does not fit its box: shorten its docstring"
+
+
+def test_every_guide_is_listed_once_with_what_it_is_for() -> None:
+    guides = ROOT / "docs" / "guides"
+    listed = re.findall(r"^\* \[[^\]]+\]\(([\w-]+)\.md\)[:,] \S", (guides / "index.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted({page.stem for page in guides.glob("*.md")} - {"index"})

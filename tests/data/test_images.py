@@ -103,7 +103,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(folder, cache, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(decode, "_write_header", full)
-    with pytest.raises(OSError, match=r"could not write .*images.*the disk is full.*FEWSTEP_CACHE"):
+    with pytest.raises(OSError, match=r"could not write .*pictures.*the disk is full.*FEWSTEP_CACHE"):
         image_folder(folder)
     assert list((cache / "pictures").iterdir()) == []
 

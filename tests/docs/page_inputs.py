@@ -18,7 +18,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from page_short import shortened_command
 from toys.captions import captioned_folder, picture
 from toys.families import made as made_model
-from toys.families import tiny_pipeline
+from toys.families import tiny_model, tiny_pipeline
 from toys.first_hour import write_photos
 
 from fewstep.cli import main
@@ -109,6 +109,13 @@ def input_of(name: str, other: Path) -> Path:
     return made(name, home)
 
 
+def _embedded_guidance(folder: Path) -> None:
+    """A Flux that is told the guidance scale, as Flux.1-dev."""
+    pipe = tiny_pipeline("flux")
+    pipe.register_modules(transformer=tiny_model("flux", guidance_embeds=True))
+    pipe.save_pretrained(folder)
+
+
 INPUTS: dict[str, Callable[[Path], object]] = {
     "my-ddpm": _ddpm(32),
     "my-model": _ddpm(16),
@@ -125,7 +132,7 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "sd15": _pipeline("sd"),
     "sdxl": _pipeline("sdxl"),
     "sd3": _pipeline("sd3"),
-    "flux-dev": _pipeline("flux"),
+    "flux-dev": _embedded_guidance,
     "DiT-XL-2-256": _labelled,
     "runs/fast": lambda f: _run("--teacher", str(input_of("my-ddpm", f)), "--data", str(input_of("photos", f)))(f),
     "runs/teacher": lambda folder: _quietly(["train", "checkerboard-reflow", "--out", str(folder)]),

@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,7 @@ def _run_words(words: list[str], text: str, place: str, fails: bool) -> str:
 
 def _run_process(words: list[str], page: Page, text: str, place: str, fails: bool) -> None:
     known = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    settings = [word for word in words if re.match(r"[A-Z_]+=", word)]
+    settings = list(takewhile(re.compile(r"[A-Z_]+=\S*$").match, words))
     try:
         done = subprocess.run(
             words[len(settings) :],

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from fewstep.common.randomness import Generators, generator, sample_generators
 from fewstep.data.batch import Batch, Data
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample_noise
+from fewstep.flows.signature import device_of
 
 _SMALL = 1 << 25  # bytes of noise that are kept in memory
 _BLOCK = 1000  # rows of data gathered at once: fixed, so that fresh data does not depend on ``batch``
@@ -33,7 +33,7 @@ class Starts:
     def of(self, model: nn.Module, count: int) -> Iterator[tuple[Tensor, Generators, dict[str, Any]]]:
         """Noise, the generators it came from (where the model draws more from them) and conditions of the first
         ``count`` samples, batch by batch, where the model is."""
-        device = next((p.device for p in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+        device = device_of(model)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         is_renoised = isinstance(model, FlowMap) and model.gamma > 0  # which goes on drawing from the generators
         for first in range(0, count, self.batch):

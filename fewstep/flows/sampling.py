@@ -6,7 +6,7 @@ A sampler is one function that reads like its formula; ``sample`` chooses it by 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from fewstep.common.randomness import Generators, normal
 from fewstep.flows.fields import Guided, VelocityField, unguided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
+from fewstep.flows.signature import device_of
 from fewstep.flows.solvers import SOLVERS, integrate
 from fewstep.flows.times import GRIDS, step_grid
 
@@ -59,7 +60,7 @@ def sample(
     >>> images = fewstep.sample(student, torch.randn(64, 3, 32, 32), steps=2)
     """
     times = check_options(model, steps, grid=grid, solver=solver, gamma=gamma)
-    device = next((value.device for value in chain(model.parameters(), model.buffers())), noise.device)
+    device = device_of(model, noise.device)
     noise = noise.to(device)
     cond = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in cond.items()}
     if isinstance(model, FlowMap):

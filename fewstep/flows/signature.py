@@ -2,7 +2,11 @@
 
 import inspect
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
+
+import torch
+from torch import nn
 
 from fewstep.flows.fields import VelocityField, unguided
 from fewstep.flows.maps import FlowMap
@@ -10,6 +14,11 @@ from fewstep.networks import MLP, OfDiffusers
 from fewstep.pipelines.arguments import side_step
 
 Model = FlowMap | VelocityField
+
+
+def device_of(model: nn.Module, default: torch.device | str = "cpu") -> torch.device:
+    """Where a model is: its first parameter or buffer; ``default`` for one without."""
+    return next((value.device for value in chain(model.parameters(), model.buffers())), torch.device(default))
 
 
 def shape_of(model: Model) -> tuple[int, ...]:

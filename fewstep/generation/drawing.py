@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from fewstep.flows.exact import ExactField
 from fewstep.flows.fields import Guided, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import check_options, count_calls, sample, sample_noise
-from fewstep.flows.signature import Model, check_image, classes_of, network_of, shape_of, takes
+from fewstep.flows.signature import Model, check_image, classes_of, device_of, network_of, shape_of, takes
 from fewstep.generation.requests import Encoded, Request, Requests
 from fewstep.networks import MLP
 
@@ -124,7 +124,7 @@ def draw_batches(
         ValueError: at once, a strength of guidance that the model is not told, and as ``fewstep.sample``; later,
             samples that are not finite.
     """
-    device = next((value.device for value in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+    device = device_of(model)
     encoded = None
     if model.text is not None and requests.prompts:
         uses = Counter(str(requests[row].prompt) for rows in batches for row in rows)
@@ -162,7 +162,7 @@ def draw_batches(
             assert rows is not None
             assert begun is not None
             wanted, generators, noise = begun
-            samples = sample(model, noise.to(device), steps, **options, **conditions(rows, wanted, generators))
+            samples = sample(model, noise, steps, **options, **conditions(rows, wanted, generators))
             check_finite(samples, f"samples {rows[0]} to {rows[-1]}")
             samples = finished(model, samples) if decode else samples
             # While a GPU is at work, the noise of the next batch is drawn on the CPU.

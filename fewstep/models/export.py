@@ -32,13 +32,13 @@ from fewstep.models.writing import (
 from fewstep.networks import FAMILIES, OfDiffusers, TwoTimeNetwork, UNet
 
 
-def _writer(model: FlowMap | VelocityField) -> Any:
+def writer_of(model: FlowMap | VelocityField) -> Any:
     """The function that writes such a model, once it is clear that it can be written."""
     if not isinstance(model, FlowMap | NetworkField):
         raise ValueError(f"a {type(model).__name__} has no network of its own to export: export the field inside it")
     name = type(model.network).__name__
     if name in NETWORKS:
-        return _write_plain
+        return write_plain
     if not isinstance(model.network, OfDiffusers):
         if model.latents is not None or model.text is not None:
             raise ValueError(f"a {name} of one's own on the latents of a VAE cannot be exported: keep its run")
@@ -46,7 +46,7 @@ def _writer(model: FlowMap | VelocityField) -> Any:
             describe(model)
         except ValueError as error:
             raise ValueError(f"this {type(model).__name__} cannot be exported: {error}") from None
-        return _write_plain
+        return write_plain
     if not isinstance(model.network, TwoTimeNetwork if isinstance(model, FlowMap) else tuple(FAMILIES.values())):
         raise ValueError(
             f"a {type(model).__name__} of a {name} cannot be exported, one of {', '.join(NETWORKS)} or of a model of "
@@ -67,7 +67,7 @@ def _writer(model: FlowMap | VelocityField) -> Any:
         check_stock(model)
         return write_stock
     if isinstance(model, DiffusionField) or (isinstance(model.native, Reversed) and model.prediction == "flow"):
-        return _write_field
+        return write_field
     raise _no_counterpart(model)
 
 
@@ -145,7 +145,7 @@ def _shape(network: Any) -> list[int] | None:
     return list(network.shape) if network.has_size else None
 
 
-def _write_field(model: NetworkField, folder: Path) -> None:
+def write_field(model: NetworkField, folder: Path) -> None:
     """A stock model and scheduler; as a stock pipeline too, where diffusers has one that can run them."""
     import diffusers
 
@@ -204,7 +204,7 @@ def no_pipeline(model: NetworkField, scheduler: Any = None) -> str:
     return "" if level is not None else f"LDMPipeline does not go with its {type(scheduler).__name__}"
 
 
-def _write_plain(model: FlowMap | NetworkField, folder: Path) -> None:
+def write_plain(model: FlowMap | NetworkField, folder: Path) -> None:
     """Weights and a configuration, for fewstep alone."""
     from safetensors.torch import save_file
 

@@ -6,13 +6,10 @@ from pathlib import Path
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.models.adapter_files import save_adapter
-from fewstep.models.export import _write_field, _write_plain, _writer, no_pipeline
+from fewstep.models.export import no_pipeline, write_field, write_plain, writer_of
 from fewstep.models.lora import has_lora, merge_lora
 from fewstep.models.model_card import card
-from fewstep.models.writing import (
-    aside,
-    check_target,
-)
+from fewstep.models.writing import aside, check_target
 from fewstep.runs.loading import load, open_run
 from fewstep.runs.provenance import citation, origin_of
 from fewstep.training.run_files import is_run
@@ -72,15 +69,15 @@ def export(
         model = load(model, trust=trust)
     if has_lora(model):
         model = merge_lora(model)
-    write = _writer(model)
+    write = writer_of(model)
     with aside(folder, model.moments) as part:
         code = (write(model, part) or "").replace("{name}", folder.name)
         origin = origin_of(model, run, part)  # pyright: ignore[reportArgumentType]
         origin = replace(origin, method=method or origin.method, quality=quality or origin.quality)
         if method and not origin.citation:
             origin = replace(origin, citation=citation(method))
-        reason = no_pipeline(model) if write is _write_field else ""  # pyright: ignore[reportArgumentType]
-        if not (part / "model_index.json").is_file() and not reason and write is not _write_plain:
+        reason = no_pipeline(model) if write is write_field else ""  # pyright: ignore[reportArgumentType]
+        if not (part / "model_index.json").is_file() and not reason and write is not write_plain:
             reason = "the one that it came from is not known"
         (part / "README.md").write_text(card(model, folder.name, origin, reason, code))
     return folder

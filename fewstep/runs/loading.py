@@ -244,7 +244,7 @@ def _teacher_of(path: Path, recipe: Recipe) -> VelocityField | None:
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{source} is the teacher of the run in {path}, and is not there ({str(error)[:100]}). Put it back, or say "
-            f"where it is now: teacher.source in {path / 'recipe.yaml'}"
+            f"where it is now: teacher.source in {path / RECIPE}"
         ) from None
 
 

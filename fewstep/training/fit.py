@@ -251,7 +251,7 @@ def fit(
                     callback(run)
                 if not student.training:  # a callback that sampled from it
                     student.train()
-                book.write(run)
+                book.write(run, _progress(run, steps, max_seconds))
             # Of the main process's clock, as it was when all began this step: all see the same.
             is_time = checkpoint_minutes is not None and run.seconds - saved_at >= 60 * checkpoint_minutes
             if run.step % checkpoint_every == 0 or is_time:

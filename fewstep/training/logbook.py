@@ -27,7 +27,6 @@ class Logbook:
         self._trackers: list[trackers.Tracker] = [self._lines] if self._lines else []
         if is_main:
             self._trackers += trackers.start(track, run.out, run.step, run.fingerprint)
-        self._steps = steps
         self._bar = Progress(steps, run.step, run.progress, quiet or not is_main)
         self._mark = (run.step, time.perf_counter())
         if run.step:
@@ -38,14 +37,13 @@ class Logbook:
         (step, then), self._mark = self._mark, (run.step, time.perf_counter())
         return (run.step - step) / (self._mark[1] - then)
 
-    def write(self, run: Run) -> None:
-        """After a step: what was logged in it, as one line; and the bar."""
+    def write(self, run: Run, done: float) -> None:
+        """After a step: what was logged in it, as one line; and the bar, with the share of the training that is done
+        now (``run.progress`` is what the step was made with)."""
         if run.record:
             for tracker in self._trackers:
                 tracker.log(run.step, run.record)
             run.record = {}
-        # ``run.progress`` is what the step was made with: its own is done by now.
-        done = max(run.progress, run.step / self._steps) if self._steps else run.progress
         self._bar.update(run.step, done, run.losses.get("loss"))
 
     def sync(self) -> None:

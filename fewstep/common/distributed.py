@@ -8,18 +8,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from threading import Timer
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from fewstep.common.errors import TrainingError, briefly, shortened
 
 _SILENT = 10.0  # seconds of waiting before a word is said
 _PATIENCE = timedelta(seconds=5)  # with processes that may have died
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 class LostProcessError(TrainingError):
@@ -71,6 +74,26 @@ class World:
             return seconds, stop
         clock, asked = self.sum([seconds if self.is_main else 0.0, float(stop)])
         return clock, asked > 0
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sums of some numbers over processes, on their device: the same everywhere. Inside :func:`alone`, and where
+    there is one process, the numbers themselves."""
+    if _ALONE.get() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, a process talks to no other: what it tries is its own, and may be tried more often than elsewhere."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
 
 
 def environment() -> World:

@@ -1,6 +1,7 @@
 """A small MLP, the families of diffusers as fields and as students, and a second time for networks of one's own. There
 is no U-Net or transformer of fewstep's own."""
 
+from fewstep.networks.critics import ConvCritic, MLPCritic
 from fewstep.networks.families import (
     FAMILIES,
     SD3,
@@ -27,8 +28,10 @@ __all__ = [
     "SECOND_TIMES",
     "STUDENTS",
     "ConditionalUNet",
+    "ConvCritic",
     "DiT",
     "Flux",
+    "MLPCritic",
     "OfDiffusers",
     "PixArt",
     "SecondTime",

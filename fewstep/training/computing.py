@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.common import threads
+from fewstep.common import distributed, threads
 from fewstep.common.errors import unknown
 from fewstep.training import folder
 from fewstep.training.batches import Batches
@@ -36,7 +36,8 @@ def threads_for(run: Run, model: Step, batches: Batches, half: torch.dtype | Non
             loss.backward()
         model.zero_grad()
 
-    return threads.fastest(work)
+    with distributed.alone():  # each process measures as often as it needs
+        return threads.fastest(work)
 
 
 def half_precision(precision: str, device: torch.device) -> torch.dtype | None:

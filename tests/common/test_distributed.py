@@ -209,3 +209,15 @@ def test_how_long_others_are_waited_for_is_a_number_of_seconds(said: str, monkey
         distributed._longest_wait()
     monkeypatch.setenv("FEWSTEP_PATIENCE", "2.5")
     assert distributed._longest_wait().total_seconds() == 2.5
+
+
+def test_numbers_are_summed_over_processes_but_not_where_one_is_alone(monkeypatch):
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda values: values.mul_(3))
+    numbers = torch.tensor([1.0, 2.0])
+    assert distributed.summed(numbers).tolist() == [3.0, 6.0]
+    assert numbers.tolist() == [1.0, 2.0]
+    with distributed.alone():
+        assert distributed.summed(numbers).tolist() == [1.0, 2.0]
+    assert distributed.summed(numbers).tolist() == [3.0, 6.0]

@@ -1,11 +1,13 @@
 """Objectives: one file a family, one class a method; ``base`` and ``two_time`` hold what they share."""
 
 from fewstep.objectives.ayf import AYF, SCM
-from fewstep.objectives.base import Loss, Objective
+from fewstep.objectives.base import Loss, Objective, Player
 from fewstep.objectives.consistency import CTM, ConsistencyDistillation, ConsistencyTraining
+from fewstep.objectives.corrected import Corrected
 from fewstep.objectives.denoising import Denoising
 from fewstep.objectives.direct import FMM
 from fewstep.objectives.eulerian import EMD, ESD
+from fewstep.objectives.finishing import Finishing
 from fewstep.objectives.flow_matching import ContrastiveFlowMatching, FlowMatching, Recentred
 from fewstep.objectives.itvm import ITVM
 from fewstep.objectives.lagrangian import LMD, LSD, TVM
@@ -21,6 +23,7 @@ OBJECTIVES: dict[str, type[Objective]] = {method.__name__: method for method in 
 
 __all__ = [
     "AYF", "CTM", "EMD", "ESD", "FMM", "ITVM", "LMD", "LSD", "OBJECTIVES", "PFMM", "PSD", "SCM", "TVM", "AlphaFlow",
-    "ConsistencyDistillation", "ConsistencyTraining", "ContrastiveFlowMatching", "Denoising", "FlowMatching",
-    "ImprovedMeanFlow", "Loss", "MeanFlow", "Objective", "Recentred", "Shortcut", "SplitMeanFlow", "TwoTime",
+    "ConsistencyDistillation", "ConsistencyTraining", "ContrastiveFlowMatching", "Corrected", "Denoising", "Finishing",
+    "FlowMatching", "ImprovedMeanFlow", "Loss", "MeanFlow", "Objective", "Player", "Recentred", "Shortcut",
+    "SplitMeanFlow", "TwoTime",
 ]  # fmt: skip

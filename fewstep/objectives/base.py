@@ -1,9 +1,9 @@
 """What every objective is, and what several of them share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,46 @@ Index = slice | Tensor
 
 @dataclass(frozen=True)
 class Loss:
-    """``total``: a scalar with grad. ``terms``: its named parts, detached scalars, to log.
-    ``times``: the (s, t) of the rows each term saw, (n, 2), so that a loss that is not finite can name them."""
+    """``total``: the student's loss, a scalar with grad; without grad where the student stands still in this step.
+    ``terms``: named numbers of it, detached scalars, to log.
+    ``times``: the (s, t) of the rows each term saw, (n, 2), so that a loss that is not finite can name them.
+    ``others``: the loss of every other player that moves in this step, scalars with grad. Each depends on its own
+    player's parameters alone, so the gradients of the one sum ``descended`` are those of each loss by itself."""
 
     total: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
     times: dict[str, Tensor] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def descended(self) -> Tensor:
+        """The scalar whose gradients train all players."""
+        return sum(self.others.values(), self.total)
+
+
+@dataclass(frozen=True)
+class Player:
+    """What trains together, by an AdamW of its own.
+
+    Attributes:
+        parameters: that train.
+        lr: its learning rate, as a factor of the training's.
+        betas: of its AdamW; None for those of the training.
+        clip: the largest norm of its gradients, None for no limit; ``training``, that of the training.
+        floor: a loss that stays below this means that the player has won and teaches nothing more; None where its loss
+            has no such bound.
+    """
+
+    parameters: list[nn.Parameter]
+    lr: float = 1.0
+    betas: tuple[float, float] | None = None
+    clip: float | Literal["training"] | None = "training"
+    floor: float | None = None
+
+    @classmethod
+    def of(cls, group: "list[nn.Parameter] | Player") -> "Player":
+        """A plain list of parameters as a player that trains as the training says."""
+        return group if isinstance(group, Player) else cls(list(group))
 
 
 class Objective(nn.Module):
@@ -110,8 +144,8 @@ class Objective(nn.Module):
         if isinstance(student, FlowMap):
             student.gamma = self.gamma
 
-    def parameter_groups(self, student: nn.Module) -> dict[str, list[nn.Parameter]]:
-        """Which parameters train, by player; each player gets its own optimizer."""
+    def parameter_groups(self, student: nn.Module) -> Mapping[str, list[nn.Parameter] | Player]:
+        """Which parameters train, by player; each player gets its own optimizer. The first is the student."""
         own = [p for p in self.parameters() if p.requires_grad]
         return {"student": [p for p in student.parameters() if p.requires_grad] + own}
 

@@ -31,8 +31,9 @@ from fewstep.runs.recipes import load_recipe
 from fewstep.runs.students import make_student
 from fewstep.training.computing import PRECISIONS, use_checkpoints
 from fewstep.training.ema import Ema
+from fewstep.training.run import trained
 from fewstep.training.shares import default_chunk
-from fewstep.training.step import checkpoints_followed
+from fewstep.training.step import checkpoints_followed, players_of
 
 GIB = 2**30
 # What is kept free of a GPU's memory: the context of CUDA and its libraries, and the part lost between blocks.
@@ -249,7 +250,7 @@ def _parts(run: _Run) -> tuple[Part, ...]:
 
 def _trained(run: _Run) -> list[nn.Parameter]:
     """What the optimizers change."""
-    return [p for group in run.objective.parameter_groups(run.student).values() for p in group]
+    return [p for player in players_of(run.objective, run.student).values() for p in player.parameters]
 
 
 def _tensors(module: nn.Module | None) -> list[Tensor]:
@@ -261,7 +262,7 @@ def _checkpoint(run: _Run) -> int:
     frozen = {name for name, p in run.student.named_parameters(remove_duplicate=False) if not p.requires_grad}
     models = [model for model in (run.student, run.average, run.target) if model is not None]
     saved = [value for model in models for name, value in model.state_dict().items() if name not in frozen]
-    return sum(x.nbytes for x in [*saved, *run.objective.state_dict().values(), *_trained(run), *_trained(run)])
+    return sum(x.nbytes for x in [*saved, *trained(run.objective).values(), *_trained(run), *_trained(run)])
 
 
 def _least(run: _Run, step: Counted) -> Counted:

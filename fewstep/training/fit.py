@@ -36,7 +36,9 @@ from fewstep.training.step import (
     adamw,
     check_scale,
     checkpoints_followed,
+    norm_names,
     parallel,
+    players_of,
     seed_dropout,
     syncing,
     update,
@@ -189,10 +191,12 @@ def fit(
         objective.to(device)
         step = Step(student, objective)
         model = parallel(step, world)  # before the copies: it makes all processes start alike
+        players = players_of(objective, student)
         run = Run(
             student,
             objective,
-            adamw(objective.parameter_groups(student), device, lr=lr, betas=betas, weight_decay=weight_decay),
+            players,
+            adamw(players, device, lr=lr, betas=betas, weight_decay=weight_decay),
             torch.amp.GradScaler("cuda", enabled=half is torch.float16),
             average=None if ema is None else Ema(student, ema, ema_warmup),
             slow=None if objective.ema is None else Ema(student, objective.ema),
@@ -232,9 +236,11 @@ def fit(
                     run.scaler.scale(loss / accumulate).backward()
                 run.meter.add(run.step + 1, numbers, times)
             rate = lr * schedule_factor(schedule, run.progress, run.step, warmup)
-            run.meter.add(run.step + 1, update(run.optimizers, run.scaler, rate, clip))
-            for copy in run.copies:
-                copy.update(run.step)
+            norms = update(run.players, run.optimizers, run.scaler, rate, clip)
+            run.meter.add(run.step + 1, norm_names(norms, run.players))
+            if next(iter(run.players)) in norms:  # the averages follow the student alone, where it moves
+                for copy in run.copies:
+                    copy.update(run.step)
             run.step += 1
 
             is_logged = run.step % log_every == 0 or run.step == steps

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import refused
 from fewstep.common.model_files import put_in
-from fewstep.objectives.base import Objective
+from fewstep.objectives.base import Objective, Player
 from fewstep.training import checkpoints
 from fewstep.training.checkpoints import Checkpoint, Tensors
 from fewstep.training.ema import Ema, Model
@@ -25,6 +25,7 @@ class Run:
 
     student: nn.Module
     objective: Objective
+    players: dict[str, Player]
     optimizers: dict[str, torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     average: Ema[nn.Module] | None
@@ -67,7 +68,7 @@ class Run:
     def capture(self) -> tuple[Tensors, dict[str, Any]]:
         """All that decides how the run goes on: tensors by group, and the rest as JSON."""
         still = frozen(self.student)
-        tensors: Tensors = {"model": {}, "objective": self.objective.state_dict()}
+        tensors: Tensors = {"model": {}, "objective": trained(self.objective)}
         for group, model in self._models.items():
             tensors[group] = {name: value for name, value in model.state_dict().items() if name not in still}
         for player, optimizer in self.optimizers.items():
@@ -98,9 +99,12 @@ class Run:
             put_back(model, still, checkpoint, group)
         wrong = f"{checkpoint.path} is no checkpoint that this run can go on from"
         with refused(wrong, "put the file back, or start again (resume=False)"):
-            self.objective.load_state_dict(tensors.get("objective", {}))
-            for player, optimizer in self.optimizers.items():
-                _unflatten(optimizer, tensors[f"optimizer-{player}"])
+            _check_players(state.get("optimizers", {}), self.players)
+            own = self.objective.state_dict()
+            kept = {name: own[name] for name in frozen(self.objective)}
+            self.objective.load_state_dict({**kept, **tensors.get("objective", {})})
+            for player, optimizer in self.optimizers.items():  # one that has not moved yet has nothing to keep
+                _unflatten(optimizer, tensors.get(f"optimizer-{player}", {}))
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.seconds, self.losses = checkpoint.step, state["seconds"], state["losses"]
             self.threads = state.get("threads") or torch.get_num_threads()  # that of a run from before it was kept
@@ -143,6 +147,12 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model without the parameters that do not train."""
+    still = frozen(model)
+    return {name: value for name, value in model.state_dict().items() if name not in still}
+
+
 def put_back(model: nn.Module, still: Mapping[str, Tensor], checkpoint: Checkpoint, group: str) -> None:
     """Load a model's weights from a checkpoint, all but those that stood ``still`` in the training.
 
@@ -172,6 +182,11 @@ def mark(weights: Iterable[Tensor]) -> list[float]:
         square = square + first.square().sum()
         along = along + (first * torch.cos(index + torch.arange(len(first), dtype=torch.float64))).sum()
     return [square.sqrt().item(), along.item()]
+
+
+def _check_players(kept: Mapping[str, Any], players: Mapping[str, Player]) -> None:
+    if missing := [name for name in players if name not in kept]:
+        raise ValueError(f"it has no optimizer of {missing[0]!r}, and those of {', '.join(kept) or 'nobody'}")
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from fewstep.common.distributed import World
 from fewstep.common.errors import TrainingError, briefly, is_out_of_memory
 from fewstep.common.randomness import Generators, mix
 from fewstep.data.batch import Batch
-from fewstep.objectives.base import Objective
+from fewstep.objectives.base import Objective, Player
 from fewstep.training.adamw import AdamW
 
 _DROPOUT = 3  # after the words of the rows (1) and the noise (2) of a step
@@ -45,8 +45,10 @@ class Step(nn.Module):
                 f"the first step failed on {len(batch)} rows of shape {tuple(batch.data.shape[1:])}{conditions}: do "
                 f"the data fit the network? ({briefly(error)})"
             ) from error
-        terms = {f"loss/{name}": value.detach() for name, value in loss.terms.items()}
-        return loss.total, {"loss": loss.total.detach(), **terms}, loss.times
+        numbers = {f"loss/{name}": value.detach() for name, value in (loss.terms | loss.others).items()}
+        if loss.total.requires_grad:  # the student's own, and only where it moves
+            numbers = {"loss": loss.total.detach(), **numbers}
+        return loss.descended, numbers, loss.times
 
 
 def rehearsal(model: Step) -> Step:
@@ -71,40 +73,63 @@ def syncing(model: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
     return nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
-def adamw(
-    groups: dict[str, list[nn.Parameter]], device: torch.device, **options: Any
-) -> dict[str, torch.optim.Optimizer]:
-    """One AdamW a player.
+def players_of(objective: Objective, student: nn.Module) -> dict[str, Player]:
+    """Who trains.
 
     Raises:
         ValueError: a player has nothing to train.
     """
-    for player, parameters in groups.items():
-        if not parameters:
-            raise ValueError(f"{player!r} has no parameter with requires_grad: there is nothing to train")
+    players = {name: Player.of(group) for name, group in objective.parameter_groups(student).items()}
+    for name, player in players.items():
+        if not player.parameters:
+            raise ValueError(f"{name!r} has no parameter with requires_grad: there is nothing to train")
+    return players
+
+
+def adamw(
+    players: dict[str, Player], device: torch.device, *, lr: float, betas: tuple[float, float], weight_decay: float
+) -> dict[str, torch.optim.Optimizer]:
+    """One AdamW a player."""
     fused = device.type in ("cpu", "cuda")  # three times as fast as foreach on small networks
-    return {player: AdamW(parameters, fused=fused, **options) for player, parameters in groups.items()}
+    return {
+        name: AdamW(
+            player.parameters, lr=lr * player.lr, betas=player.betas or betas, weight_decay=weight_decay, fused=fused
+        )
+        for name, player in players.items()
+    }
 
 
 def update(
-    optimizers: dict[str, torch.optim.Optimizer], scaler: torch.amp.GradScaler, lr: float, clip: float | None
+    players: dict[str, Player],
+    optimizers: dict[str, torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    lr: float,
+    clip: float | None,
 ) -> dict[str, Tensor]:
-    """Every player's step; returns the gradient norms before clipping."""
+    """The step of every player that has gradients; returns their norms before clipping. A player without any stands
+    still: in half precision too, where the scaler would not take it."""
     norms: dict[str, Tensor] = {}
-    for player, optimizer in optimizers.items():
+    for name, player in players.items():
+        optimizer, parameters = optimizers[name], [p for p in player.parameters if p.grad is not None]
+        if not parameters:
+            continue
         scaler.unscale_(optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters])
-        if clip is not None:
-            clip_grads_with_norm_(parameters, clip, norm)
+        norms[name] = norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if (limit := clip if player.clip == "training" else player.clip) is not None:
+            clip_grads_with_norm_(parameters, limit, norm)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * player.lr
         scaler.step(optimizer)
         for parameter in parameters:  # optimizer.zero_grad, without its detour of 100 us through dynamo
             parameter.grad = None
-        norms["grad_norm" if len(optimizers) == 1 else f"grad_norm/{player}"] = norm
-    scaler.update()
+    if norms:
+        scaler.update()
     return norms
+
+
+def norm_names(norms: dict[str, Tensor], players: dict[str, Player]) -> dict[str, Tensor]:
+    """The norms of gradients as they are logged: by player, where there is more than one."""
+    return {"grad_norm" if len(players) == 1 else f"grad_norm/{name}": norm for name, norm in norms.items()}
 
 
 def check_scale(scaler: torch.amp.GradScaler, step: int) -> None:

@@ -1,0 +1,145 @@
+"""The corrector: reverse KL from the map's own samples to the teacher's, around any objective."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.common.errors import unknown
+from fewstep.flows.broadcasting import expand
+from fewstep.flows.fields import Guided, VelocityField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.times import read_times
+from fewstep.objectives.base import Objective, check_velocity, squared_error
+from fewstep.objectives.finishing import Finishing, Judged, Made
+
+FAKES = ("copy", "same")
+_EDGE = 0.02  # times at which samples are compared keep away from both ends
+
+
+class Corrected(Finishing):
+    """``base + weight E <X, sg[D]>``: moves samples X of the map along the gradient of KL(map's || teacher's).
+
+    A sample X = X_{0,1}(z), or one of more steps, is noised anew, ``y = a_r X + s_r e``. There the teacher says which
+    data it expects, and a second velocity, trained on the map's own samples alone, what the map's samples are like:
+
+        ``D = (x_fake(y, r) - x_teacher(y, r)) / mean |X - x_teacher(y, r)|``
+        student: ``1/2 |X - sg[X - D]|^2``;  fake: ``|g(y, r) - d/dr y|^2``, X detached
+
+    D is the difference of both scores, up to a positive factor: zero where both distributions agree, so it has no say
+    in *which* noise becomes which sample; the base has. This is the term of distribution matching distillation (arXiv
+    2311.18828, 2405.14867), of FreeFlow's corrector (2511.19428) and of rCM (2510.08431), on any path and around any
+    objective of flow maps. Reverse KL drops modes: keep the base's loss beside it. It needs no data.
+
+    Args:
+        base: any objective of flow maps, such as ``ITVM(teacher)``.
+        fake: ``copy``, a copy of the student as it is at the start, used on its diagonal as a velocity: of a student
+            that trains an adapter (``fewstep.add_lora``), the adapter alone is copied, so that student, fake and
+            teacher are three on one base. ``same``: the student's own network, at the pairs of times (r, 0), which no
+            map from s to t > s uses (the idea of arXiv 2512.05150): no second network. Or a module ``fake(x, t,
+            **cond)`` of one's own, such as a field with an adapter.
+        weight: of the term.
+        share: of the rows of a batch, on which samples are made.
+        rollout: numbers of steps of these samples, in turn; the gradient runs through the last step.
+        begin, ramp: the share of the training after which the term begins, and over which it then rises.
+        every: the student moves in each so many steps alone, the fake in all.
+        lr: the fake's learning rate, as a factor of the training's.
+        times: of r, see :func:`fewstep.flows.times.draw_times`; they keep 0.02 away from the ends.
+        normalize: divide by ``mean |X - x_teacher|``, row by row, as distribution matching distillation does.
+        guidance_scale, interval: guidance of the teacher in the term alone, for a teacher that is guided; None, as the
+            teacher has them.
+        teacher: of the term, where the base has none.
+
+    Raises:
+        ValueError: an option out of its range, no teacher, guidance of a teacher that has none.
+    """
+
+    player = "fake"
+    sources = ("2311.18828", "2405.14867", "2511.19428", "2510.08431")
+
+    def __init__(
+        self,
+        base: Objective,
+        fake: str | nn.Module = "copy",
+        weight: float = 0.2,
+        share: float = 0.5,
+        rollout: Sequence[int] = (1, 2, 4),
+        begin: float = 0.5,
+        ramp: float = 0.05,
+        every: int = 1,
+        lr: float = 1.0,
+        times: str = "uniform",
+        normalize: bool = True,
+        guidance_scale: float | None = None,
+        interval: tuple[float, float] | None = None,
+        teacher: VelocityField | None = None,
+    ) -> None:
+        if isinstance(fake, str) and fake not in FAKES:
+            raise unknown("fake of Corrected", fake, FAKES)
+        read_times(times)
+        super().__init__(
+            base, weight=weight, share=share, rollout=rollout, begin=begin, ramp=ramp, every=every, lr=lr,
+            teacher=teacher,
+        )  # fmt: skip
+        if not self.has_teacher:
+            raise ValueError(
+                f"Corrected compares with a teacher, and {type(base).__name__} was made without one: "
+                "Corrected(base, teacher=field)"
+            )
+        check_velocity(self.teacher)
+        self.times, self.normalize, self.kind = times, normalize, fake if isinstance(fake, str) else "given"
+        self.guidance_scale, self.interval = guidance_scale, interval
+        # In a tuple, nn.Module does not see it: these are the teacher's own weights.
+        self._judge = (_guided(self.teacher, guidance_scale, interval),)
+        self.fake: nn.Module | None = fake if isinstance(fake, nn.Module) else None
+
+    def adopt(self, student: nn.Module) -> None:
+        super().adopt(student)
+        if self.kind == "copy":
+            frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
+            self.fake = deepcopy(student, {**frozen})
+
+    def player_parameters(self) -> list[nn.Parameter]:
+        return [] if self.fake is None else [p for p in self.fake.parameters() if p.requires_grad]
+
+    def fake_velocity(self, student: FlowMap, y: Tensor, r: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """The velocity (n, ...) of the map's own samples, noised to r."""
+        if self.kind == "same":
+            return student.average_velocity(y, r, torch.zeros_like(r), **cond)
+        fake: Any = self.fake
+        if fake is None:
+            raise ValueError("Corrected has no fake velocity yet: call adopt(student) first, as fit does")
+        return fake.velocity(y, r, **cond) if hasattr(fake, "velocity") else fake(y, r, **cond)
+
+    def judged(self, student: FlowMap, made: Made) -> Judged:
+        path, x, cond = student.path, made.x, made.cond
+        r = _EDGE + (1 - 2 * _EDGE) * made.times(self.times)
+        y, dy = path.sample(made.normal(), x.detach(), r)
+        fake = self.fake_velocity(student, y, r, cond)
+        error = squared_error(fake, dy).mean()
+        if not made.is_turn:
+            return Judged(None, error)
+        with torch.no_grad():
+            expected = path.from_velocity(self._judge[0](y, r, **cond), y, r, "data")
+            d = path.from_velocity(fake.detach(), y, r, "data") - expected
+            if self.normalize:
+                d = d / expand((x - expected).abs().flatten(1).mean(1).clamp(min=1e-5), d)
+            goal = x - d
+        term = 0.5 * squared_error(x, goal).mean()
+        return Judged(term, error, {"corrector": term.detach()})
+
+
+def _guided(teacher: VelocityField, scale: float | None, interval: tuple[float, float] | None) -> VelocityField:
+    """The teacher with other guidance.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if scale is None and interval is None:
+        return teacher
+    if not isinstance(teacher, Guided):
+        raise ValueError("Corrected's guidance_scale and interval are of a guided teacher, and this one is not guided")
+    scale, interval = teacher.scale if scale is None else scale, interval or teacher.interval
+    return Guided(teacher.field, scale, interval, null=teacher.null, weak=teacher.weak)

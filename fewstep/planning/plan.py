@@ -31,7 +31,7 @@ from fewstep.runs.recipes import load_recipe
 from fewstep.runs.students import make_student
 from fewstep.training.computing import PRECISIONS, use_checkpoints
 from fewstep.training.ema import Ema
-from fewstep.training.run import trained
+from fewstep.training.run import own_state
 from fewstep.training.shares import default_chunk
 from fewstep.training.step import checkpoints_followed, players_of
 
@@ -262,7 +262,9 @@ def _checkpoint(run: _Run) -> int:
     frozen = {name for name, p in run.student.named_parameters(remove_duplicate=False) if not p.requires_grad}
     models = [model for model in (run.student, run.average, run.target) if model is not None]
     saved = [value for model in models for name, value in model.state_dict().items() if name not in frozen]
-    return sum(x.nbytes for x in [*saved, *trained(run.objective).values(), *_trained(run), *_trained(run)])
+    return sum(
+        x.nbytes for x in [*saved, *own_state(run.objective, run.student).values(), *_trained(run), *_trained(run)]
+    )
 
 
 def _least(run: _Run, step: Counted) -> Counted:

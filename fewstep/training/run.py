@@ -68,7 +68,7 @@ class Run:
     def capture(self) -> tuple[Tensors, dict[str, Any]]:
         """All that decides how the run goes on: tensors by group, and the rest as JSON."""
         still = frozen(self.student)
-        tensors: Tensors = {"model": {}, "objective": trained(self.objective)}
+        tensors: Tensors = {"model": {}, "objective": own_state(self.objective, self.student)}
         for group, model in self._models.items():
             tensors[group] = {name: value for name, value in model.state_dict().items() if name not in still}
         for player, optimizer in self.optimizers.items():
@@ -100,9 +100,9 @@ class Run:
         wrong = f"{checkpoint.path} is no checkpoint that this run can go on from"
         with refused(wrong, "put the file back, or start again (resume=False)"):
             _check_players(state.get("optimizers", {}), self.players)
-            own = self.objective.state_dict()
-            kept = {name: own[name] for name in frozen(self.objective)}
-            self.objective.load_state_dict({**kept, **tensors.get("objective", {})})
+            state_of = self.objective.state_dict()
+            shared = {name: state_of[name] for name in state_of.keys() - own_state(self.objective, self.student).keys()}
+            self.objective.load_state_dict({**shared, **tensors.get("objective", {})})
             for player, optimizer in self.optimizers.items():  # one that has not moved yet has nothing to keep
                 _unflatten(optimizer, tensors.get(f"optimizer-{player}", {}))
             self.scaler.load_state_dict(state["scaler"])
@@ -147,10 +147,11 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model without the parameters that do not train."""
-    still = frozen(model)
-    return {name: value for name, value in model.state_dict().items() if name not in still}
+def own_state(objective: Objective, student: nn.Module) -> dict[str, Tensor]:
+    """The state of an objective without what are the frozen weights of the student, of which it may have a copy."""
+    still = {id(p) for p in frozen(student).values()}
+    shared = {name for name, p in objective.named_parameters(remove_duplicate=False) if id(p) in still}
+    return {name: value for name, value in objective.state_dict().items() if name not in shared}
 
 
 def put_back(model: nn.Module, still: Mapping[str, Tensor], checkpoint: Checkpoint, group: str) -> None:

@@ -28,7 +28,7 @@ from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.objectives import OBJECTIVES
 from fewstep.runs.compare import Method, parse_method
-from fewstep.runs.recipes import find_objective
+from fewstep.runs.methods import find_objective
 
 METHODS = [*OBJECTIVES, "MeanFlow:teacher=none"]
 TOLERANCE = 1.1

@@ -62,6 +62,18 @@ def code_in(tree: Mapping[str, Any]) -> dict[str, str]:
             value = value.get(key) if isinstance(value, Mapping) else value if keys in _SHORT else None
         if is_code(value):
             found[".".join(keys)] = value
+    objective = tree.get("objective")
+    if isinstance(objective, Mapping):  # what it stands around, a critic: whatever is named inside, however deep
+        found |= {f"objective.{key}": name for key, name in _named_inside(objective).items()}
+    return found
+
+
+def _named_inside(value: Any) -> dict[str, str]:
+    """All code that a value names, by its dotted key inside of it."""
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    found = {}
+    for key, part in parts:
+        found |= {str(key): part} if is_code(part) else {f"{key}.{k}": name for k, name in _named_inside(part).items()}
     return found
 
 

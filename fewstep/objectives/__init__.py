@@ -18,6 +18,7 @@ from fewstep.objectives.two_time import TwoTime
 _METHODS: tuple[type[Objective], ...] = (
     FlowMatching, ContrastiveFlowMatching, Denoising, ITVM, LMD, EMD, AYF, PFMM, ConsistencyDistillation, CTM, SCM,
     MeanFlow, ImprovedMeanFlow, AlphaFlow, FMM, LSD, ESD, PSD, TVM, Shortcut, SplitMeanFlow, ConsistencyTraining,
+    Corrected,
 )  # fmt: skip
 OBJECTIVES: dict[str, type[Objective]] = {method.__name__: method for method in _METHODS}
 

@@ -223,3 +223,9 @@ class Finishing(Objective):
         with torch.set_grad_enabled(is_turn and torch.is_grad_enabled()):
             x = rollout(student, noise, steps, generator, **cond)
         return Made(x, noise, data, cond, generator, progress, step)
+
+
+def name_of(objective: Objective) -> str:
+    """The class of an objective, and in brackets that of what it stands around: ``Corrected(ITVM)``."""
+    inside = f"({name_of(objective.base)})" if isinstance(objective, Finishing) else ""
+    return type(objective).__name__ + inside

@@ -128,14 +128,15 @@ def _strings(value: ast.expr) -> tuple[str, ...]:
 
 
 def _recipe(recipe: Recipe) -> Iterator[Use]:
-    try:
-        yield from list(_method(recipe.objective.name))
-    except (OSError, ValueError) as error:
-        yield "", f"what {recipe.objective.name} uses is not known: {error}"
-    for option, (value, number, reason) in _OPTIONS.items():
-        said = recipe.objective.options.get(option)
-        if said == value or (isinstance(said, str) and said.partition("(")[0] == value):  # with its numbers
-            yield number, reason
+    for section in recipe.objectives:
+        try:
+            yield from list(_method(section.name))
+        except (OSError, ValueError) as error:
+            yield "", f"what {section.name} uses is not known: {error}"
+        for option, (value, number, reason) in _OPTIONS.items():
+            said = section.options.get(option)
+            if said == value or (isinstance(said, str) and said.partition("(")[0] == value):  # with its numbers
+                yield number, reason
     if recipe.student.start is not None and (start := recipe_of(recipe.student.start)) is not None:
         for number, reason in _recipe(load_recipe(start, look=True)):
             yield number, f"of the model that the student goes on from: {reason}" if number else reason

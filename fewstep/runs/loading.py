@@ -21,9 +21,10 @@ from fewstep.flows.signature import Model
 from fewstep.models.folders import has_one_variant, load_folder
 from fewstep.models.lora import has_lora, merge_lora
 from fewstep.runs.datasets import data_of, encoded_folder, null_of
+from fewstep.runs.methods import find_objective
 from fewstep.runs.objective import strength_of, trains_map
 from fewstep.runs.recipe import Recipe, Student, Teacher
-from fewstep.runs.recipes import find_objective, load_recipe
+from fewstep.runs.recipes import load_recipe
 from fewstep.runs.students import make_student, path_of
 from fewstep.runs.teachers import EXACT, check_teacher, guided, is_nowhere
 from fewstep.training import checkpoints
@@ -188,7 +189,7 @@ def _opened(path: str | Path) -> Trained:
     elif recipe.data.options.get("normalize"):  # a run from before they were kept
         model.moments = getattr(data_of(recipe.data, model), "moments", None)
     if isinstance(model, FlowMap) and not is_from_python(path):
-        model.gamma = find_objective(recipe.objective.name).gamma
+        model.gamma = find_objective(recipe.objectives[-1].name).gamma
         model.guidance = strength_of(recipe)
     return Trained(model.eval().requires_grad_(False), recipe, shape, saved.step)
 

@@ -252,6 +252,14 @@ class Recipe(Section):
             return {**value, "teacher": None}
         return value
 
+    @property
+    def objectives(self) -> list[Named]:
+        """The objective and what it stands around (``{name: Corrected, base: ITVM}``), from the outside in."""
+        found = [self.objective]
+        while (base := found[-1].options.get("base")) is not None:
+            found.append(Named.model_validate(base))
+        return found
+
     def as_dict(self) -> dict[str, Any]:
         """The whole recipe in plain values."""
         return self.model_dump(mode="json")

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fewstep.common.errors import unknown
-from fewstep.common.options import arguments, find_object, in_one_line, parse_value, read_yaml
+from fewstep.common.options import in_one_line, parse_value, read_yaml
 from fewstep.common.trust import check_folder, code_in, is_code, trusting
 from fewstep.runs.recipe import NETWORKS, PATHS, Named, Recipe
 from fewstep.training.run_files import RECIPE, came_with
@@ -71,7 +71,9 @@ def load_recipe(
         if folder is not None and not look:
             check_folder(folder, path, {of: _beside(base, name) for of, name in received.items()})
         if not (look and is_code(recipe.objective.name)):
-            _settle_objective(recipe)
+            from fewstep.runs.methods import settle_objective
+
+            settle_objective(recipe)
     return recipe
 
 
@@ -125,20 +127,6 @@ def describe(recipe: Path) -> str:
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
-def find_objective(name: str) -> type:
-    """The class of a method: fewstep's by name, or one's own by ``FILE.py:CLASS``."""
-    from fewstep.objectives import OBJECTIVES, Objective
-
-    if is_code(name):
-        found = find_object(name, Objective)
-        if not isinstance(found, type):
-            raise ValueError(f"{name!r} is a function, and an objective is a class that derives from Objective")
-        return found
-    if name not in OBJECTIVES:
-        raise unknown("objective", name, OBJECTIVES)
-    return OBJECTIVES[name]
-
-
 def _replace(tree: dict[str, Any], key: str, value: Any) -> None:
     """Take away the options of a method or network that gives way to another."""
     section = tree.get(key)
@@ -154,6 +142,8 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
         inner = tree.get(parent) or {}
         if isinstance(inner, str) and depth == 0 and parent in _SHORT:
             inner = {_SHORT[parent]: inner}
+        elif isinstance(inner, str) and parents[0] == "objective" and depth:
+            inner = {"name": inner}  # what it stands around, a critic
         if not isinstance(inner, dict):
             raise ValueError(f"unknown recipe key {dotted!r}: {parent} is {inner!r}, which has no keys inside")
         tree[parent] = tree = dict(inner)
@@ -192,31 +182,14 @@ def _find_names(recipe: Recipe, base: Path) -> None:
         recipe.data = Named.model_validate(
             {"name": recipe.data.name, **recipe.data.options, "prompts": _beside(base, prompts)}
         )
-    recipe.objective.name = _beside(base, recipe.objective.name)
+    recipe.objective = Named.model_validate(_beside_inside(base, recipe.objective.model_dump()))
 
 
-def _settle_objective(recipe: Recipe) -> None:
-    """The options of the method filled in, once it is clear that there is what it and the student start from."""
-    teacher, student = recipe.teacher, recipe.student
-    method = find_objective(recipe.objective.name)
-    options = recipe.objective.options
-    alone = {"teacher": "none"} if "teacher" in options else {}
-    if alone:
-        _train_alone(recipe, method, options.pop("teacher"))
-    # A run of long ago may have options that are no more: null ones decided nothing.
-    known = inspect.signature(method).parameters
-    options = {name: value for name, value in options.items() if value is not None or name in known}
-    options = arguments("objective", method, options, given=("teacher",))
-    recipe.objective = Named.model_validate({"name": recipe.objective.name, **alone, **options})
-    wanted = inspect.signature(method).parameters.get("teacher")
-    if teacher is None and wanted is not None and wanted.default is wanted.empty:
-        raise ValueError(
-            f"{recipe.objective.name} distills a teacher and there is none: say --teacher, or teacher: in the recipe"
-        )
-    if teacher is None and student.network == "auto" and student.start is None:
-        raise ValueError(
-            "student.network is auto, the network of the teacher, and there is no teacher: say mlp or unet"
-        )
+def _beside_inside(base: Path, value: Any) -> Any:
+    """An objective's section with the files of code found that it names, however deep."""
+    if isinstance(value, Mapping):
+        return {key: _beside_inside(base, inner) for key, inner in value.items()}
+    return _beside(base, value) if is_code(value) else value
 
 
 def _check_student(recipe: Recipe) -> None:
@@ -247,24 +220,6 @@ def _check_student(recipe: Recipe) -> None:
         raise ValueError("student.second_time is for flow maps, and student.kind is field: leave one of them out")
     if student.guidance and student.kind == "field":
         raise ValueError("student.guidance is for flow maps, and student.kind is field: leave one of them out")
-
-
-def _train_alone(recipe: Recipe, method: type, value: Any) -> None:
-    """Take in ``objective.teacher: none``: the loss, and the first weights, know the data alone, and the teacher is
-    there for the evaluation."""
-    wanted, name = inspect.signature(method).parameters.get("teacher"), recipe.objective.name
-    if value not in ("none", None):
-        raise ValueError(f"objective.teacher is {value!r}: none is all it can be; the teacher is named by `teacher`")
-    if wanted is not None and wanted.default is wanted.empty:
-        raise ValueError(f"objective.teacher is none, but {name} needs its teacher: leave it out")
-    if recipe.student.start is not None:
-        return
-    if recipe.student.network == "auto" and recipe.student.weights != "teacher":
-        raise ValueError(
-            "objective.teacher is none, and student.network is auto, which starts from the teacher's weights: say mlp "
-            "or unet, or student.weights: teacher"
-        )
-    recipe.student.weights = recipe.student.weights or "random"
 
 
 def _beside(base: Path, name: str) -> str:

@@ -102,7 +102,7 @@ def _differing(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 # Where the parts of a run are from.
 _PLACES = (
     "teacher.source", "teacher.guidance.weak", "student.start", "student.network", "data.name", "data.prompts",
-    "objective.name",
+    "objective.name", "objective.base.name", "objective.critic", "objective.critic.name",
 )  # fmt: skip
 
 

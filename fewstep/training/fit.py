@@ -20,6 +20,7 @@ from fewstep.common.locks import owned
 from fewstep.data.batch import Data
 from fewstep.data.given import as_data
 from fewstep.objectives.base import Objective
+from fewstep.objectives.finishing import name_of
 from fewstep.training import checkpoints, folder, interrupt, trackers
 from fewstep.training.batches import Batches
 from fewstep.training.computing import compile_networks, half_precision, threads_for, use_checkpoints
@@ -293,7 +294,7 @@ def _identity(settings: dict[str, Any], student: nn.Module, objective: Objective
     return flat(
         {
             "training": settings,
-            "objective_class": type(objective).__name__,
+            "objective_class": name_of(objective),
             "student_class": type(student).__name__,
             "student_parameters": sum(p.numel() for p in student.parameters()),
             "data_shape": list(data.shape),

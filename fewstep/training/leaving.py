@@ -146,4 +146,9 @@ def _teacher(teacher: VelocityField) -> dict[str, Any] | None:
 def _options(objective: Objective) -> dict[str, Any]:
     """The options that an objective was made with, as far as it keeps them by their names."""
     names = [name for name in inspect.signature(type(objective)).parameters if name not in ("teacher", "name")]
-    return {name: getattr(objective, name) for name in names if isinstance(getattr(objective, name, objective), _PLAIN)}
+    kept = {name: getattr(objective, name, objective) for name in names}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+    plain = {name: value for name, value in plain.items() if isinstance(value, _PLAIN | list)}
+    base = getattr(objective, "base", None)
+    around = {"base": {"name": type(base).__name__, **_options(base)}} if isinstance(base, Objective) else {}
+    return {**around, **plain}

@@ -15,7 +15,8 @@ from fewstep.flows.times import read_times
 from fewstep.objectives.base import Objective, check_velocity, squared_error
 from fewstep.objectives.finishing import Finishing, Judged, Made
 
-FAKES = ("copy", "same")
+FAKES, REALS = ("copy", "same"), ("teacher", "diagonal")
+_FLOOR = 0.05
 _EDGE = 0.02  # times at which samples are compared keep away from both ends
 
 
@@ -35,11 +36,13 @@ class Corrected(Finishing):
 
     Args:
         base: any objective of flow maps, such as ``ITVM(teacher)``.
-        fake: ``copy``, a copy of the student as it is at the start, used on its diagonal as a velocity: of a student
+        fake: ``copy``, a copy of the student as the term begins, used on its diagonal as a velocity: of a student
             that trains an adapter (``fewstep.add_lora``), the adapter alone is copied, so that student, fake and
             teacher are three on one base. ``same``: the student's own network, at the pairs of times (r, 0), which no
             map from s to t > s uses (the idea of arXiv 2512.05150): no second network. Or a module ``fake(x, t,
             **cond)`` of one's own, such as a field with an adapter.
+        real: ``teacher``, or ``diagonal``: the student's own velocity u(y, r, r), which the base teaches. It errs as a
+            fake of the same network errs: better where the teacher is no network, or steep; and it needs no teacher.
         weight: of the term.
         share: of the rows of a batch, on which samples are made.
         rollout: numbers of steps of these samples, in turn; the gradient runs through the last step.
@@ -47,7 +50,8 @@ class Corrected(Finishing):
         every: the student moves in each so many steps alone, the fake in all.
         lr: the fake's learning rate, as a factor of the training's.
         times: of r, see :func:`fewstep.flows.times.draw_times`; they keep 0.02 away from the ends.
-        normalize: divide by ``mean |X - x_teacher|``, row by row, as distribution matching distillation does.
+        normalize: divide by ``mean |X - x_teacher|``, row by row, as distribution matching distillation does (plus a
+            twentieth of the deviation that a unit normal would have there, for samples of few numbers).
         guidance_scale, interval: guidance of the teacher in the term alone, for a teacher that is guided; None, as the
             teacher has them.
         teacher: of the term, where the base has none.
@@ -57,12 +61,14 @@ class Corrected(Finishing):
     """
 
     player = "fake"
+    copied: Tensor
     sources = ("2311.18828", "2405.14867", "2511.19428", "2510.08431")
 
     def __init__(
         self,
         base: Objective,
         fake: str | nn.Module = "copy",
+        real: str = "teacher",
         weight: float = 0.2,
         share: float = 0.5,
         rollout: Sequence[int] = (1, 2, 4),
@@ -78,22 +84,30 @@ class Corrected(Finishing):
     ) -> None:
         if isinstance(fake, str) and fake not in FAKES:
             raise unknown("fake of Corrected", fake, FAKES)
+        if real not in REALS:
+            raise unknown("real of Corrected", real, REALS)
         read_times(times)
         super().__init__(
             base, weight=weight, share=share, rollout=rollout, begin=begin, ramp=ramp, every=every, lr=lr,
             teacher=teacher,
         )  # fmt: skip
-        if not self.has_teacher:
+        self.real = real
+        if real == "teacher" and not self.has_teacher:
             raise ValueError(
                 f"Corrected compares with a teacher, and {type(base).__name__} was made without one: "
-                "Corrected(base, teacher=field)"
+                "Corrected(base, teacher=field), or real='diagonal'"
             )
-        check_velocity(self.teacher)
+        if real == "diagonal" and (guidance_scale, interval) != (None, None):
+            raise ValueError("Corrected's guidance_scale and interval are of a teacher, and real is 'diagonal'")
+        if self.has_teacher:
+            check_velocity(self.teacher)
         self.times, self.normalize, self.kind = times, normalize, fake if isinstance(fake, str) else "given"
         self.guidance_scale, self.interval = guidance_scale, interval
         # In a tuple, nn.Module does not see it: these are the teacher's own weights.
-        self._judge = (_guided(self.teacher, guidance_scale, interval),)
+        self._judge = (_guided(self.teacher, guidance_scale, interval),) if real == "teacher" else ()
         self.fake: nn.Module | None = fake if isinstance(fake, nn.Module) else None
+        self.register_buffer("copied", torch.zeros((), dtype=torch.bool))
+        self._is_copied = False  # the same, without a wait for a GPU
 
     def adopt(self, student: nn.Module) -> None:
         super().adopt(student)
@@ -113,7 +127,25 @@ class Corrected(Finishing):
             raise ValueError("Corrected has no fake velocity yet: call adopt(student) first, as fit does")
         return fake.velocity(y, r, **cond) if hasattr(fake, "velocity") else fake(y, r, **cond)
 
+    def real_velocity(self, student: FlowMap, y: Tensor, r: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """The velocity (n, ...) that the samples are to have."""
+        return self._judge[0](y, r, **cond) if self._judge else student.velocity(y, r, **cond)
+
+    @torch.no_grad()
+    def _begin(self, student: FlowMap) -> None:
+        """The fake is the student as it is now: what was copied at the start of the training knew nothing yet."""
+        if self._is_copied or self.kind != "copy" or self.fake is None:
+            return
+        self._is_copied = True
+        if not self.copied:
+            for mine, its in zip(self.fake.parameters(), student.parameters(), strict=True):
+                if mine is not its:
+                    mine.copy_(its)
+            self.copied.fill_(True)
+
     def judged(self, student: FlowMap, made: Made) -> Judged:
+        if torch.is_grad_enabled():
+            self._begin(student)
         path, x, cond = student.path, made.x, made.cond
         r = _EDGE + (1 - 2 * _EDGE) * made.times(self.times)
         y, dy = path.sample(made.normal(), x.detach(), r)
@@ -122,10 +154,13 @@ class Corrected(Finishing):
         if not made.is_turn:
             return Judged(None, error)
         with torch.no_grad():
-            expected = path.from_velocity(self._judge[0](y, r, **cond), y, r, "data")
+            expected = path.from_velocity(self.real_velocity(student, y, r, cond), y, r, "data")
             d = path.from_velocity(fake.detach(), y, r, "data") - expected
             if self.normalize:
-                d = d / expand((x - expected).abs().flatten(1).mean(1).clamp(min=1e-5), d)
+                a, s = path.alpha(r), path.sigma(r)
+                # Samples of few numbers may lie on x_teacher by chance: what is left of a unit normal is the floor.
+                size = (x - expected).abs().flatten(1).mean(1) + _FLOOR * s / torch.hypot(a, s)
+                d = d / expand(size, d)
             goal = x - d
         term = 0.5 * squared_error(x, goal).mean()
         return Judged(term, error, {"corrector": term.detach()})

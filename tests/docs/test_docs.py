@@ -4,7 +4,10 @@ from toys.places import ROOT
 
 from fewstep.objectives import OBJECTIVES
 
-NUMBERS = {15: "fifteen", 16: "sixteen", 17: "seventeen", 18: "eighteen", 19: "nineteen", 22: "twenty-two"}
+NUMBERS = {
+    17: "seventeen", 18: "eighteen", 19: "nineteen", 20: "twenty", 21: "twenty-one", 22: "twenty-two",
+    23: "twenty-three", 24: "twenty-four", 25: "twenty-five", 26: "twenty-six",
+}  # fmt: skip
 
 
 def test_what_is_counted_is_so() -> None:

@@ -74,6 +74,7 @@ def objectives(teacher: fewstep.VelocityField) -> dict[str, nn.Module]:
         fewstep.FMM,
     ]
     made = [make(teacher) for make in with_teacher] + [make() for make in alone]
+    made.append(fewstep.Corrected(fewstep.ITVM(teacher), weight=0.2, rollout=(1, 2), begin=0.5))
     return {type(objective).__name__: objective for objective in made}
 
 

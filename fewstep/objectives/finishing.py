@@ -146,6 +146,10 @@ class Finishing(Objective):
         """What its player trains; nothing where it has none."""
         raise NotImplementedError
 
+    def scale(self, student: FlowMap, base: Tensor, term: Tensor) -> Tensor | float:
+        """A factor of the term, without grad, where its weight goes by the base's loss."""
+        return 1.0
+
     # What is the base's
 
     @property
@@ -202,7 +206,8 @@ class Finishing(Objective):
         judged = self.judged(student, self._make(student, batch, is_turn, progress, step, generator))
         total = loss.total
         if judged.student is not None:
-            total = total + self.weight * warmed(progress - self.begin, self.ramp) * judged.student
+            weight = self.weight * warmed(progress - self.begin, self.ramp)
+            total = total + weight * self.scale(student, loss.total, judged.student) * judged.student
         terms, others = {**loss.terms, **judged.terms}, loss.others
         if judged.player is not None and self.player_parameters():
             others = {**others, self.player: judged.player}

@@ -100,7 +100,7 @@ def compare_costs(
         start = clock()
         with torch.autocast(device.type, precision, enabled=precision is not None):
             loss = objective(student, batch, target=target, progress=0.5, step=step, generator=draw)
-        loss.total.backward()
+        loss.descended.backward()
         synchronize(device)
         seconds = clock() - start
         for module in (student, objective):

@@ -12,6 +12,7 @@ import fewstep
 from fewstep.common.randomness import generator
 from fewstep.data import toy
 from fewstep.data.batch import Batch
+from fewstep.evaluation.cost import step_cost
 from fewstep.flows.exact import eight_gaussians
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
@@ -285,3 +286,14 @@ def test_bases_that_cannot_be():
         Corrected(FlowMatching(), teacher=teacher)
     with pytest.raises(ValueError, match="both have a player 'fake'"):
         Corrected(Corrected(ITVM(teacher)))
+
+
+def test_what_it_costs_is_counted_with_both_players():
+    """On half of the rows: a sample, the fake on it, both with a backward pass, and the teacher: 1.5 + 1 + 1/6."""
+    teacher = NetworkField(MLP(2, width=16, depth=2))
+    batch = Batch(torch.randn(64, 2))
+    objective = Corrected(ITVM(teacher), begin=0.0, rollout=(1,))
+    base = step_cost(student_of(), objective.base, batch, rounds=1).counts
+    counts = step_cost(student_of(), objective, batch, rounds=1).counts
+    assert counts.trained == base.trained + 1.0
+    assert counts.plain == base.plain + 0.5

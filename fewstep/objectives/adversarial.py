@@ -80,6 +80,10 @@ class Adversarial(Finishing):
 
     player = "critic"
     betas = (0.0, 0.99)
+    advice = (
+        "Put noise on its rows (diffused: true), raise its penalty or lower its lr, and see that the data are those "
+        "that the teacher knows"
+    )
     sources = ("2506.14603", "2501.05441")
 
     def __init__(

@@ -48,6 +48,7 @@ class Player:
         clip: the largest norm of its gradients, None for no limit; ``training``, that of the training.
         floor: a loss that stays below this means that the player has won and teaches nothing more; None where its loss
             has no such bound.
+        advice: what to change then.
     """
 
     parameters: list[nn.Parameter]
@@ -55,6 +56,7 @@ class Player:
     betas: tuple[float, float] | None = None
     clip: float | Literal["training"] | None = "training"
     floor: float | None = None
+    advice: str = ""
 
     @classmethod
     def of(cls, group: "list[nn.Parameter] | Player") -> "Player":

@@ -98,6 +98,7 @@ class Finishing(Objective):
     player = "player"
     betas: tuple[float, float] | None = None
     floor: float | None = None
+    advice: str = ""
 
     def __init__(
         self,
@@ -183,7 +184,7 @@ class Finishing(Objective):
 
     def parameter_groups(self, student: nn.Module) -> Mapping[str, list[nn.Parameter] | Player]:
         own = self.player_parameters()
-        player = {self.player: Player(own, self.lr, self.betas, None, self.floor)} if own else {}
+        player = {self.player: Player(own, self.lr, self.betas, None, self.floor, self.advice)} if own else {}
         return {**self.base.parameter_groups(student), **player}
 
     def forward(

@@ -26,6 +26,7 @@ from fewstep.training.batches import Batches
 from fewstep.training.computing import compile_networks, half_precision, threads_for, use_checkpoints
 from fewstep.training.ema import Ema, Model
 from fewstep.training.fingerprint import flat
+from fewstep.training.floors import Floors
 from fewstep.training.leaving import leave
 from fewstep.training.logbook import Logbook
 from fewstep.training.meter import Meter
@@ -219,6 +220,7 @@ def fit(
         if compile:
             compile_networks(student, run.target)
         saved, saved_at, started = run.step, run.seconds, time.perf_counter() - run.seconds
+        floors = Floors(players, run.step)
         book = stack.enter_context(Logbook(run, steps, track, world.is_main, quiet))
 
         while True:
@@ -253,6 +255,8 @@ def fit(
                 speed = book.speed(run)
                 run.log({**run.losses, "lr": rate, "steps_per_second": speed, "rows_per_second": speed * batch})
                 run.log({"seconds": run.seconds})
+                if world.is_main:
+                    floors.see(run.step, run.losses)
             if world.is_main:
                 for callback in callbacks:
                     callback(run)

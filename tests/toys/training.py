@@ -7,6 +7,10 @@ from torch import Tensor, nn
 
 from fewstep.common.randomness import normal, uniform
 from fewstep.data.batch import Batch
+from fewstep.flows.exact import eight_gaussians
+from fewstep.flows.maps import FlowMap
+from fewstep.networks import MLP
+from fewstep.objectives import ITVM, Corrected
 from fewstep.objectives.base import Loss, Objective
 from fewstep.training.fit import fit
 
@@ -107,3 +111,14 @@ def weights(result):
 
 def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+PLAYERS = {"steps": 8, "batch": 32, "chunk": 8, "seed": 5, "log_every": 1, "quiet": True, "device": "cpu"}
+
+
+def players(seed: int = 0):
+    """Student, objective and data of a training with two players (for ``fit``, with ``PLAYERS``)."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        student = FlowMap(MLP(2, width=16, depth=2, times=2))
+    return student, Corrected(ITVM(eight_gaussians()), begin=0.3, every=2, rollout=(1, 2)), Gaussian()

@@ -3,7 +3,8 @@
 A method says what ``u(x, s, t)`` is to be (``goal``), or which residual is to vanish (``residual``); all else is here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -83,6 +84,8 @@ class TwoTime(Objective):
     # Whether goals are made of u itself, as near as it gets: u and goal are then to see the same dropout, as two draws
     # of it differ by more than what is to be learned.
     goal_has_u = False
+    # The weights of terms that are added to the loss as they are, each a mean over its rows.
+    beside: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
         self,
@@ -181,8 +184,10 @@ class TwoTime(Objective):
                 return means[names[0]]
             return torch.cat([weighed[name] for name in names]).mean()
 
-        sides = ([name for name in errors if (name == self.diagonal_term) is side] for side in (True, False))
+        others = [name for name in errors if name not in self.beside]
+        sides = ([name for name in others if (name == self.diagonal_term) is side] for side in (True, False))
         terms = [w * mean(names) for w, names in zip(self.weights, sides, strict=True) if names]
+        terms += [self.beside[name] * weighed[name].mean() for name in errors if name in self.beside]
         return Loss(sum(terms[1:], terms[0]), {name: value.detach() for name, value in means.items()}, times)
 
     def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Index], now: Now) -> dict[str, Tensor]:

@@ -38,8 +38,8 @@ class _Consistency(ToTheEnd):
 class ConsistencyDistillation(_Consistency):
     """``E d(X_{s,1}(x_s), X^-_{s',1}(x_{s'}))``, ``x_{s'}`` one Heun step of the teacher on (arXiv 2303.01469).
 
-    ``s' = s + (1 - s) gap``: a finite step, whose error of order gap^3 adds up to gap^2. The options from ``longest`` on
-    are those of SCFlow (arXiv 2412.16906), which has all of them, and an adversarial term around it.
+    ``s' = s + (1 - s) gap``: a finite step, whose error of order gap^3 adds up to gap^2. The options from ``longest``
+    on are those of SCFlow (arXiv 2412.16906), which has all of them, and an adversarial term around it.
 
     Args:
         teacher: the frozen field.
@@ -57,7 +57,7 @@ class ConsistencyDistillation(_Consistency):
         begin: the share of the training after which ``backward`` and ``reflow`` begin.
     """
 
-    sources = ("2303.01469",)
+    sources = ("2303.01469", "2412.16906")
 
     def __init__(
         self,
@@ -83,14 +83,14 @@ class ConsistencyDistillation(_Consistency):
         if solver not in _STEPS:
             raise unknown("solver of ConsistencyDistillation", solver, _STEPS)
         if backward < 0 or reflow < 0:
-            raise ValueError(f"ConsistencyDistillation's backward is {backward}, reflow {reflow}: they are not negative")
+            raise ValueError(
+                f"ConsistencyDistillation's backward is {backward}, reflow {reflow}: they are not negative"
+            )
         if per_component and not huber:
             raise ValueError("ConsistencyDistillation's per_component is of the pseudo-Huber distance: say huber: 0.01")
         self.gap, self.huber, self.ema = gap, huber, check_decay("ConsistencyDistillation", ema)
         self.longest, self.step, self.truncate, self.begin = longest, _STEPS[solver], truncate, begin
         self.per_component, self.beside = per_component, {"backward": backward, "reflow": reflow}
-        if truncate or backward or reflow:
-            self.sources = (*self.sources, "2412.16906")
 
     def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Index], now: Now) -> dict[str, Tensor]:
         x, s, one, cond = rows.x, rows.s, rows.t, rows.cond

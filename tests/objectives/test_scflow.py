@@ -155,11 +155,6 @@ def test_the_distance_of_components() -> None:
     torch.testing.assert_close(objective.distance(x, torch.zeros_like(x)), expected)
 
 
-def test_a_run_says_what_it_is_made_of(gaussian: GaussianField) -> None:
-    assert ConsistencyDistillation(gaussian, reflow=0.1).sources == ("2303.01469", "2412.16906")
-    assert ConsistencyDistillation(gaussian).sources == ("2303.01469",)
-
-
 @pytest.mark.takes_seconds
 def test_with_reflow_a_student_is_straighter() -> None:
     """How far one-call samples move when they are asked for again half-way on their chords."""

@@ -63,8 +63,8 @@ def _filled(recipe: Recipe, section: Named, where: str) -> Named:
 
 
 def finished(section: Named) -> Named:
-    """``{name: ITVM, finish: corrected}`` written out: the finishing objective, around what is said. Options that it has
-    and the method inside has not are its own: ``{name: ITVM, finish: corrected, begin: 0.3}``.
+    """``{name: ITVM, finish: corrected}`` written out: the finishing objective, around what is said. Options that only
+    the finishing one has are its own: ``{name: ITVM, finish: corrected, begin: 0.3}``.
 
     Raises:
         ValueError: a finish that is not known.

@@ -40,6 +40,12 @@ class Boxes:
         part = uniform(count * box.shape[1], generator).reshape(box.shape[:2]).to(box)
         return box[..., 0] + part * (box[..., 1] - box[..., 0])
 
+    def inside(self, points: Tensor) -> Tensor:
+        """Whether each of points (N, D) lies in a box, (N,); one on an edge does, up to the rounding of float32."""
+        low, high = self.sides.to(points.device, torch.float64).unbind(-1)
+        at = points.double()[:, None]
+        return ((at >= low - 1e-6) & (at <= high + 1e-6)).all(2).any(1)
+
 
 def checkerboard() -> Boxes:
     """The 8 filled cells of a 4 x 4 board, scaled to a standard deviation of 1 on each axis: (8, 2, 2), float64."""

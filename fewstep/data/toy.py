@@ -25,11 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Toy:
-    """A density of the plane given by how to draw from it: ``draw(n, generator) -> (n, 2)`` float32."""
+    """A density of the plane given by how to draw from it: ``draw(n, generator) -> (n, 2)`` float32.
+
+    ``inside(points) -> (n,)`` says which points (n, 2) the density can draw, where its support has an edge.
+    """
 
     draw: Callable[[int, torch.Generator], Tensor]
     shape: tuple[int, ...] = (2,)
     size: int | None = None
+    inside: Callable[[Tensor], Tensor] | None = None
 
     def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
         return Batch(self.draw(len(index), generator))
@@ -37,7 +41,8 @@ class Toy:
 
 def checkerboard() -> Toy:
     """Uniform on the filled cells of a board: the data of ``CheckerboardField``."""
-    return Toy(densities.checkerboard().draw)
+    board = densities.checkerboard()
+    return Toy(board.draw, inside=board.inside)
 
 
 def eight_gaussians() -> Toy:

@@ -1,11 +1,21 @@
 """How good samples are, where a flow map is off, and the pages that show it."""
 
+from fewstep.evaluation.copies import memorisation
 from fewstep.evaluation.diagnostics import Diagnosis, diagnose, endpoint_rmse, teacher_states
 from fewstep.evaluation.extractor import SmallClassifier, accuracy, extract, trained_classifier
 from fewstep.evaluation.features import FeatureStatistics, frechet_distance, kid, precision_recall
 from fewstep.evaluation.inception import inception
-from fewstep.evaluation.points import energy_distance, error_quantiles, histogram_kl, mmd, rmse, sliced_wasserstein
+from fewstep.evaluation.points import (
+    energy_distance,
+    error_quantiles,
+    histogram_kl,
+    mmd,
+    outside,
+    rmse,
+    sliced_wasserstein,
+)
 from fewstep.evaluation.report import write_report
+from fewstep.evaluation.variety import diversity, mean_distance, spreads
 
 __all__ = [
     "Diagnosis",
@@ -13,6 +23,7 @@ __all__ = [
     "SmallClassifier",
     "accuracy",
     "diagnose",
+    "diversity",
     "endpoint_rmse",
     "energy_distance",
     "error_quantiles",
@@ -21,10 +32,14 @@ __all__ = [
     "histogram_kl",
     "inception",
     "kid",
+    "mean_distance",
+    "memorisation",
     "mmd",
+    "outside",
     "precision_recall",
     "rmse",
     "sliced_wasserstein",
+    "spreads",
     "teacher_states",
     "trained_classifier",
     "write_report",

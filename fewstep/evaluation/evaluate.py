@@ -13,9 +13,20 @@ from fewstep.common.randomness import Generators, generator
 from fewstep.data.batch import Batch, Data, has_classes
 from fewstep.data.given import as_data
 from fewstep.data.toy import Toy
-from fewstep.evaluation.inputs import Reader, Starts, bytes_of_row, conditions, gather, two_sets
-from fewstep.evaluation.measure import ENDS, Judge, choose_metrics, possible_metrics
+from fewstep.evaluation.checks import check_arguments, check_training, support_of
+from fewstep.evaluation.inputs import (
+    Reader,
+    Starts,
+    bytes_of_row,
+    conditions,
+    gather,
+    of_one_condition,
+    trained_rows,
+    two_sets,
+)
+from fewstep.evaluation.measure import ENDS, MANY, Judge, choose_metrics, possible_metrics
 from fewstep.evaluation.results import Evaluation
+from fewstep.evaluation.variety import SEEDS, diversity
 from fewstep.flows.exact import ExactField
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
@@ -24,6 +35,7 @@ from fewstep.flows.sampling import count_calls, sample
 _SOLVE = 128  # midpoint steps to the end points of a teacher without a closed form; Heun would ask at t = 1
 _SOLVED = 1000  # images solved so: 256 calls for each are the dearest part of an evaluation
 _LARGE = 1 << 30  # bytes of conditions that are kept in memory
+_CONDITIONS = 4  # prompts, or other conditions but classes, of which SEEDS samples each are drawn for the diversity
 
 
 def evaluate(
@@ -42,6 +54,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
+    training: Any = None,
 ) -> Evaluation:
     """Measure ``model`` at each number of steps, and beside it the teacher in Euler steps.
 
@@ -50,10 +63,19 @@ def evaluate(
     * with a teacher, ``rmse`` to the end points of its ODE (see ``points.rmse``), solved once: exact for a field in
       closed form, else by 128 midpoint steps, of images for the first 1000;
     * points (any shape but (C, H, W)) against fresh rows of the data: ``sliced_w2`` (of 16,000 rows at most),
-      ``energy`` (of 5,000 at most) and, in the plane, ``histogram_kl``;
+      ``energy`` (of 5,000 at most) and, in the plane, ``histogram_kl``; where the data or the exact teacher know which
+      points are possible (``inside``), the share of samples ``outside``;
     * images, with an extractor, against rows of the data: the Frechet distance of the features, ``fd``, called ``fid``
-      with FID's own network alone; ``kid``; ``precision`` and ``recall``; and ``accuracy``, the share of samples in
-      the class that was asked for, where the extractor has ``classify`` and there are ``class_labels``.
+      with FID's own network alone; their sliced 2-Wasserstein distance, ``feature_w2``; ``kid``; ``precision`` and
+      ``recall``; and ``accuracy``, the share of samples in the class that was asked for, where the extractor has
+      ``classify`` and there are ``class_labels``;
+    * points, or images with an extractor, and a teacher of 16 steps or more: ``diversity``, how far samples are from
+      each other, over that of the teacher at its largest number of steps from the same noise (see
+      ``variety.diversity``): among 64 samples of each class; where nothing is asked for, among 1000; and where
+      something else is, of 64 samples drawn for each of 4 of the conditions (by default not of fewer than 640
+      samples, since it would take long);
+    * with ``training`` rows: ``memorisation``, the share of samples that are as near to one of them as 5 % of the data
+      are (see ``copies.memorisation``), of 1000 samples and 4000 rows of the data.
 
     Args:
         model: the student, or a field to be solved by Euler steps; runs where it is, in eval mode.
@@ -70,6 +92,8 @@ def evaluate(
         metrics: which of the above; by default all that can be had.
         progress: called with the work done and the whole of it, in network calls, after each batch.
         decode: what makes of samples and data the images that the extractor takes, as the VAE of a latent model.
+        training: the rows that the model was trained on, as :func:`fewstep.fit` takes them, where ``data`` has others
+            of the same source; 100,000 of them, or a GB, at most.
 
     Raises:
         ValueError: an argument that cannot be, a metric that is unknown or cannot be had, nothing to measure: before
@@ -80,12 +104,27 @@ def evaluate(
     steps = tuple(dict.fromkeys(steps))
     teacher_steps = tuple(dict.fromkeys((*steps, 100) if teacher_steps is None else teacher_steps))
     data = _as_data(data, teacher)
-    _check(model, teacher, data, extractor, (*steps, *teacher_steps), count, batch)
+    check_arguments(model, teacher, data, extractor, (*steps, *teacher_steps), count, batch)
+    trained = None if training is None else as_data(training)
+    check_training(trained, data)
     asked = data.rows(torch.zeros(1, dtype=torch.long), generator(0)).cond if cond is None else cond
     # Conditions of text fill the memory: they are read as they are needed.
     is_large = cond is None and data.size is not None and count * bytes_of_row(asked) > _LARGE
-    possible = possible_metrics(data.shape, teacher is not None, extractor, has_classes(asked))
+    inside = support_of(data, teacher)
+    possible = possible_metrics(
+        data.shape,
+        teacher is not None,
+        extractor,
+        is_by_class := has_classes(asked),
+        is_diverse=teacher is not None and max(teacher_steps, default=0) >= MANY,
+        has_edges=inside is not None,
+        has_training=trained is not None,
+    )
     names = choose_metrics(metrics, possible)
+    seeds, groups = min(SEEDS, count), 0
+    if asked and not is_by_class and "diversity" in names:  # which needs samples of its own
+        groups = max(min(_CONDITIONS, count // (10 * SEEDS)), 0 if metrics is None else 1)
+        names = names if groups else tuple(name for name in names if name != "diversity")
 
     solved = 0
     if teacher is not None and any(name in ENDS for name in names):
@@ -94,13 +133,15 @@ def evaluate(
     plan: list[tuple[str, FlowMap | VelocityField, int]] = [("student", model, n) for n in steps]
     if teacher is not None:
         plan += [("teacher", teacher, n) for n in teacher_steps]
-    calls = sum(n for *_, n in plan) * -(-count // batch) + 2 * _SOLVE * -(-solved // batch)
+    batches = -(-count // batch) + groups * -(-seeds // batch)
+    calls = sum(n for *_, n in plan) * batches + 2 * _SOLVE * -(-solved // batch)
     tick = _ticker(progress, calls)
 
     first, second = two_sets(data, count, seed)
     with _eval_mode(model, teacher, extractor):
-        judge = Judge(names, extractor, decode)
-        known = judge.learn(gather(data, first, seed, 0, is_large))
+        judge = Judge(names, extractor, decode, inside, is_by_class)
+        learned = () if trained is None else gather(trained, trained_rows(trained, seed), seed, 2, True)
+        known = judge.learn(gather(data, first, seed, 0, is_large), learned)
         given = conditions(known if cond is None else cond, count, seed)
         if guidance is not None:
             given["guidance"] = torch.full((count,), guidance)
@@ -110,22 +151,37 @@ def evaluate(
             judge.ends = torch.cat(
                 [_ends(teacher, noise, some, tick).cpu() for noise, _, some in starts.of(teacher, solved)]
             )
-        rows, samples = [], {}
+        rows, samples, spreads = [], {}, []
+        again = [of_one_condition(starts, row, seeds) for row in range(groups)]
         for role, who, n in plan:
             with count_calls(who) as made:
-                values, shown = judge.measure(_sampled(role, who, n, starts.of(who, count), tick), names)
-            rows.append({"model": role, "steps": n, "nfe": round(made.rows / count), **values})
-            samples[f"{role} {n}"] = shown
-        floor, also = {}, [n for n in names if n not in ENDS and (n != "accuracy" or has_classes(known))]
+                found = judge.measure(_sampled(role, who, n, starts.of(who, count), tick), names)
+            rows.append({"model": role, "steps": n, "nfe": round(made.rows / count), **found.values})
+            samples[f"{role} {n}"] = found.shown
+            apart = (judge.spread(_sampled(role, who, n, some.of(who, seeds), tick)) for some in again)
+            spreads.append(dict(enumerate(apart)) if again else found.spread)
+        no_floor = {*ENDS, *(["diversity"] if groups else [])}
+        no_floor |= set() if has_classes(known) else {"accuracy", *(["diversity"] if is_by_class else [])}
+        floor = None
         if len(second) == len(first):
-            floor, _ = judge.measure(gather(data, second, seed, 1, is_large), also)
+            also = [name for name in names if name not in no_floor]
+            floor = judge.measure(gather(data, second, seed, 1, is_large), also)
+    if "diversity" in names:
+        _, most = max((n, i) for i, (role, _, n) in enumerate(plan) if role == "teacher")
+        for row, spread in zip(rows, spreads, strict=True):
+            row["diversity"] = diversity(spread, spreads[most])
+        if floor is not None and floor.spread:
+            floor.values["diversity"] = diversity(floor.spread, spreads[most])
     facts = {
         "shape": list(data.shape), "count": count, "seed": seed, "data": len(first), "ends": solved,
         "extractor": _identity(extractor),
     }  # fmt: skip
+    if "memorisation" in names:
+        facts["training"] = len(judge.training)
     tell: Any = getattr(data, "captions", None) if cond is None else None
     captions = [] if tell is None else tell(first[torch.arange(len(judge.shown)) % len(first)])
-    return Evaluation(rows, floor, facts, {**samples, "data": judge.shown}, captions)
+    data_row = {} if floor is None else {name: value for name, value in floor.values.items() if value is not None}
+    return Evaluation(rows, data_row, facts, {**samples, "data": judge.shown}, captions)
 
 
 def _sampled(
@@ -159,27 +215,10 @@ def _ends(teacher: VelocityField, noise: Tensor, cond: dict[str, Any], tick: Cal
 def _as_data(data: Any, teacher: VelocityField | None) -> Data:
     if data is None and isinstance(teacher, ExactField):
         exact = deepcopy(teacher).cpu()  # data are drawn on the CPU, like all that is random
-        return Toy(exact.data, exact.shape)
+        return Toy(exact.data, exact.shape, inside=getattr(exact, "inside", None))
     if data is None:
         raise ValueError("evaluate needs data, to hold samples against: only an exact teacher brings its own")
     return as_data(data)
-
-
-def _check(
-    model: Any, teacher: Any, data: Data, extractor: nn.Module | None, steps: Sequence[int], count: int, batch: int
-) -> None:
-    if not isinstance(model, FlowMap | VelocityField):
-        raise ValueError(f"evaluate takes a FlowMap or a VelocityField, not a {type(model).__name__}")
-    if teacher is not None and not isinstance(teacher, VelocityField):
-        raise ValueError(f"the teacher is a VelocityField, not a {type(teacher).__name__}")
-    if not steps or min(steps) < 1:
-        raise ValueError(f"steps are {list(steps)}: one or more are needed, each at least 1")
-    if batch < 1:
-        raise ValueError(f"batch is {batch}: at least one sample is drawn at once")
-    if min(count, data.size or count) < 4:
-        raise ValueError(f"{count} samples against {data.size or count} rows of data: at least 4 of each are needed")
-    if extractor is not None and len(data.shape) != 3:
-        raise ValueError(f"an extractor judges images (C, H, W), and a sample has shape {tuple(data.shape)}")
 
 
 def _identity(extractor: nn.Module | None) -> str | None:

@@ -1,5 +1,6 @@
 """What an evaluation starts from: the noise of each sample, what is asked of it, and the rows of the data."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ from fewstep.flows.signature import device_of
 _SMALL = 1 << 25  # bytes of noise that are kept in memory
 _BLOCK = 1000  # rows of data gathered at once: fixed, so that fresh data does not depend on ``batch``
 # Keep the generators of rows, fresh data and conditions apart from each other and from those of training.
-_ROWS, _FRESH, _CONDITIONS = 0x726F7773, 0x66726573, 0x636F6E64
+_ROWS, _FRESH, _CONDITIONS, _TRAINED = 0x726F7773, 0x66726573, 0x636F6E64, 0x74726169
+_MOST, _MEMORY = 100_000, 1 << 30  # rows trained on that are looked at, and their bytes
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,14 @@ class Starts:
             yield noise, generators, {name: value.to(device) for name, value in cond.items()}
 
 
+def of_one_condition(starts: Starts, row: int, count: int) -> Starts:
+    """The same noise, and ``count`` times what sample ``row`` is asked for."""
+    cond = {name: value[row : row + 1] for name, value in starts.cond.items()}
+    cond |= {} if starts.more is None else starts.more(range(row, row + 1))
+    repeated = {name: value.expand(count, *value.shape[1:]) for name, value in cond.items()}
+    return Starts(starts.shape, starts.seed, starts.batch, repeated)
+
+
 @dataclass(frozen=True)
 class Reader:
     """What samples are asked for, as the data has it: read when it is needed."""
@@ -72,6 +82,15 @@ def two_sets(data: Data, count: int, seed: int) -> tuple[Tensor, Tensor]:
         return torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
     index = torch.randperm(data.size, generator=generator(seed, _ROWS))
     return index[:count], index[count : 2 * count]
+
+
+def trained_rows(data: Data, seed: int) -> Tensor:
+    """Indices of the rows trained on, in order; of more than fit, some at random."""
+    size = data.size or 0
+    most = min(_MOST, _MEMORY // (4 * math.prod(data.shape)))
+    if size <= most:
+        return torch.arange(size)
+    return torch.randperm(size, generator=generator(seed, _TRAINED))[:most].sort().values
 
 
 def gather(data: Data, index: Tensor, seed: int, which: int, bare: bool) -> Iterator[Batch]:

@@ -136,6 +136,12 @@ def histogram_kl(
     return float((p * (p / q).log()).sum())
 
 
+def outside(x: Tensor, inside: Callable[[Tensor], Tensor]) -> float:
+    """The share of points x (N, D) that lie where the data never do; ``inside`` (N, D) -> (N,) says which could be
+    data. It sees stray points between the modes, of which an :func:`rmse` says little."""
+    return float((~inside(_checked(x, "x"))).double().mean())
+
+
 def _pair(x: Tensor, y: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
     """Both clouds as float64 rows on x's device, checked."""
     x, y = _checked(x, "x"), _checked(y, "y").to(x.device)

@@ -194,6 +194,10 @@ class BoxesField(ExactField):
         """float32, (count, D)."""
         return Boxes(self.boxes).draw(count, generator)
 
+    def inside(self, points: Tensor) -> Tensor:
+        """Whether each of points (N, D) lies where the data do, (N,)."""
+        return Boxes(self.boxes).inside(points)
+
     def on(self, path: Path) -> "BoxesField":
         return type(self)(self.boxes, path)
 

@@ -12,11 +12,12 @@ from fewstep.common.console import progress_bar
 from fewstep.common.disk import replace_file
 from fewstep.common.options import parse_value
 from fewstep.data.batch import Data, has_classes
+from fewstep.evaluation import measure
+from fewstep.evaluation.checks import support_of
 from fewstep.evaluation.evaluate import evaluate
 from fewstep.evaluation.extractor import trained_classifier
 from fewstep.evaluation.grids import image_grid
 from fewstep.evaluation.inception import inception
-from fewstep.evaluation.measure import possible_metrics
 from fewstep.evaluation.plots import loss_figure, points_figure, quality_figure
 from fewstep.evaluation.report import write_report
 from fewstep.evaluation.results import Evaluation, alike, compare
@@ -34,8 +35,8 @@ from fewstep.training.trackers import read_metrics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What is plotted, the first that there is heading the report.
-_PLOTTED = ("fid", "fd", "rmse", "error_median", "sliced_w2")
+# What is plotted, the first that there is heading the report; what there is of the others, where none of these is.
+_PLOTTED = ("fid", "fd", "rmse", "error_median", "sliced_w2", "feature_w2", "outside", "diversity")
 # What a metric is called in reports.
 LABELS = {
     "rmse": "RMSE to the end points of the teacher's ODE",
@@ -43,6 +44,10 @@ LABELS = {
     "sliced_w2": "sliced W2 to the data",
     "fd": "Frechet distance to the data",
     "fid": "FID",
+    "feature_w2": "sliced W2 of the features to those of the data",
+    "outside": "share of samples where the data never are",
+    "diversity": "distance between samples, over that of the teacher (1 is as diverse; higher is better)",
+    "memorisation": "share of samples as near to a training row as 5 % of the held-out rows are",
 }
 _POINTS, _IMAGES, _DECODED = 8192, 24, 6  # in an image; a VAE takes its time
 
@@ -83,9 +88,16 @@ def judge(
     """
     section, held_out = recipe.evaluation, prepare(recipe, data, model)
     extractor = _extractor(section.extractor, held_out if recipe.data.name == "teacher" else data, model)
-    found, metrics = None, section.metrics
+    found, metrics, training = None, section.metrics, _training(recipe, data)
     if metrics is None and not follows_teacher(recipe):  # the teacher's end points are not where it should end
-        metrics = possible_metrics(data.shape, False, extractor, has_classes(getattr(held_out, "cond", {})))
+        metrics = measure.possible_metrics(
+            data.shape,
+            False,
+            extractor,
+            has_classes(getattr(held_out, "cond", {})),
+            has_edges=support_of(held_out, teacher) is not None,
+            has_training=training is not None,
+        )
     if metrics != () and (teacher is not None or extractor is not None or len(data.shape) != 3):
         with progress_bar("evaluating", quiet) as progress:
             found = evaluate(
@@ -102,10 +114,17 @@ def judge(
                 metrics=metrics,
                 progress=progress,
                 decode=model.latents.decode if model.latents is not None and section.extractor != "auto" else None,
+                training=training,
             )
         replace_file(out / QUALITY, found.to_json().encode())
     _report(model, teacher, recipe, found, out)
     return found
+
+
+def _training(recipe: Recipe, data: Data) -> Data | None:
+    """The rows that a run was trained on, where it is judged by others of the same source."""
+    is_apart = recipe.evaluation.data not in (None, recipe.data) and recipe.data.name != "teacher"
+    return data if is_apart and data.size is not None and data.size > 1 else None
 
 
 Table = tuple[str, list[str], list[list[Any]]]
@@ -124,7 +143,7 @@ def compare_runs(evaluations: dict[str, Evaluation], out: Path) -> list[Table]:
         lines = _lines(group, "teacher" in columns)
         for metric in _plotted(lines):
             name = metric if number == 0 else f"{metric}-{number + 1}"
-            label = LABELS[metric] if len(groups) == 1 else f"{LABELS[metric]}: {', '.join(group)}"
+            label = LABELS.get(metric, metric) + ("" if len(groups) == 1 else f": {', '.join(group)}")
             figures.append((label, png(quality_figure(lines, metric), out / f"{name}.png")))
     write_report(
         out / "compare.html",
@@ -183,7 +202,8 @@ def _extractor(choice: str, data: Data, model: Model) -> nn.Module | None:
 
 
 def _plotted(rows: Sequence[dict[str, Any]]) -> list[str]:
-    return [metric for metric in _PLOTTED if any(row.get(metric) is not None for row in rows)]
+    measured = [m for m in (*_PLOTTED, *measure.METRICS) if any(row.get(m) is not None for row in rows)]
+    return [m for m in _PLOTTED if m in measured] or measured[:1]
 
 
 def _report(model: Model, teacher: VelocityField | None, recipe: Recipe, found: Evaluation | None, out: Path) -> None:
@@ -192,8 +212,9 @@ def _report(model: Model, teacher: VelocityField | None, recipe: Recipe, found: 
     if found is not None:
         tables.append(("Quality against network calls", *found.table()))
         for metric in _plotted(found.rows):
-            figures.append((LABELS[metric], quality_figure(found.rows, metric)))
-        png(figures[0][1], out / QUALITY_FIGURE)
+            figures.append((LABELS.get(metric, metric), quality_figure(found.rows, metric)))
+        if figures:
+            png(figures[0][1], out / QUALITY_FIGURE)
         figures += (pictures := _pictures(model, teacher, recipe, found))
         if pictures and (captions := found.captions[: _shown(model)]):
             tables.append(("The images' prompts, row by row", ["picture", "prompt"], list(enumerate(captions, 1))))

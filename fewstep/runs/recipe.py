@@ -215,9 +215,11 @@ class Evaluation(Section):
     )
     count: int = Field(default=10_000, ge=0, description="samples judged at each step count; 0 for no evaluation")
     batch: Count = Field(default=500, description="samples drawn at once")
-    data: Named | None = Field(default=None, description="what samples are held against; else the data trained on")
+    data: Named | None = Field(
+        default=None, description="what samples are held against; else the data trained on (no memorisation then)"
+    )
     metrics: tuple[str, ...] | None = Field(
-        default=None, description="which of rmse, fd, kid, ... are measured; else all (rmse is dear on images)"
+        default=None, description="which of rmse, fd, diversity, ... are measured; else all (rmse is dear on images)"
     )
     extractor: str = Field(
         default="auto",

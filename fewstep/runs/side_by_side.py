@@ -87,7 +87,8 @@ class Comparison:
     @property
     def metrics(self) -> list[str]:
         """Those that were measured, the one to judge by first."""
-        found = {name for row in self.rows for name, value in row.items() if name in METRICS and math.isfinite(value)}
+        values = ((name, value) for row in self.rows for name, value in row.items() if name in METRICS)
+        found = {name for name, value in values if value is not None and math.isfinite(value)}
         return [name for name in dict.fromkeys(("fid", "fd", *METRICS)) if name in found]
 
     def table(self, metric: str) -> tuple[list[str], list[list[Any]]]:

@@ -1,5 +1,6 @@
 """Quality against network calls: on exact maps and on images whose features are known."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.common.randomness import sample_generators
+from fewstep.data import densities, load_data
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch
 from fewstep.evaluation.evaluate import evaluate
@@ -14,9 +16,9 @@ from fewstep.evaluation.extractor import extract
 from fewstep.evaluation.features import FeatureStatistics, frechet_distance, precision_recall
 from fewstep.evaluation.inception import Inception
 from fewstep.evaluation.measure import ENDS
-from fewstep.evaluation.points import error_quantiles, rmse
-from fewstep.evaluation.results import Evaluation, compare
-from fewstep.flows.exact import GaussianField, eight_gaussians
+from fewstep.evaluation.points import error_quantiles, outside, rmse, sliced_wasserstein
+from fewstep.evaluation.results import Evaluation, alike, compare
+from fewstep.flows.exact import CheckerboardField, GaussianField, eight_gaussians
 from fewstep.flows.fields import Guided, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample, sample_noise
@@ -147,7 +149,9 @@ def test_images_are_measured_by_features():
     data, network, extractor = images(200), Labelled(), Features()
     model = FlowMap(network, prediction="data")
     found = evaluate(model, data=data, steps=(1,), count=100, batch=30, extractor=extractor)
-    assert list(found.rows[0]) == ["model", "steps", "nfe", "fd", "kid", "precision", "recall", "accuracy"]
+    assert list(found.rows[0]) == [
+        "model", "steps", "nfe", "fd", "feature_w2", "kid", "precision", "recall", "accuracy",
+    ]  # fmt: skip
     # By hand: all rows but in the data's order, which features do not see; the labels are those of 100 of the rows.
     labels = torch.cat(network.asked)
     draws = sample(model, sample_noise((100, 1, 4, 4), sample_generators(0, range(100))), 1, class_labels=labels)
@@ -158,6 +162,7 @@ def test_images_are_measured_by_features():
     fd = frechet_distance(FeatureStatistics.of(a), FeatureStatistics.of(b))
     assert found.rows[0]["fd"] == pytest.approx(fd, rel=1e-4)
     assert (found.rows[0]["precision"], found.rows[0]["recall"]) == precision_recall(a, b)
+    assert found.rows[0]["feature_w2"] == pytest.approx(sliced_wasserstein(a, b), rel=1e-4)
     assert found.rows[0]["accuracy"] == 1.0
     assert 0.0 <= found.floor["fd"] < 0.2
     assert found.floor["accuracy"] > 0.95  # a mean of 16 values with 0.05 / 4 of noise
@@ -227,7 +232,9 @@ def test_fid_is_the_name_for_inception_alone():
     found = evaluate(model, data=images(40), steps=(1,), count=20, extractor=Small())
     assert "fid" in found.rows[0]
     assert "fd" not in found.rows[0]
-    with pytest.raises(ValueError, match="'fid' cannot be had here, only fd, kid, precision, recall, accuracy"):
+    with pytest.raises(
+        ValueError, match="'fid' cannot be had here, only fd, feature_w2, kid, precision, recall, accuracy"
+    ):
         evaluate(model, data=images(40), extractor=Features(), metrics=["fid"])
 
 
@@ -269,6 +276,35 @@ def test_points_of_other_shapes_and_types():
     assert list(found.rows[0]) == ["model", "steps", "nfe", "sliced_w2", "energy"]
     assert found.samples["student 2"].dtype == torch.float64
     assert found.rows[0]["sliced_w2"] < 0.15  # normal noise is this data
+
+
+def test_points_between_the_squares_are_outside():
+    teacher = CheckerboardField()
+    still = FlowMap(ExactNetwork(GaussianField(torch.zeros(2), torch.eye(2))))  # its samples are the noise
+    found = evaluate(still, teacher=teacher, steps=(1,), teacher_steps=(1, 100), count=500)
+    noise = sample_noise((500, 2), sample_generators(0, range(500)))
+    assert found.rows[0]["outside"] == outside(noise, densities.checkerboard().inside)
+    assert 0.4 < found.rows[0]["outside"] < 0.7
+    assert found.rows[1]["outside"] == 0.0  # one Euler step leads to the middle of the board, where two squares meet
+    assert 0.0 < found.rows[2]["outside"] < 0.1
+    assert found.floor["outside"] == 0.0
+    # The data know it too, for a teacher that does not.
+    learned = evaluate(still, data=load_data("checkerboard"), steps=(1,), count=500)
+    assert learned.rows[0]["outside"] == found.rows[0]["outside"]
+    with pytest.raises(ValueError, match=r"'outside' cannot be had here.* outside a support with edges"):
+        evaluate(still, teacher=eight_gaussians(), metrics=["outside"])
+
+
+def test_what_was_measured_before_there_were_more_metrics_stands_beside_new_rows(field: GaussianField):
+    file = Path(__file__).parents[1] / "written_by_0.1.0" / "run" / "quality.json"
+    old = Evaluation.read(file)
+    new = evaluate(FlowMap(ExactNetwork(field)), teacher=field, steps=(1, 2), count=200)
+    columns, rows = compare({"old": old, "new": new})
+    assert columns == ["metric", "nfe", "old", "new", "old's teacher", "new's teacher"]
+    found = {(metric, nfe): values for metric, nfe, *values in rows}
+    assert found["rmse", 1] == [old.rows[0]["rmse"], new.rows[0]["rmse"], old.rows[4]["rmse"], new.rows[2]["rmse"]]
+    assert found["diversity", 1] == [None, new.rows[0]["diversity"], None, new.rows[2]["diversity"]]
+    assert list(alike({"old": old, "new": new})[0]) == ["old", "new"]
 
 
 def test_json_table_and_comparison(field: GaussianField):

@@ -5,8 +5,19 @@ import math
 import pytest
 import torch
 
+from fewstep.data.densities import Boxes, checkerboard
+from fewstep.data.toy import checkerboard as board
 from fewstep.evaluation import points
-from fewstep.evaluation.points import energy_distance, error_quantiles, histogram_kl, mmd, rmse, sliced_wasserstein
+from fewstep.evaluation.points import (
+    energy_distance,
+    error_quantiles,
+    histogram_kl,
+    mmd,
+    outside,
+    rmse,
+    sliced_wasserstein,
+)
+from fewstep.flows.exact import CheckerboardField
 
 
 def normal(rows: int, dims: int = 2, seed: int = 0) -> torch.Tensor:
@@ -70,6 +81,49 @@ def test_sliced_wasserstein_of_equal_and_unequal_numbers_agree():
     x, y = normal(200), normal(200, seed=1) * 1.5
     twice = torch.cat([y, y])  # the same distribution, by the other way of computing it
     assert sliced_wasserstein(x, y) == pytest.approx(sliced_wasserstein(x, twice), rel=1e-9)
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.7, 1.0), (0.0, 0.5), (-1.2, 2.0)])
+def test_sliced_wasserstein_of_two_gaussians(shift: float, scale: float):
+    # Of N(0, I) and N(d, s^2 I), W2^2 along a direction is (d . theta)^2 + (s - 1)^2, and |d|^2 / D + (s - 1)^2 on
+    # average.
+    x, y = normal(20_000, 4), normal(20_000, 4, seed=1)
+    expected = math.sqrt(shift**2 + (scale - 1) ** 2)
+    assert sliced_wasserstein(x, scale * y + shift, projections=2000) == pytest.approx(expected, rel=0.03, abs=0.02)
+
+
+def test_sliced_wasserstein_sees_what_mean_and_variance_do_not():
+    # Of N(0, 1) and of +-1, both of mean 0 and variance 1: W2^2 = E (|z| - 1)^2 = 2 - 2 sqrt(2 / pi).
+    signs = torch.ones(2000, 1, dtype=torch.float64)
+    signs[::2] = -1
+    expected = math.sqrt(2 - 2 * math.sqrt(2 / math.pi))
+    assert sliced_wasserstein(quantiles(2000), signs, projections=1) == pytest.approx(expected, rel=1e-3)
+
+
+def test_outside_of_boxes_in_closed_form():
+    boxes = Boxes(torch.tensor([[[0.0, 1.0], [0.0, 1.0]], [[2.0, 4.0], [0.0, 1.0]]]))
+    points = torch.tensor([[0.5, 0.5], [3.0, 1.0], [1.5, 0.5], [0.5, 1.1], [4.0 + 5e-7, 0.0], [4.0 + 1e-4, 0.0]])
+    assert boxes.inside(points).tolist() == [True, True, False, False, True, False]
+    assert outside(points, boxes.inside) == pytest.approx(0.5)
+
+
+def test_outside_of_the_checkerboard():
+    density, draw = checkerboard(), torch.Generator().manual_seed(0)
+    points = density.draw(50_000, draw)
+    cell = math.sqrt(3) / 2
+    for inside in (density.inside, board().inside, CheckerboardField().inside):
+        assert inside is not None
+        assert outside(points, inside) == 0.0
+        assert outside(points + torch.tensor([cell, 0.0]), inside) == 1.0
+        assert outside(points + torch.tensor([cell / 4, 0.0]), inside) == pytest.approx(0.25, abs=0.01)
+    # Half of a square that holds the board is filled.
+    square = (torch.rand(50_000, 2, generator=draw) * 4 - 2) * cell
+    assert outside(square, density.inside) == pytest.approx(0.5, abs=0.01)
+    # A blur of h << cell takes h sqrt(2 / pi) / cell of the points over an edge, on each of two axes.
+    h = 0.02
+    blurred = points + h * torch.randn(points.shape, generator=draw)
+    expected = 2 * h * math.sqrt(2 / math.pi) / cell
+    assert outside(blurred, density.inside) == pytest.approx(expected, rel=0.06)
 
 
 def test_energy_distance_of_two_points_each():
@@ -166,6 +220,7 @@ def test_histogram_edges_belong_to_the_box():
         (lambda: mmd(normal(3), normal(3), [0.0]), "must be positive"),
         (lambda: histogram_kl(normal(3), normal(3), range=[(0, 1)]), "each of the 2 axes"),
         (lambda: histogram_kl(normal(3, 8), normal(3, 8)), "project the points"),
+        (lambda: outside(torch.tensor([[math.nan, 0.0]]), checkerboard().inside), "1 of 1 rows of x are not finite"),
         (lambda: rmse(torch.tensor([[float("nan")], [1.0]]), torch.zeros(2, 1)), "1 of 2 rows of x are not finite"),
     ],
 )

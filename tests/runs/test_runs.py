@@ -367,6 +367,31 @@ def test_images_are_judged_by_a_classifier_of_their_labels(
     assert len(asked) == 1
 
 
+@pytest.mark.takes_seconds
+def test_a_run_that_is_judged_by_other_rows_hands_over_those_it_was_trained_on(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    for name, rows in (("own", 300), ("other", 200)):
+        np.save(tmp_path / f"{name}.npy", draw.normal(size=(rows, 3)).astype(np.float32))
+    tree = {
+        "data": str(tmp_path / "own.npy"), "objective": "FlowMatching", "name": "x",
+        "student": {"network": "mlp", "options": {"width": 8, "depth": 2}},
+        "training": {"steps": 2, "batch": 8, "quiet": True},
+        "evaluation": {"data": str(tmp_path / "other.npy"), "count": 100, "steps": [1]},
+    }  # fmt: skip
+    done = run(load_recipe(tree), tmp_path / "run")
+    assert done.evaluation is not None
+    assert list(done.evaluation.rows[0])[3:] == ["sliced_w2", "energy", "memorisation"]
+    assert done.evaluation.facts["training"] == 300
+    assert "memorisation" in done.evaluation.floor
+    assert "memorisation" in (tmp_path / "run" / "report.html").read_text()
+    again = evaluate_run(tmp_path / "run", device="cpu", metrics=["memorisation"])
+    assert again is not None
+    assert again.rows == [{k: done.evaluation.rows[0][k] for k in ("model", "steps", "nfe", "memorisation")}]
+    same = evaluate_run(tmp_path / "run", device="cpu", data=str(tmp_path / "other.npy"))
+    assert same is not None
+    assert "memorisation" not in same.rows[0]  # what it is judged by is what it is said to be trained on
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"

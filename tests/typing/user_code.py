@@ -115,7 +115,9 @@ def loop_of_ones_own(student: fewstep.FlowMap, teacher: fewstep.VelocityField) -
 
 
 def judging(student: fewstep.FlowMap, teacher: fewstep.VelocityField, data: Tensor) -> str:
-    judged = fewstep.evaluate(student, teacher=teacher, data=data, steps=(1, 2), count=100, metrics=["w2"])
+    judged = fewstep.evaluate(
+        student, teacher=teacher, data=data, steps=(1, 2), count=100, metrics=["w2"], training=data
+    )
     header, rows = fewstep.compare({"ours": judged})
     wrong = fewstep.diagnose(student, teacher, data, times=[0.0, 0.5, 1.0])
     methods = fewstep.compare_methods("checkerboard-itvm", ["ITVM", "LMD"], seeds=[0, 1], seconds=60.0)

@@ -169,7 +169,9 @@ def _methods() -> str:
     parts = [
         "## `objective`: the options of each method\n\n`objective: {name: NAME, OPTION: VALUE}`, or `--objective NAME "
         "--objective.OPTION VALUE`. An option that a method does not have is refused by name. With `teacher: none` "
-        "among them, the teacher of the recipe only judges."
+        "among them, the teacher of the recipe only judges. `finish: corrected` or `finish: adversarial` among the "
+        "options of a method that trains a map is short for that objective with the method as its `base`; `[corrected, "
+        "adversarial]` for both, and `{name: corrected, weight: 0.3}` with options."
     ]
     for name, method in OBJECTIVES.items():
         rows = arguments_of(method, f"objective.{name}", skip=("teacher",))

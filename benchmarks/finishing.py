@@ -3,7 +3,8 @@
     python benchmarks/finishing.py FOLDER [--seeds 0 1 2] [--ways corrected ...]    # what is kept is not trained again
 
 A teacher is trained, and distilled by ITVM once a seed; then each way goes on from that student for as long as the
-first way takes for STEPS steps, by measured costs of a step (processor time, in turns). Writes benchmarks/results/finishing-digits.json, for docs/methods/corrected.md and adversarial.md.
+first way takes for STEPS steps, by measured costs of a step (processor time, in turns). Writes
+benchmarks/results/finishing-digits.json, for docs/methods/corrected.md and adversarial.md.
 """
 
 import argparse

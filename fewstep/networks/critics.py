@@ -65,10 +65,12 @@ class ConvCritic(nn.Module):
 
 
 class MLPCritic(nn.Module):
-    """``depth`` hidden layers of ``width`` for points, or samples of any other shape as the numbers in them.
+    """``depth`` hidden layers of ``width`` for points, or samples of any other shape as the numbers in them. Points
+    also go in as sines and cosines of 1, 2, 4, ... times their numbers: a plain MLP is slow to see an edge.
 
     Args:
         shape: of one sample.
+        frequencies: of the sines and cosines; None for 4 where a sample has up to 16 numbers, and 0 for others.
         classes, level, seed: see :class:`ConvCritic`.
 
     Raises:
@@ -80,22 +82,28 @@ class MLPCritic(nn.Module):
         shape: tuple[int, ...],
         width: int = 128,
         depth: int = 3,
+        frequencies: int | None = None,
         classes: int = 0,
         level: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        size = math.prod(shape)
+        self.frequencies = (4 if size <= 16 else 0) if frequencies is None else frequencies
         if depth < 1 or width < 1:
             raise ValueError(f"the critic mlp has depth {depth} and width {width}: both are 1 or more")
         with _first_weights(seed):
-            self.input = nn.Linear(math.prod(shape), width)
+            self.input = nn.Linear(size * (1 + 2 * self.frequencies), width)
             self.level = nn.Linear(_FREQUENCIES, width, bias=False) if level else None
             self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
             self.head = _Head(width, classes)
         self.takes_level = level
 
     def forward(self, x: Tensor, *, class_labels: Tensor | None = None, level: Tensor | None = None) -> Tensor:
-        h, told = self.input(x.flatten(1)), _embedded(level, self.level is not None, x)
+        x = x.flatten(1)
+        turns = torch.cat([x * 2**k for k in range(self.frequencies)], dim=1) if self.frequencies else x[:, :0]
+        h = self.input(torch.cat([x, turns.sin(), turns.cos()], dim=1))
+        told = _embedded(level, self.level is not None, x)
         if self.level is not None and told is not None:
             h = h + self.level(told)
         for layer in self.hidden:

@@ -79,6 +79,7 @@ class Adversarial(Finishing):
     """
 
     player = "critic"
+    needs_rows = True
     betas = (0.0, 0.99)
     advice = (
         "Put noise on its rows (diffused: true), raise its penalty or lower its lr, and see that the data are those "
@@ -145,12 +146,15 @@ class Adversarial(Finishing):
         with _full_precision(critic, made.x):
             real, x = (rows.to(type_of(critic)) for rows in (made.data, made.x))
             told_real, told = self._told(critic, real, made), self._told(critic, x, made)
+            if self.loss == "relativistic":  # a pair has the same noise level
+                told |= {name: told_real[name] for name in ("level", "time") if name in told_real}
             on_real, steep_real = self._slope(critic, real, told_real, made)
             on_made, steep_made = self._slope(critic, x.detach(), told, made)
             loss = critic_loss(on_real, on_made).mean() + self.penalty / 2 * (steep_real + steep_made).mean()
             terms = {"critic_real": on_real.mean().detach(), "critic_made": on_made.mean().detach()}
             if isinstance(critic, Diffused):
-                critic.see(on_real)
+                # Relativistic logits have no zero: what says how sure it is are the pairs.
+                critic.see(on_real - on_made if self.loss == "relativistic" else on_real)
                 terms["critic_noise"] = critic.p.clone()
             if not made.is_turn:
                 return Judged(None, loss, terms)

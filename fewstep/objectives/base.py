@@ -73,12 +73,14 @@ class Objective(nn.Module):
 
     ``sources`` are the arXiv numbers of its papers. ``gamma`` is how the students it makes are sampled when nothing is
     said: 0, or 1 where they only know the way to t = 1 (consistency models), see ``fewstep.sample``. ``trains_field``
-    says that what it trains is a velocity field, not a flow map.
+    says that what it trains is a velocity field, not a flow map. ``needs_rows``: it learns from real rows, so a recipe
+    whose teacher makes the data has none for it.
     """
 
     ema: float | None = None
     gamma: float = 0.0
     trains_field: bool = False
+    needs_rows: bool = False
     sources: tuple[str, ...] = ()
 
     def __init__(self, teacher: VelocityField | None = None) -> None:

@@ -178,7 +178,8 @@ class ConsistencyTraining(_Consistency):
 
 class CTM(TwoTime):
     """Consistency trajectory models: ``X_{s,t}(x_s)`` against ``X^-_{m,t}(x_m)``, m in (s, t], both compared after
-    ``X^-_{t,1}`` (arXiv 2310.02279), and ``u = v`` on the diagonal. Without its adversarial term.
+    ``X^-_{t,1}`` (arXiv 2310.02279), and ``u = v`` on the diagonal. Its adversarial term is :class:`Adversarial`
+    around it.
 
     ``x_m`` is ``solver_steps`` Heun steps of the teacher from s. The loss's gradient runs through ``X^-_{t,1}``, whose
     weights are fixed.

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fewstep.common.errors import briefly, is_out_of_memory, unknown
-from fewstep.common.options import arguments
+from fewstep.common.options import arguments, find_object
 from fewstep.common.randomness import generator
+from fewstep.common.trust import is_code
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import classes_of, device_of, needed_conditions, network_of, shape_of
@@ -21,6 +22,7 @@ from fewstep.objectives.diffused import Diffused
 from fewstep.objectives.teacher_critic import TeacherCritic, recording
 
 CRITICS: dict[str, Any] = {"conv": ConvCritic, "mlp": MLPCritic, "teacher": TeacherCritic}
+_GIVEN = ("teacher", "level", "classes", "cond")  # what no option says
 _SMALLEST = 8  # sides of images for conv
 
 
@@ -29,19 +31,18 @@ def check_name(wanted: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
     Raises:
         ValueError: a critic that is not known, or an option that it does not take.
+        FileNotFoundError: there is no such file of code.
     """
     options = {"name": wanted} if isinstance(wanted, str) else dict(wanted)
-    name = options.pop("name", "auto")
+    name = str(options.pop("name", "auto"))
+    if is_code(name):
+        return name, arguments("objective.critic", find_object(name, nn.Module), options)
     if name != "auto" and name not in CRITICS:
-        raise unknown("critic", name, ("auto", *CRITICS))
+        raise unknown("critic", name, ("auto", *CRITICS, "FILE.py:FUNCTION"))
     if name == "auto" and options:
-        raise ValueError(
-            f"critic: {{{', '.join(options)}}} are options of a critic, and its name is missing: name: conv"
-        )
+        raise ValueError(f"critic has options ({', '.join(options)}) and no name: say which it is, such as name: conv")
     if name != "auto":
-        arguments(
-            "critic", CRITICS[name], options, ("teacher",) if name == "teacher" else ("shape", "level", "classes")
-        )
+        arguments("objective.critic", CRITICS[name], {"shape": (), **options} if name != "teacher" else options, _GIVEN)
     return name, options
 
 
@@ -58,6 +59,11 @@ def critic_of(
             like, no teacher for the critic ``teacher``.
     """
     name, options = check_name(wanted)
+    if is_code(name):
+        made = find_object(name, nn.Module)(**options)
+        if not isinstance(made, nn.Module):
+            raise ValueError(f"{name} gave a {type(made).__name__}, and a critic is a torch module")
+        return made
     if name == "teacher":
         if teacher is None:
             raise ValueError("the critic teacher is made of the teacher's network, and there is no teacher: take conv")

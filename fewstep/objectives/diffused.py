@@ -26,9 +26,10 @@ class Diffused(nn.Module):
         r = E sign D(real)      p <- clip(p + sign(r - target) rows / images, 0, 1)
         T = round(steps[0] + p (steps[1] - steps[0]))
 
-    The authors' code draws k for a table of 64 slots after each change of T, and gives step 1 the probability 0 in
-    ``priority``; here each row draws for itself, and step 1 has its share. State (p, and what was seen since its last
-    change) is in buffers, summed over processes.
+    Logits of a relativistic loss have no zero: there ``D(real) - D(made)`` takes the place of ``D(real)``, and a pair
+    has one level. The authors' code draws k for a table of 64 slots after each change of T, and gives step 1 the
+    probability 0 in ``priority``; here each row draws for itself, and step 1 has its share. State (p, and what was
+    seen since its last change) is in buffers, summed over processes.
 
     Args:
         critic: called ``critic(y, level=level, **cond)``, level (n,) in [0, 1], or without it where its ``forward``
@@ -109,7 +110,8 @@ class Diffused(nn.Module):
         return k.floor().clamp(min=1).minimum(most).long()
 
     def see(self, real: Tensor) -> None:
-        """Take in the logits (n,) of real rows; where gradients are off nothing trains, and nothing is counted."""
+        """Take in the logits (n,) of real rows, or by how much they are above those of made ones; where gradients are
+        off nothing trains, and nothing is counted."""
         if torch.is_grad_enabled():
             mine = torch.stack([real.detach().sign().sum().to(self.signs), torch.full_like(self.rows, len(real))])
             signs, rows = distributed.summed(mine)

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ Use = tuple[str, str]
 _OPTIONS: dict[str, tuple[Any, str, str]] = {
     "times": ("logit-normal", "2403.03206", "logit-normal times"),
     "learned": (True, "2312.02696", "the learned weight"),
+    "diffused": (True, "2206.02262", "the noise on the critic's rows (Diffusion-GAN)"),
+    "critic": ("teacher", "2403.12015", "the teacher's features as a critic"),
+    "adaptive": (True, "2012.09841", "the adaptive weight of the adversarial term"),
 }
 
 
@@ -135,6 +138,8 @@ def _recipe(recipe: Recipe) -> Iterator[Use]:
             yield "", f"what {section.name} uses is not known: {error}"
         for option, (value, number, reason) in _OPTIONS.items():
             said = section.options.get(option)
+            if isinstance(said, Mapping):  # with options of its own
+                said = said.get("name", True)
             if said == value or (isinstance(said, str) and said.partition("(")[0] == value):  # with its numbers
                 yield number, reason
     if recipe.student.start is not None and (start := recipe_of(recipe.student.start)) is not None:

@@ -13,7 +13,7 @@ from fewstep.objectives import OBJECTIVES, Finishing, Objective
 from fewstep.runs.recipe import Named, Recipe
 
 
-def find_objective(name: str) -> type:
+def find_objective(name: str) -> type[Objective]:
     """The class of a method: fewstep's by name, or one's own by ``FILE.py:CLASS``."""
     if is_code(name):
         found = find_object(name, Objective)
@@ -29,6 +29,13 @@ def settle_objective(recipe: Recipe) -> None:
     """The options of the method filled in, once it is clear that there is what it and the student start from."""
     teacher, student = recipe.teacher, recipe.student
     recipe.objective = _filled(recipe, finished(recipe.objective), "objective")
+    if recipe.data.name in ("teacher", "prior"):
+        for section in recipe.objectives:
+            if find_objective(section.name).needs_rows:
+                raise ValueError(
+                    f"{section.name} sets what the student makes against real rows, and data: {recipe.data.name} has "
+                    "none: name data (a folder of samples will do), or take Corrected, which needs none"
+                )
     if teacher is None and student.network == "auto" and student.start is None:
         raise ValueError(
             "student.network is auto, the network of the teacher, and there is no teacher: say mlp or unet"

@@ -23,6 +23,15 @@ def test_points_and_samples_of_any_shape_get_a_logit_a_row():
     assert MLPCritic((2, 32), 8, depth=1)(torch.randn(5, 2, 32)).shape == (5,)
 
 
+def test_points_go_in_as_sines_too_and_images_do_not():
+    critic, x = MLPCritic((2,), 8, frequencies=2), torch.randn(5, 2, generator=generator(0))
+    seen: list[torch.Tensor] = []
+    critic.input.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    critic(x)
+    torch.testing.assert_close(seen[0], torch.cat([x, x.sin(), (2 * x).sin(), x.cos(), (2 * x).cos()], dim=1))
+    assert [MLPCritic(shape, 4).input.in_features for shape in ((2,), (16,), (17,))] == [18, 144, 17]
+
+
 def test_the_seed_decides_the_weights_and_nothing_else_notices():
     before = torch.get_rng_state()
     one, two, other = ConvCritic((1, 8, 8), 4, seed=1), ConvCritic((1, 8, 8), 4, seed=1), ConvCritic((1, 8, 8), 4)

@@ -96,7 +96,7 @@ def test_at_equal_distributions_the_best_critic_has_log_2_and_moves_nothing():
     critic, student = Along(0.0), FlowMap(Shift())
     by = student.network.by  # pyright: ignore
     term, loss = judge(around(critic), student, made + by, real)
-    assert float(loss) == pytest.approx(math.log(2))
+    assert float(loss.detach()) == pytest.approx(math.log(2))
     (of_w,), (of_student,) = torch.autograd.grad(loss, [critic.w]), torch.autograd.grad(term, [by])
     assert float(of_w) == pytest.approx(0.0, abs=1e-12)  # it is the best of these critics
     assert float(of_student) == 0.0
@@ -313,6 +313,30 @@ def test_a_critic_without_a_second_derivative_has_differences():
         judge(around(critic, penalty=0.1, slopes="exact"), student, x, real)[1].backward()
 
 
+class Noise(nn.Module):
+    """A critic that says the level it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        return self.w * level
+
+
+def test_pairs_have_one_level_of_noise_and_say_how_sure_the_critic_is():
+    student, rows = FlowMap(Shift(2)), torch.zeros(64, 2)
+    for loss, share in (("relativistic", 0.0), ("logistic", 0.5)):
+        objective = around(Noise(), loss=loss, diffused={"steps": (1000, 1000)})
+        _, player = judge(objective, student, rows, rows)
+        critic = objective.critic
+        assert isinstance(critic, Diffused)
+        # No pair differs; by itself a real row is above 0 where it has noise, half of them.
+        assert float(critic.signs / critic.rows) == pytest.approx(share, abs=0.15)
+        if loss == "relativistic":
+            assert float(player) == pytest.approx(math.log(2))
+
+
 class Told(nn.Module):
     """A critic with a condition of its own, and nothing else."""
 
@@ -369,9 +393,9 @@ def test_what_cannot_be_is_said_in_one_line_before_anything_is_computed():
         fit(student, around("teacher", ITVM(GaussianField(torch.zeros(2), torch.eye(2)))), data, 1, quiet=True)
     with pytest.raises(ValueError, match="did you mean 'conv'"):
         around("konv")
-    with pytest.raises(ValueError, match=r"critic.widht.*did you mean 'critic.width'"):
+    with pytest.raises(ValueError, match=r"critic.widht.*did you mean 'objective.critic.width'"):
         around({"name": "mlp", "widht": 3})
-    with pytest.raises(ValueError, match="name is missing"):
+    with pytest.raises(ValueError, match="and no name: say which it is"):
         around({"width": 3})
     with pytest.raises(ValueError, match="did you mean 'relativistic'"):
         around("mlp", loss="relativstic")

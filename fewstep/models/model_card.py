@@ -211,9 +211,9 @@ def _shape(model: Any, channels: int | None = None, factor: int = 1) -> str:
 
 
 def _credit(method: str) -> str:
-    """The method and the papers that the docstring of its class names."""
-    papers = []
-    if method in OBJECTIVES:
-        papers = re.findall(r"\b\d{4}\.\d{4,5}\b", inspect.getdoc(OBJECTIVES[method]) or "")
+    """The method, such as ``ITVM`` or ``Corrected around ITVM``, and the papers that the docstrings of its classes
+    name."""
+    known = [OBJECTIVES[name] for name in method.split(" around ") if name in OBJECTIVES]
+    papers = [paper for one in known for paper in re.findall(r"\b\d{4}\.\d{4,5}\b", inspect.getdoc(one) or "")]
     links = ", ".join(f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in dict.fromkeys(papers))
     return f"Trained with {method}{f' ({links})' if links else ''}."

@@ -41,7 +41,8 @@ def origin_of(model: FlowMap | NetworkField, run: Path | None, export: Path) -> 
     said = read_yaml(run / RECIPE)
     (export / TRAINING / RECIPE).write_text(as_yaml(without_places(said)))
     recipe = Recipe.model_validate(said)  # which opening the run has checked
-    method, teacher = recipe.objective.name, recipe.teacher.source if recipe.teacher else ""
+    method = " around ".join(section.name for section in recipe.objectives)
+    teacher = recipe.teacher.source if recipe.teacher else ""
     if not base:
         base = _base_of(Path(teacher).expanduser()) if teacher else {}
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", teacher) and not Path(teacher).exists():
@@ -51,7 +52,7 @@ def origin_of(model: FlowMap | NetworkField, run: Path | None, export: Path) -> 
         quality=_table_of(run),
         pictures=pictures,
         recipe=f"{TRAINING}/{RECIPE}",
-        citation=citation(str(run)) or citation(method),
+        citation=citation(str(run)) or citation(recipe.objectives[-1].name),
         base=base,
     )
 

@@ -33,8 +33,13 @@ def memorisation(samples: Tensor, held_out: Tensor, training: Tensor, share: flo
 
 
 def nearness(x: Tensor, training: Tensor) -> Tensor:
-    """``d1 / d2`` of each row of x, (N,) in float64 and in [0, 1]: the distance to the nearest row of ``training`` over
-    that to the second nearest; 0 where both are 0.
+    """``d1 / d2`` of each row of x, (N,) in [0, 1], of :func:`two_nearest`; 0 where both are 0."""
+    first, second = two_nearest(x, training).unbind(1)
+    return torch.where(second > 0, first / second, 0.0)
+
+
+def two_nearest(x: Tensor, training: Tensor) -> Tensor:
+    """The distances of each row of x to the nearest and the second nearest row of ``training``, (N, 2), float64.
 
     Raises:
         ValueError: rows of two shapes, or fewer than two to be near to.
@@ -53,8 +58,7 @@ def nearness(x: Tensor, training: Tensor) -> Tensor:
         away, order = torch.cat([away, some], 1).topk(2, largest=False)
         where = torch.cat([where, index + start], 1).gather(1, order)
     # The two are found to rounding, and their distances are exact: a copy is at 0.
-    first, second = (x[:, None].double() - training[where].double()).norm(dim=2).sort(1).values.unbind(1)
-    return torch.where(second > 0, first / second, 0.0)
+    return (x[:, None].double() - training[where].double()).norm(dim=2).sort(1).values
 
 
 def comparable(x: Tensor) -> Tensor:

@@ -103,14 +103,14 @@ def test_evaluate_tells_copies_from_fresh_rows(is_copy: bool):
 
 
 def test_it_is_the_quantile_of_held_out_rows_and_of_the_first_samples(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(measure, "_HELD_OUT", 30)
+    monkeypatch.setattr(measure, "_HELD_OUT", 5)
     monkeypatch.setattr(measure, "_COPIES", 25)
     training, data = uniform(90, 2).float(), uniform(100, 2, 1).float()
     samples = torch.cat([training[:10], uniform(30, 2, 2).float()])
     found = evaluate(
         FlowMap(Given(samples)), data=data, training=training, steps=(1,), count=40, batch=40, metrics=["memorisation"]
     )
-    held_out = data[torch.randperm(100, generator=inputs.generator(0, inputs._ROWS))[:30]]
+    held_out = data[torch.randperm(100, generator=inputs.generator(0, inputs._ROWS))[:5]]
     (limit,) = quantiles(nearness(held_out, training), (0.05,))
     expected = float((nearness(samples[:25], training) <= limit).double().mean())
     assert found.rows[0]["memorisation"] == expected

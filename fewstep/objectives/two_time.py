@@ -86,6 +86,8 @@ class TwoTime(Objective):
     goal_has_u = False
     # The weights of terms that are added to the loss as they are, each a mean over its rows.
     beside: Mapping[str, float] = MappingProxyType({})
+    # Terms that see the rows of all parts.
+    of_all_rows: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -175,7 +177,10 @@ class TwoTime(Objective):
         rows, parts = self._draw(student, batch, generator, now)
         errors = self.errors(student, rows, parts, now)
         pairs = torch.stack([rows.s, rows.t], dim=1)
-        times = {name: pairs[parts[name if name in parts else self.term]] for name in errors}
+        times = {
+            name: pairs if name in self.of_all_rows else pairs[parts[name if name in parts else self.term]]
+            for name in errors
+        }
         weighed = {name: self.weigh(error, times[name][:, 0], times[name][:, 1], now) for name, error in errors.items()}
         means = {name: error.mean() for name, error in errors.items()}
 

@@ -224,23 +224,23 @@ def test_students_and_data_that_do_not_fit() -> None:
 
 
 @pytest.mark.takes_seconds
-@pytest.mark.parametrize("head", [True, False])
-def test_guided_samples_are_those_of_the_guided_classes(head: bool) -> None:
-    """The end points of the exact classes guided by 3, which the same training without guidance is far from."""
+def test_guided_samples_are_those_of_the_guided_classes() -> None:
+    """The end points of the exact classes guided by 3, which the same training without guidance is far from, and one
+    without a head farther than one with it."""
     one, _, both = classes(torch.float32)
     batch = labelled(dtype=torch.float32)
-    data = ArrayData(batch.data, batch.cond)
-    noise = torch.randn(500, 2, generator=generator(3))
-    labels = torch.zeros(500, dtype=torch.long)
+    noise, labels = torch.randn(500, 2, generator=generator(3)), torch.zeros(500, dtype=torch.long)
     ends = sample(Guided(one, 3.0, weak=both), noise, 100)
-    found = {}
-    for name, options in (("guided", {"guided": True, "null": NULL, "head": head}), ("plain", {})):
+    found = []
+    for options in ({"guided": True, "null": NULL}, {"guided": True, "null": NULL, "head": False}, {}):
         objective, student = ImprovedMeanFlow(**options), small()
+        data = ArrayData(batch.data, batch.cond)
         made = fit(student, objective, data, steps=800, batch=256, lr=3e-3, ema=0.99, quiet=True).ema
         cond = {"class_labels": labels, **({"guidance": torch.full((500,), 3.0)} if options else {})}
-        found[name] = rmse(sample(made, noise, 2, **cond), ends)
-    print(found)
-    assert found["guided"] < 0.6 * found["plain"], found
+        found.append(rmse(sample(made, noise, 2, **cond), ends))
+    with_head, without, plain = found
+    assert with_head < 0.7 * plain, found
+    assert with_head < without < 0.95 * plain, found
 
 
 @pytest.mark.takes_seconds

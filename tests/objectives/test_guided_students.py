@@ -31,7 +31,7 @@ def recipe(tmp_path):
         },
         "student": {"network": "mlp", "options": {"width": 64, "depth": 2, "guidance": True}},
         "data": "eight-gaussians",
-        "objective": {"name": "AYF", "diagonal": 0.75},
+        "objective": {"name": "AYF", "diagonal": 0.75, "times": "gap(-0.8, 1)"},  # as in the paper
         "training": {"steps": 500, "batch": 128, "lr": 3e-3, "quiet": True},
         "evaluation": {"count": 0},
     }

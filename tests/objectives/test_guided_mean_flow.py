@@ -21,6 +21,7 @@ from fewstep.networks import MLP
 from fewstep.objectives import ImprovedMeanFlow
 from fewstep.objectives.rows import Now, Rows
 from fewstep.objectives.velocity_head import VelocityHead
+from fewstep.planning.counting import count_step
 from fewstep.runs.loading import load_run
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
@@ -179,6 +180,18 @@ def test_what_a_step_costs(head: bool, calls: int) -> None:
     with count_calls(student) as made:
         objective(student, labelled(64, torch.float32), generator=generator(0))
     assert made.count == calls
+
+
+def test_a_step_is_counted_before_there_are_numbers() -> None:
+    """As ``fewstep plan`` does, on tensors without any."""
+    student, (x, cond) = FlowMap.from_field(field_of("dit"), guidance="interval").to("meta"), rows_of("dit")
+    batch = Batch(x.repeat(4, 1, 1, 1).to("meta"), {name: value.repeat(4).to("meta") for name, value in cond.items()})
+    counted = []
+    for head in (True, False):
+        objective = ImprovedMeanFlow(guided=True, null={"class_labels": 5}, head=head)
+        objective.adopt(student)
+        counted.append(count_step(student, objective, batch).flops)
+    assert 0 < counted[0] < counted[1]
 
 
 @pytest.mark.parametrize(

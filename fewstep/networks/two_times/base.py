@@ -109,8 +109,8 @@ class TwoTimes:
         strength = torch.ones_like(t) if guidance is None else guidance.to(t)
         # Strengths are a few units, and ends of an interval parts of one; the frequencies are made for hundreds.
         if self.told_guidance == "interval":
-            told = strength if strength.ndim == 2 else torch.stack([strength, 0 * t, 0 * t + 1], dim=-1)
-            return torch.cat([second[:, None], told * told.new_tensor([100.0, 1000.0, 1000.0])], dim=-1)
+            strength, low, high = strength.unbind(1) if strength.ndim == 2 else (strength, 0 * t, 0 * t + 1)
+            return torch.stack([second, 100 * strength, 1000 * low, 1000 * high], dim=-1)
         if strength.ndim == 2:
             raise ValueError(f"guidance with an interval, for a {type(self).__name__} that is told the strength alone")
         return torch.stack([second, 100 * strength], dim=-1)

@@ -110,6 +110,30 @@ def test_guidance_that_is_learned_is_that_of_the_classes(strength: float) -> Non
         assert off.abs().max() > 1e-2
 
 
+def test_the_loss_is_that_of_the_goal_along_the_models_own_velocity() -> None:
+    """Row by row: along the noisy velocity the goal has the same mean, and another value."""
+    objective, student = ImprovedMeanFlow(guided=True, null=NULL, head=False), FlowMap(Truth(2.5, size=0.1))
+    rows, _ = all_that_led_there(2.5)
+    parts: Any = {"tangent": slice(0, 0), "mean": slice(None)}
+    with torch.no_grad():
+        own = student.velocity(rows.x, rows.s, **rows.cond)
+        goal = objective.mean_goal(student, rows, objective.guided_velocity(student, rows, own), own)
+        error = (student.average_velocity(rows.x, rows.s, rows.t, **rows.cond) - goal).square().mean(1)
+        torch.testing.assert_close(objective.errors(student, rows, parts, Now())["mean"], error)
+        # With a head it is the head's velocity.
+        points = small().double()
+        objective = ImprovedMeanFlow(guided=True, null=NULL)
+        objective.adopt(points)
+        assert objective.head is not None
+        objective.head.layer.bias.add_(0.5)  # pyright: ignore
+        u, v = objective.head(points, rows.x, rows.s, rows.t, rows.cond)
+        velocity = objective.guided_velocity(points, rows, v)
+        found = objective.errors(points, rows, parts, Now())
+        goal = objective.mean_goal(points, rows, velocity, v)
+        torch.testing.assert_close(found["mean"], (u - goal).square().mean(1))
+        torch.testing.assert_close(found["head"], (v - velocity).square().mean(1))
+
+
 def labelled(rows: int = 4096, dtype: torch.dtype = torch.float64) -> Batch:
     draw = torch.Generator().manual_seed(1)
     labels = torch.randint(2, (rows,), generator=draw)
@@ -249,7 +273,7 @@ def test_guided_samples_are_those_of_the_guided_classes() -> None:
         objective, student = ImprovedMeanFlow(**options), small()
         data = ArrayData(batch.data, batch.cond)
         made = fit(student, objective, data, steps=800, batch=256, lr=3e-3, ema=0.99, quiet=True).ema
-        cond = {"class_labels": labels, **({"guidance": torch.full((500,), 3.0)} if options else {})}
+        cond: dict[str, Any] = {"class_labels": labels, **({"guidance": torch.full((500,), 3.0)} if options else {})}
         found.append(rmse(sample(made, noise, 2, **cond), ends))
     with_head, without, plain = found
     assert with_head < 0.7 * plain, found

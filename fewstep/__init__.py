@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         Shortcut,
         SplitMeanFlow,
         TeacherCritic,
+        Trajectory,
         TwoTime,
     )
     from fewstep.runs.cite import cite
@@ -111,6 +112,7 @@ _HOMES = {
     "TVM": "objectives",
     "Tabulated": "flows.tabulated",
     "TeacherCritic": "objectives",
+    "Trajectory": "objectives",
     "Trigonometric": "flows.paths",
     "TwoTime": "objectives",
     "VariancePreserving": "flows.paths",
@@ -174,6 +176,7 @@ __all__ = [
     "SplitMeanFlow",
     "Tabulated",
     "TeacherCritic",
+    "Trajectory",
     "Trigonometric",
     "TwoTime",
     "VariancePreserving",

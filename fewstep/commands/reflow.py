@@ -19,6 +19,7 @@ def add(commands: Commands) -> None:
         "draw pairs of noise and data from a model, to train a straighter one on",
         examples=[
             "reflow checkerboard --count 10000 --out pairs",
+            "reflow checkerboard --count 10000 --steps 64 --states 8 --out ways",
             "reflow ./stable-diffusion --prompts captions.txt --guidance-scale 7.5 --count 20000 --out pairs",
         ],
         may_run_code=True,
@@ -32,6 +33,9 @@ def add(commands: Commands) -> None:
     p.add_argument("--labels", metavar="3,5", help="classes, given to the pairs in turn (default: all)")
     p.add_argument("--prompts", metavar="FILE", help="texts, given to the pairs in turn, for a model of text")
     add_guidance_scale(p)
+    p.add_argument(
+        "--states", type=int, default=0, metavar="K", help="states between noise and data to keep, for Trajectory"
+    )
     p.add_argument("--teacher", action="store_true", help="take the teacher of the run instead")
     p.add_argument("--batch", type=int, default=256, metavar="N", help="pairs drawn at once (default: 256)")
     p.add_argument("--shard", type=int, default=10_000, metavar="N", help="pairs in a file (default: 10000)")
@@ -77,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
             guidance=guidance,
             batch=args.batch,
             shard=args.shard,
+            states=args.states,
             device=args.device,
             command=again,
             progress=progress,
@@ -87,14 +92,19 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.out}: {missing} shards are still missing, which other processes draw")
         say_next([again])
         return 0
-    print(f"{args.out}: {args.count} pairs of noise and data")
-    train = ["--objective", "FlowMatching", "--out", f"{args.out}-trained"]
+    between = f", with {args.states} states between" if args.states else ""
+    print(f"{args.out}: {args.count} pairs of noise and data{between}")
+    method = "Trajectory" if args.states else "FlowMatching"
+    train = ["--objective", method, "--out", f"{args.out}-trained"]
     if isinstance(unguided(model), NetworkField) and not args.teacher:
         # Starts from the model's own weights, and is judged by its trajectories.
         say_next([shlex.join(["fewstep", "distill", "--teacher", args.model, "--data", str(args.out), *train])])
     else:
+        verb = "train"
         recipe = args.model if run else "checkerboard-reflow" if len(shape) == 1 else "photos-teacher"
+        if args.states and not run:  # whose velocity teaches the rows with s = t
+            recipe, verb, train = "checkerboard-trajectory", "distill", ["--teacher", args.model, *train[2:]]
         # As a mapping, it takes the place of the options of the recipe's own data too.
         data = json.dumps({"name": str(args.out)})
-        say_next([shlex.join(["fewstep", "train", recipe, "--data", data, *train])])
+        say_next([shlex.join(["fewstep", verb, recipe, "--data", data, *train])])
     return 0

@@ -20,6 +20,7 @@ from fewstep.data.conditions import Dropped, Strengths
 from fewstep.data.encoded import Encoded
 from fewstep.data.order import epoch_indices
 from fewstep.data.pairs import FACTS, Pairs
+from fewstep.data.prior import Prior
 from fewstep.data.toy import Toy
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Dropped",
     "Encoded",
     "Pairs",
+    "Prior",
     "Strengths",
     "Toy",
     "epoch_indices",

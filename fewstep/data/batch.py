@@ -11,22 +11,24 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Batch:
     """Rows for one step: ``data`` (B, ...), conditions as keyword tensors of B rows each, and, where data and noise
-    come in pairs (a coupling, reflow), the ``noise`` of each row; otherwise the objective draws it."""
+    come in pairs (a coupling, reflow), the ``noise`` of each row; otherwise the objective draws it. Where more is known
+    of the trajectory from the noise to the data, ``states`` (B, K, ...) at ``times`` (B, K), rising within (0, 1)."""
 
     data: Tensor
     cond: dict[str, Tensor] = field(default_factory=dict)
     noise: Tensor | None = None
+    states: Tensor | None = None
+    times: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.data)
 
     def to(self, device: torch.device | str) -> "Batch":
-        move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
-        return Batch(
-            move(self.data),
-            {name: move(value) for name, value in self.cond.items()},
-            None if self.noise is None else move(self.noise),
-        )
+        def move(x: Tensor | None) -> Any:
+            return None if x is None else x.to(device, non_blocking=True)
+
+        cond = {name: move(value) for name, value in self.cond.items()}
+        return Batch(move(self.data), cond, move(self.noise), move(self.states), move(self.times))
 
 
 def has_classes(cond: Mapping[str, Any]) -> bool:
@@ -36,6 +38,11 @@ def has_classes(cond: Mapping[str, Any]) -> bool:
         return False
     labels = torch.as_tensor(cond["class_labels"])
     return labels.ndim < 2 and not labels.is_floating_point()
+
+
+def is_prior(data: Any) -> bool:
+    """Whether data is none, but says what a sample's shape and conditions are (:class:`fewstep.data.Prior`)."""
+    return bool(getattr(data, "is_prior", False))
 
 
 @runtime_checkable

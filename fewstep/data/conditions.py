@@ -2,6 +2,7 @@
 of guidance, for students that are told it (arXiv 2210.03142)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Dropped(Around):
             kept = cond[name]
             none = torch.as_tensor(value).to(kept).expand_as(kept)
             cond[name] = torch.where(out.view(-1, *[1] * (kept.ndim - 1)), none, kept)
-        return Batch(batch.data, cond, batch.noise)
+        return replace(batch, cond=cond)
 
 
 class Strengths(Around):
@@ -77,7 +78,7 @@ class Strengths(Around):
         """The rows of ``index`` (n,) as the data gives them, and the strength of each."""
         batch = self.data.rows(index, generator)
         strength = self.low + (self.high - self.low) * uniform(len(batch), generator)
-        return Batch(batch.data, {**batch.cond, "guidance": strength.to(batch.data)}, batch.noise)
+        return replace(batch, cond={**batch.cond, "guidance": strength.to(batch.data)})
 
     @property
     def cond(self) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Pairs of noise and data from a folder, as ``fewstep.generation.reflow`` writes them: facts in JSON, rows in
 shards."""
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.batch import Batch
-from fewstep.data.shards import CHECKS, check_floats, facts_in, gathered, is_list, is_said, shards_of
+from fewstep.data.shards import CHECKS, check_floats, facts_in, gathered, is_count, is_list, is_said, shards_of
 from fewstep.data.shards import read_shard as read_tensors
 from fewstep.data.texts import Texts
 
@@ -18,6 +19,8 @@ FORMAT = 1
 _CHECKS = CHECKS | {
     "labels": lambda value: value is None or is_list(value, lambda label: type(label) is int and label >= 0),
     "prompts": is_said,
+    "states": lambda value: value is None or is_count(value),
+    "path": lambda value: value is None or is_list(value, lambda number: type(number) in (int, float)),
 }
 
 
@@ -27,6 +30,8 @@ class Pairs:
     The shards are memory-mapped: a row is read when it is asked for. Nothing about a row is random.
 
     Attributes:
+        states: how many states between noise and data each row has, with their times; 0 for none.
+        path: the path that those are on, by its ``quarters``; None where there are none.
         cond: all class labels, where there are any; the conditions of prompts are too large for that.
 
     Raises:
@@ -41,6 +46,8 @@ class Pairs:
         self.facts = read_facts(self.folder)
         self.size: int | None = self.facts["count"]
         self.shape: tuple[int, ...] = tuple(self.facts["shape"])
+        self.states: int = self.facts.get("states") or 0
+        self.path: list[float] | None = self.facts.get("path")
         files = shard_files(self.folder, self.facts)
         go_on = f"the command that made the folder goes on with it: {self.facts['command']}"
         if missing := [file for file in files if not file.is_file()]:
@@ -53,7 +60,7 @@ class Pairs:
         except ValueError as error:
             raise ValueError(f"{error}: {go_on}") from None
         if self._texts is None:
-            names = [name for name in self._shards[0] if name not in ("noise", "data")]
+            names = [name for name in self._shards[0] if name not in ("noise", "data", "states", "times")]
             self.cond = {name: torch.cat([shard[name] for shard in self._shards]) for name in names}
 
     @cached_property
@@ -65,11 +72,16 @@ class Pairs:
         return self.facts["count"]
 
     def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
-        """The rows of ``index`` (n,): data, conditions and the noise that each came from."""
-        noise, data = self._gather("noise", index), self._gather("data", index)
+        """The rows of ``index`` (n,): data, conditions, the noise that each came from, and the states between."""
         if self._texts is not None:
-            return Batch(data, self._texts.rows(self._text[index]), noise)
-        return Batch(data, {name: value[index] for name, value in self.cond.items()}, noise)
+            cond = self._texts.rows(self._text[index])
+        else:
+            cond = {name: value[index] for name, value in self.cond.items()}
+        found = Batch(self._gather("data", index), cond, self._gather("noise", index))
+        if not self.states:
+            return found
+        states = self._gather("states", index, (self.states, *self.shape))
+        return replace(found, states=states, times=self._gather("times", index, (self.states,)))
 
     def bare(self, index: Tensor) -> Tensor:
         """The data of ``index`` (n,) alone."""
@@ -79,9 +91,9 @@ class Pairs:
         """The prompts of ``index`` (n,), to be shown; empty where there are none."""
         return [] if self._texts is None else self._texts.captions(self._text[index])
 
-    def _gather(self, name: str, index: Tensor) -> Tensor:
+    def _gather(self, name: str, index: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
         rows = self.facts["shard"]
-        return gathered((shard[name] for shard in self._shards), index // rows, index % rows, self.shape)
+        return gathered((shard[name] for shard in self._shards), index // rows, index % rows, shape or self.shape)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -108,10 +120,11 @@ def shard_rows(facts: dict[str, Any], shard: int) -> range:
 
 
 def read_shard(folder: Path, facts: dict[str, Any], shard: int) -> dict[str, Tensor]:
-    """``noise``, ``data`` and the conditions of one shard, memory-mapped.
+    """``noise``, ``data``, the conditions of one shard, and where there are any its ``states`` (rows, K, ...) and
+    their ``times`` (rows, K); memory-mapped.
 
     Raises:
-        ValueError: it is damaged or holds something else.
+        ValueError: it is damaged or holds something else, times that do not rise within (0, 1) among it.
     """
     file, rows = shard_files(folder, facts)[shard], len(shard_rows(facts, shard))
     tensors = read_tensors(file)
@@ -121,7 +134,23 @@ def read_shard(folder: Path, facts: dict[str, Any], shard: int) -> dict[str, Ten
         wanted["class_labels"] = (rows,)
     if facts.get("prompts"):
         wanted["text"] = (rows,)
+    states = facts.get("states")
+    if states:
+        wanted |= {"states": (rows, states, *facts["shape"]), "times": (rows, states)}
     if found != wanted:
         raise ValueError(f"{file} holds {str(found)[:120]} and not {wanted}")
-    check_floats(file, {name: tensors[name] for name in ("noise", "data")})
+    check_floats(file, {name: tensors[name] for name in ("noise", "data", *(("states", "times") if states else ()))})
+    if states:
+        _check_times(file, tensors["times"])
     return tensors
+
+
+def _check_times(file: Path, times: Tensor) -> None:
+    """That the times of a shard's states, (rows, K), rise within (0, 1) row by row."""
+    ends = torch.nn.functional.pad(times, (1, 1))
+    ends[:, -1] = 1
+    if not (ends.diff() > 0).all():
+        row = int((~(ends.diff() > 0).all(1)).nonzero()[0])
+        raise ValueError(
+            f"{file} has states at the times {times[row].tolist()} (row {row}), which do not rise within (0, 1)"
+        )

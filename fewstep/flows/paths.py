@@ -69,6 +69,12 @@ class Path:
         return self == other
 
     @property
+    def quarters(self) -> list[float]:
+        """alpha and sigma at t = 1/4, 1/2 and 3/4, to five digits: by these a file says which path it is on."""
+        t = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+        return [round(float(value), 5) for value in torch.cat([self.alpha(t), self.sigma(t)])]
+
+    @property
     def reach(self) -> tuple[float, float]:
         """The log(alpha / sigma) between which networks of this path are trained."""
         return -math.inf, math.inf

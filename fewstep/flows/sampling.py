@@ -60,17 +60,42 @@ def sample(
     >>> images = fewstep.sample(student, torch.randn(64, 3, 32, 32), steps=2)
     """
     times = check_options(model, steps, grid=grid, solver=solver, gamma=gamma)
-    device = device_of(model, noise.device)
-    noise = noise.to(device)
-    cond = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in cond.items()}
+    noise, cond = _placed(model, noise, cond)
     if isinstance(model, FlowMap):
         gamma = model.gamma if gamma is None else gamma
-        if model.guidance is not None and "guidance" not in cond:
-            cond["guidance"] = noise.new_full((len(noise),), model.guidance)
         return sample_map(model, noise, times, gamma=gamma, generator=generator, **cond)
     times = times.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
     with torch.no_grad():
         return integrate(lambda x, t: model(x, t, **cond), noise, times, solver, tolerance=tolerance)
+
+
+def sample_states(
+    model: FlowMap | VelocityField, noise: Tensor, steps: int, *, solver: str = "euler", **cond: Any
+) -> Tensor:
+    """The noise and the states after each of ``steps`` equal steps, (B, steps + 1, ...): the last are, to the bit, what
+    ``sample`` gives, without noise in between. Arguments and errors as there."""
+    times = check_options(model, steps, solver=solver)
+    x, cond = _placed(model, noise, cond)
+    times = times.to(x.device, torch.promote_types(x.dtype, torch.float32))
+    states = [x]
+    with torch.no_grad():
+        for i in range(steps):
+            ends = times[i : i + 2]
+            if isinstance(model, FlowMap):
+                states.append(sample_map(model, states[-1], ends, **cond))
+            else:
+                states.append(integrate(lambda x, t: model(x, t, **cond), states[-1], ends, solver))
+    return torch.stack(states, dim=1)
+
+
+def _placed(model: FlowMap | VelocityField, noise: Tensor, cond: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Noise and conditions where the model is, the strength of guidance among them for a map that takes one."""
+    device = device_of(model, noise.device)
+    noise = noise.to(device)
+    cond = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in cond.items()}
+    if isinstance(model, FlowMap) and model.guidance is not None and "guidance" not in cond:
+        cond["guidance"] = noise.new_full((len(noise),), model.guidance)
+    return noise, cond
 
 
 def check_options(

@@ -22,9 +22,10 @@ from fewstep.data.shards import MOST_SHARDS
 from fewstep.data.texts import Texts
 from fewstep.flows.identity import identity
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import sample, sample_noise
+from fewstep.flows.sampling import sample, sample_noise, sample_states
 from fewstep.flows.signature import Model, classes_of, shape_of
 from fewstep.flows.solvers import SOLVERS
+from fewstep.flows.times import step_grid
 from fewstep.generation.drawing import check_finite
 from fewstep.generation.texts import claim, turns_of, write_texts
 from fewstep.latents.encoders import text_identity
@@ -45,6 +46,7 @@ def make_pairs(
     batch: int = 256,
     shard: int = 10_000,
     device: torch.device | str | None = None,
+    states: int = 0,
     command: str = "make_pairs with the same arguments",
     progress: Callable[[int, int], None] | None = None,
     rest: bool = False,
@@ -58,7 +60,8 @@ def make_pairs(
     Args:
         field: what is sampled; moved to the device, in evaluation mode.
         out: the folder of ``pairs.json`` and ``pairs-00000.safetensors`` and so on, with ``noise`` and ``data``
-            (shard, ...), and ``class_labels`` (shard,) where there are any; each file is whole or absent.
+            (shard, ...), ``class_labels`` (shard,) where there are any, ``states`` (shard, K, ...) and their ``times``
+            (shard, K) where they are asked for; each file is whole or absent.
         steps, solver: see ``fewstep.sample``; by default fields are solved by Heun, two calls a step.
         shape: one sample's; by default what the model says.
         seed: decides the noise. The noise of ``fewstep sample`` with the same seed is the same.
@@ -67,6 +70,8 @@ def make_pairs(
             float16 in shards of its own, from which the pairs are drawn.
         guidance: the strength that the model is told, where it takes one.
         batch: pairs drawn at once. shard: pairs in a file, and in memory.
+        states: K, how many states between noise and data to keep, for :class:`fewstep.Trajectory`: each pair's are
+            those after steps of its own, one drawn from each K-th of the steps between. Noise and data stay the same.
         device: the default is the process's GPU if there is one, else the CPU.
         command: what to type to go on, told where a shard is missing.
         progress: called with the pairs done and all those of this process, after each batch.
@@ -83,6 +88,10 @@ def make_pairs(
     for name, value in (("count", count), ("steps", steps), ("batch", batch), ("shard", shard)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= states < max(steps, 1):
+        raise ValueError(f"states is {states}: of {steps} steps, {steps - 1} end between noise and data")
+    if states and solver == "adaptive":
+        raise ValueError("states are kept at the steps of a solver, and the adaptive one takes its own: say heun")
     if count > shard * MOST_SHARDS:
         raise ValueError(f"{count} pairs are more than {MOST_SHARDS:,} shards of {shard}: take a larger shard")
     if isinstance(field, FlowMap):
@@ -95,7 +104,10 @@ def make_pairs(
             raise ValueError(f"a flow map takes its steps itself: solver={solver!r} is for velocity fields")
     elif (solver := solver or "heun") not in SOLVERS:
         raise unknown("solver", solver, SOLVERS)
-    settings = {"count": count, "steps": steps, "solver": solver, "seed": seed, "guidance": guidance, "shard": shard}
+    settings = {
+        "count": count, "steps": steps, "solver": solver, "seed": seed, "guidance": guidance, "shard": shard,
+        "states": states or None, "path": field.path.quarters if states else None,
+    }  # fmt: skip
     facts = {**facts_of(field, shape, labels, prompts, **settings), "command": command}
     claim(out / FACTS, facts, "pairs", read_facts)
 
@@ -185,7 +197,8 @@ def _draw(
     which: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """The pairs of these indices, on the CPU; of its prompt, each has the number among the distinct ones."""
-    noise = sample_noise((len(rows), *facts["shape"]), sample_generators(facts["seed"], rows))
+    generators = sample_generators(facts["seed"], rows)
+    noise = sample_noise((len(rows), *facts["shape"]), generators)
     labels = facts["labels"]
     cond = {"class_labels": torch.tensor([labels[i % len(labels)] for i in rows])} if labels else {}
     given: dict[str, Any] = {name: value.to(place) for name, value in cond.items()}
@@ -196,6 +209,15 @@ def _draw(
         given["guidance"] = torch.full((len(rows),), float(facts["guidance"]), device=place)
     if facts["solver"] is not None:
         given["solver"] = facts["solver"]
+    if states := facts.get("states"):
+        # One step of each K-th of those between; drawn by each pair's generator, after its noise.
+        edges = torch.linspace(1, facts["steps"], states + 1, dtype=torch.float64).floor()
+        drawn = torch.stack([torch.rand(states, generator=draw) for draw in generators])
+        after = (edges[:-1] + (drawn * edges.diff()).floor()).long()
+        way = sample_states(field, noise.to(place), facts["steps"], **given).cpu()
+        place_of = after.view(*after.shape, *[1] * (way.ndim - 2)).expand(-1, -1, *way.shape[2:])
+        times = step_grid(facts["steps"]).float()[after]
+        return {"noise": noise, "data": way[:, -1], "states": way.gather(1, place_of), "times": times, **cond}
     return {"noise": noise, "data": sample(field, noise.to(place), facts["steps"], **given).cpu(), **cond}
 
 

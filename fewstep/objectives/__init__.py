@@ -11,18 +11,18 @@ from fewstep.objectives.direct import FMM
 from fewstep.objectives.eulerian import EMD, ESD
 from fewstep.objectives.finishing import Finishing
 from fewstep.objectives.flow_matching import ContrastiveFlowMatching, FlowMatching, Recentred
-from fewstep.objectives.improved_mean_flow import ImprovedMeanFlow
 from fewstep.objectives.itvm import ITVM
 from fewstep.objectives.lagrangian import LMD, LSD, TVM
-from fewstep.objectives.mean_flow import AlphaFlow, MeanFlow
+from fewstep.objectives.mean_flow import AlphaFlow, ImprovedMeanFlow, MeanFlow
 from fewstep.objectives.progressive import PFMM, PSD, Shortcut, SplitMeanFlow
 from fewstep.objectives.teacher_critic import TeacherCritic
+from fewstep.objectives.trajectory import Trajectory
 from fewstep.objectives.two_time import TwoTime
 
 _METHODS: tuple[type[Objective], ...] = (
     FlowMatching, ContrastiveFlowMatching, Denoising, ITVM, LMD, EMD, AYF, PFMM, ConsistencyDistillation, CTM, SCM,
     MeanFlow, ImprovedMeanFlow, AlphaFlow, FMM, LSD, ESD, PSD, TVM, Shortcut, SplitMeanFlow, ConsistencyTraining,
-    Corrected, Adversarial,
+    Corrected, Adversarial, Trajectory,
 )  # fmt: skip
 OBJECTIVES: dict[str, type[Objective]] = {method.__name__: method for method in _METHODS}
 
@@ -30,5 +30,5 @@ __all__ = [
     "AYF", "CTM", "EMD", "ESD", "FMM", "ITVM", "LMD", "LSD", "OBJECTIVES", "PFMM", "PSD", "SCM", "TVM", "Adversarial",
     "AlphaFlow", "ConsistencyDistillation", "ConsistencyTraining", "ContrastiveFlowMatching", "Corrected", "Denoising",
     "Diffused", "Finishing", "FlowMatching", "ImprovedMeanFlow", "Loss", "MeanFlow", "Objective", "Player", "Recentred",
-    "Shortcut", "SplitMeanFlow", "TeacherCritic", "TwoTime",
+    "Shortcut", "SplitMeanFlow", "TeacherCritic", "Trajectory", "TwoTime",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.common.randomness import Generators, chunk_rows, normal
-from fewstep.data.batch import Batch
+from fewstep.data.batch import Batch, is_prior
 from fewstep.flows.fields import VelocityField, check_field
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.times import read_times
@@ -74,13 +74,15 @@ class Objective(nn.Module):
     ``sources`` are the arXiv numbers of its papers. ``gamma`` is how the students it makes are sampled when nothing is
     said: 0, or 1 where they only know the way to t = 1 (consistency models), see ``fewstep.sample``. ``trains_field``
     says that what it trains is a velocity field, not a flow map. ``needs_rows``: it learns from real rows, so a recipe
-    whose teacher makes the data has none for it.
+    whose teacher makes the data has none for it. ``uses_data``: it learns from the rows of a batch at all; else these
+    only say the shape of a sample, and the conditions.
     """
 
     ema: float | None = None
     gamma: float = 0.0
     trains_field: bool = False
     needs_rows: bool = False
+    uses_data: bool = True
     sources: tuple[str, ...] = ()
 
     def __init__(self, teacher: VelocityField | None = None) -> None:
@@ -161,6 +163,14 @@ class Objective(nn.Module):
         if self.has_teacher and not student.path.same_as(self.teacher.path):
             raise ValueError(
                 f"the student is on {student.path}, the teacher on {self.teacher.path}: use teacher.on(student.path)"
+            )
+
+    def check_data(self, data: Any, student: Any) -> None:
+        """Raise, before anything is spent, if this objective cannot train this student on these data."""
+        if self.uses_data and is_prior(data):
+            raise ValueError(
+                f"{type(self).__name__} learns from data, and data: prior has only a shape and conditions: name a data "
+                "set, or take a method that needs none, as LMD and ITVM with starts: prior"
             )
 
 

@@ -62,6 +62,7 @@ class Corrected(Finishing):
 
     player = "fake"
     copied: Tensor
+    uses_data = False
     sources = ("2311.18828", "2405.14867", "2511.19428", "2510.08431")
 
     def __init__(

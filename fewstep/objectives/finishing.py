@@ -182,6 +182,10 @@ class Finishing(Objective):
         super().check_student(student)
         self.base.check_student(student)
 
+    def check_data(self, data: Any, student: Any) -> None:
+        super().check_data(data, student)
+        self.base.check_data(data, student)
+
     def parameter_groups(self, student: nn.Module) -> Mapping[str, list[nn.Parameter] | Player]:
         own = self.player_parameters()
         player = {self.player: Player(own, self.lr, self.betas, None, self.floor, self.advice)} if own else {}

@@ -1,19 +1,24 @@
 """Initial/terminal velocity matching: distillation without a derivative of the network."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fewstep.common.errors import unknown
+from fewstep.common.randomness import Generators, chunk_rows
+from fewstep.data.batch import Batch
 from fewstep.flows.broadcasting import expand
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.objectives.base import check_decay, check_options
+from fewstep.objectives.base import Index, check_decay, check_options
 from fewstep.objectives.compositions import near_the_end, through_middle
 from fewstep.objectives.rows import Now, Rows
+from fewstep.objectives.trajectory import check_solver, check_states, given, on_the_way, shared
 from fewstep.objectives.two_time import TwoTime
 from fewstep.objectives.weights import normalized, warmed
 
-TARGETS = ("interval", "integral", "step", "derivative")
+TARGETS = ("interval", "integral", "step", "derivative", "trajectory")
 MIXED = {"interval": 1.0, "integral": 1.0}
 
 
@@ -30,6 +35,8 @@ class ITVM(TwoTime):
     * ``step``: the EMA map to ``m = t - h``, then one Heun step of the teacher, h up to ``step_size``.
     * ``derivative``: ``v_t(X^-) - r (t - s) d_t u^-`` by a forward-mode pass in t; unstable as it stands, so r rises
       to 1 over the first ``warmup`` of the training and the distance to u^- is normalised, ``g / (rms(g) + 0.1)``.
+    * ``trajectory``: the chord ``(x_t - x_s) / (t - s)`` of a trajectory of the teacher, with nothing of the student in
+      it: stored, or solved from noise, as :class:`Trajectory` has it. These rows are at its states.
 
     No target has a gradient, and only ``derivative`` differentiates the network: fused attention, checkpointing,
     ``torch.compile`` and sharding all stay possible.
@@ -44,7 +51,10 @@ class ITVM(TwoTime):
         middle: where ``interval`` cuts: m is ``s + r (t - s)`` with r uniform within ``middle / 2`` of one half.
         step_size: the largest teacher step of ``step``.
         warmup: the share of the training over which ``derivative`` takes in its derivative.
-        times, ends, options: see :class:`TwoTime`.
+        solver_steps: Heun steps of each trajectory of ``trajectory``.
+        reuse: how many of its rows share one, at different s and t.
+        starts, times, ends, adaptive, options: see :class:`TwoTime`. With ``starts: prior`` the map is learned from
+            t = 0 alone, and ``interval``, which asks for it from the middle on, is refused.
 
     Raises:
         ValueError: for an unknown target or distribution of times, or a share, weight or decay out of its range.
@@ -64,15 +74,20 @@ class ITVM(TwoTime):
         middle: float = 0.0,
         step_size: float = 0.1,
         warmup: float = 0.25,
+        solver_steps: int = 16,
+        reuse: int = 8,
         times: str = "uniform",
         ends: float = 0.25,
+        starts: str = "data",
+        adaptive: float = 0.0,
         error_in: str = "auto",
         jvp: str = "forward",
     ) -> None:
         weights = (initial_weight, terminal_weight)
         super().__init__(
-            teacher, diagonal=diagonal, times=times, ends=ends, error_in=error_in, weights=weights, jvp=jvp
-        )
+            teacher, diagonal=diagonal, times=times, ends=ends, adaptive=adaptive, error_in=error_in, weights=weights,
+            jvp=jvp, starts=starts,
+        )  # fmt: skip
         if target == "mixed":
             target = MIXED
         targets = {target: 1.0} if isinstance(target, str) else target
@@ -82,12 +97,33 @@ class ITVM(TwoTime):
         check_options("ITVM", times, middle=middle, step_size=step_size, warmup=warmup)
         if "step" in targets and step_size == 0:
             raise ValueError("ITVM's step_size is 0: a step of no length teaches nothing, take 0.1")
+        if starts == "prior" and targets.get("interval"):
+            raise ValueError(
+                "ITVM's target interval asks for the map from the middle of the way, and starts: prior trains it from "
+                "t = 0 alone: say starts: own, or target: integral"
+            )
+        check_solver("ITVM", "heun", solver_steps, reuse)
         if not targets or min(targets.values()) < 0 or sum(targets.values()) == 0:
             raise ValueError("ITVM's shares of targets are not negative, and not all shares are 0")
         off = (1 - diagonal) / sum(targets.values())
         self.shares = {self.diagonal_term: diagonal, **{name: off * share for name, share in targets.items()}}
         self.ema = check_decay("ITVM", ema)
         self.middle, self.step_size, self.warmup = middle, step_size, warmup
+        self.solver, self.solver_steps, self.reuse = "heun", solver_steps, reuse
+
+    def check_data(self, data: Any, student: Any) -> None:
+        super().check_data(data, student)
+        if self.shares.get("trajectory"):
+            check_states(self, data, student)
+
+    def _draw(self, student: FlowMap, batch: Batch, generator: Generators, now: Now) -> tuple[Rows, dict[str, Index]]:
+        rows, parts = super()._draw(student, batch, generator, now)
+        if (index := parts.get("trajectory")) is None:
+            return rows, parts
+        some = rows.take("trajectory", index)
+        chunks = len(batch) // chunk_rows(len(batch), generator)
+        way = given(batch, some, index) or shared(some, self, len(some) // chunks)
+        return rows.put(index, on_the_way(*way)), parts
 
     def goal(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
         x, s, t, cond = rows.x, rows.s, rows.t, rows.cond
@@ -107,4 +143,6 @@ class ITVM(TwoTime):
                 end = x + expand(t - s, x) * u
                 ramp = warmed(now.progress, self.warmup)
                 return u - normalized(u - self.teacher(end, t, **cond) + ramp * expand(t - s, x) * u_dot)
+            case "trajectory":
+                return rows.dx
         raise unknown("target of ITVM", rows.part, TARGETS)

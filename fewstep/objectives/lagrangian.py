@@ -35,7 +35,7 @@ class LMD(_Lagrangian):
         teacher: the frozen field.
         through_teacher: let the gradient run through v_t (the first paper) or stop it there (the second, the default:
             better at every step count in the measured tables, and cheaper).
-        diagonal, times, ends, options: see :class:`TwoTime`.
+        starts, adaptive, diagonal, times, ends, options: see :class:`TwoTime`.
     """
 
     sources = ("2406.07507", "2505.18825")
@@ -47,10 +47,15 @@ class LMD(_Lagrangian):
         diagonal: float = 0.25,
         times: str = "uniform",
         ends: float = 0.0,
+        starts: str = "data",
+        adaptive: float = 0.0,
         error_in: str = "auto",
         jvp: str = "forward",
     ) -> None:
-        super().__init__(teacher, diagonal=diagonal, times=times, ends=ends, error_in=error_in, jvp=jvp)
+        super().__init__(
+            teacher, diagonal=diagonal, times=times, ends=ends, adaptive=adaptive, error_in=error_in, jvp=jvp,
+            starts=starts,
+        )  # fmt: skip
         self.through_teacher = through_teacher
 
     def end_velocity(self, student: FlowMap, end: Tensor, rows: Rows, now: Now) -> Tensor:

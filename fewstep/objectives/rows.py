@@ -1,6 +1,6 @@
 """Rows of a batch on the path, and where the training is: what a method of flow maps is given."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +31,19 @@ class Rows:
         """Some of the rows."""
         numbers = (self.x, self.dx, self.s, self.t, self.noise, self.data, self.fraction)
         return Rows(part, *(values[index] for values in numbers), cond=rows_of(self.cond, index))
+
+    def put(self, index: Index, some: "Rows") -> "Rows":
+        """These rows, with ``some`` others in the places of an index."""
+
+        def put(all_rows: Tensor, few: Tensor) -> Tensor:
+            changed = all_rows.clone()
+            changed[index] = few.to(changed.dtype)
+            return changed
+
+        names = ("x", "dx", "s", "t", "noise", "data")
+        numbers = {name: put(getattr(self, name), getattr(some, name)) for name in names}
+        cond = {name: put(value, some.cond[name]) for name, value in self.cond.items()}
+        return replace(self, **numbers, cond=cond)
 
     def __len__(self) -> int:
         return len(self.x)

@@ -3,8 +3,8 @@
 A method says what ``u(x, s, t)`` is to be (``goal``), or which residual is to vanish (``residual``); all else is here.
 """
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 ERRORS = ("auto", "velocity", "data")
+STARTS = ("data", "prior", "own")
 
 
 class TwoTime(Objective):
@@ -72,6 +73,9 @@ class TwoTime(Objective):
             over 1 - s and would drown all else, and velocity for all others.
         weights: of the diagonal term and of the others.
         jvp: how derivatives of the network are taken, see :func:`fewstep.objectives.derivative.derivative`.
+        starts: which states the rows are at: ``data``, those of the path between noise and data; ``prior``, no data:
+            rows off the diagonal are at s = 0 and the noise, those on it where the map itself has got to, with no
+            gradient, ``X_{0,s}(noise)`` (arXiv 2511.19428); ``own``, all rows there. Methods with a teacher have it.
 
     Raises:
         ValueError: for an option out of its range.
@@ -84,10 +88,6 @@ class TwoTime(Objective):
     # Whether goals are made of u itself, as near as it gets: u and goal are then to see the same dropout, as two draws
     # of it differ by more than what is to be learned.
     goal_has_u = False
-    # The weights of terms that are added to the loss as they are, each a mean over its rows.
-    beside: Mapping[str, float] = MappingProxyType({})
-    # Terms that see the rows of all parts.
-    of_all_rows: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -101,9 +101,12 @@ class TwoTime(Objective):
         error_in: str = "auto",
         weights: tuple[float, float] = (1.0, 1.0),
         jvp: str = "forward",
+        starts: str = "data",
     ) -> None:
         super().__init__(teacher)
         name = type(self).__name__
+        if starts not in STARTS:
+            raise unknown(f"starts of {name}", starts, STARTS)
         check_options(name, times, diagonal=diagonal, ends=ends, adaptive=adaptive)
         if error_in not in ERRORS:
             raise unknown(f"error_in of {name}", error_in, ERRORS)
@@ -116,6 +119,8 @@ class TwoTime(Objective):
         self.shares = {self.diagonal_term: diagonal, self.term: 1 - diagonal}
         self.times, self.ends, self.error_in, self.weights = times, ends, error_in, weights
         self.adaptive, self.jvp = adaptive, jvp
+        self.from_data, self.from_noise = starts == "data", starts == "prior"
+        self.uses_data = self.from_data
         self.log_weight = LearnedWeight() if learned else None
 
     # What a method defines
@@ -177,10 +182,7 @@ class TwoTime(Objective):
         rows, parts = self._draw(student, batch, generator, now)
         errors = self.errors(student, rows, parts, now)
         pairs = torch.stack([rows.s, rows.t], dim=1)
-        times = {
-            name: pairs if name in self.of_all_rows else pairs[parts[name if name in parts else self.term]]
-            for name in errors
-        }
+        times = {name: pairs[parts[name if name in parts else self.term]] for name in errors}
         weighed = {name: self.weigh(error, times[name][:, 0], times[name][:, 1], now) for name, error in errors.items()}
         means = {name: error.mean() for name, error in errors.items()}
 
@@ -189,10 +191,8 @@ class TwoTime(Objective):
                 return means[names[0]]
             return torch.cat([weighed[name] for name in names]).mean()
 
-        others = [name for name in errors if name not in self.beside]
-        sides = ([name for name in others if (name == self.diagonal_term) is side] for side in (True, False))
+        sides = ([name for name in errors if (name == self.diagonal_term) is side] for side in (True, False))
         terms = [w * mean(names) for w, names in zip(self.weights, sides, strict=True) if names]
-        terms += [self.beside[name] * weighed[name].mean() for name in errors if name in self.beside]
         return Loss(sum(terms[1:], terms[0]), {name: value.detach() for name, value in means.items()}, times)
 
     def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Index], now: Now) -> dict[str, Tensor]:
@@ -250,10 +250,24 @@ class TwoTime(Objective):
         cond = batch.cond
         s, t, start, fraction = (as_times(value, noise) for value in (s, t, start, fraction))
         diagonal = shared[self.diagonal_term]
+        if self.from_noise:
+            s = torch.zeros_like(s)
         s[diagonal] = t[diagonal] = start[diagonal]
         x, dx = student.path.sample(noise, batch.data, s)
         rows = Rows("all", x, dx, s, t, noise, batch.data, fraction, cond)
+        if not self.from_data:
+            rows = self._at_own_states(student, rows, diagonal)
         return rows, {name: index for name, index in shared.items() if self.shares[name]}
+
+    def _at_own_states(self, student: FlowMap, rows: Rows, diagonal: Index) -> Rows:
+        """The rows at ``X_{0,s}(noise)`` of the student; where all but those on the diagonal have s = 0, the others are
+        at the noise without a call."""
+        some, x = rows.take(rows.part, diagonal) if self.from_noise else rows, rows.noise.clone()
+        if len(some):
+            with torch.no_grad():
+                own = student(some.noise, torch.zeros_like(some.s), some.s, **some.cond)
+            x[diagonal if self.from_noise else slice(None)] = own.to(x.dtype)
+        return replace(rows, x=x)
 
 
 class ToTheEnd(TwoTime):

@@ -19,7 +19,7 @@ from fewstep.models.folders import find_configurations
 from fewstep.models.weightless import META, field_without_weights, needed_shapes, numbers, text_conditions
 from fewstep.runs.datasets import make_data, null_of, settled
 from fewstep.runs.loading import make_teacher
-from fewstep.runs.recipe import Recipe, Teacher
+from fewstep.runs.recipe import MADE, Recipe, Teacher
 from fewstep.runs.students import path_of
 from fewstep.runs.teachers import EXACT, check_teacher, guided
 from fewstep.training.run_files import is_run
@@ -62,7 +62,7 @@ def sample_of(recipe: Recipe, teacher: VelocityField | None) -> tuple[tuple[int,
     name, options = recipe.data.name, recipe.data.options
     inner = unguided(teacher)
     if inner is not None:
-        if name == "teacher":
+        if name in MADE:
             return tuple(options.get("shape") or shape_of(inner)), None
         folder = Path(name).expanduser()
         if inner.latents is not None:

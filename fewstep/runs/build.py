@@ -61,6 +61,7 @@ def build(recipe: Recipe, out: Path | None = None, fresh: bool = False) -> Built
     objective.check_student(student)
     if data is None:
         data = make_data(recipe, teacher, out, fresh)
+    objective.check_data(data, student)
     _check_fit("student", student, recipe.data.name, data)
     if recipe.drop is not None:
         _check_fit(

@@ -28,6 +28,7 @@ _OPTIONS: dict[str, tuple[Any, str, str]] = {
     "diffused": (True, "2206.02262", "the noise on the critic's rows (Diffusion-GAN)"),
     "critic": ("teacher", "2403.12015", "the teacher's features as a critic"),
     "adaptive": (True, "2012.09841", "the adaptive weight of the adversarial term"),
+    "starts": ("prior", "2511.19428", "rows that start from noise alone"),
 }
 
 
@@ -140,7 +141,8 @@ def _recipe(recipe: Recipe) -> Iterator[Use]:
             said = section.options.get(option)
             if isinstance(said, Mapping):  # with options of its own
                 said = said.get("name", True)
-            if said == value or (isinstance(said, str) and said.partition("(")[0] == value):  # with its numbers
+            is_same = said == value and isinstance(said, type(value))  # 1.0 is no True
+            if is_same or (isinstance(said, str) and said.partition("(")[0] == value):  # with its numbers
                 yield number, reason
     if recipe.student.start is not None and (start := recipe_of(recipe.student.start)) is not None:
         for number, reason in _recipe(load_recipe(start, look=True)):

@@ -13,7 +13,7 @@ from fewstep.common.console import progress_bar
 from fewstep.common.distributed import environment
 from fewstep.common.options import arguments
 from fewstep.common.randomness import generator
-from fewstep.data import Encoded, Pairs, load_data
+from fewstep.data import Encoded, Pairs, Prior, load_data
 from fewstep.data.batch import Data
 from fewstep.data.conditions import Dropped, Strengths
 from fewstep.data.couplings import Coupled
@@ -27,7 +27,7 @@ from fewstep.generation.teacher_samples import PromptedSamples, TeacherSamples
 from fewstep.latents.encoders import kept_null
 from fewstep.latents.prompts import TEXT_CONDITIONS
 from fewstep.runs.objective import follows_teacher, strength_of
-from fewstep.runs.recipe import Named, Recipe
+from fewstep.runs.recipe import MADE, Named, Recipe
 from fewstep.training.leaving import UNNAMED
 from fewstep.training.run_files import TEACHER_SAMPLES, TEACHER_SAMPLES_FILE
 
@@ -71,11 +71,13 @@ def make_data(recipe: Recipe, teacher: VelocityField | None, out: Path | None, f
 
 
 def _uncoupled(recipe: Recipe, teacher: VelocityField | None, out: Path | None, fresh: bool) -> Data:
-    if recipe.data.name != "teacher":
+    if recipe.data.name not in MADE:
         return data_of(recipe.data, teacher, quiet=recipe.training.quiet)
     if teacher is None:
-        raise ValueError("data: teacher takes samples of the teacher, and there is none: name a data set")
+        raise ValueError(f"data: {recipe.data.name} is what a teacher says, and there is none: name a data set")
     options = recipe.data.options
+    if recipe.data.name == "prior":
+        return _prior(teacher, options)
     if teacher.text is None:
         options = arguments("data", TeacherSamples, options, given=("field", "seed", "file"))
         file = None if out is None else out / TEACHER_SAMPLES_FILE
@@ -92,9 +94,26 @@ def _uncoupled(recipe: Recipe, teacher: VelocityField | None, out: Path | None, 
     return PromptedSamples(teacher, seed=recipe.seed, folder=folder, guidance=strength, fresh=fresh, **options)
 
 
+def _prior(teacher: VelocityField, options: dict[str, Any]) -> Prior:
+    """No data: the shape and the classes that the teacher has, where nothing else is said.
+
+    Raises:
+        ValueError: it has conditions beside classes, or does not say its shape.
+    """
+    if others := sorted(set(needed_conditions(teacher)) - {"class_labels", "guidance"}):
+        raise ValueError(
+            f"data: prior has classes alone, and the teacher needs {', '.join(others)}: name data that has them, of "
+            "which starts: prior uses nothing else"
+        )
+    options = {name: value for name, value in options.items() if value is not None}
+    shape = None if "shape" in options else shape_of(teacher)
+    said = {} if shape is None else {"shape": list(shape)}
+    return Prior(**arguments("data", Prior, {"classes": classes_of(teacher), **said, **options}))
+
+
 def encoded_shape(section: Named, model: Model | None) -> tuple[int, ...] | None:
     """The shape (c, h, w) that the images of a section will have as latents; None where nothing is to be encoded."""
-    if model is None or model.latents is None or section.name == "teacher":
+    if model is None or model.latents is None or section.name in MADE:
         return None
     if not is_pictures(section.name, section.options):
         return None
@@ -133,7 +152,7 @@ def settled(recipe: Recipe, teacher: VelocityField | None) -> Recipe:
     channels, and that sub-folders are no classes where it knows none. Each is said once in a line."""
     inner = unguided(teacher)
     is_auto = recipe.student.network == "auto" and recipe.student.start is None
-    if inner is None or recipe.data.name == "teacher" or not (is_auto or follows_teacher(recipe)):
+    if inner is None or recipe.data.name in MADE or not (is_auto or follows_teacher(recipe)):
         return recipe
     data, held_out = recipe.data, recipe.evaluation.data
     data = _pictures_for(inner, data, is_auto, "data")
@@ -187,7 +206,7 @@ def given_by(recipe: Recipe, model: Model, count: int, first: int = 0, text: boo
     if classes_of(model) or "class_labels" not in needed:  # else they are vectors or times
         others.add("class_labels")
     is_needed = needed - others or (text and model.text is not None)
-    if recipe.data.name == "teacher" or not (is_needed or recipe.data.options.get("conditions")):
+    if recipe.data.name in MADE or not (is_needed or recipe.data.options.get("conditions")):
         return {}
     data = data_of(recipe.data, model)
     rows = first + torch.arange(min(count, data.size or count))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fewstep.common.console import progress_bar
 from fewstep.common.disk import replace_file
 from fewstep.common.options import parse_value
-from fewstep.data.batch import Data, has_classes
+from fewstep.data.batch import Data, has_classes, is_prior
 from fewstep.evaluation import measure
 from fewstep.evaluation.checks import support_of
 from fewstep.evaluation.evaluate import evaluate
@@ -28,7 +28,7 @@ from fewstep.flows.signature import Model
 from fewstep.generation.drawing import draw
 from fewstep.runs.datasets import data_of
 from fewstep.runs.objective import follows_teacher, strength_of
-from fewstep.runs.recipe import Named, Recipe
+from fewstep.runs.recipe import MADE, Named, Recipe
 from fewstep.training.run_files import METRICS, QUALITY, QUALITY_FIGURE, REPORT
 from fewstep.training.trackers import read_metrics
 
@@ -66,6 +66,11 @@ def prepare(recipe: Recipe, data: Data, model: Model) -> Data:
         )
     if held_out.size is not None and held_out.size < 4:
         raise ValueError(f"{held_out.size} rows of data are too few to judge by: 4 at least, or evaluation.count: 0")
+    if is_prior(held_out) and (wanted := set(section.metrics or ()) - {*measure.ENDS, "outside", "diversity"}):
+        raise ValueError(
+            f"evaluation.metrics asks for {sorted(wanted)[0]}, and data: prior has no rows to hold samples against: "
+            "say evaluation.data"
+        )
     if section.extractor not in ("auto", "none") and not Path(section.extractor).expanduser().is_file():
         raise FileNotFoundError(
             f"evaluation.extractor: no file {section.extractor}; auto and none are the other choices"
@@ -87,8 +92,10 @@ def judge(
     Returns None, and writes the report alone, where there is nothing to measure: images without teacher and labels.
     """
     section, held_out = recipe.evaluation, prepare(recipe, data, model)
-    extractor = _extractor(section.extractor, held_out if recipe.data.name == "teacher" else data, model)
+    extractor = _extractor(section.extractor, held_out if recipe.data.name in MADE else data, model)
     found, metrics, training = None, section.metrics, _training(recipe, data)
+    if is_prior(held_out):  # there is nothing but the teacher to hold it against
+        metrics = measure.ENDS if metrics is None else metrics
     if metrics is None and not follows_teacher(recipe):  # the teacher's end points are not where it should end
         metrics = measure.possible_metrics(
             data.shape,
@@ -170,7 +177,7 @@ def _lines(group: dict[str, Evaluation], is_one_teacher: bool) -> list[dict[str,
 
 def next_commands(out: Path, recipe: Recipe, is_map: bool) -> list[str]:
     """What one may type after a run."""
-    run, name, data = str(out), out.name, [] if recipe.data.name == "teacher" else data_flags(recipe.data)
+    run, name, data = str(out), out.name, [] if recipe.data.name in MADE else data_flags(recipe.data)
     steps, export = "2" if is_map else "50", ["export", run, f"{name}-export"]
     sample = ["sample", run, "--steps", steps, "--count", "64", "--out", f"{name}.png"]
     evaluate = ["evaluate", run, "--steps", "1", "2", "4", "8", "16"]
@@ -189,7 +196,7 @@ def data_flags(section: Named) -> list[str]:
 
 def _extractor(choice: str, data: Data, model: Model) -> nn.Module | None:
     """The network whose features stand for an image; None for points, and where there are no labels to train one."""
-    if choice == "none" or len(data.shape) != 3:
+    if choice == "none" or len(data.shape) != 3 or is_prior(data):
         return None
     if choice != "auto":
         found: nn.Module = inception(choice)
@@ -246,7 +253,9 @@ def _pictures(
         return []
     seen = model.latents.decode if model.latents is not None else lambda x: x
     # The student's and the teacher's of one step count side by side, as two fit in a line of the page.
-    names = sorted(found.samples, key=lambda name: (name == "data", int(name.split()[-1]) if name != "data" else 0))
+    has_data = recipe.data.name != "prior" or recipe.evaluation.data is not None
+    shown = [name for name in found.samples if has_data or name != "data"]
+    names = sorted(shown, key=lambda name: (name == "data", int(name.split()[-1]) if name != "data" else 0))
     return [
         (name if name == "data" else f"{name.split()[0]}, {_steps(int(name.split()[1]))}", image_grid(few, columns=6))
         for name in names

@@ -12,7 +12,7 @@ from fewstep.objectives import OBJECTIVES
 from fewstep.objectives.base import Objective
 from fewstep.objectives.finishing import Finishing
 from fewstep.runs.methods import find_objective
-from fewstep.runs.recipe import Named, Recipe
+from fewstep.runs.recipe import MADE, Named, Recipe
 
 
 def make_objective(recipe: Recipe, teacher: VelocityField | None) -> Objective:
@@ -67,17 +67,11 @@ def strength_of(recipe: Recipe) -> float | None:
     return guidance.scale if guidance is not None and (guidance.embedded or guidance.range is not None) else None
 
 
-def sampled_at(recipe: Recipe) -> float | None:
-    """The strength of guidance that a student is told where nothing is said."""
-    strength = strength_of(recipe)
-    return recipe.guided.get("scale") if strength is None else strength
-
-
 def follows_teacher(recipe: Recipe) -> bool:
     """Whether the student is to end where the teacher's trajectories do: it is distilled, or trained on what the
     teacher made. Otherwise the teacher is what it starts from, and fine-tuning leads elsewhere."""
     names = [section.name for section in recipe.objectives]
-    if recipe.data.name == "teacher" or (Path(recipe.data.name).expanduser() / FACTS).is_file():
+    if recipe.data.name in MADE or (Path(recipe.data.name).expanduser() / FACTS).is_file():
         return True  # made by the teacher
     if any(name not in OBJECTIVES and ":" not in name for name in names):  # a method of one's own, from Python
         return recipe.teacher is not None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.common.randomness import generator, sample_generators
-from fewstep.data.batch import Data, has_classes
+from fewstep.data.batch import Data, has_classes, is_prior
 from fewstep.evaluation.diagnostics import teacher_states
 from fewstep.evaluation.grids import image_grid
 from fewstep.evaluation.plots import points_figure
@@ -87,9 +87,11 @@ class Watch:
 
         file = self.out / SAMPLES / f"step-{step:08d}.png"
         if is_plane:
-            truth = self.data.rows(torch.arange(count) % (self.data.size or count), generator(self.seed)).data
             panels = {f"{n} step{'s' * (n > 1)}": samples for n, samples in drawn.items()}
-            png(points_figure({**panels, "data": truth}), file)
+            if not is_prior(self.data):
+                index = torch.arange(count) % (self.data.size or count)
+                panels["data"] = self.data.rows(index, generator(self.seed)).data
+            png(points_figure(panels), file)
         elif is_image:
             rows = {f"{n} step{'s' * (n > 1)}": samples for n, samples in drawn.items()}
             if self._ends is not None:

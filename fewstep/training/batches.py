@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch, Data
@@ -48,9 +49,15 @@ def join(parts: Sequence[Batch]) -> Batch:
     """One batch of the rows of several, in order."""
     if len(parts) == 1:
         return parts[0]
-    noise = [part.noise for part in parts if part.noise is not None]
+
+    def joined(values: list[Tensor | None]) -> Tensor | None:
+        there = [value for value in values if value is not None]
+        return torch.cat(there) if there else None
+
     return Batch(
         torch.cat([part.data for part in parts]),
         {name: torch.cat([part.cond[name] for part in parts]) for name in parts[0].cond},
-        torch.cat(noise) if noise else None,
+        joined([part.noise for part in parts]),
+        joined([part.states for part in parts]),
+        joined([part.times for part in parts]),
     )

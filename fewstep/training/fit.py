@@ -156,6 +156,7 @@ def fit(
     device = distributed.choose_device(device, world)
     half = half_precision(precision, device)
     data = as_data(data)
+    objective.check_data(data, student)
     chunk = chunk or default_chunk(batch)
     batches = Batches(data, batch, chunk, seed, accumulate, world.rank, world.size)
     out = None if out is None else Path(out)

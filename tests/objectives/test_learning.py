@@ -38,6 +38,7 @@ from fewstep.objectives import (
     MeanFlow,
     Shortcut,
     SplitMeanFlow,
+    Trajectory,
 )
 from fewstep.training.fit import fit
 
@@ -65,6 +66,7 @@ SHORT = {
     "Shortcut": Case(lambda v: Shortcut(v, ema=0.95), (0.57, 0.52), 200),
     "SplitMeanFlow": Case(lambda v: SplitMeanFlow(v), (0.46, 0.38), 200),
     "PSD from data": Case(lambda _: PSD(), (0.57, 0.55), 200),
+    "Trajectory": Case(lambda v: Trajectory(v, reuse=4), (0.42, 0.42, 0.3), 200),
 }
 LONG = {
     "ITVM step": Case(lambda v: ITVM(v, "step", ema=0.95), (0.45, 0.38, 0.22)),

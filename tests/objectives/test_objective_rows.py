@@ -135,6 +135,15 @@ CALLS = {
     "ITVM integral": ((1, 64), (1, 32), (2, 64)),
     "ITVM step": ((1, 64), (1, 32), (3, 96)),
     "ITVM derivative": ((1, 64), (1, 32), (2, 64)),
+    # 16 rows on two trajectories of 16 steps, two calls each.
+    "ITVM trajectory": ((1, 64), (2, 32), (33, 96)),
+    # The diagonal is at the student's own states.
+    "ITVM from the prior": ((2, 96), (1, 32), (2, 64)),
+    "ITVM at its own states": ((2, 128), (2, 64), (1, 32)),
+    # Eight trajectories of 16 steps.
+    "Trajectory": ((1, 64), (0, 0), (33, 272)),
+    "LMD from the prior": ((3, 80), (0, 0), (2, 64)),
+    "LMD at its own states": ((3, 128), (0, 0), (2, 64)),
     "ITVM of two targets": ((1, 64), (3, 56), (3, 48)),
     "LMD": ((2, 64), (0, 0), (2, 64)),
     "LMD by difference": ((3, 112), (0, 0), (2, 64)),

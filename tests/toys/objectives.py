@@ -39,6 +39,7 @@ from fewstep.objectives import (
     Objective,
     Shortcut,
     SplitMeanFlow,
+    Trajectory,
 )  # fmt: skip
 
 Make = Callable[[VelocityField], Objective]
@@ -50,7 +51,13 @@ DISTILLS: dict[str, Make] = {
     "ITVM step": lambda v: ITVM(v, "step"),
     "ITVM derivative": lambda v: ITVM(v, "derivative"),
     "ITVM of two targets": lambda v: ITVM(v, {"interval": 3.0, "step": 1.0}, ends=0.1),
+    "ITVM trajectory": lambda v: ITVM(v, {"trajectory": 1.0, "interval": 1.0}),
+    "ITVM from the prior": lambda v: ITVM(v, "integral", starts="prior"),
+    "ITVM at its own states": lambda v: ITVM(v, "interval", starts="own"),
+    "Trajectory": lambda v: Trajectory(v),
     "LMD": lambda v: LMD(v),
+    "LMD from the prior": lambda v: LMD(v, starts="prior", adaptive=1.0),
+    "LMD at its own states": lambda v: LMD(v, starts="own"),
     "LMD through the teacher": lambda v: LMD(v, through_teacher=True),
     "LMD by difference": lambda v: LMD(v, jvp="difference"),
     "EMD": lambda v: EMD(v, full=False),

@@ -65,6 +65,7 @@ def objectives(teacher: fewstep.VelocityField) -> dict[str, nn.Module]:
         fewstep.Shortcut,
         fewstep.SplitMeanFlow,
         fewstep.TVM,
+        fewstep.Trajectory,
     ]
     alone: list[Callable[[], nn.Module]] = [
         fewstep.ConsistencyTraining,

@@ -215,7 +215,7 @@ def _ends(teacher: VelocityField, noise: Tensor, cond: dict[str, Any], tick: Cal
 def _as_data(data: Any, teacher: VelocityField | None) -> Data:
     if data is None and isinstance(teacher, ExactField):
         exact = deepcopy(teacher).cpu()  # data are drawn on the CPU, like all that is random
-        return Toy(exact.data, exact.shape, inside=getattr(exact, "inside", None))
+        return Toy(exact.data, exact.shape)
     if data is None:
         raise ValueError("evaluate needs data, to hold samples against: only an exact teacher brings its own")
     return as_data(data)

@@ -102,7 +102,7 @@ def test_sliced_wasserstein_sees_what_mean_and_variance_do_not():
 
 def test_outside_of_boxes_in_closed_form():
     boxes = Boxes(torch.tensor([[[0.0, 1.0], [0.0, 1.0]], [[2.0, 4.0], [0.0, 1.0]]]))
-    points = torch.tensor([[0.5, 0.5], [3.0, 1.0], [1.5, 0.5], [0.5, 1.1], [4.0 + 5e-7, 0.0], [4.0 + 1e-4, 0.0]])
+    points = torch.tensor([[0.5, 0.5], [3.0, 1.0], [1.5, 0.5], [0.5, 1.1], [4.0 + 5e-7, -5e-7], [4.0 + 1e-4, 0.0]])
     assert boxes.inside(points).tolist() == [True, True, False, False, True, False]
     assert outside(points, boxes.inside) == pytest.approx(0.5)
 

@@ -54,6 +54,7 @@ def _filled(recipe: Recipe, section: Named, where: str) -> Named:
     known = inspect.signature(method).parameters
     options = {name: value for name, value in options.items() if value is not None or name in known}
     options = arguments(where, method, options, given=("teacher", *base))
+    options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     wanted = known.get("teacher")
     if recipe.teacher is None and wanted is not None and (is_around or wanted.default is wanted.empty):
         raise ValueError(

@@ -448,6 +448,8 @@ def test_every_recipe_runs_shortened(
         overrides |= {"evaluation.teacher_steps": "[2]"}
         if recipe.teacher.source.startswith("runs/") or name == "distill":
             overrides |= {"teacher": str(teacher_run)}
+        if recipe.teacher.guidance is not None and recipe.teacher.guidance.weak is not None:
+            overrides |= {"teacher.guidance.weak": str(teacher_run)}
     overrides |= needed if name == "finetune" or name in TWINS else {}
     if name in TWINS:  # no evaluation: images are drawn of prompts, by encoders of six letters
         overrides |= {"evaluation.count": "0", "training.accumulate": "1", "training.precision": "float32"}

@@ -62,9 +62,10 @@ class FlowMap(nn.Module):
         field: VelocityField,
         network: nn.Module | None = None,
         *,
-        guidance: bool = False,
+        guidance: bool | str = False,
         second_time: str = "t",
         share: bool = False,
+        late_share: float | None = None,
     ) -> "FlowMap":
         """A student that starts as its teacher: same weights, and a second time that is silent.
 
@@ -74,10 +75,13 @@ class FlowMap(nn.Module):
             network: a two-time network of one's own; the teacher's weights are loaded into it by name, and a warning
                 says which are new.
             guidance: give the student an input for the strength of guidance, the condition ``guidance`` (B,), silent at
-                first too; 1, which is none, where it is not given.
+                first too; 1, which is none, where it is not given. ``interval``: the times between which it acts too,
+                rows (B, 3) of all three; where they are not given, all times.
             second_time: how the second time goes into a model of diffusers: ``t``, an embedding of t beside that of s;
                 ``span``, one of t - s; ``late``, the last blocks are told t in the place of s (arXiv 2510.24474), which
                 adds no weights.
+            late_share: the share of the blocks that ``late`` tells t; else a third of a transformer's, and a U-Net's up
+                blocks.
             share: have a model of diffusers use the very weights of the field, and freeze them: for a student of which
                 an adapter alone is trained (``add_lora``), with what is new. One copy is teacher and student.
 
@@ -95,7 +99,7 @@ class FlowMap(nn.Module):
                 )
             return cls(network, field.path)
         if network is None:
-            network = with_second_time(field.network, guidance, second_time, share=share)
+            network = with_second_time(field.network, guidance, second_time, share=share, late_share=late_share)
         else:
             load_by_name(network, field.network)
         student = cls(network, field.native, field.prediction, path=field.path)

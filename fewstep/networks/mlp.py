@@ -1,5 +1,7 @@
 """A network for points: the student and teacher of 2-D densities and of any data of a few dozen numbers."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ class MLP(nn.Module):
         times: 1 for a field, 2 for a flow map.
         classes: the number of classes for a ``class_labels`` condition (B,), 0 for none.
         guidance: takes the strength of guidance as a condition ``guidance`` (B,); 1, which is none, if it is not given.
+            ``interval``: with the times between which it acts, (B, 3); all times, if they are not given.
 
     Raises:
         ValueError: no layer, or more and wider ones than fit anywhere; when called with another number of times, or
@@ -23,7 +26,13 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, dim: int, width: int = 256, depth: int = 4, times: int = 1, classes: int = 0, guidance: bool = False
+        self,
+        dim: int,
+        width: int = 256,
+        depth: int = 4,
+        times: int = 1,
+        classes: int = 0,
+        guidance: bool | Literal["interval"] = False,
     ) -> None:
         super().__init__()
         for name, number, least, most in (
@@ -40,6 +49,7 @@ class MLP(nn.Module):
         self.second_time = SecondTime(width) if times == 2 else None
         self.label = nn.Embedding(classes, width) if classes else None
         self.strength = SecondTime(width, scale=3.0) if guidance else None  # silent at first, as a second time is
+        self.interval = nn.ModuleList(SecondTime(width) for _ in range(2 if guidance == "interval" else 0))
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
         self.output = nn.Linear(width, dim)
 
@@ -58,7 +68,14 @@ class MLP(nn.Module):
         if guidance is not None and self.strength is None:
             raise ValueError("this MLP takes no strength of guidance: make it with guidance=True")
         if self.strength is not None:
-            h = h + self.strength(torch.ones_like(times[0]) if guidance is None else guidance.to(times[0]))
+            strength = torch.ones_like(times[0]) if guidance is None else guidance.to(times[0])
+            strength, *ends = strength.unbind(1) if strength.ndim == 2 else (strength,)
+            if len(ends) not in (0, len(self.interval)):
+                raise ValueError('this MLP takes the strength of guidance alone: make it with guidance="interval"')
+            h = h + self.strength(strength)
+            if len(self.interval):
+                ends = ends or (torch.zeros_like(strength), torch.ones_like(strength))
+                h = h + self.interval[0](ends[0]) + self.interval[1](ends[1])
         for layer in self.hidden:
             h = layer(nn.functional.gelu(h))
         return self.output(nn.functional.gelu(h))
@@ -66,9 +83,14 @@ class MLP(nn.Module):
     @property
     def takes_guidance(self) -> bool:
         """Whether it is told the strength of guidance."""
-        return self.config["guidance"]
+        return bool(self.config["guidance"])
 
-    def with_second_time(self, guidance: bool = False) -> "MLP":
+    @property
+    def takes_interval(self) -> bool:
+        """Whether it is told the times between which guidance acts, too."""
+        return self.config["guidance"] == "interval"
+
+    def with_second_time(self, guidance: bool | str = False) -> "MLP":
         """The same network with a second time that is silent, as a student starts."""
         student = MLP(**{**self.config, "times": 2, "guidance": guidance or self.config["guidance"]})
         student = student.to(self.input.weight)

@@ -21,13 +21,20 @@ def gains_second_time(network: nn.Module) -> bool:
 
 
 def with_second_time(
-    network: nn.Module, guidance: bool = False, second_time: str = "t", *, share: bool = False
+    network: nn.Module,
+    guidance: bool | str = False,
+    second_time: str = "t",
+    *,
+    share: bool = False,
+    late_share: float | None = None,
 ) -> nn.Module:
     """A copy of a field's network with a second time that is silent: ``net(x, s, s) == network(x, s)`` to the bit.
 
     Args:
-        guidance: give it an input for the strength of guidance too, the condition ``guidance`` (B,), as silent.
+        guidance: give it an input for the strength of guidance too, the condition ``guidance`` (B,), as silent; or
+            ``interval``: for the strength and the times between which it acts, (B, 3).
         second_time: how the second time goes in: t, span or late (see ``fewstep.networks.two_times``).
+        late_share: the share of the blocks that are told t where the second time is ``late``.
         share: have it use the very weights of ``network``, which are frozen: for a student of which an adapter alone
             is trained.
 
@@ -38,7 +45,8 @@ def with_second_time(
     if second_time not in SECOND_TIMES:
         raise unknown("second_time", second_time, SECOND_TIMES)
     if type(network) in STUDENTS:
-        return _student_of(network, guidance, second_time, share)
+        more = {"second_time": second_time, "told_guidance": guidance, "late_share": late_share}
+        return _student_of(network, more, share)
     make = getattr(network, "with_second_time", None)
     if make is None:
         raise ValueError(
@@ -48,20 +56,23 @@ def with_second_time(
         )
     if second_time != "t":
         raise ValueError(f"second_time: {second_time} is for models of diffusers, a {type(network).__name__} is told t")
-    return make(guidance=True) if guidance else make()
+    if late_share is not None:
+        raise ValueError(f"late_share is {late_share}: it belongs to second_time: late, of models of diffusers")
+    return make(guidance=guidance) if guidance else make()
 
 
-def _student_of(network: Any, guidance: bool, second_time: str, share: bool) -> nn.Module:
+def _student_of(network: Any, more: dict[str, Any], share: bool) -> nn.Module:
     teacher = network.model
     _check_time(teacher)
     config = public_config(teacher)
-    is_stock = isinstance(network, UNet) and not (guidance or network.classes or second_time != "t")
+    is_plain = more == {"second_time": "t", "told_guidance": False, "late_share": None}
+    is_stock = isinstance(network, UNet) and is_plain and not network.classes
     if is_stock and config["class_embed_type"] is None:
         make: Any = type(teacher)
         options = {**config, "class_embed_type": "timestep"}
     else:
         make = two_time_model(type(teacher).__name__)
-        options = {**config, "second_time": second_time, "told_guidance": guidance}
+        options = {**config, **more}
     with torch.device("meta"):
         model = make.from_config(options)
     keep_facts(model, teacher)

@@ -11,9 +11,10 @@ from fewstep.objectives.direct import FMM
 from fewstep.objectives.eulerian import EMD, ESD
 from fewstep.objectives.finishing import Finishing
 from fewstep.objectives.flow_matching import ContrastiveFlowMatching, FlowMatching, Recentred
+from fewstep.objectives.improved_mean_flow import ImprovedMeanFlow
 from fewstep.objectives.itvm import ITVM
 from fewstep.objectives.lagrangian import LMD, LSD, TVM
-from fewstep.objectives.mean_flow import AlphaFlow, ImprovedMeanFlow, MeanFlow
+from fewstep.objectives.mean_flow import AlphaFlow, MeanFlow
 from fewstep.objectives.progressive import PFMM, PSD, Shortcut, SplitMeanFlow
 from fewstep.objectives.teacher_critic import TeacherCritic
 from fewstep.objectives.trajectory import Trajectory

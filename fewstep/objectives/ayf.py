@@ -11,20 +11,26 @@ from fewstep.objectives.base import check_decay, check_options
 from fewstep.objectives.compositions import near_the_end
 from fewstep.objectives.rows import Now, Rows
 from fewstep.objectives.two_time import ToTheEnd, TwoTime
-from fewstep.objectives.weights import normalized, warmed
+from fewstep.objectives.weights import BOUNDS, bounded, warmed
 
 VARIANTS = ("EMD", "LMD")
 
 
 class _Tangent(TwoTime):
-    """``E |u - sg[u] + g|^2`` with ``g = normalized((u - v) - r (t - s) Du)``."""
+    """``E |u - sg[u] + g|^2`` with ``g = bounded((u - v) - r (t - s) Du)``."""
 
     goal_has_u = True
+    bound = "norm"
 
     def tangent_goal(self, student: FlowMap, rows: Rows, velocity: Tensor, ramp: float) -> Tensor:
         """``sg[u] - g``, (n, ...)."""
         u, u_dot = self.along_flow(student.average_velocity, rows, velocity)
-        return u - normalized(u - velocity - ramp * expand(rows.t - rows.s, u) * u_dot)
+        return u - bounded(u - velocity - ramp * expand(rows.t - rows.s, u) * u_dot, self.bound)
+
+    def _take_bound(self, bound: str) -> None:
+        if bound not in BOUNDS:
+            raise unknown(f"bound of {type(self).__name__}", bound, BOUNDS)
+        self.bound = bound
 
 
 class AYF(_Tangent):
@@ -44,6 +50,8 @@ class AYF(_Tangent):
         variant: ``EMD`` or ``LMD``.
         warmup, ramp: of the tangent, in ``EMD``.
         step_size, ema: in ``LMD``.
+        bound: of the tangent, in ``EMD``: ``norm``, the row's, or ``clamp``, each number of it cut off at -1 and 1 as
+            in FACM (arXiv 2507.03738).
         diagonal, times, ends, options: see :class:`TwoTime`.
     """
 
@@ -63,8 +71,10 @@ class AYF(_Tangent):
         ends: float = 0.0,
         error_in: str = "auto",
         jvp: str = "forward",
+        bound: str = "norm",
     ) -> None:
         super().__init__(teacher, diagonal=diagonal, times=times, ends=ends, error_in=error_in, jvp=jvp)
+        self._take_bound(bound)
         if variant not in VARIANTS:
             raise unknown("variant of AYF", variant, VARIANTS)
         check_options("AYF", times, warmup=warmup, ramp=ramp, step_size=step_size)
@@ -95,6 +105,7 @@ class SCM(ToTheEnd, _Tangent):
     Args:
         teacher: the frozen field, or None to train from data.
         warmup, ramp: r rises from 0 to ``ramp`` over this share of the training.
+        bound: as for :class:`AYF`.
         times, learned, options: see :class:`TwoTime`.
     """
 
@@ -109,8 +120,10 @@ class SCM(ToTheEnd, _Tangent):
         learned: bool = True,
         error_in: str = "auto",
         jvp: str = "forward",
+        bound: str = "norm",
     ) -> None:
         super().__init__(teacher, diagonal=0.0, times=times, learned=learned, error_in=error_in, jvp=jvp)
+        self._take_bound(bound)
         check_options("SCM", times, warmup=warmup, ramp=ramp)
         self.warmup, self.ramp = warmup, ramp
 

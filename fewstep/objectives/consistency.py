@@ -5,22 +5,32 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fewstep.common.errors import unknown
 from fewstep.common.randomness import same_draws
+from fewstep.flows.broadcasting import expand
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.solvers import heun_step
+from fewstep.flows.solvers import euler_step, heun_step
 from fewstep.objectives.base import Index, check_decay, check_options, squared_error
 from fewstep.objectives.rows import Now, Rows
 from fewstep.objectives.two_time import ToTheEnd, TwoTime
+
+_STEPS = {"heun": heun_step, "euler": euler_step}
 
 
 class _Consistency(ToTheEnd):
     """``X_{s,1}(x_s)`` against ``X^-_{s',1}(x_{s'})``, by a distance d."""
 
     huber: float
+    per_component = False
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """The pseudo-Huber distance ``sqrt(error + c^2) - c`` of the mean squared error, or that error for c = 0."""
+        """The pseudo-Huber distance ``sqrt(error + c^2) - c`` of the mean squared error, or that error for c = 0:
+        (n,). ``per_component``: the mean of that distance over the components, each by itself."""
+        if self.per_component and self.huber:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            square = (x.to(dtype) - y.to(dtype)).square()
+            return ((square + self.huber**2).sqrt() - self.huber).flatten(1).mean(1)
         error = squared_error(x, y)
         return (error + self.huber**2).sqrt() - self.huber if self.huber else error
 
@@ -28,7 +38,8 @@ class _Consistency(ToTheEnd):
 class ConsistencyDistillation(_Consistency):
     """``E d(X_{s,1}(x_s), X^-_{s',1}(x_{s'}))``, ``x_{s'}`` one Heun step of the teacher on (arXiv 2303.01469).
 
-    ``s' = s + (1 - s) gap``: a finite step, whose error of order gap^3 adds up to gap^2.
+    ``s' = s + (1 - s) gap``: a finite step, whose error of order gap^3 adds up to gap^2. The options from ``longest``
+    on are those of SCFlow (arXiv 2412.16906), which has all of them, and an adversarial term around it.
 
     Args:
         teacher: the frozen field.
@@ -36,25 +47,86 @@ class ConsistencyDistillation(_Consistency):
         ema: decay of the copy ``X^-``.
         huber: c of the pseudo-Huber distance, 0 for the squared error.
         times: of s, see :class:`TwoTime`.
+        longest: steps of random length in the place of ``gap``, uniform up to this and to the end of time.
+        solver: of the teacher's step: ``heun``, or ``euler``, whose error of order gap^2 adds up to gap.
+        truncate: where ``1 - s'`` is less than this, the goal is the data that the row is made of. At 1 it always is,
+            and what is learned is the mean of the data that can have led to x_s.
+        backward: the weight of the same distance to the end point of ``x_{s''}``, a step towards noise.
+        reflow: the weight of ``|X_{s,1}(z_s) - sg[y]|^2``, on the chord z_s from noise z to its own ``y = X_{0,1}(z)``.
+        per_component: the pseudo-Huber distance of each component by itself, and their mean.
+        begin: the share of the training after which ``backward`` and ``reflow`` begin.
     """
 
-    sources = ("2303.01469",)
+    sources = ("2303.01469", "2412.16906")
 
     def __init__(
-        self, teacher: VelocityField, gap: float = 0.1, ema: float = 0.99, huber: float = 0.0, times: str = "uniform"
+        self,
+        teacher: VelocityField,
+        gap: float = 0.1,
+        ema: float = 0.99,
+        huber: float = 0.0,
+        times: str = "uniform",
+        longest: float | None = None,
+        solver: str = "heun",
+        truncate: float = 0.0,
+        backward: float = 0.0,
+        reflow: float = 0.0,
+        per_component: bool = False,
+        begin: float = 0.0,
     ) -> None:
         super().__init__(teacher, diagonal=0.0, times=times)
-        check_options("ConsistencyDistillation", times, gap=gap, huber=huber)
-        if gap == 0:
-            raise ValueError("ConsistencyDistillation's gap is 0: a step of no length teaches nothing, take 0.1")
+        check_options("ConsistencyDistillation", times, gap=gap, huber=huber, truncate=truncate, begin=begin)
+        check_options("ConsistencyDistillation", times, **({} if longest is None else {"longest": longest}))
+        if gap == 0 or longest == 0:
+            name = "longest" if longest == 0 else "gap"
+            raise ValueError(f"ConsistencyDistillation's {name} is 0: a step of no length teaches nothing, take 0.1")
+        if solver not in _STEPS:
+            raise unknown("solver of ConsistencyDistillation", solver, _STEPS)
+        if backward < 0 or reflow < 0:
+            raise ValueError(
+                f"ConsistencyDistillation's backward is {backward}, reflow {reflow}: they are not negative"
+            )
+        if per_component and not huber:
+            raise ValueError("ConsistencyDistillation's per_component is of the pseudo-Huber distance: say huber: 0.01")
         self.gap, self.huber, self.ema = gap, huber, check_decay("ConsistencyDistillation", ema)
+        self.longest, self.step, self.truncate, self.begin = longest, _STEPS[solver], truncate, begin
+        self.per_component, self.beside = per_component, {"backward": backward, "reflow": reflow}
 
     def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Index], now: Now) -> dict[str, Tensor]:
-        near = rows.s + self.gap * (1 - rows.s)
+        x, s, one, cond = rows.x, rows.s, rows.t, rows.cond
         with torch.no_grad():
-            x = heun_step(lambda x, t: self.teacher(x, t, **rows.cond), rows.x, rows.s, near)
-            end = now.target(x, near, rows.t, **rows.cond)
-        return {self.term: self.distance(student(rows.x, rows.s, rows.t, **rows.cond), end)}
+            near = self._moved(s, 1 - s, rows.fraction)
+            end = now.target(self._stepped(rows, near), near, one, **cond)
+            if self.truncate:
+                end = torch.where(expand(1 - near < self.truncate, end).bool(), rows.data.to(end), end)
+        mine = student(x, s, one, **cond)
+        errors = {self.term: self.distance(mine, end)}
+        begun = now.progress >= self.begin
+        if begun and self.beside["backward"]:
+            with torch.no_grad():
+                near = self._moved(s, -s, rows.fraction)
+                end = now.target(self._stepped(rows, near), near, one, **cond)
+            errors["backward"] = self.distance(mine, end)
+        if begun and self.beside["reflow"]:
+            errors["reflow"] = self._off_the_chord(student, rows)
+        return errors
+
+    def _moved(self, s: Tensor, way: Tensor, fraction: Tensor) -> Tensor:
+        """s, and a step of the way that is left in its direction."""
+        if self.longest is None:
+            return s + self.gap * way
+        return s + (1 - fraction) * way.clamp(-self.longest, self.longest)
+
+    def _stepped(self, rows: Rows, near: Tensor) -> Tensor:
+        """The state after a step of the teacher."""
+        return self.step(lambda x, t: self.teacher(x, t, **rows.cond), rows.x, rows.s, near)
+
+    def _off_the_chord(self, student: FlowMap, rows: Rows) -> Tensor:
+        """``|X_{s,1}(z_s) - y|^2`` of each row (n,)."""
+        with torch.no_grad():
+            y = student(rows.noise, torch.zeros_like(rows.s), rows.t, **rows.cond)
+            chord, _ = student.path.sample(rows.noise, y, rows.s)
+        return squared_error(student(chord, rows.s, rows.t, **rows.cond), y)
 
 
 class ConsistencyTraining(_Consistency):

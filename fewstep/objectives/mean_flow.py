@@ -22,7 +22,9 @@ def default_power(teacher: VelocityField | None) -> float:
     return 0.0 if teacher is None else 1.0
 
 
-class _MeanFlow(TwoTime):
+class BaseMeanFlow(TwoTime):
+    """What all of them have in common."""
+
     term = "mean"
 
     def mean_goal(self, student: FlowMap, rows: Rows, velocity: Tensor, tangent: Tensor) -> Tensor:
@@ -31,7 +33,7 @@ class _MeanFlow(TwoTime):
         return velocity + expand(rows.t - rows.s, rows.x) * u_dot
 
 
-class MeanFlow(_MeanFlow):
+class MeanFlow(BaseMeanFlow):
     """``E w |u(x_s, s, t) - sg[v_s + (t - s) Du]|^2`` (arXiv 2505.13447), v the teacher's velocity or, without a
     teacher, the conditional velocity, along which Du is taken too.
 
@@ -61,37 +63,7 @@ class MeanFlow(_MeanFlow):
         return self.mean_goal(student, rows, velocity, velocity)
 
 
-class ImprovedMeanFlow(_MeanFlow):
-    """``E |u(x_s, s, t) - (t - s) sg[Du] - v_s|^2`` with Du along the model's own ``u(x_s, s, s)`` (arXiv 2512.02012):
-    one more call than :class:`MeanFlow`, and no noise of the conditional velocity in the derivative.
-
-    Args:
-        teacher: the frozen field, or None to train from data.
-        diagonal, times, ends, adaptive, options: see :class:`TwoTime`.
-    """
-
-    sources = ("2512.02012", "2505.13447")
-
-    def __init__(
-        self,
-        teacher: VelocityField | None = None,
-        diagonal: float = 0.5,
-        times: str = "uniform",
-        ends: float = 0.0,
-        adaptive: float = 0.0,
-        error_in: str = "auto",
-        jvp: str = "forward",
-    ) -> None:
-        super().__init__(
-            teacher, diagonal=diagonal, times=times, ends=ends, adaptive=adaptive, error_in=error_in, jvp=jvp
-        )
-
-    def goal(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
-        own = student.velocity(rows.x, rows.s, **rows.cond)
-        return self.mean_goal(student, rows, self.velocity(rows), own)
-
-
-class AlphaFlow(_MeanFlow):
+class AlphaFlow(BaseMeanFlow):
     """``E a^-1 |u(x_s, s, t) - sg[a v_s + (1 - a) u(x_m, m, t)]|^2`` with ``m = s + a (t - s)`` and
     ``x_m = x_s + (m - s) v_s`` (arXiv 2510.20771): from flow matching (a = 1) to MeanFlow (its limit as a -> 0).
 

@@ -3,8 +3,9 @@
 A method says what ``u(x, s, t)`` is to be (``goal``), or which residual is to vanish (``residual``); all else is here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -88,6 +89,10 @@ class TwoTime(Objective):
     # Whether goals are made of u itself, as near as it gets: u and goal are then to see the same dropout, as two draws
     # of it differ by more than what is to be learned.
     goal_has_u = False
+    # The weights of terms that are added to the loss as they are, each a mean over its rows.
+    beside: Mapping[str, float] = MappingProxyType({})
+    # Terms that see the rows of all parts.
+    of_all_rows: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -182,7 +187,10 @@ class TwoTime(Objective):
         rows, parts = self._draw(student, batch, generator, now)
         errors = self.errors(student, rows, parts, now)
         pairs = torch.stack([rows.s, rows.t], dim=1)
-        times = {name: pairs[parts[name if name in parts else self.term]] for name in errors}
+        times = {
+            name: pairs if name in self.of_all_rows else pairs[parts[name if name in parts else self.term]]
+            for name in errors
+        }
         weighed = {name: self.weigh(error, times[name][:, 0], times[name][:, 1], now) for name, error in errors.items()}
         means = {name: error.mean() for name, error in errors.items()}
 
@@ -191,8 +199,10 @@ class TwoTime(Objective):
                 return means[names[0]]
             return torch.cat([weighed[name] for name in names]).mean()
 
-        sides = ([name for name in errors if (name == self.diagonal_term) is side] for side in (True, False))
+        others = [name for name in errors if name not in self.beside]
+        sides = ([name for name in others if (name == self.diagonal_term) is side] for side in (True, False))
         terms = [w * mean(names) for w, names in zip(self.weights, sides, strict=True) if names]
+        terms += [self.beside[name] * weighed[name].mean() for name in errors if name in self.beside]
         return Loss(sum(terms[1:], terms[0]), {name: value.detach() for name, value in means.items()}, times)
 
     def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Index], now: Now) -> dict[str, Tensor]:

@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.errors import unknown
 from fewstep.flows.broadcasting import expand
 from fewstep.networks.second_time import sinusoidal
+
+BOUNDS = ("norm", "clamp")
 
 
 class LearnedWeight(nn.Module):
@@ -36,3 +39,18 @@ def normalized(residual: Tensor) -> Tensor:
     with the root mean square for their norm, 0.1 does not depend on the dimension)."""
     rms = residual.flatten(1).square().mean(1).sqrt()
     return residual / expand(rms + 0.1, residual)
+
+
+def bounded(residual: Tensor, bound: str) -> Tensor:
+    """A residual (n, ...) that no row can throw the training off with: ``norm``, :func:`normalized`; ``clamp``, each
+    number cut off at -1 and 1, and as it is between (arXiv 2507.03738).
+
+    Raises:
+        ValueError: another bound.
+    """
+    match bound:
+        case "norm":
+            return normalized(residual)
+        case "clamp":
+            return residual.clamp(-1, 1)
+    raise unknown("bound", bound, BOUNDS)

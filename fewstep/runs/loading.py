@@ -22,7 +22,7 @@ from fewstep.models.folders import has_one_variant, load_folder
 from fewstep.models.lora import has_lora, merge_lora
 from fewstep.runs.datasets import data_of, encoded_folder, null_of
 from fewstep.runs.methods import find_objective
-from fewstep.runs.objective import strength_of, trains_map
+from fewstep.runs.objective import sampled_at, trains_map
 from fewstep.runs.recipe import Recipe, Student, Teacher
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.students import make_student, path_of
@@ -190,7 +190,7 @@ def _opened(path: str | Path) -> Trained:
         model.moments = getattr(data_of(recipe.data, model), "moments", None)
     if isinstance(model, FlowMap) and not is_from_python(path):
         model.gamma = find_objective(recipe.objectives[-1].name).gamma
-        model.guidance = strength_of(recipe)
+        model.guidance = sampled_at(recipe)
     return Trained(model.eval().requires_grad_(False), recipe, shape, saved.step)
 
 

@@ -67,6 +67,12 @@ def strength_of(recipe: Recipe) -> float | None:
     return guidance.scale if guidance is not None and (guidance.embedded or guidance.range is not None) else None
 
 
+def sampled_at(recipe: Recipe) -> float | None:
+    """The strength of guidance that a student is told where nothing is said."""
+    strength = strength_of(recipe)
+    return recipe.guided.get("scale") if strength is None else strength
+
+
 def follows_teacher(recipe: Recipe) -> bool:
     """Whether the student is to end where the teacher's trajectories do: it is distilled, or trained on what the
     teacher made. Otherwise the teacher is what it starts from, and fine-tuning leads elsewhere."""

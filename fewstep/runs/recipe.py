@@ -142,13 +142,21 @@ class Student(Section):
         description="an export, a run or another model that fewstep.load reads, which the student is and goes on from",
     )
     lora: Lora | None = Field(default=None, description="train an adapter of these weights alone")
-    guidance: bool | None = Field(
-        default=None, description="an input for the strength of guidance; else where the teacher's has a range"
+    guidance: bool | Literal["interval"] | None = Field(
+        default=None,
+        description="an input for the strength of guidance, or for it and the interval of times where it acts; else "
+        "where the teacher's has a range, or the objective is guided",
     )
     second_time: Literal["t", "span", "late"] | None = Field(
         default=None,
         description="how a diffusers model is told its second time: t (else), span (t - s), or late: the last blocks "
         "are told t in the place of s",
+    )
+    late_share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="the share of the blocks that late tells t; else a third of a transformer's, a U-Net's up blocks",
     )
     image: Count | None = Field(
         default=None,
@@ -265,6 +273,12 @@ class Recipe(Section):
         while (base := found[-1].options.get("base")) is not None:
             found.append(Named.model_validate(base))
         return found
+
+    @property
+    def guided(self) -> dict[str, Any]:
+        """The options of the objective, or of the one that it stands around, that teaches guidance from data; none
+        where no such does."""
+        return next((section.options for section in self.objectives if section.options.get("guided")), {})
 
     def as_dict(self) -> dict[str, Any]:
         """The whole recipe in plain values."""

@@ -171,6 +171,8 @@ def _find_names(recipe: Recipe, base: Path) -> None:
         is_new = guidance is not None and guidance.range is not None and not guidance.embedded
         if is_new and student.network == "auto" and student.guidance is None:
             student.guidance = True
+    if recipe.guided and student.guidance is None and not is_code(student.network):
+        student.guidance = "interval"
     _check_student(recipe)
     student.network = _beside(base, student.network)
     if student.start is not None:
@@ -196,7 +198,7 @@ def _check_student(recipe: Recipe) -> None:
     """Refuse what is asked of a student that would come to nothing."""
     student, guidance = recipe.student, recipe.teacher.guidance if recipe.teacher else None
     if student.start is not None:
-        for key in ("options", "prediction", "weights", "image", "conversion"):
+        for key in ("options", "prediction", "weights", "image", "conversion", "late_share"):
             if getattr(student, key):
                 raise ValueError(f"student.start is a whole model, and student.{key} would change it: leave one out")
         if student.network != "auto":
@@ -211,11 +213,14 @@ def _check_student(recipe: Recipe) -> None:
             "student.weights: random, and student.network: auto is the teacher's with its weights: say mlp, unet or "
             "FILE.py:FUNCTION, or leave weights out"
         )
-    if student.guidance and (guidance is None or guidance.range is None):
+    is_guided = bool(recipe.guided)
+    if student.guidance and (guidance is None or guidance.range is None) and not is_guided:
         raise ValueError(
             "student.guidance is an input for the strength of guidance, and there are no strengths to learn: say "
             "teacher.guidance.range, such as [1, 3]"
         )
+    if student.late_share is not None and student.second_time != "late":
+        raise ValueError(f"student.late_share is {student.late_share}: it belongs to student.second_time: late")
     if student.second_time is not None and student.kind == "field":
         raise ValueError("student.second_time is for flow maps, and student.kind is field: leave one of them out")
     if student.guidance and student.kind == "field":

@@ -78,9 +78,8 @@ def _bare_student(
                 return field.requires_grad_(True)
             return FlowMap.from_field(
                 field,
-                guidance=bool(section.guidance),
-                second_time=section.second_time or "t",
                 share=section.lora is not None,
+                **_told(section),
             )
         is_random = not isinstance(inner, NetworkField) or section.weights == "random"
         if section.lora is not None and is_random and not is_code(section.network):
@@ -160,7 +159,8 @@ def _wrap(
             )
         if start is not None:
             new, extra = network.load_state_dict(start.network.state_dict(), strict=False)
-            if extra or not all(name.startswith("strength.") for name in new):  # the strength of guidance may be new
+            # What it is told of guidance may be new.
+            if extra or not all(name.startswith(("strength.", "interval.")) for name in new):
                 raise ValueError(f"unlike: {', '.join([*new, *extra])}")
     except (RuntimeError, ValueError) as error:
         raise ValueError(
@@ -169,10 +169,19 @@ def _wrap(
         ) from None
     if not is_map:
         return field
-    student = FlowMap.from_field(field, guidance=bool(section.guidance), second_time=section.second_time or "t")
+    student = FlowMap.from_field(field, **_told(section))
     if maker := maker_of(network):
-        set_maker(student.network, maker["name"], maker["options"], told_guidance=bool(section.guidance))
+        set_maker(student.network, maker["name"], maker["options"], told_guidance=section.guidance or False)
     return student
+
+
+def _told(section: Student) -> dict[str, Any]:
+    """What the network of a student is told beside its time, and how."""
+    return {
+        "guidance": section.guidance or False,
+        "second_time": section.second_time or "t",
+        "late_share": section.late_share,
+    }
 
 
 def path_of(section: Student) -> Trajectory | None:

@@ -1,5 +1,6 @@
 """What makes a run this run and no other, and what may differ between a run and its continuation."""
 
+import inspect
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -8,6 +9,7 @@ from typing import Any
 
 from fewstep.common.options import read_yaml
 from fewstep.data import NAMED
+from fewstep.objectives import OBJECTIVES
 from fewstep.training import checkpoints
 from fewstep.training.run_files import CHECKPOINTS, RECIPE, read_mark
 
@@ -94,9 +96,22 @@ def differences(
 
 
 def _differing(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The differences of two fingerprints; what was moved is at another place, and the same."""
+    """The differences of two fingerprints; what was moved is at another place, and the same. An option that a method
+    got after the run began is what it is by default."""
+    saved = {**_came_later(saved, now), **saved}
     moved = {key for key in _PLACES if _is_moved(saved.get(key), now.get(key))}
     return differences(saved, now, MAY_DIFFER | moved)
+
+
+def _came_later(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of those options of a method that are said today, and that the run does not know."""
+    defaults: dict[str, Any] = {}
+    for key, name in now.items():
+        above, _, last = key.rpartition(".")
+        if last == "name" and isinstance(name, str) and name in OBJECTIVES and saved.get(key) == name:
+            options = inspect.signature(OBJECTIVES[name]).parameters.values()
+            defaults |= flat({p.name: p.default for p in options if p.default is not p.empty}, f"{above}.")
+    return {key: defaults[key] for key in defaults.keys() & (now.keys() - saved.keys())}
 
 
 # Where the parts of a run are from.

@@ -106,6 +106,14 @@ def test_what_a_model_has_no_room_for_is_refused() -> None:
         with_second_time(told, second_time="late")
     with pytest.raises(ValueError, match="class_embed_type='timestep' has no room for a second time"):
         with_second_time(FAMILIES["UNet2DModel"](tiny_unet(class_embed_type="timestep")))
+    with pytest.raises(ValueError, match=r"late_share is 0.5 and second_time 't': it is a share .* belongs to 'late'"):
+        with_second_time(network("dit"), late_share=0.5)
+    with pytest.raises(ValueError, match=r"late_share is 1.0 and second_time 'late': it is a share .* between 0 and 1"):
+        with_second_time(network("dit"), second_time="late", late_share=1.0)
+    with pytest.raises(ValueError, match="told_guidance is 'always': it is true, false or 'interval'"):
+        with_second_time(network("dit"), guidance="always")
+    with pytest.raises(ValueError, match=r"guidance with an interval, for a .* that is told the strength alone"):
+        with_second_time(network("unet"), guidance=True)(rows("unet")[0], S, T, guidance=torch.ones(2, 3))
     with pytest.raises(ValueError, match="unknown second_time 'spam': did you mean 'span'"):
         with_second_time(network("dit"), second_time="spam")
     with pytest.raises(ValueError, match="is told no strength of guidance"):
@@ -161,6 +169,26 @@ def test_a_trained_student_hears_what_it_is_told(name: str) -> None:
             assert torch.equal(one, told(x, S, T, **cond))  # 1, which is none, where it is not given
 
 
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize("how", ["t", "late"])
+@pytest.mark.parametrize("name", ["unet", "unet of classes", "sdxl", "dit", "pixart of one size", "sd3", "flux", "wan"])
+def test_a_student_told_the_interval_of_guidance_hears_both_its_ends(name: str, how: str) -> None:
+    """arXiv 2512.02012: silent at first, and all of time where the strength alone is said."""
+    (x, cond), teacher = rows(name), network(name)
+    student = with_second_time(teacher, "interval", how)
+    assert student.takes_guidance
+    assert student.takes_interval
+    told = torch.tensor([[3.0, 0.2, 0.8], [2.0, 0.0, 0.5]])
+    with torch.no_grad():
+        assert torch.equal(student(x, S, S, guidance=told, **cond), teacher(x, S, **cond))
+        loud(student)
+        at = lambda *one: student(x, S, T, guidance=torch.tensor([one, one]), **cond)  # noqa: E731
+        first, *others = at(3.0, 0.2, 0.8), at(2.0, 0.2, 0.8), at(3.0, 0.3, 0.8), at(3.0, 0.2, 0.7)
+        assert not any(torch.equal(first, other) for other in others)
+        assert torch.equal(at(3.0, 0.0, 1.0), student(x, S, T, guidance=torch.tensor([3.0, 3.0]), **cond))
+        assert torch.equal(at(1.0, 0.0, 1.0), student(x, S, T, **cond))
+
+
 @contextmanager
 def heard(blocks: list[Any], find: Any) -> Iterator[list[Any]]:
     """What each block is passed, in the order of the calls."""
@@ -192,10 +220,14 @@ BLOCKS: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("share", [None, 0.6])
 @pytest.mark.parametrize("name", list(BLOCKS))
-def test_told_late_the_first_blocks_hear_s_and_the_last_hear_t_as_the_teacher_would(name: str) -> None:
+def test_told_late_the_first_blocks_hear_s_and_the_last_hear_t_as_the_teacher_would(
+    name: str, share: float | None
+) -> None:
     """arXiv 2510.24474: no block hears both, and each hears what a model at that time alone is told."""
-    teacher, student = network(name), with_second_time(network(name), second_time="late")
+    teacher = network(name)
+    student = with_second_time(network(name), second_time="late", late_share=share)
     x, cond = rows(name)
     ndim = 4 if name == "wan" else 2
 
@@ -219,6 +251,12 @@ def test_told_late_the_first_blocks_hear_s_and_the_last_hear_t_as_the_teacher_wo
     first = hears_t.index(True)
     assert 0 < first < len(hears_t)
     assert all(hears_t[first:])
+    blocks = len(hears_t) - (name in ("sd3", "flux"))  # without the head
+    if share is not None:
+        assert blocks - first == min(round(0.6 * blocks), blocks - 1)
+        assert student.model.config["late_share"] == 0.6
+    elif "unet" not in name and name != "sdxl":
+        assert blocks - first == max(1, round(blocks / 3))
 
 
 OBJECTIVES: dict[str, Any] = {

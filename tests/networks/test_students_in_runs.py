@@ -32,14 +32,16 @@ from fewstep.training.fit import fit
 @pytest.mark.parametrize("how", SECOND_TIMES)
 @pytest.mark.parametrize("name", ["unet of classes", "sdxl", "dit", "sd3", "flux told", "wan"])
 def test_a_student_is_saved_and_read_by_its_own_class(name: str, how: str, tmp_path: Any) -> None:
-    student = loud(with_second_time(network(name), name != "flux told", how))
+    share = 0.6 if how == "late" else None
+    told = False if name == "flux told" else "interval" if name in ("dit", "unet of classes") else True
+    student = loud(with_second_time(network(name), told, how, late_share=share))
     student.model.save_pretrained(tmp_path)
     again = type(student)(type(student.model).from_pretrained(tmp_path))
     (x, cond), strength = rows(name), torch.tensor([2.0, 4.0])
     cond["guidance"] = strength
     with torch.no_grad():
         assert torch.equal(again(x, S, T, **cond), student(x, S, T, **cond))
-    assert again.second_time == how
+    assert (again.second_time, again.takes_interval) == (how, told == "interval")
 
 
 @pytest.mark.parametrize("how", SECOND_TIMES)
@@ -121,13 +123,15 @@ def test_a_recipe_says_how_the_second_time_goes_in(how: str, tmp_path: Any) -> N
     np.savez(tmp_path / "latents.npz", data=np.zeros((8, 4, 8, 8), np.float32), labels=np.arange(8) % 5)
     recipe = {
         "name": "how", "teacher": str(tmp_path / "teacher"), "data": str(tmp_path / "latents.npz"),
-        "student": {"network": "auto", "second_time": how}, "objective": "ITVM",
+        "student": {"network": "auto", "second_time": how, "late_share": 0.5 if how == "late" else None},
+        "objective": "ITVM",
         "training": {"steps": 2, "batch": 8, "quiet": True, "gradient_checkpointing": True},
         "evaluation": {"count": 0},
     }  # fmt: skip
     run(load_recipe(recipe), tmp_path / "run")
     model = open_run(tmp_path / "run").model
     assert model.network.second_time == how  # pyright: ignore
+    assert model.network.model.config["late_share"] == (0.5 if how == "late" else None)  # pyright: ignore
     # The same without checkpointing, to the last bit; and a run that goes on may turn it off.
     plain = {**recipe, "training": {**recipe["training"], "gradient_checkpointing": False}}
     run(load_recipe(plain), tmp_path / "plain")
@@ -184,3 +188,7 @@ def test_checkpointing_and_second_times_are_refused_where_they_mean_nothing() ->
         FlowMap.from_field(field, second_time="span")
     with pytest.raises(ValueError, match=r"student.second_time is for flow maps, and student.kind is field"):
         load_recipe("checkerboard-itvm", {"student.second_time": "late", "student.kind": "field"})
+    with pytest.raises(ValueError, match=r"student.late_share is 0.5: it belongs to student.second_time: late"):
+        load_recipe("checkerboard-itvm", {"student.late_share": "0.5"})
+    with pytest.raises(ValueError, match=r"late_share is 0.5: it belongs to second_time: late, of models of diffusers"):
+        FlowMap.from_field(field, late_share=0.5)

@@ -31,7 +31,7 @@ def recipe(tmp_path):
         },
         "student": {"network": "mlp", "options": {"width": 64, "depth": 2, "guidance": True}},
         "data": "eight-gaussians",
-        "objective": {"name": "AYF", "diagonal": 0.75},
+        "objective": {"name": "AYF", "diagonal": 0.75, "times": "gap(-0.8, 1)"},  # as in the paper
         "training": {"steps": 500, "batch": 128, "lr": 3e-3, "quiet": True},
         "evaluation": {"count": 0},
     }
@@ -102,3 +102,22 @@ def test_the_strength_is_silent_at_first():
     network, x, t = MLP(2, width=16, depth=2, guidance=True), torch.randn(8, 2), torch.rand(8)
     assert torch.equal(network(x, t), network(x, t, guidance=torch.full((8,), 3.0)))
     assert network.with_second_time().config["guidance"] is True
+
+
+def test_points_are_told_the_interval_of_guidance_too():
+    torch.manual_seed(0)
+    network, x, t = MLP(2, width=16, depth=2).with_second_time("interval"), torch.randn(8, 2), torch.rand(8)
+    told = torch.stack([torch.full((8,), 3.0), 0.5 * torch.rand(8), 0.5 + 0.5 * torch.rand(8)], dim=1)
+    assert torch.equal(network(x, t, t), network(x, t, t, guidance=told))
+    for weight in network.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight)
+    all_times = torch.stack([told[:, 0], torch.zeros(8), torch.ones(8)], dim=1)
+    assert torch.equal(network(x, t, t, guidance=told[:, 0]), network(x, t, t, guidance=all_times))
+    for column in range(3):
+        other = told.clone()
+        other[:, column] += 0.1
+        assert not torch.equal(network(x, t, t, guidance=other), network(x, t, t, guidance=told))
+    assert (network.takes_guidance, network.takes_interval) == (True, True)
+    with pytest.raises(ValueError, match=r"takes the strength of guidance alone: make it with guidance=.interval."):
+        MLP(2, width=8, guidance=True)(x, t, guidance=told)

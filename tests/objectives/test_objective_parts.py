@@ -35,7 +35,7 @@ from fewstep.objectives import (
     TwoTime,
 )
 from fewstep.objectives.rows import Now, Rows
-from fewstep.objectives.weights import normalized
+from fewstep.objectives.weights import bounded, normalized
 
 # Times
 
@@ -134,6 +134,30 @@ def test_a_normalised_tangent():
     rms = torch.tensor([[12.5**0.5], [1e-6 / 2**0.5], [1e6]])
     torch.testing.assert_close(normalized(residual), residual / (rms + 0.1))
     assert normalized(residual).square().mean(1).max() <= 1
+
+
+@pytest.mark.parametrize("method", [AYF, SCM])
+def test_a_tangent_that_is_cut_off(gaussian: GaussianField, method: Callable[..., TwoTime]):
+    """Of FACM: where all its numbers are within -1 and 1 the tangent is the plain residual, which ``norm`` shrinks, and
+    beyond they stop there."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 2, generator=draw, dtype=torch.float64)
+    s = torch.rand(64, generator=draw, dtype=torch.float64)
+    one = torch.ones_like(s)
+    rows = Rows("map", x, x, s, one, x, x, s, {})
+    for size, is_cut in ((0.03, False), (1.0, True)):
+        student = FlowMap(Perturbed(GaussianAverageVelocity(gaussian), 2, size))
+        u, ahead, behind = (
+            student.average_velocity(x + e * gaussian(x, s), s + e, one).detach() for e in (0.0, 1e-6, -1e-6)
+        )
+        plain = u - gaussian(x, s) - (1 - s)[:, None] * (ahead - behind) / 2e-6
+        assert bool(plain.abs().max() > 1) is is_cut
+        found = method(gaussian, ramp=1.0, bound="clamp").residual(student, rows, Now(progress=1.0)).detach()
+        torch.testing.assert_close(found, plain.clamp(-1, 1), rtol=0, atol=1e-7)
+        normed = method(gaussian, ramp=1.0).residual(student, rows, Now(progress=1.0)).detach()
+        torch.testing.assert_close(normed, normalized(plain), rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match="unknown bound 'max'"):
+        bounded(x, "max")
 
 
 @pytest.mark.parametrize("ramp", [1.0, 0.4])

@@ -57,6 +57,8 @@ from fewstep.objectives import (
         (AYF, {"ramp": 1.1}, "AYF's ramp is 1.1"),
         (AYF, {"step_size": 2.0}, "AYF's step_size is 2.0"),
         (AYF, {"variant": "LMD", "ema": 1.0}, r"AYF's ema is 1.0: it lies in \[0, 1\)"),
+        (AYF, {"bound": "clam"}, "unknown bound of AYF 'clam': did you mean 'clamp'"),
+        (SCM, {"bound": "max"}, "unknown bound of SCM 'max'"),
         (SCM, {"warmup": -0.1}, "SCM's warmup is -0.1"),
         (PFMM, {"rounds": 0}, "PFMM's rounds are 0: at least one"),
         (PFMM, {"ema": 1.0}, "PFMM's ema is 1.0"),

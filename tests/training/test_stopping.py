@@ -145,3 +145,15 @@ def test_a_run_of_another_recipe_is_not_continued(tmp_path):
     assert fresh.step == 3
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000003"]
+
+
+def test_an_option_that_a_method_got_later_is_what_it_is_by_default(tmp_path):
+    """A run from before AlphaFlow had a schedule goes on, with the one that it had."""
+    before = {"objective": {"name": "AlphaFlow", "sharpness": 25.0}}
+    train(tmp_path, fingerprint=before)
+    with pytest.raises(ValueError, match=r"objective\.schedule is sigmoid there and exponential here"):
+        train(tmp_path, fingerprint={"objective": {**before["objective"], "schedule": "exponential"}})
+    today = {"objective": {**before["objective"], "schedule": "sigmoid", "last": 3e-4}}
+    assert train(tmp_path, fingerprint=today, steps=14).step == 14
+    with pytest.raises(ValueError, match=r"objective\.name is AlphaFlow there and MeanFlow here"):
+        train(tmp_path, fingerprint={"objective": {"name": "MeanFlow", "sharpness": 25.0}})

@@ -154,4 +154,9 @@ class TwoTimeNetwork(OfDiffusers):
 
     @property
     def takes_guidance(self) -> bool:
-        return self.model.told_guidance or super().takes_guidance
+        return bool(self.model.told_guidance) or super().takes_guidance
+
+    @property
+    def takes_interval(self) -> bool:
+        """Whether it is told the times between which guidance acts, the condition ``guidance`` (B, 3)."""
+        return getattr(self.model, "told_guidance", False) == "interval"

@@ -58,4 +58,4 @@ class TwoTimeUNet(TwoTimeNetwork, UNet):
 
     @property
     def takes_guidance(self) -> bool:
-        return not self.is_stock and self.model.told_guidance
+        return not self.is_stock and bool(self.model.told_guidance)

@@ -21,7 +21,7 @@ class TwoTimeDiTTransformer2DModel(TwoTimeTransformer, DiTTransformer2DModel):
 
     call = staticmethod(call)
 
-    def take_rows(self, late: bool, guided: bool) -> None:
+    def take_rows(self, late: bool, guided: int) -> None:
         blocks: Any = self.transformer_blocks
         for block in blocks:
             self.embed_rows(block.norm1.emb, late, guided)

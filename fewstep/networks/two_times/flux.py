@@ -44,7 +44,7 @@ class TwoTimeFluxTransformer2DModel(TwoTimeTransformer, FluxTransformer2DModel):
 
     call = staticmethod(call)
 
-    def take_rows(self, late: bool, guided: bool) -> None:
+    def take_rows(self, late: bool, guided: int) -> None:
         if guided and self.config["guidance_embeds"]:
             raise ValueError("this Flux is told the strength of guidance as it is: leave guidance out")
         embeddings: Any = self.time_text_embed

@@ -12,11 +12,11 @@ from .rows import LabelAndTimes, hear, with_room
 
 class LabelledTimes(TwoTimes):
     """A U-Net: its ``class_labels`` are rows of the label, where it has classes, of t, and of 100 times the strength of
-    guidance, where it is told it."""
+    guidance, where it is told it, and of 1000 times the ends of its interval."""
 
     call: Any
 
-    def take_rows(self, late: bool, guided: bool) -> None:
+    def take_rows(self, late: bool, guided: int) -> None:
         _widen_labels(self, late, guided)
 
     def predict(
@@ -40,7 +40,7 @@ def _labelled(class_labels: Tensor | None, rows: Tensor) -> Tensor:
     return torch.cat([labels if labels.ndim == 2 else labels[:, None], rows], dim=-1)
 
 
-def _widen_labels(model: Any, late: bool, guided: bool) -> None:
+def _widen_labels(model: Any, late: bool, guided: int) -> None:
     """Have a U-Net's class embedding take rows.
 
     Raises:
@@ -57,7 +57,13 @@ def _widen_labels(model: Any, late: bool, guided: bool) -> None:
         return
     width = model.time_embedding.linear_2.out_features
     model.time_embedding.register_forward_hook(with_room)
-    for k, block in enumerate([*model.down_blocks, model.mid_block, *model.up_blocks]):
-        if block is not None:
-            is_last = k > len(model.down_blocks)
-            block.register_forward_pre_hook(functools.partial(hear, width=width, dim=2, late=is_last), with_kwargs=True)
+    blocks = [(block, k > len(model.down_blocks)) for k, block in enumerate(_blocks(model)) if block is not None]
+    if model.late_share is not None:
+        blocks = model.by_turn([block for block, _ in blocks])
+    for block, is_last in blocks:
+        block.register_forward_pre_hook(functools.partial(hear, width=width, dim=2, late=is_last), with_kwargs=True)
+
+
+def _blocks(model: Any) -> list[Any]:
+    """Those of a U-Net, down and up; None for a middle that it has not."""
+    return [*model.down_blocks, model.mid_block, *model.up_blocks]

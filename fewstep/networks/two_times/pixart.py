@@ -36,7 +36,7 @@ class TwoTimePixArtTransformer2DModel(TwoTimeTransformer, PixArtTransformer2DMod
 
     call = staticmethod(call)
 
-    def take_rows(self, late: bool, guided: bool) -> None:
+    def take_rows(self, late: bool, guided: int) -> None:
         norm: Any = self.adaln_single
         width = self.inner_dim
         self.embed_rows(norm.emb, late, guided)

@@ -28,22 +28,28 @@ class RowEmbedding(TimestepEmbedding):
     Args:
         base: that of the model, the names of whose weights it keeps.
         late: whether both times are embedded alike, apart; else the second has an embedding of its own.
-        guided: whether the last of a row is the strength of guidance.
+        guided: how many numbers on guidance stand last in a row: its strength, or that and the ends of its interval.
         is_stacked: (B, 1, D) or (B, 2, D) in the place of (B, D) or (B, 2 D).
     """
 
-    def __init__(self, base: TimestepEmbedding, late: bool, guided: bool, is_stacked: bool = False) -> None:
+    def __init__(self, base: TimestepEmbedding, late: bool, guided: int, is_stacked: bool = False) -> None:
         channels, dim = base.linear_1.in_features, base.linear_2.out_features
         super().__init__(channels, dim)
         self.linear_1, self.act, self.linear_2, self.post_act = base.linear_1, base.act, base.linear_2, base.post_act
         self.late, self.guided, self.is_stacked = late, guided, is_stacked
         self.second = None if late else TimestepEmbedding(channels, dim)
         self.strength = TimestepEmbedding(channels, dim) if guided else None
+        self.interval = nn.ModuleList(TimestepEmbedding(channels, dim) for _ in range(guided - 1))
 
     @property
     def new(self) -> list[Any]:
         """What the model did not have before."""
-        return [part for part in (self.second, self.strength) if part is not None]
+        return [*([] if self.second is None else [self.second]), *self.of_guidance]
+
+    @property
+    def of_guidance(self) -> list[Any]:
+        """What embeds the numbers on guidance, in their order."""
+        return [] if self.strength is None else [self.strength, *self.interval]
 
     @property
     def like(self) -> dict[str, Tensor]:
@@ -55,37 +61,43 @@ class RowEmbedding(TimestepEmbedding):
             return super().forward(sample, condition)
         # In memory of their own, as matrix products may round otherwise where rows lie apart.
         times = [time.contiguous() for time in sample.unbind(1)]
-        told = times.pop() if self.guided else None
+        times, told = times[: len(times) - self.guided], times[len(times) - self.guided :]
         if self.second is None:
             embedded = [super(RowEmbedding, self).forward(time) for time in times]
         else:
             embedded = [super().forward(times[0]) + self.second(times[1])]
-        if self.strength is not None:
-            strength = self.strength(told)
-            embedded = [embedding + strength for embedding in embedded]
+        for embed, number in zip(self.of_guidance, told, strict=True):
+            more = embed(number)
+            embedded = [embedding + more for embedding in embedded]
         return torch.stack(embedded, dim=1) if self.is_stacked else torch.cat(embedded, dim=-1)
 
 
 class LabelAndTimes(nn.Module):
-    """The class embedding of a U-Net for rows (B, k) of a label, the second time and the strength of guidance: the sum
+    """The class embedding of a U-Net for rows (B, k) of a label, the second time and what there is on guidance: the sum
     of the embeddings that there are, to be added to that of the first time. ``late``: (B, 2 D), without and with it.
 
     Args:
         label: the model's own class embedding, if it has one. project, embed: how it embeds its time.
     """
 
-    def __init__(self, label: nn.Module | None, project: nn.Module, embed: Any, late: bool, guided: bool) -> None:
+    def __init__(self, label: nn.Module | None, project: nn.Module, embed: Any, late: bool, guided: int) -> None:
         super().__init__()
         self.label, self.project, self.guided = label, project, guided
         self._embed = [embed]  # in a list, so that its weights are not among the weights of this module too
         channels, dim = embed.linear_1.in_features, embed.linear_1.out_features
         self.second = None if late else TimestepEmbedding(channels, dim)
         self.strength = TimestepEmbedding(channels, dim) if guided else None
+        self.interval = nn.ModuleList(TimestepEmbedding(channels, dim) for _ in range(guided - 1))
 
     @property
     def new(self) -> list[Any]:
         """What the model did not have before."""
-        return [part for part in (self.second, self.strength) if part is not None]
+        return [*([] if self.second is None else [self.second]), *self.of_guidance]
+
+    @property
+    def of_guidance(self) -> list[Any]:
+        """What embeds the numbers on guidance, in their order."""
+        return [] if self.strength is None else [self.strength, *self.interval]
 
     @property
     def like(self) -> dict[str, Tensor]:
@@ -95,15 +107,15 @@ class LabelAndTimes(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         embed = self._embed[0] if self.second is None else self.second
         dtype = embed.linear_1.weight.dtype
-        told, time = rows[:, -1], rows[:, -2 if self.guided else -1]
+        first = rows.shape[1] - 1 - self.guided
+        labels, time, told = rows[:, :first].contiguous(), rows[:, first], rows[:, first + 1 :].unbind(1)
         projected = self.project(time).to(dtype)
-        labels = rows[:, : -2 if self.guided else -1].contiguous()
         if isinstance(self.label, nn.Embedding):
             label = self.label(labels[:, 0].to(torch.long))
         else:
             label = 0 if self.label is None else self.label(labels.to(dtype))
-        if self.strength is not None:
-            label = label + self.strength(self.project(told).to(dtype))
+        for more, number in zip(self.of_guidance, told, strict=True):
+            label = label + more(self.project(number).to(dtype))
         if self.second is not None:
             return label + self.second(projected)
         second = embed.forward(projected)  # past the hook that makes room for it
@@ -159,9 +171,9 @@ def last_token(_: nn.Module, __: Any, output: tuple[Any, ...]) -> tuple[Any, ...
     return output[0][:, -1:], *output[1:]
 
 
-def one_time(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], late: bool, guided: bool) -> Any:
+def one_time(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], late: bool, guided: int) -> Any:
     """Of rows of two times, the one that is heard, and what stands behind them."""
-    columns = [int(late), *([2] if guided else [])]
+    columns = [int(late), *range(2, 2 + guided)]
 
     def one(value: Any) -> Any:
         is_rows = isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 2

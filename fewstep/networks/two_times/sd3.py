@@ -25,7 +25,7 @@ class TwoTimeSD3Transformer2DModel(TwoTimeTransformer, SD3Transformer2DModel):
 
     call = staticmethod(call)
 
-    def take_rows(self, late: bool, guided: bool) -> None:
+    def take_rows(self, late: bool, guided: int) -> None:
         self.embed_rows(self.time_text_embed, late, guided)
         if late:
             self.time_text_embed.text_embedder.register_forward_hook(twice)

@@ -14,13 +14,12 @@ class TwoTimeTransformer(TwoTimes):
     """A transformer: its ``timestep`` is rows of s, t and, where it is told it, 100 times the strength of guidance."""
 
     call: Any  # how the pipelines of its family call it
-    last_share = 1 / 3  # of the blocks, told t in the place of s where the second time is ``late``
 
     def predict(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
         rows = torch.cat([s[:, None], self.rows(s, t, guidance)], dim=-1)
         return self.call(self, x, rows, **cond)
 
-    def embed_rows(self, embeddings: Any, late: bool, guided: bool) -> None:
+    def embed_rows(self, embeddings: Any, late: bool, guided: int) -> None:
         """Have the modules ``time_proj`` and ``timestep_embedder`` of a combined embedding take rows."""
         embeddings.time_proj = RowProjection(embeddings.time_proj)
         embeddings.timestep_embedder = RowEmbedding(embeddings.timestep_embedder, late, guided)
@@ -31,8 +30,3 @@ class TwoTimeTransformer(TwoTimes):
             block.register_forward_pre_hook(
                 functools.partial(hear, width=width, dim=dim, late=is_last), with_kwargs=True
             )
-
-    def by_turn(self, blocks: Any) -> list[tuple[Any, bool]]:
-        """Blocks, and whether each is among the last, which there is one of at least."""
-        first = len(blocks) - max(1, round(self.last_share * len(blocks)))
-        return [(block, k >= first) for k, block in enumerate(blocks)]

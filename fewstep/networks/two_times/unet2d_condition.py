@@ -42,7 +42,7 @@ class TwoTimeUNet2DConditionModel(LabelledTimes, UNet2DConditionModel):
 
     call = staticmethod(call)
 
-    def take_rows(self, late: bool, guided: bool) -> None:
+    def take_rows(self, late: bool, guided: int) -> None:
         if late and self.config["time_cond_proj_dim"] is not None:
             raise ValueError("second_time: late, and this U-Net takes a timestep_cond with its time: say t")
         super().take_rows(late, guided)

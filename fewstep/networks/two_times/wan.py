@@ -25,7 +25,7 @@ class TwoTimeWanTransformer3DModel(TwoTimeTransformer, WanTransformer3DModel):
 
     call = staticmethod(call)
 
-    def take_rows(self, late: bool, guided: bool) -> None:
+    def take_rows(self, late: bool, guided: int) -> None:
         embeddings: Any = self.condition_embedder
         embeddings.time_embedder = RowEmbedding(embeddings.time_embedder, late, guided, is_stacked=True)
         if late:

@@ -1,5 +1,6 @@
 """Short trainings by the adversarial term: noise on the critic's rows, and points that lie astray."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -54,21 +55,22 @@ def test_noise_comes_while_the_critic_is_sure_and_goes_as_the_samples_arrive():
 
 @pytest.mark.slow
 def test_a_critic_brings_points_back_to_where_data_are():
-    """The checkerboard at one call, the same steps for both: the share of samples outside of all squares."""
+    """The checkerboard at one call, as many steps from the same student: the share of samples outside of all squares
+    (.21 and .14 where it was measured)."""
     field, noise = CheckerboardField(), torch.randn(10_000, 2, generator=generator(1))
+    same: dict[str, Any] = {"batch": 512, "chunk": 512, "quiet": True}
+    torch.manual_seed(0)
+    first = FlowMap(MLP(2, 128, 4, times=2))
+    fit(first, ITVM(field, ema=0.97, ends=0.02), Toy(field.data), 1500, lr=3e-3, warmup=100, ema=None, **same)
 
     def astray(finish: bool) -> float:
-        torch.manual_seed(0)
-        student = FlowMap(MLP(2, 128, 4, times=2))
         base: Objective = ITVM(field, ema=0.97, ends=0.02)
-        critic = Adversarial(base, weight=0.1, rollout=(1, 2, 4), begin=0.6, lr=3.0) if finish else base
-        options: dict[str, Any] = {"batch": 512, "chunk": 512, "lr": 3e-3, "schedule": "constant", "ema": 0.99}
-        done = fit(student, critic, Toy(field.data), 1500, warmup=100, quiet=True, **options)
+        objective = Adversarial(base, weight=0.1, begin=0.0, ramp=0.1, lr=3.0) if finish else base
+        options: dict[str, Any] = {"lr": 1e-3, "warmup": 20, "ema": 0.99, "seed": 100, **same}
+        done = fit(deepcopy(first), objective, Toy(field.data), 500, **options)
         with torch.no_grad():
             x = done.ema(noise, 0.0, 1.0)[:, None]
         low, high = field.boxes.float().unbind(-1)
         return 1 - float(((x >= low) & (x <= high)).all(-1).any(-1).float().mean())
 
-    plain, finished = astray(False), astray(True)
-    print(f"{plain:.3f} of the samples are astray, {finished:.3f} with a critic")
-    assert finished < 0.85 * plain
+    assert astray(True) < 0.85 * astray(False)

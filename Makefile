@@ -1,4 +1,4 @@
-# make demo   set up and run the main job: two distillations, pictures, a report
+# make demo   set up and run the main job: images in one call, two distillations, pictures, a report
 # make test   set up and run the tests; make test-fast leaves out those that take seconds each
 # make docs   set up and build the site; make docs-serve shows it
 # make package   wheel and sdist into dist/, tried in an environment of their own
@@ -15,10 +15,13 @@ READY = .venv/.ready-$(subst /,-,$(TORCH))
 .PHONY: demo test test-fast package lint leaderboard figures docs docs-serve clean
 
 demo: $(READY)
+	mkdir -p runs
+	.venv/bin/fewstep sample fewstep:fashion-mnist-fast --steps 1 --count 64 --out runs/one-call.png
 	.venv/bin/fewstep distill checkerboard-itvm --out runs/checkerboard
 	.venv/bin/fewstep distill fashion-mnist-demo --out runs/fashion-mnist-demo
 	@echo
-	@echo "The pictures: runs/checkerboard/samples and runs/fashion-mnist-demo/samples, one each eighth of the training;"
+	@echo "One call each:  runs/one-call.png, by the student that fewstep carries;"
+	@echo "the pictures: runs/checkerboard/samples and runs/fashion-mnist-demo/samples, one each eighth of the training;"
 	@echo "the reports:  runs/checkerboard/report.html and runs/fashion-mnist-demo/report.html"
 
 # Two processes take 2 GB of memory together. make test WORKERS=8 on a larger machine

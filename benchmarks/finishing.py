@@ -26,25 +26,27 @@ from fewstep.evaluation.cost import compare_costs
 COUNTS, METRICS = (1, 2, 4), ("fd", "precision", "recall", "accuracy")
 FIRST, STEPS = 1500, 400  # of the student, and of ITVM after it
 NOW: dict[str, Any] = {"begin": 0.0}
+NOISY = "logit-normal(-0.8, 1)"
 
 Make = Callable[[Any], Any]
 WAYS: dict[str, Make] = {
     "ITVM goes on": lambda t: fewstep.ITVM(t),
-    "corrected": lambda t: fewstep.Corrected(fewstep.ITVM(t), **NOW),
-    "corrected, weight 0.5": lambda t: fewstep.Corrected(fewstep.ITVM(t), weight=0.5, **NOW),
-    "corrected, weight 1": lambda t: fewstep.Corrected(fewstep.ITVM(t), weight=1.0, **NOW),
-    "corrected, one step only": lambda t: fewstep.Corrected(fewstep.ITVM(t), rollout=(1,), **NOW),
-    "corrected, one network": lambda t: fewstep.Corrected(fewstep.ITVM(t), fake="same", **NOW),
-    "corrected, own diagonal": lambda t: fewstep.Corrected(fewstep.ITVM(t), real="diagonal", **NOW),
-    "corrected, every 2": lambda t: fewstep.Corrected(fewstep.ITVM(t), every=2, weight=0.5, **NOW),
+    **{
+        f"corrected, weight {w:g}": lambda t, w=w: fewstep.Corrected(fewstep.ITVM(t), weight=w, **NOW)
+        for w in (0.2, 0.5, 1.0, 2.0, 4.0)
+    },
+    "corrected, one step only": lambda t: fewstep.Corrected(fewstep.ITVM(t), rollout=(1,), weight=1.0, **NOW),
+    "corrected, one network": lambda t: fewstep.Corrected(fewstep.ITVM(t), fake="same", weight=1.0, **NOW),
+    "corrected, own diagonal": lambda t: fewstep.Corrected(fewstep.ITVM(t), real="diagonal", weight=1.0, **NOW),
+    "corrected, every 2": lambda t: fewstep.Corrected(fewstep.ITVM(t), every=2, weight=1.0, **NOW),
     "corrected, not normalized": lambda t: fewstep.Corrected(fewstep.ITVM(t), normalize=False, weight=1.0, **NOW),
-    "corrected, more noise": lambda t: fewstep.Corrected(fewstep.ITVM(t), times="logit-normal(-0.8, 1)", **NOW),
+    "corrected, more noise": lambda t: fewstep.Corrected(fewstep.ITVM(t), times=NOISY, weight=1.0, **NOW),
     "adversarial": lambda t: adversarial(fewstep.ITVM(t)),
     "adversarial, weight 0.1": lambda t: adversarial(fewstep.ITVM(t), weight=0.1),
     "adversarial, weight 0.3": lambda t: adversarial(fewstep.ITVM(t), weight=0.3),
     "adversarial, features of the teacher": lambda t: adversarial(fewstep.ITVM(t), critic="teacher"),
     "adversarial, diffused": lambda t: adversarial(fewstep.ITVM(t), diffused=True),
-    "both": lambda t: adversarial(fewstep.Corrected(fewstep.ITVM(t), **NOW), weight=0.1),
+    "both": lambda t: adversarial(fewstep.Corrected(fewstep.ITVM(t), weight=1.0, **NOW), weight=0.1),
 }
 
 

@@ -70,7 +70,7 @@ class Corrected(Finishing):
         base: Objective,
         fake: str | nn.Module = "copy",
         real: str = "teacher",
-        weight: float = 0.2,
+        weight: float = 1.0,
         share: float = 0.5,
         rollout: Sequence[int] = (1, 2, 4),
         begin: float = 0.5,

@@ -137,7 +137,7 @@ def test_until_it_begins_it_is_its_base_to_the_bit():
 
 def test_the_weight_rises_from_nothing():
     student = student_of()
-    objective = made(Corrected(ITVM(eight_gaussians()), begin=0.5, ramp=0.2), student)
+    objective = made(Corrected(ITVM(eight_gaussians()), weight=0.2, begin=0.5, ramp=0.2), student)
 
     def share(progress: float) -> float:
         loss = loss_of(objective, student, progress=progress)

@@ -71,7 +71,8 @@ def _filled(recipe: Recipe, section: Named, where: str) -> Named:
 
 
 def finished(section: Named) -> Named:
-    """``{name: ITVM, finish: corrected}`` written out: the finishing objective, around what is said.
+    """``{name: ITVM, finish: corrected}`` written out: the finishing objective, around what is said. Options that only
+    the finishing one has are its own: ``{name: ITVM, finish: corrected, begin: 0.3}``.
 
     Raises:
         ValueError: a finish that is not known.
@@ -83,8 +84,11 @@ def finished(section: Named) -> Named:
         name = finish.get("name") if isinstance(finish, Mapping) else finish
         if str(name).lower() not in known:
             raise unknown("objective.finish", str(name), known)
-        inner = {"name": section.name, **options}
-        section = Named.model_validate({**finish, "name": known[str(name).lower()], "base": inner})
+        name = known[str(name).lower()]
+        its, inside = (inspect.signature(find_objective(method)).parameters for method in (name, section.name))
+        own = {key: value for key, value in options.items() if key in its and key not in inside}
+        inner = {"name": section.name, **{key: value for key, value in options.items() if key not in own}}
+        section = Named.model_validate({**own, **finish, "name": name, "base": inner})
         options = section.options
     return section
 

@@ -148,8 +148,10 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
 
 
 def own_state(objective: Objective, student: nn.Module) -> dict[str, Tensor]:
-    """The state of an objective without what are the frozen weights of the student, of which it may have a copy."""
+    """The state of an objective without what are the teacher's weights, or frozen ones of the student: of these it may
+    have an adapter."""
     still = {id(p) for p in frozen(student).values()}
+    still |= {id(p) for p in objective.teacher.parameters()} if objective.has_teacher else set()
     shared = {name for name, p in objective.named_parameters(remove_duplicate=False) if id(p) in still}
     return {name: value for name, value in objective.state_dict().items() if name not in shared}
 

@@ -47,6 +47,8 @@ def test_one_word_finishes_the_recipes_own_method():
     assert plain == load_recipe({**SMALL, "objective": nested})
     told = load_recipe({**SMALL, "objective": "ITVM"}, {"objective.finish": "{name: corrected, weight: 0.7}"})
     assert told.objective.options["weight"] == 0.7
+    beside = load_recipe({**SMALL, "objective": "ITVM"}, {"objective.finish": "corrected", "objective.begin": "0.3"})
+    assert (beside.objective.options["begin"], "begin" in beside.objective.options["base"]) == (0.3, False)
     none = load_recipe({**SMALL, "objective": {"name": "ITVM", "finish": None}})
     assert none == load_recipe({**SMALL, "objective": "ITVM"})
 

@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fewstep.common.options import as_yaml
+from fewstep.common.options import as_yaml, in_one_line
 
 Count = Annotated[int, Field(gt=0)]
 Above = Annotated[float, Field(gt=0)]
@@ -271,7 +271,11 @@ class Recipe(Section):
         """The objective and what it stands around (``{name: Corrected, base: ITVM}``), from the outside in."""
         found = [self.objective]
         while (base := found[-1].options.get("base")) is not None:
-            found.append(Named.model_validate(base))
+            where = "objective" + ".base" * len(found)
+            try:
+                found.append(Named.model_validate({"name": "ITVM", **base} if isinstance(base, Mapping) else base))
+            except ValidationError as error:
+                raise in_one_line(error, Named, where) from None
         return found
 
     @property

@@ -12,7 +12,9 @@ from fewstep.common.randomness import Generators, uniform
 # How times are distributed, and the numbers of each where none are said.
 _NUMBERS: dict[str, tuple[float, ...]] = {
     "uniform": (), "logit-normal": (0.0, 1.0), "power": (1.0,), "mirrored-power": (1.0,), "gap": (0.0, 1.0),
+    "calls": (0.75,),
 }  # fmt: skip
+_CALLS = 4  # grids of 1, 2, 4, 8 steps
 DISTRIBUTIONS = tuple(_NUMBERS)
 GRIDS = ("uniform", "shifted", "quadratic")
 _MOST_STEPS = 1_000_000
@@ -35,9 +37,17 @@ def read_times(distribution: str) -> tuple[str, tuple[float, ...]]:
         numbers = ()
     is_closed = bool(bracket) == rest.endswith(")")
     spread = numbers[-1] if numbers else 1.0  # a deviation, or a power
-    if len(numbers) != len(wanted) or not is_closed or not all(map(math.isfinite, numbers)) or spread <= 0:
+    is_share = name != "calls" or spread <= 1
+    if (
+        len(numbers) != len(wanted)
+        or not is_closed
+        or not all(map(math.isfinite, numbers))
+        or spread <= 0
+        or not is_share
+    ):
         way = f"{name}({', '.join(f'{number:g}' for number in wanted)})" if wanted else name
-        raise ValueError(f"times {distribution!r}: say {way}, the last number above 0")
+        most = " and at most 1" if name == "calls" else ""
+        raise ValueError(f"times {distribution!r}: say {way}, the last number above 0{most}")
     return name, numbers
 
 
@@ -49,7 +59,7 @@ def draw_times(rows: int, generators: Generators, distribution: str = "uniform")
       (arXiv 2403.03206); mean > 0 is towards data, and noise levels that are lognormal(m, d) are logit-normal(-m, d)
       on the linear path;
     * power(k): density ``(k + 1) t^k``, towards data; mirrored-power(k): the same towards noise;
-    * gap(mean, deviation): says how long intervals are (:func:`draw_pairs`); single times are uniform.
+    * gap(mean, deviation), calls(share): say how intervals are drawn (:func:`draw_pairs`); single times are uniform.
 
     Raises:
         ValueError: if the distribution is not known.
@@ -75,7 +85,8 @@ def draw_pairs(
     rows: int, generators: Generators, distribution: str = "uniform", ends: float = 0.0, longest: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Pairs s <= t, each (rows,): two draws, sorted; of ``gap(mean, deviation)`` first their length, logit-normal, then
-    their place, uniform (as in arXiv 2506.14603).
+    their place, uniform (as in arXiv 2506.14603). ``calls(share)`` gives this share of the rows an interval of sampling
+    in 1, 2, 4 or 8 equal steps, each number as often: ``k / n`` to ``(k + 1) / n``.
 
     Args:
         ends: with this probability s becomes 0, and with this one (of its own) t becomes 1: the times of one-step
@@ -92,6 +103,10 @@ def draw_pairs(
         t = (s + length).clamp(max=1.0)
     else:
         s, t = torch.minimum(first, second), torch.maximum(first, second)
+    if name == "calls":
+        is_step, steps = uniform(rows, generators) < numbers[0], 2.0 ** (_CALLS * uniform(rows, generators)).floor()
+        step = (steps * uniform(rows, generators)).floor()
+        s, t = torch.where(is_step, step / steps, s), torch.where(is_step, (step + 1) / steps, t)
     if longest < 1:
         length = longest * (t - s)
         s = s * (1 - length) / (1 - (t - s)).clamp(min=1e-9)

@@ -42,6 +42,23 @@ def test_pairs_of_logit_normal_times():
         assert gap(values, lambda v, f=distribution: f(torch.special.ndtr(torch.logit(v)))) < GAP
 
 
+def test_calls_give_their_share_the_intervals_of_sampling():
+    s, t = draw_pairs(N, generator(6), "calls(0.6)")
+    plain = draw_pairs(N, generator(6))
+    is_step = (s != plain[0]) | (t != plain[1])
+    assert float(is_step.float().mean()) == pytest.approx(0.6, abs=5 * (0.24 / N) ** 0.5)
+    intervals = torch.stack([s, t], dim=1)[is_step]
+    wanted = torch.tensor([[k / n, (k + 1) / n] for n in (1, 2, 4, 8) for k in range(n)])
+    share = (intervals[:, None] == wanted).all(2).float().mean(0)
+    assert float(share.sum()) == 1.0
+    expected = torch.tensor([1 / (4 * n) for n in (1, 2, 4, 8) for _ in range(n)])
+    spread = 5 * (expected * (1 - expected) / is_step.sum()).sqrt()
+    assert ((share - expected).abs() < spread).all()
+    assert torch.equal(draw_times(8, generator(7), "calls"), draw_times(8, generator(7)))
+    with pytest.raises(ValueError, match=r"say calls\(0.75\), the last number above 0 and at most 1"):
+        draw_pairs(8, generator(6), "calls(1.5)")
+
+
 @pytest.mark.parametrize("ends", [0.1, 0.5])
 def test_ends_have_their_probability_each_of_its_own(ends):
     s, t = draw_pairs(N, generator(5), ends=ends)

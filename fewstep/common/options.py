@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -162,13 +162,32 @@ def in_one_line(
     """
     first = error.errors(include_url=False)[0]
     keys = [str(part) for part in first["loc"]]
+    if kinds := _kinds_of(model, keys):  # of a union, pydantic says what the first of its kinds would be
+        return ValueError(f"{'.'.join([where, keys[0]] if where else keys[:1])} is {shown(first['input'])}: {kinds}")
     dotted = ".".join([where, *keys] if where else keys)
     if first["type"] == "missing":
         return ValueError(f"{dotted} is needed and not given")
     if first["type"] == "extra_forbidden":
         return _unknown_key(dotted, model, keys, inside())
     said = first["msg"].removeprefix("Value error, ")
+    said = said.replace("valid dictionary or instance of Named", "name, or a mapping with a name")
+    if "instance of Sequence" in said or said.endswith("valid tuple") or said.endswith("valid list"):
+        example = f", such as [{first['input']}]" if isinstance(first["input"], int | float) else ""
+        said = f"Input should be a list{example}"
     return ValueError(f"{dotted} is {shown(first['input'])}: {said[0].lower()}{said[1:]}")
+
+
+_KINDS: dict[Any, str] = {bool: "true, false", str: "text", dict: "a mapping of options"}
+
+
+def _kinds_of(model: type[BaseModel], keys: list[str]) -> str:
+    """What an option that may be of several kinds, of which text or a mapping are some, is to be; empty for others."""
+    if len(keys) != 2 or keys[0] not in model.model_fields:
+        return ""
+    kinds = [get_origin(kind) or kind for kind in get_args(model.model_fields[keys[0]].annotation)]
+    if dict not in kinds:
+        return ""
+    return f"input should be {' or '.join(said for kind, said in _KINDS.items() if kind in kinds)}"
 
 
 def _unknown_key(

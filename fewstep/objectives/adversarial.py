@@ -203,7 +203,8 @@ class Adversarial(Finishing):
             teacher = self.teacher if self.has_teacher else None
             self.critic = self._with_noise(critic_of(self.wanted, student, teacher, level=bool(self.diffused)))
             self._exact = not isinstance(self.critic, TeacherCritic) if self._exact is None else self._exact
-        elif not self._tried and (example := example_rows(student)) is not None:
+            self._tried = isinstance(self.critic, TeacherCritic)  # which has tried itself
+        if not self._tried and (example := example_rows(student)) is not None:
             check_rows(self.critic, *example)
         if self.adaptive and self._last is None:
             self._last = last_layer(student)

@@ -1,5 +1,6 @@
 """What every objective is, and what several of them share."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -211,7 +212,7 @@ def split_rows(
     rows: int, shares: dict[str, float], generator: Generators, device: torch.device | str = "cpu"
 ) -> dict[str, Index]:
     """The rows of a batch shared out to named parts: a slice of them where there is one chunk, else their indices (n,);
-    n = 0 for a part with no share.
+    n = 0 for a part with no share. A part without a name is the rest, which may be none.
 
     Each part takes a run of every chunk (the rows that share a generator). So the split needs no random number, is the
     same on any number of processes, and gives every network call a fixed shape.
@@ -229,10 +230,10 @@ def _split(rows: int, chunk: int, shares: tuple[tuple[str, float], ...], device:
     edge, total = 0.0, sum(share for _, share in shares)
     for name, share in shares:
         first, edge = edge, edge + share / total * chunk
-        if share > 0 and round(first) == round(edge):
+        if name and share > 0 and round(first) == round(edge):
             raise ValueError(
                 f"{name!r} has {share / total:.3g} of the rows, which is none in chunks of {chunk}: use larger chunks, "
-                "such as a batch that is a multiple of 64"
+                f"such as a batch that is a multiple of {max(64, math.ceil(total / share))}, or a larger share"
             )
         run = slice(round(first), round(edge))
         inside = (place >= run.start) & (place < run.stop)

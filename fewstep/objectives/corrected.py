@@ -84,7 +84,7 @@ class Corrected(Finishing):
         teacher: VelocityField | None = None,
     ) -> None:
         if isinstance(fake, str) and fake not in FAKES:
-            raise unknown("fake of Corrected", fake, FAKES)
+            raise unknown("fake of Corrected", fake, (*FAKES, "lora(RANK), with a teacher that has a network"))
         if real not in REALS:
             raise unknown("real of Corrected", real, REALS)
         read_times(times)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fewstep.common.errors import briefly, is_out_of_memory, unknown
+from fewstep.common.errors import briefly, is_out_of_memory, refused, unknown
 from fewstep.common.options import arguments, find_object
 from fewstep.common.randomness import generator
 from fewstep.common.trust import is_code
@@ -60,7 +60,8 @@ def critic_of(
     """
     name, options = check_name(wanted)
     if is_code(name):
-        made = find_object(name, nn.Module)(**options)
+        with refused(f"objective.critic: {name} cannot be made of these options"):
+            made = find_object(name, nn.Module)(**options)
         if not isinstance(made, nn.Module):
             raise ValueError(f"{name} gave a {type(made).__name__}, and a critic is a torch module")
         return made

@@ -225,8 +225,9 @@ class Finishing(Objective):
     ) -> Made:
         """Samples of some of the rows."""
         # The same run of each chunk, so that the generators of the chunks share these rows equally too.
-        shares = {"made": self.share, "rest": 1 - self.share}
-        rows = split_rows(len(batch), shares, generator, batch.data.device)["made"]
+        mine = f"{type(self).__name__}'s share"
+        shares = {mine: self.share, "": 1 - self.share}
+        rows = split_rows(len(batch), shares, generator, batch.data.device)[mine]
         data, cond = batch.data[rows], rows_of(batch.cond, rows)
         noise = normal(data, generator) if batch.noise is None else batch.noise[rows]
         steps = self.rollout[step // self.every % len(self.rollout)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fewstep.common.errors import unknown
+from fewstep.common.errors import shown, unknown
 from fewstep.common.options import arguments, find_object, in_one_line
 from fewstep.common.trust import is_code
 from fewstep.objectives import OBJECTIVES, Finishing, Objective
@@ -71,30 +71,61 @@ def _filled(recipe: Recipe, section: Named, where: str) -> Named:
 
 
 def finished(section: Named) -> Named:
-    """``{name: ITVM, finish: corrected}`` written out: the finishing objective, around what is said. Options that only
-    the finishing one has are its own: ``{name: ITVM, finish: corrected, begin: 0.3}``.
+    """``{name: ITVM, finish: corrected}`` written out: the finishing objectives, from the inside out, around what is
+    said. Options that only those have are theirs: ``{name: ITVM, finish: corrected, begin: 0.3}``; of several, each has
+    those that it takes.
 
     Raises:
-        ValueError: a finish that is not known.
+        ValueError: a finish that is not known, or an option of two that mean different things by it.
     """
     options = section.options
-    for finish in _list(options.pop("finish", None)):
-        finish = {"name": finish} if isinstance(finish, str) else finish
-        known = {name.lower(): name for name, method in OBJECTIVES.items() if issubclass(method, Finishing)}
-        name = finish.get("name") if isinstance(finish, Mapping) else finish
-        if str(name).lower() not in known:
-            raise unknown("objective.finish", str(name), known)
-        name = known[str(name).lower()]
-        its, inside = (inspect.signature(find_objective(method)).parameters for method in (name, section.name))
-        own = {key: value for key, value in options.items() if key in its and key not in inside}
-        inner = {"name": section.name, **{key: value for key, value in options.items() if key not in own}}
-        section = Named.model_validate({**own, **finish, "name": name, "base": inner})
-        options = section.options
+    if "finish" not in options:
+        return section
+    finishes = [_read_finish(finish) for finish in _list(options.pop("finish"))]
+    names = (section.name, *(name for name, _ in finishes))
+    inside, *its = ({*inspect.signature(find_objective(name)).parameters} for name in names)
+    beside = {key: value for key, value in options.items() if key not in inside and any(key in of for of in its)}
+    for key in beside:
+        _check_shared(key, [name for name, own in finishes if key not in own])
+    section = Named.model_validate(
+        {"name": section.name, **{key: value for key, value in options.items() if key not in beside}}
+    )
+    for (name, own), takes in zip(finishes, its, strict=True):
+        told = {key: value for key, value in beside.items() if key in takes}
+        section = Named.model_validate({**told, **own, "name": name, "base": section.model_dump()})
     return section
 
 
+def _read_finish(finish: Any) -> tuple[str, dict[str, Any]]:
+    """The class that ``corrected``, or ``{name: corrected, weight: 2}``, is short for, and the options beside it."""
+    known = {name.lower(): name for name, method in OBJECTIVES.items() if issubclass(method, Finishing)}
+    own = dict(finish) if isinstance(finish, Mapping) else {"name": finish}
+    name = own.pop("name", None)
+    if name is None:
+        names = " or ".join(sorted(known))
+        raise ValueError(f"objective.finish is {shown(finish)}, which has no name: say name: {names}")
+    if str(name).lower() not in known:
+        raise unknown("objective.finish", name, known)
+    if "base" in own:
+        raise ValueError(f"objective.finish has base: {shown(own['base'])}, and its base is objective: say it there")
+    return known[str(name).lower()], own
+
+
+def _check_shared(key: str, names: list[str]) -> None:
+    """That an option beside several finishes is one that they all mean alike.
+
+    Raises:
+        ValueError: their defaults differ, as those of ``weight`` do.
+    """
+    parameters = [inspect.signature(find_objective(name)).parameters for name in names]
+    defaults = {str(of[key].default): name for of, name in zip(parameters, names, strict=True) if key in of}
+    if len(defaults) > 1:
+        example = ", ".join(f"{{name: {name.lower()}, {key}: {default}}}" for default, name in defaults.items())
+        raise ValueError(f"objective.{key}: each finish has its own, say whose it is: finish: [{example}]")
+
+
 def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    return value if isinstance(value, list) else [] if value in (None, "none") else [value]
 
 
 def _train_alone(recipe: Recipe, method: type, value: Any) -> None:

@@ -131,7 +131,9 @@ def make_network(section: Student, shape: tuple[int, ...]) -> Any:
         with refused("student.options: diffusers cannot make a UNet2DModel of these"):
             return UNet(UNet2DModel(**fitting))
     function = find_object(section.network, nn.Module)
-    network = function(**arguments("student.options", function, options))
+    fitting = arguments("student.options", function, options)
+    with refused(f"student.options: {section.network} cannot be made of these"):
+        network = function(**fitting)
     if not isinstance(network, nn.Module):
         raise ValueError(f"student.network: {section.network!r} gave a {type(network).__name__}, not a network")
     if not isinstance(network, FlowMap | VelocityField):

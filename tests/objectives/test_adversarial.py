@@ -378,7 +378,12 @@ class Normed(Wrong):
         self.norm = nn.BatchNorm1d(2)
 
 
-def test_what_cannot_be_is_said_in_one_line_before_anything_is_computed():
+def test_what_cannot_be_is_said_in_one_line_before_anything_is_computed(tmp_path):
+    code = tmp_path / "critics.py"
+    code.write_text(
+        "from torch import nn\ndef broken(width: int = 1) -> nn.Module:\n    raise KeyError('x')\n"
+        "def deep() -> nn.Module:\n    return nn.Linear(2, 1)\n"
+    )
     student, data = FlowMap(MLP(2, times=2)), torch.zeros(64, 2)
     for critic, said in [
         (Wrong((1,)), r"the critic Wrong gave \(4, 1\) for 4 rows, and one logit a row is wanted, \(4,\): end its"),
@@ -386,6 +391,9 @@ def test_what_cannot_be_is_said_in_one_line_before_anything_is_computed():
         (Fails(()), r"the critic Fails does not take rows of shape \(4, 2\) \(mat1"),
         ("conv", r"critic conv is for images .* samples are \(2,\): take the critic mlp"),
         ("teacher", "there is no teacher: take conv"),
+        ({"name": "mlp", "shape": [3]}, r"the critic MLPCritic does not take rows of shape \(4, 2\)"),
+        (f"{code}:broken", r"objective.critic: .*:broken cannot be made of these options \(KeyError: 'x'\)"),
+        (f"{code}:deep", r"the critic Linear gave \(4, 1\) for 4 rows"),
     ]:
         with pytest.raises(ValueError, match=said):
             fit(student, around(critic), data, 1, quiet=True)

@@ -98,6 +98,9 @@ def test_slices_and_indices_of_rows_give_the_same_bits(gaussian: GaussianField, 
 
 def test_a_part_that_would_get_no_row_is_an_error(gaussian: GaussianField):
     one_each = [generator(n) for n in range(8)]
+    assert split_rows(32, {"made": 0.99, "": 0.01}, generator(0))["made"] == slice(0, 32)
+    with pytest.raises(ValueError, match="is a multiple of 1000, or a larger share"):
+        split_rows(32, {"made": 0.001, "": 0.999}, generator(0))
     with pytest.raises(ValueError, match=r"'initial' has 0.5 of the rows, which is none in chunks of 1: use larger"):
         loss_of(ITVM(gaussian), perturbed(gaussian), batch_of(gaussian, 8), generator=one_each)
 

@@ -53,6 +53,24 @@ def test_one_word_finishes_the_recipes_own_method():
     assert none == load_recipe({**SMALL, "objective": "ITVM"})
 
 
+def test_no_finish_is_said_in_any_way():
+    plain = load_recipe({**SMALL, "objective": "ITVM"})
+    for nothing in ("none", "[]", "null"):
+        assert load_recipe({**SMALL, "objective": "ITVM"}, {"objective.finish": nothing}) == plain
+
+
+def test_options_beside_two_finishes_reach_those_that_take_them():
+    said = {"finish": ["corrected", "adversarial"], "begin": 0.3, "critic": "mlp", "fake": "same", "ema": 0.5}
+    outer, inner, base = load_recipe({**SMALL, "objective": {"name": "ITVM", **said}}).objectives
+    assert (outer.name, inner.name, base.name) == ("Adversarial", "Corrected", "ITVM")
+    assert (outer.options["begin"], outer.options["critic"]) == (0.3, "mlp")
+    assert (inner.options["begin"], inner.options["fake"], base.options["ema"]) == (0.3, "same", 0.5)
+    # A weight of each own, in the entry of one, leaves the one beside for the other.
+    said["finish"] = [{"name": "corrected", "weight": 2}, "adversarial"]
+    outer, inner, _ = load_recipe({**SMALL, "objective": {"name": "ITVM", **said, "weight": 0.5}}).objectives
+    assert (outer.options["weight"], inner.options["weight"]) == (0.5, 2)
+
+
 def test_flags_reach_inside():
     tree = {**SMALL, "objective": {"name": "Corrected", "base": "ConsistencyDistillation"}}
     recipe = load_recipe(tree, {"objective.base.ema": "0.3", "objective.every": "2"})
@@ -78,8 +96,14 @@ def test_a_base_may_train_from_data_beside_a_corrector_with_the_teacher():
     ("objective", "said"),
     [
         ({"name": "ITVM", "finish": "korrected"}, "objective.finish 'korrected': did you mean 'corrected'"),
-        ({"name": "ITVM", "finish": {"weight": 1}}, "unknown objective.finish 'None'"),
-        ({"name": "ITVM", "finish": 3}, "unknown objective.finish '3'"),
+        ({"name": "ITVM", "finish": {"weight": 1}}, "objective.finish is .*which has no name: say name: adversarial"),
+        ({"name": "ITVM", "finish": {"name": "corrected", "base": "LMD"}}, "objective.finish has base: 'LMD'"),
+        ({"name": "ITVM", "finish": ["corrected", "adversarial"], "weight": 1}, "name: corrected, weight: 1.0"),
+        ({"name": "Corrected", "base": 3}, "objective.base is 3: input should be a name, or a mapping"),
+        ({"name": "Corrected", "rollout": 2}, r"objective.rollout is 2: input should be a list, such as \[2\]"),
+        ({"name": "Adversarial", "critic": 7}, "objective.critic is 7: input should be text or a mapping"),
+        ({"name": "Adversarial", "diffused": "much"}, "objective.diffused is 'much': input should be true, false or a"),
+        ({"name": "ITVM", "finish": 3}, "unknown objective.finish 3"),
         ({"name": "Corrected", "base": {"name": "ITMV"}}, "unknown objective 'ITMV': did you mean 'ITVM'"),
         ({"name": "Corrected", "base": {"name": "ITVM", "emma": 1}}, "unknown recipe key 'objective.base.emma'"),
         ({"name": "Corrected", "base": [1]}, "objective.base"),

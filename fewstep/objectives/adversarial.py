@@ -11,6 +11,7 @@ from torch.nn.functional import relu, softplus
 
 from fewstep.common import distributed
 from fewstep.common.errors import unknown
+from fewstep.common.options import arguments
 from fewstep.common.randomness import normal
 from fewstep.flows.maps import FlowMap
 from fewstep.objectives.base import Objective
@@ -114,6 +115,8 @@ class Adversarial(Finishing):
             base, weight=weight, share=share, rollout=rollout, begin=begin, ramp=ramp, every=every, lr=lr
         )  # fmt: skip
         self.penalty, self.loss, self.slopes, self.adaptive = penalty, loss, slopes, adaptive
+        if isinstance(diffused, dict):
+            diffused = arguments("objective.diffused", Diffused, diffused, given=("critic",))
         self.diffused = diffused
         self.critic: nn.Module | None = None
         self.wanted: str | dict[str, Any] = "auto"

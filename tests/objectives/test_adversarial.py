@@ -405,6 +405,14 @@ def test_what_cannot_be_is_said_in_one_line_before_anything_is_computed(tmp_path
         around({"name": "mlp", "widht": 3})
     with pytest.raises(ValueError, match="and no name: say which it is"):
         around({"width": 3})
+    for options, said in [
+        ({"sdd": 0.5}, "unknown recipe key 'objective.diffused.sdd': did you mean 'objective.diffused.sd'"),
+        ({"sd": "big"}, "objective.diffused.sd is 'big': input should be a valid number"),
+        ({"steps": [10]}, "objective.diffused.steps.1 is needed"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            Adversarial(ITVM(GaussianField(torch.zeros(2), torch.eye(2))), diffused=options)
+    assert Adversarial(ITVM(GaussianField(torch.zeros(2), torch.eye(2))), diffused={}).diffused  # its defaults
     with pytest.raises(ValueError, match="did you mean 'relativistic'"):
         around("mlp", loss="relativstic")
     with pytest.raises(ValueError, match="slopes of Adversarial"):

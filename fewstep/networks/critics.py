@@ -41,6 +41,8 @@ class ConvCritic(nn.Module):
                 f"the critic conv is for images (C, H, W) with sides of {2 * _SMALLEST} or more, and samples are "
                 f"{tuple(shape)}: take the critic mlp, or a module of your own"
             )
+        if width < 1:
+            raise ValueError(f"the critic conv has width {width}: it is 1 or more")
         channels, *sides = shape
         with _first_weights(seed):
             self.stem = nn.Conv2d(channels, width, 3, padding=1)

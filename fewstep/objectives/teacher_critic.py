@@ -60,6 +60,8 @@ class TeacherCritic(nn.Module):
             )
         if not 0 <= times[0] <= times[1] <= 1:
             raise ValueError(f"the times of the critic teacher are {times}: two in [0, 1], the smaller first")
+        if width < 1:
+            raise ValueError(f"the width of the critic teacher is {width}: it is 1 or more")
         # In a tuple, nn.Module does not see it: it is neither trained nor checkpointed with the heads.
         self._teacher = (teacher.eval().requires_grad_(False),)
         self.times, self.width = times, width

@@ -103,5 +103,7 @@ def test_what_cannot_be_is_said_in_one_line():
         ConvCritic((1, 7, 28))
     with pytest.raises(ValueError, match="samples are \\(2,\\)"):
         ConvCritic((2,))
+    with pytest.raises(ValueError, match="critic conv has width 0: it is 1 or more"):
+        ConvCritic((1, 8, 8), width=0)
     with pytest.raises(ValueError, match="depth 0"):
         MLPCritic((2,), depth=0)

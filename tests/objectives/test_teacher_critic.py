@@ -142,6 +142,8 @@ def test_times_are_drawn_between_the_two_and_the_seed_decides_the_heads():
 def test_what_cannot_be_is_said_in_one_line():
     with pytest.raises(ValueError, match="a GaussianField has none: take the critic conv or mlp"):
         TeacherCritic(GaussianField(torch.zeros(2), torch.eye(2)))
+    with pytest.raises(ValueError, match="width of the critic teacher is 0"):
+        mlp_critic(width=0)
     with pytest.raises(ValueError, match="times of the critic teacher"):
         mlp_critic(times=(0.9, 0.2))
     with pytest.raises(ValueError, match=r"Own does not run on a row of shape \(3,\) with no conditions .*cond="):

@@ -268,7 +268,7 @@ def test_networks_teachers_and_methods_of_ones_own(tmp_path: Path) -> None:
         (IMAGES, {"student.options.num_class_embeds": "5"}, "has class_labels up to 9, the student only 0 to 4"),
         (IMAGES, {"student.options.num_class_embeds": "null"}, "the student does not take the data 'digits'"),
         (IMAGES, {"data.labels": "false"}, "has 10 classes, and the data 'digits' has no class_labels"),
-        (IMAGES, {"data": "teacher"}, "takes samples of the teacher, and there is none"),
+        (IMAGES, {"data": "teacher"}, "data: teacher is what a teacher says, and there is none: name a data set"),
         (POINTS, {"student.options.classes": "3"}, "the student has 3 classes"),
     ],
 )  # fmt: skip

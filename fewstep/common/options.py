@@ -170,7 +170,6 @@ def in_one_line(
     if first["type"] == "extra_forbidden":
         return _unknown_key(dotted, model, keys, inside())
     said = first["msg"].removeprefix("Value error, ")
-    said = said.replace("valid dictionary or instance of Named", "name, or a mapping with a name")
     if "instance of Sequence" in said or said.endswith("valid tuple") or said.endswith("valid list"):
         example = f", such as [{first['input']}]" if isinstance(first["input"], int | float) else ""
         said = f"Input should be a list{example}"

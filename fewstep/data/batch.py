@@ -31,6 +31,13 @@ class Batch:
         return Batch(move(self.data), cond, move(self.noise), move(self.states), move(self.times))
 
 
+def with_ends(times: Tensor) -> Tensor:
+    """Times (B, K) within (0, 1) with 0 before and 1 after them, (B, K + 2)."""
+    ends = torch.nn.functional.pad(times, (1, 1))
+    ends[:, -1] = 1
+    return ends
+
+
 def has_classes(cond: Mapping[str, Any]) -> bool:
     """Whether the rows of these conditions are of classes: ``class_labels`` that are vectors or times are a condition
     like any other."""

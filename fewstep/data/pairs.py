@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.data.batch import Batch
+from fewstep.data.batch import Batch, with_ends
 from fewstep.data.shards import CHECKS, check_floats, facts_in, gathered, is_count, is_list, is_said, shards_of
 from fewstep.data.shards import read_shard as read_tensors
 from fewstep.data.texts import Texts
@@ -147,10 +147,9 @@ def read_shard(folder: Path, facts: dict[str, Any], shard: int) -> dict[str, Ten
 
 def _check_times(file: Path, times: Tensor) -> None:
     """That the times of a shard's states, (rows, K), rise within (0, 1) row by row."""
-    ends = torch.nn.functional.pad(times, (1, 1))
-    ends[:, -1] = 1
-    if not (ends.diff() > 0).all():
-        row = int((~(ends.diff() > 0).all(1)).nonzero()[0])
+    rises = (with_ends(times).diff() > 0).all(1)
+    if not rises.all():
+        row = int((~rises).nonzero()[0])
         raise ValueError(
             f"{file} has states at the times {times[row].tolist()} (row {row}), which do not rise within (0, 1)"
         )

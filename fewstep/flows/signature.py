@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.flows.fields import VelocityField, unguided
 from fewstep.flows.maps import FlowMap
@@ -117,6 +117,16 @@ def needed_conditions(model: Model) -> list[str]:
     taken = list(inspect.signature(inner.forward).parameters.values())[1 + times :]
     required = [p.name for p in taken if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return required
+
+
+def blank_conditions(
+    model: Model, shape: tuple[int, ...], rows: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Conditions of ``rows`` samples of this shape that say nothing: zeros of what the network says it needs."""
+    inner = network_of(model)
+    if isinstance(inner, OfDiffusers):
+        return inner.blank(shape, rows, 8, device)
+    return {"class_labels": torch.zeros(rows, dtype=torch.long, device=device)} if classes_of(model) else {}
 
 
 def network_of(model: Model) -> Any:

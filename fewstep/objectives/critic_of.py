@@ -16,8 +16,8 @@ from fewstep.common.randomness import generator
 from fewstep.common.trust import is_code
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.signature import classes_of, device_of, needed_conditions, network_of, shape_of
-from fewstep.networks import ConvCritic, MLPCritic, OfDiffusers
+from fewstep.flows.signature import blank_conditions, classes_of, device_of, needed_conditions, network_of, shape_of
+from fewstep.networks import ConvCritic, MLPCritic
 from fewstep.objectives.diffused import Diffused
 from fewstep.objectives.teacher_critic import TeacherCritic, recording
 
@@ -96,15 +96,11 @@ def conditions_of(critic: nn.Module, cond: Mapping[str, Tensor]) -> dict[str, Te
 
 def example_rows(student: FlowMap, rows: int = 4) -> tuple[Tensor, dict[str, Tensor]] | None:
     """Rows like a student's samples, and conditions like theirs; None where its network does not say what they are."""
-    inner, classes = network_of(student), classes_of(student)
     try:
         shape = shape_of(student)
     except ValueError:
         return None
-    if isinstance(inner, OfDiffusers):
-        cond = inner.blank(shape, rows, 8)
-    else:
-        cond = {"class_labels": torch.zeros(rows, dtype=torch.long)} if classes else {}
+    cond = blank_conditions(student, shape, rows)
     if set(needed_conditions(student)) - set(cond):
         return None
     return torch.linspace(-1, 1, rows).reshape(-1, *[1] * len(shape)).expand(rows, *shape), cond

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, normal, uniform
 from fewstep.flows.fields import NetworkField, VelocityField, unguided
-from fewstep.flows.signature import classes_of, device_of, shape_of, takes
-from fewstep.networks import OfDiffusers, sinusoidal
+from fewstep.flows.signature import blank_conditions, device_of, shape_of, takes
+from fewstep.networks import sinusoidal
 
 _FREQUENCIES = 32
 
@@ -104,13 +104,11 @@ class TeacherCritic(nn.Module):
     def _try(self, names: Sequence[str], shape: tuple[int, ...], cond: Mapping[str, Tensor] | None) -> dict[str, int]:
         """The channels of the features of those of these modules that see x, in the order in which they run."""
         field, device = self.field, device_of(self._teacher[0])
-        inner, classes = field.network, classes_of(field)
+        inner = field.network
         if cond is not None:
             rows = {name: value[:1].to(device) for name, value in cond.items()}
-        elif isinstance(inner, OfDiffusers):
-            rows = inner.blank(shape, 1, 8, device)
         else:
-            rows = {"class_labels": torch.zeros(1, dtype=torch.long, device=device)} if classes else {}
+            rows = blank_conditions(field, shape, 1, device)
         dtype = next((p.dtype for p in inner.parameters()), torch.float32)
         x = torch.zeros(1, *shape, device=device, dtype=dtype, requires_grad=True)
         with torch.enable_grad(), recording(inner, names) as seen:

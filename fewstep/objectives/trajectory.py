@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, chunk_rows
-from fewstep.data.batch import Batch
+from fewstep.data.batch import Batch, with_ends
 from fewstep.flows.broadcasting import expand
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
@@ -112,8 +112,7 @@ def given(batch: Batch, rows: Rows, index: Index = slice(None)) -> tuple[Rows, T
     (n, N, ...)."""
     if batch.states is None or batch.times is None:
         return None
-    times = nn.functional.pad(batch.times[index].to(rows.s), (1, 1))
-    times[:, -1] = 1
+    times = with_ends(batch.times[index].to(rows.s))
     return rows, times, torch.cat([rows.noise[:, None], batch.states[index].to(rows.x), rows.data[:, None]], dim=1)
 
 

@@ -4,13 +4,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
 from fewstep.common.errors import shown, unknown
-from fewstep.common.options import arguments, find_object, in_one_line
+from fewstep.common.options import arguments, find_object
 from fewstep.common.trust import is_code
 from fewstep.objectives import OBJECTIVES, Finishing, Objective
-from fewstep.runs.recipe import Named, Recipe
+from fewstep.runs.recipe import MADE, Named, Recipe, base_section
 
 
 def find_objective(name: str) -> type[Objective]:
@@ -29,7 +27,7 @@ def settle_objective(recipe: Recipe) -> None:
     """The options of the method filled in, once it is clear that there is what it and the student start from."""
     teacher, student = recipe.teacher, recipe.student
     recipe.objective = _filled(recipe, finished(recipe.objective), "objective")
-    if recipe.data.name in ("teacher", "prior"):
+    if recipe.data.name in MADE:
         for section in recipe.objectives:
             if find_objective(section.name).needs_rows:
                 raise ValueError(
@@ -61,11 +59,7 @@ def _filled(recipe: Recipe, section: Named, where: str) -> Named:
             f"{section.name} distills a teacher and there is none: say --teacher, or teacher: in the recipe"
         )
     if is_around:
-        try:
-            inner = base["base"]
-            inner = Named.model_validate({"name": "ITVM", **inner} if isinstance(inner, Mapping) else inner)
-        except ValidationError as error:
-            raise in_one_line(error, Named, f"{where}.base") from None
+        inner = base_section(base["base"], f"{where}.base")
         base = {"base": _filled(recipe, inner, f"{where}.base").model_dump()}
     return Named.model_validate({"name": section.name, **base, **alone, **options})
 

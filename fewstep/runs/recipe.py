@@ -46,9 +46,28 @@ class Named(Section):
     short = "name"
     name: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names_something(cls, value: Any) -> Any:
+        if not isinstance(value, str | Mapping | Named):
+            raise ValueError("input should be a name, or a mapping with a name")
+        return value
+
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+def base_section(base: Any, where: str) -> Named:
+    """What an objective stands around, as its recipe says it at the key ``where``: ITVM, if it is not named.
+
+    Raises:
+        ValueError: it is neither a name nor a mapping.
+    """
+    try:
+        return Named.model_validate({"name": "ITVM", **base} if isinstance(base, Mapping) else base)
+    except ValidationError as error:
+        raise in_one_line(error, Named, where) from None
 
 
 class Guidance(Section):
@@ -271,11 +290,7 @@ class Recipe(Section):
         """The objective and what it stands around (``{name: Corrected, base: ITVM}``), from the outside in."""
         found = [self.objective]
         while (base := found[-1].options.get("base")) is not None:
-            where = "objective" + ".base" * len(found)
-            try:
-                found.append(Named.model_validate({"name": "ITVM", **base} if isinstance(base, Mapping) else base))
-            except ValidationError as error:
-                raise in_one_line(error, Named, where) from None
+            found.append(base_section(base, "objective" + ".base" * len(found)))
         return found
 
     @property

@@ -23,7 +23,7 @@ from fewstep.objectives.critic_of import (
     conditions_of,
     critic_of,
     example_rows,
-    last_layer,
+    last_weight,
     type_of,
 )
 from fewstep.objectives.diffused import Diffused
@@ -169,7 +169,7 @@ class Adversarial(Finishing):
         """``|grad base| / |grad term|`` of the last layer, over all processes, where that is wanted; else 1."""
         if not self.adaptive or not base.requires_grad:
             return 1.0
-        weight = dict(student.named_parameters())[self._last or last_layer(student)]
+        weight = dict(student.named_parameters())[self._last or last_weight(student)]
         both = torch.stack([torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (base, term)])
         of_base, of_term = distributed.summed(both).flatten(1).norm(dim=1)
         return (of_base / (of_term + 1e-8)).clamp(0, 1e4)
@@ -210,7 +210,7 @@ class Adversarial(Finishing):
         if not self._tried and (example := example_rows(student)) is not None:
             check_rows(self.critic, *example)
         if self.adaptive and self._last is None:
-            self._last = last_layer(student)
+            self._last = last_weight(student)
         self._tried = True
 
 

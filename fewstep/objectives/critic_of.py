@@ -135,7 +135,7 @@ def check_rows(critic: nn.Module, x: Tensor, cond: Mapping[str, Tensor]) -> None
     check_logits(critic, logits, len(x))
 
 
-def last_layer(student: FlowMap) -> str:
+def last_weight(student: FlowMap) -> str:
     """The name of the weight that trains and runs last; of a network that does not say what its rows are, the weight
     that was registered last."""
     weights = {name: p for name, p in student.named_parameters() if p.requires_grad and p.ndim > 1}

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from fewstep.evaluation.diagnostics import diagnose
     from fewstep.evaluation.evaluate import evaluate
     from fewstep.evaluation.results import compare
+    from fewstep.flows.controlled import Controlled
+    from fewstep.flows.editing import flow_edit, invert, resume, sdedit
     from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField
     from fewstep.flows.fields import DiffusionField, Guided, NetworkField, VelocityField
     from fewstep.flows.maps import FlowMap
     from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
+    from fewstep.flows.priors import irfds, rfds, rfds_rev
     from fewstep.flows.sampling import sample
     from fewstep.flows.tabulated import Tabulated
     from fewstep.models.adapter_files import load_adapter, save_adapter
@@ -82,8 +85,9 @@ _HOMES = {
     "CheckerboardField": "flows.exact",
     "ConsistencyDistillation": "objectives",
     "ConsistencyTraining": "objectives",
-    "Corrected": "objectives",
     "ContrastiveFlowMatching": "objectives",
+    "Controlled": "flows.controlled",
+    "Corrected": "objectives",
     "Denoising": "objectives",
     "Diffused": "objectives",
     "DiffusionField": "flows.fields",
@@ -127,13 +131,20 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "export": "runs.export",
     "fit": "training.fit",
+    "flow_edit": "flows.editing",
+    "invert": "flows.editing",
+    "irfds": "flows.priors",
     "load": "runs.loading",
     "load_adapter": "models.adapter_files",
     "load_data": "data",
     "merge_lora": "models.lora",
     "push": "models.hub",
+    "resume": "flows.editing",
+    "rfds": "flows.priors",
+    "rfds_rev": "flows.priors",
     "sample": "flows.sampling",
     "save_adapter": "models.adapter_files",
+    "sdedit": "flows.editing",
 }
 
 __all__ = [
@@ -157,6 +168,7 @@ __all__ = [
     "ConsistencyDistillation",
     "ConsistencyTraining",
     "ContrastiveFlowMatching",
+    "Controlled",
     "Corrected",
     "Denoising",
     "Diffused",
@@ -191,13 +203,20 @@ __all__ = [
     "evaluate",
     "export",
     "fit",
+    "flow_edit",
+    "invert",
+    "irfds",
     "load",
     "load_adapter",
     "load_data",
     "merge_lora",
     "push",
+    "resume",
+    "rfds",
+    "rfds_rev",
     "sample",
     "save_adapter",
+    "sdedit",
 ]
 
 

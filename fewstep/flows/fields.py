@@ -271,11 +271,11 @@ class Guided(VelocityField):
 
     def on(self, path: Path) -> "Guided":
         weak = None if self.weak is None else self.weak.on(path)
-        low, high = (_moved(t, self.path, path) for t in self.interval)
+        low, high = (moved(t, self.path, path) for t in self.interval)
         return Guided(self.field.on(path), self.scale, (low, high), null=self.null, weak=weak)
 
 
-def _moved(t: float, path: Path, wanted: Path) -> float:
+def moved(t: float, path: Path, wanted: Path) -> float:
     """The time on the wanted path where the noise is to the data as it is at t on ``path``; the ends stay the ends."""
     if t in (0, 1):
         return t

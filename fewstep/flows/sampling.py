@@ -60,7 +60,7 @@ def sample(
     >>> images = fewstep.sample(student, torch.randn(64, 3, 32, 32), steps=2)
     """
     times = check_options(model, steps, grid=grid, solver=solver, gamma=gamma)
-    noise, cond = _placed(model, noise, cond)
+    noise, cond = placed(model, noise, cond)
     if isinstance(model, FlowMap):
         gamma = model.gamma if gamma is None else gamma
         return sample_map(model, noise, times, gamma=gamma, generator=generator, **cond)
@@ -75,7 +75,7 @@ def sample_states(
     """The noise and the states after each of ``steps`` equal steps, (B, steps + 1, ...): the last are, to the bit, what
     ``sample`` gives, without noise in between. Arguments and errors as there."""
     times = check_options(model, steps, solver=solver)
-    x, cond = _placed(model, noise, cond)
+    x, cond = placed(model, noise, cond)
     times = times.to(x.device, torch.promote_types(x.dtype, torch.float32))
     states = [x]
     with torch.no_grad():
@@ -88,7 +88,7 @@ def sample_states(
     return torch.stack(states, dim=1)
 
 
-def _placed(model: FlowMap | VelocityField, noise: Tensor, cond: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+def placed(model: FlowMap | VelocityField, noise: Tensor, cond: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Noise and conditions where the model is, the strength of guidance among them for a map that takes one."""
     device = device_of(model, noise.device)
     noise = noise.to(device)

@@ -46,6 +46,19 @@ def maps(field: fewstep.VelocityField, network: nn.Module, x: Tensor) -> Tensor:
     return average + jumped + here + again + few + many
 
 
+def editing(student: fewstep.FlowMap, field: fewstep.VelocityField, x: Tensor) -> Tensor:
+    state, residual = fewstep.invert(student, x, 4, strength=0.8, tolerance=0.5, label=torch.zeros(len(x)))
+    again: Tensor = fewstep.resume(student, state, 4, strength=0.8, label=torch.ones(len(x)))
+    generator = torch.Generator().manual_seed(0)
+    noised: Tensor = fewstep.sdedit(student, x, 2, strength=0.5, generator=generator, label=torch.ones(len(x)))
+    source, target = {"label": torch.zeros(len(x))}, {"label": torch.ones(len(x))}
+    edited: Tensor = fewstep.flow_edit(field, x, source, target, 28, average=2, generator=generator)
+    control: fewstep.VelocityField = fewstep.Controlled(field, 0.9, data=x, interval=(0, 0.25))
+    drawn: Tensor = fewstep.sample(control, state, 28)
+    losses: Tensor = fewstep.rfds(field, x, generator=generator) + fewstep.rfds_rev(student, x, generator=generator)
+    return again + noised + edited + drawn + residual.sum() + losses + fewstep.irfds(field, x, state)
+
+
 def objectives(teacher: fewstep.VelocityField) -> dict[str, nn.Module]:
     with_teacher: list[Callable[[fewstep.VelocityField], nn.Module]] = [
         fewstep.AYF,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fewstep.evaluation.diagnostics import diagnose
     from fewstep.evaluation.evaluate import evaluate
     from fewstep.evaluation.results import compare
+    from fewstep.flows.adaptive import sample_adaptive
     from fewstep.flows.controlled import Controlled
     from fewstep.flows.editing import flow_edit, invert, resume, sdedit
     from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
     from fewstep.flows.priors import irfds, rfds, rfds_rev
     from fewstep.flows.sampling import sample
+    from fewstep.flows.step_grids import optimal_grid, step_errors
     from fewstep.flows.tabulated import Tabulated
     from fewstep.models.adapter_files import load_adapter, save_adapter
     from fewstep.models.hub import push
@@ -138,13 +140,16 @@ _HOMES = {
     "load_adapter": "models.adapter_files",
     "load_data": "data",
     "merge_lora": "models.lora",
+    "optimal_grid": "flows.step_grids",
     "push": "models.hub",
     "resume": "flows.editing",
     "rfds": "flows.priors",
     "rfds_rev": "flows.priors",
     "sample": "flows.sampling",
+    "sample_adaptive": "flows.adaptive",
     "save_adapter": "models.adapter_files",
     "sdedit": "flows.editing",
+    "step_errors": "flows.step_grids",
 }
 
 __all__ = [
@@ -210,13 +215,16 @@ __all__ = [
     "load_adapter",
     "load_data",
     "merge_lora",
+    "optimal_grid",
     "push",
     "resume",
     "rfds",
     "rfds_rev",
     "sample",
+    "sample_adaptive",
     "save_adapter",
     "sdedit",
+    "step_errors",
 ]
 
 

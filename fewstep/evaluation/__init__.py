@@ -1,7 +1,7 @@
 """How good samples are, where a flow map is off, and the pages that show it."""
 
 from fewstep.evaluation.copies import memorisation
-from fewstep.evaluation.diagnostics import Diagnosis, diagnose, endpoint_rmse, teacher_states
+from fewstep.evaluation.diagnostics import Diagnosis, diagnose, endpoint_rmse
 from fewstep.evaluation.extractor import SmallClassifier, accuracy, extract, trained_classifier
 from fewstep.evaluation.features import FeatureStatistics, frechet_distance, kid, precision_recall
 from fewstep.evaluation.inception import inception
@@ -16,6 +16,7 @@ from fewstep.evaluation.points import (
 )
 from fewstep.evaluation.report import write_report
 from fewstep.evaluation.variety import diversity, mean_distance, spreads
+from fewstep.flows.trajectories import teacher_states
 
 __all__ = [
     "Diagnosis",

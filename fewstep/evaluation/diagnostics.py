@@ -22,11 +22,10 @@ from torch import Tensor
 from torch.func import jvp
 
 from fewstep.evaluation.points import rmse
-from fewstep.flows.exact import ExactField
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample
-from fewstep.flows.solvers import integrate
+from fewstep.flows.trajectories import teacher_states
 from fewstep.objectives.derivative import forward_mode
 
 VELOCITIES = ("tangent", "lagrangian", "eulerian")
@@ -123,26 +122,6 @@ def _residuals(
         "composition": along(along(x, s, middle), middle, t) - end,
         "inverse": along(end, t, s) - x,
     }
-
-
-@torch.no_grad()
-def teacher_states(field: VelocityField, noise: Tensor, times: Tensor, *, steps: int = 64, **cond: Any) -> Tensor:
-    """Where the teacher's own flow carries ``noise`` (B, ...): the states at ``times`` (T,), rising, (T, B, ...).
-
-    Exact for a field in closed form; else Heun, ``steps`` steps for the whole of [0, 1] (two calls each).
-    """
-    x, here, states = noise, 0.0, []
-    for t in times.tolist():
-        if t > here:
-            if isinstance(field, ExactField):
-                x = field.flow(x, here, t)
-            else:
-                legs = torch.linspace(here, t, math.ceil(steps * (t - here)) + 1, dtype=torch.float64)
-                legs = legs.to(x.device, torch.promote_types(x.dtype, torch.float32))
-                x = integrate(lambda x, t: field(x, t, **cond), x, legs, "heun")
-        states.append(x)
-        here = t
-    return torch.stack(states)
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@ A sampler is one function that reads like its formula; ``sample`` chooses it by 
 """
 
 import math
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +20,7 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
 from fewstep.flows.signature import device_of
 from fewstep.flows.solvers import SOLVERS, integrate
-from fewstep.flows.times import GRIDS, step_grid
+from fewstep.flows.times import GRIDS, gaussian_grid, step_grid
 
 
 def sample(
@@ -43,8 +44,10 @@ def sample(
         noise: the start (B, ...), standard normal; it goes to the model's device, where the samples are then.
             ``sample_noise`` draws it sample by sample.
         steps: how many steps from t = 0 to t = 1.
-        grid: uniform, shifted, quadratic, the times themselves, rising from 0 to 1, or native: equal steps of the
-            schedule that a diffusion model was trained on, which is where DDIM takes its own.
+        grid: uniform, shifted, quadratic; gaussian(c), the best for Gaussian data of deviation c (``gaussian_grid``; c
+            is 1 where it is not said, for latents and data that were normalised); the times themselves, rising from 0
+            to 1 (``fewstep.optimal_grid`` finds them); or native: equal steps of the schedule that a diffusion model
+            was trained on, which is where DDIM takes its own.
         solver: for fields: euler, midpoint, heun, adaptive.
         gamma: for maps: 0 is deterministic, 1 is consistency sampling; see :func:`sample_map`. By default the map's
             own ``gamma``: 0, but 1 for a consistency model.
@@ -112,7 +115,6 @@ def check_options(
     Raises:
         ValueError: it does not.
     """
-    times = _times(grid, steps, model)
     if isinstance(model, FlowMap):
         if solver != "euler":
             raise ValueError(f"a flow map takes its steps itself: solver={solver!r} is for velocity fields")
@@ -123,7 +125,7 @@ def check_options(
         raise ValueError(f"gamma={gamma} re-noises between the steps of a flow map; a field is solved as an ODE")
     elif solver not in SOLVERS:
         raise unknown("solver", solver, SOLVERS)
-    return times
+    return _times(grid, steps, model)
 
 
 def _check_gamma(gamma: float) -> None:
@@ -157,12 +159,12 @@ def sample_map(
         if gamma == 0 or t_next == 1:
             x = model(x, t, t_next, **cond)
             continue
-        beyond, shrink, fresh = _beyond(model.path, t_next, gamma)
-        x = shrink * model(x, t, beyond, **cond) + fresh * normal(x, generator)
+        r, shrink, fresh = beyond(model.path, t_next, gamma)
+        x = shrink * model(x, t, r, **cond) + fresh * normal(x, generator)
     return x
 
 
-def _beyond(path: Path, t: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
+def beyond(path: Path, t: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
     """The time r with noise ratio ``sqrt(1 - gamma^2)`` of that at t, ``alpha_t / alpha_r``, and the noise to add."""
     a, s = path.alpha(t), path.sigma(t)
     r = path.time_of(a, math.sqrt(1 - gamma * gamma) * s)
@@ -183,12 +185,31 @@ def _times(grid: str | Tensor, steps: int, model: Any) -> Tensor:
             inner = native.coefficients(times[1:-1])
             times[1:-1] = model.path.time_of(*inner[:2])
             return times
+        if grid.startswith("gaussian"):
+            return gaussian_grid(steps, _deviation(grid, model), model.path)
+        if grid == "optimal":
+            raise ValueError("grid='optimal' is found first: grid=fewstep.optimal_grid(model, teacher, noise, steps)")
         if grid not in GRIDS:
-            raise unknown("step grid", grid, (*GRIDS, "native"))
+            raise unknown("step grid", grid, (*GRIDS, "gaussian", "native"))
         return step_grid(steps, grid)
     if grid.ndim != 1 or len(grid) < 2 or not (grid.diff() > 0).all() or grid[0] != 0 or grid[-1] != 1:
         raise ValueError(f"a grid of times rises from 0 to 1, this one is {grid.tolist()}")
     return grid
+
+
+def _deviation(grid: str, model: Any) -> float:
+    """The deviation of the data that a Gaussian grid names, or 1 for a model of data that were brought to it."""
+    if found := re.fullmatch(r"gaussian\(([0-9.e+-]+)\)", grid.replace(" ", "")):
+        with suppress(ValueError):
+            return float(found[1])
+    if grid != "gaussian":
+        raise ValueError(f"grid={grid!r}: say gaussian(0.5), the number being the standard deviation of the data")
+    if model.moments is None and model.latents is None:
+        raise ValueError(
+            "grid='gaussian' needs the standard deviation of the data, which is not known of this model: say it, as in "
+            "gaussian(0.5)"
+        )
+    return 1.0
 
 
 class Calls:

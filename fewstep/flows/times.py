@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fewstep.common.errors import shown, unknown
 from fewstep.common.randomness import Generators, uniform
+from fewstep.flows.paths import Linear, Path
 
 # How times are distributed, and the numbers of each where none are said.
 _NUMBERS: dict[str, tuple[float, ...]] = {
@@ -117,6 +118,29 @@ def draw_pairs(
         last = (s + longest).clamp(max=1.0) if longest < 1 else 1.0
         t = torch.where(uniform(rows, generators) < ends, last, t)
     return s, t
+
+
+def gaussian_grid(steps: int, std: float = 1.0, path: Path | None = None) -> Tensor:
+    """The best grid of Euler steps on the linear path for Gaussian data of deviation ``std`` on each axis (steps + 1,).
+
+    It is uniform in the angle ``tan theta = sigma / (std alpha)``: a step multiplies the deviation by
+    ``cos(theta) cos(theta' - theta) / cos(theta')`` where the flow does by ``cos(theta) / cos(theta')``, and of all
+    products of N such cosines that of equal angles is nearest to 1. So N steps end with ``std cos^N(pi / 2N)``. It is
+    the arctan schedule of arXiv 2404.14507, and for std = 1 uniform time of the trigonometric path.
+
+    Args:
+        path: on which the same noise levels are wanted; the linear one by default.
+
+    Raises:
+        ValueError: as :func:`step_grid`; a deviation that is not positive.
+    """
+    if not 0 < std < math.inf:
+        raise ValueError(f"the deviation of the data is {std:g}: a positive number is needed, such as gaussian(0.5)")
+    angle = step_grid(steps) * (math.pi / 2)
+    # sin of both, so that each is exactly 0 at its end.
+    times = (path or Linear()).time_of(angle.sin(), std * angle.flip(0).sin())
+    times[0], times[-1] = 0, 1  # where a schedule begins with some data, or ends with some noise, too
+    return times
 
 
 def step_grid(steps: int, kind: str = "uniform", shift: float = 3.0) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fewstep.common.randomness import generator, sample_generators
 from fewstep.data.batch import Data, has_classes, is_prior
-from fewstep.evaluation.diagnostics import teacher_states
 from fewstep.evaluation.grids import image_grid
 from fewstep.evaluation.plots import points_figure
 from fewstep.evaluation.points import error_quantiles, rmse
@@ -17,6 +16,7 @@ from fewstep.evaluation.style import png
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample, sample_noise
+from fewstep.flows.trajectories import teacher_states
 from fewstep.runs.objective import strength_of
 from fewstep.runs.recipe import Recipe
 from fewstep.training.run import Run

@@ -43,7 +43,12 @@ def maps(field: fewstep.VelocityField, network: nn.Module, x: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     few: Tensor = fewstep.sample(student, x, steps=4, gamma=0.5, generator=generator)
     many: Tensor = fewstep.sample(field, x, 100, solver="heun", label=torch.zeros(len(x)))
-    return average + jumped + here + again + few + many
+    grid: Tensor = fewstep.optimal_grid(student, field, x, steps=4, candidates=12, cost="local")
+    steps: int = fewstep.step_errors(student, student, x, grid, label=torch.zeros(len(x))).steps_within(0.1)
+    along: Tensor = fewstep.sample(student, x, steps, grid=grid)
+    enough = fewstep.sample_adaptive(student, x, tolerance=0.02)
+    counts: Tensor = enough.steps + enough.tried
+    return average + jumped + here + again + few + many + along + enough.samples + counts.sum()
 
 
 def editing(student: fewstep.FlowMap, field: fewstep.VelocityField, x: Tensor) -> Tensor:

@@ -25,9 +25,13 @@ if TYPE_CHECKING:
     from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField
     from fewstep.flows.fields import DiffusionField, Guided, NetworkField, VelocityField
     from fewstep.flows.maps import FlowMap
+    from fewstep.flows.mixed import Mixed
     from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
+    from fewstep.flows.population import Particles
     from fewstep.flows.priors import irfds, rfds, rfds_rev
+    from fewstep.flows.rewards import Reward
     from fewstep.flows.sampling import sample
+    from fewstep.flows.steering import steer
     from fewstep.flows.step_grids import optimal_grid, step_errors
     from fewstep.flows.tabulated import Tabulated
     from fewstep.models.adapter_files import load_adapter, save_adapter
@@ -107,11 +111,14 @@ _HOMES = {
     "LSD": "objectives",
     "Linear": "flows.paths",
     "MeanFlow": "objectives",
+    "Mixed": "flows.mixed",
     "MixtureField": "flows.exact",
     "NetworkField": "flows.fields",
     "PFMM": "objectives",
     "PSD": "objectives",
+    "Particles": "flows.population",
     "Recentred": "objectives",
+    "Reward": "flows.rewards",
     "SCM": "objectives",
     "Shortcut": "objectives",
     "SplitMeanFlow": "objectives",
@@ -149,6 +156,7 @@ _HOMES = {
     "sample_adaptive": "flows.adaptive",
     "save_adapter": "models.adapter_files",
     "sdedit": "flows.editing",
+    "steer": "flows.steering",
     "step_errors": "flows.step_grids",
 }
 
@@ -186,9 +194,12 @@ __all__ = [
     "ImprovedMeanFlow",
     "Linear",
     "MeanFlow",
+    "Mixed",
     "MixtureField",
     "NetworkField",
+    "Particles",
     "Recentred",
+    "Reward",
     "Shortcut",
     "SplitMeanFlow",
     "Tabulated",
@@ -224,6 +235,7 @@ __all__ = [
     "sample_adaptive",
     "save_adapter",
     "sdedit",
+    "steer",
     "step_errors",
 ]
 

@@ -255,12 +255,7 @@ class Guided(VelocityField):
         inside = (t >= self.interval[0]) & (t <= self.interval[1])
         if (guidance is None and scale == 1) or not inside.any():
             return self.field(x, t, **cond)
-        missing = sorted(set(self.null) - set(cond))
-        if missing:
-            raise ValueError(f"guidance replaces the condition {missing[0]!r}, which this call does not have: pass it")
-        null = dict(cond)
-        for name, value in self.null.items():
-            null[name] = torch.as_tensor(value).to(cond[name]).expand_as(cond[name])
+        null = replaced(cond, self.null)
         if self.weak is None:  # both calls as one batch
             both = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
             strong, weak = self.field(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
@@ -273,6 +268,18 @@ class Guided(VelocityField):
         weak = None if self.weak is None else self.weak.on(path)
         low, high = (moved(t, self.path, path) for t in self.interval)
         return Guided(self.field.on(path), self.scale, (low, high), null=self.null, weak=weak)
+
+
+def replaced(cond: dict[str, Any], null: dict[str, Any]) -> dict[str, Any]:
+    """Conditions (B, ...) with those of ``null``, a number or one sample's tensor each, in the place of some.
+
+    Raises:
+        ValueError: one that is to be replaced is not there.
+    """
+    missing = sorted(set(null) - set(cond))
+    if missing:
+        raise ValueError(f"guidance replaces the condition {missing[0]!r}, which this call does not have: pass it")
+    return cond | {name: torch.as_tensor(value).to(cond[name]).expand_as(cond[name]) for name, value in null.items()}
 
 
 def moved(t: float, path: Path, wanted: Path) -> float:

@@ -137,9 +137,8 @@ class Latents:
         shift, scale = self._scaling(z)
         return ((z - shift) * scale).to(images.dtype)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """The images (B, C, H, W) in [-1, 1] of latents (B, c, h, w).
+        """The images (B, C, H, W) in [-1, 1] of latents (B, c, h, w); with their gradient, where latents need one.
 
         Raises:
             ValueError: latents of another number of channels than the VAE's.

@@ -64,6 +64,22 @@ def editing(student: fewstep.FlowMap, field: fewstep.VelocityField, x: Tensor) -
     return again + noised + edited + drawn + residual.sum() + losses + fewstep.irfds(field, x, state)
 
 
+def steering(student: fewstep.FlowMap, field: fewstep.VelocityField, x: Tensor) -> Tensor:
+    def bright(images: Tensor, label: Tensor) -> Tensor:
+        return images.mean(dim=(1, 2, 3)) + label
+
+    reward = fewstep.Reward(bright, lambda t: t**2, gradient=True, strength=20.0)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(x))]
+    particles: fewstep.Particles = fewstep.steer(student, x, 4, reward, groups=2, generator=generators, label=x[:, 0])
+    images: Tensor = particles.draw(torch.Generator())
+    guided = fewstep.Guided(field, 2.0, null={"label": torch.tensor(10)})
+    mixed = fewstep.steer(guided, x, 100, fewstep.Mixed.of(guided), eps=lambda t: 1 - t, ess=0.8)
+    product = fewstep.steer(field, x, 100, fewstep.Mixed({field: 1.0, guided: 1}, scale=0.5))
+    climbed = fewstep.steer(student, x, 4, fewstep.Reward(bright), groups=len(x), greedy=True)
+    kept: Tensor = mixed.mean(mixed.x) + product.log_normalizer + mixed.ess[-1] + mixed.unique
+    return images + kept + climbed.x + particles.x[particles.ancestors] * particles.log_weights.exp()
+
+
 def objectives(teacher: fewstep.VelocityField) -> dict[str, nn.Module]:
     with_teacher: list[Callable[[fewstep.VelocityField], nn.Module]] = [
         fewstep.AYF,

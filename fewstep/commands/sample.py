@@ -51,6 +51,11 @@ def add(commands: Commands) -> None:
     text = "times of the steps: uniform (default), shifted, quadratic, or native (those of DDIM)"
     p.add_argument("--grid", default="uniform", metavar="NAME", help=text)
     p.add_argument("--solver", metavar="NAME", help="for a velocity field: euler (default), midpoint, heun, adaptive")
+    text = "for a velocity field, noise on the way: a number, kappa (as in DDPM), sigma, linear, decreasing, or "
+    text += "increasing-decreasing (default: none, an ODE); solvers with it: euler, heun, ancestral"
+    p.add_argument("--eps", metavar="E", help=text)
+    text = "with --eps, how the last step goes: tweedie (default), euler, mean, none"
+    p.add_argument("--last-step", metavar="NAME", help=text)
     p.add_argument("--teacher", action="store_true", help="sample the teacher of the run instead")
     p.add_argument("--batch", type=int, default=256, metavar="N", help="samples drawn at once, at most (default: 256)")
     text = "of the network: float32 (default), bf16, or fp16 on a GPU"
@@ -96,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     requests = settled(model, requests, given)
 
     options = {"grid": args.grid, "gamma": args.gamma, "solver": args.solver, "guidance": args.guidance_scale}
+    options |= {"eps": _eps(args.eps), "last_step": args.last_step}
     options = {name: value for name, value in options.items() if value is not None}
     is_folder = out.suffix == ""
     if not is_folder:
@@ -152,6 +158,14 @@ def run(args: argparse.Namespace) -> int:
         export = ["export", args.model, f"{Path(args.model).name}-export"]
         say_next([shlex.join(["fewstep", *words]) for words in (["evaluate", args.model], export)])
     return 0
+
+
+def _eps(text: str | None) -> str | float | None:
+    """A strength of noise: a number, or the name of one."""
+    try:
+        return text if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def _requests(args: argparse.Namespace, model: Any) -> Any:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 # What is known of a field, and goes with it into those that are made of it.
-KNOWN = ("latents", "text", "class_names", "moments", "source", "distilled")
+KNOWN = ("latents", "text", "class_names", "moments", "source", "distilled", "coupling")
 
 
 class VelocityField(nn.Module):
@@ -40,10 +40,13 @@ class VelocityField(nn.Module):
         distilled: what it was distilled into, a model for a few steps that is no velocity
             (``fewstep.models.distilled``); empty for any other, and for one that is to be taken for a velocity all the
             same.
+        coupling: how noise and data were paired where it was trained, such as ``ot``; empty where they were
+            independent, as a score needs.
     """
 
     path: Path
     distilled: str = ""
+    coupling: str = ""
     source: str | None = None
     latents: "Latents | None" = None
     text: "Prompts | None" = None
@@ -69,7 +72,8 @@ class VelocityField(nn.Module):
 
     def score(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """The score of p_t, ``grad log p_t(x)``, (B, ...). Holds where the noise is Gaussian and independent of the
-        data: not under an optimal-transport coupling. Raises where there is no noise (t = 1)."""
+        data: not under an optimal-transport coupling. Raises there, and where there is no noise (t = 1)."""
+        check_score(self, "the score")
         return self.path.from_velocity(self(x, t, **cond), x, t, "score")
 
     def on(self, path: Path) -> "VelocityField":
@@ -160,6 +164,24 @@ def check_field(field: Any, what: str) -> None:
     else:
         way = "NetworkField(network, path, prediction) makes one of a network called network(x, t)"
     raise ValueError(f"{what} is a {name}, and a VelocityField is needed: {way}")
+
+
+def check_score(field: VelocityField, what: str) -> None:
+    """That the velocity of a field tells the score of p_t.
+
+    Raises:
+        ValueError: it does not; says which noise and data it was trained with, and what takes no score.
+    """
+    if field.coupling:
+        raise ValueError(
+            f"{what} needs noise that is independent of the data, and this field was trained with the coupling "
+            f"{field.coupling!r}, under which its velocity says nothing of a score: sample its ODE, without eps"
+        )
+    if field.distilled:
+        raise ValueError(
+            f"{what} needs a velocity, and the model is {field.distilled}: take the model that it was made from, or "
+            "say field.distilled = ''"
+        )
 
 
 def checked(prediction: Any, x: Tensor, network: nn.Module) -> Tensor:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.errors import unknown
+from fewstep.common.errors import shown, unknown
 from fewstep.common.randomness import Generators, normal
-from fewstep.flows.fields import Guided, VelocityField, unguided
+from fewstep.flows.fields import Guided, VelocityField, check_score, unguided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
 from fewstep.flows.signature import device_of
 from fewstep.flows.solvers import SOLVERS, integrate
+from fewstep.flows.stochastic import Eps, check_sde, integrate_sde
 from fewstep.flows.times import GRIDS, gaussian_grid, step_grid
 
 
@@ -31,6 +32,8 @@ def sample(
     grid: str | Tensor = "uniform",
     solver: str = "euler",
     gamma: float | None = None,
+    eps: Eps | None = None,
+    last_step: str | None = None,
     generator: Generators | None = None,
     tolerance: float = 1e-5,
     **cond: Any,
@@ -38,7 +41,8 @@ def sample(
     """Data from noise, (B, ...), without grad.
 
     A flow map takes ``steps`` calls. A field is solved as an ODE: Euler takes ``steps`` calls, midpoint and Heun twice
-    as many, adaptive as many as it needs (``count_calls`` counts them).
+    as many, adaptive as many as it needs (``count_calls`` counts them). With ``eps`` it is solved as an SDE, which has
+    the same law at every time where the field is exact (``fewstep.flows.stochastic``).
 
     Args:
         noise: the start (B, ...), standard normal; it goes to the model's device, where the samples are then.
@@ -48,28 +52,41 @@ def sample(
             is 1 where it is not said, for latents and data that were normalised); the times themselves, rising from 0
             to 1 (``fewstep.optimal_grid`` finds them); or native: equal steps of the schedule that a diffusion model
             was trained on, which is where DDIM takes its own.
-        solver: for fields: euler, midpoint, heun, adaptive.
+        solver: for fields: euler, midpoint, heun, adaptive. With ``eps`` euler (Euler-Maruyama), heun (weak order 2) or
+            ancestral (DDPM's).
         gamma: for maps: 0 is deterministic, 1 is consistency sampling; see :func:`sample_map`. By default the map's
             own ``gamma``: 0, but 1 for a consistency model.
-        generator: the source of re-noising where gamma > 0, torch's global one if not given; a list with one generator
-            a sample fixes each sample.
+        eps: for fields: the strength of the noise in ``dx = (v + eps S) dt + sqrt(2 eps) dW``, a number from 0 on, a
+            function of times, or by name: kappa (DDPM's), sigma, linear (1 - t), decreasing, increasing-decreasing
+            (sin^2 pi t); arXiv 2303.08797, 2401.08740.
+        last_step: with ``eps``: how the last step goes, mostly without noise: tweedie (the data estimate, if nothing is
+            said), euler, mean, none (as all others).
+        generator: the source of re-noising where gamma > 0, and of the noise of ``eps``, torch's global one if not
+            given; a list with one generator a sample fixes each sample.
         tolerance: of the adaptive solver.
         cond: conditions, (B, ...) each, such as ``class_labels``; they go to the model's device too.
 
     Raises:
-        ValueError: for steps below 1, an unknown solver or grid, gamma outside [0, 1], or an argument that does not
-            belong to this kind of model.
+        ValueError: for steps below 1, an unknown solver or grid, gamma outside [0, 1], eps below 0, a field without a
+            score where there is ``eps``, or an argument that does not belong to this kind of model.
 
     >>> images = fewstep.sample(student, torch.randn(64, 3, 32, 32), steps=2)
     """
-    times = check_options(model, steps, grid=grid, solver=solver, gamma=gamma)
+    times = check_options(model, steps, grid=grid, solver=solver, gamma=gamma, eps=eps, last_step=last_step)
     noise, cond = placed(model, noise, cond)
     if isinstance(model, FlowMap):
         gamma = model.gamma if gamma is None else gamma
         return sample_map(model, noise, times, gamma=gamma, generator=generator, **cond)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return model(x, t, **cond)
+
+    if eps is not None:
+        last = last_step or "tweedie"
+        return integrate_sde(velocity, noise, times, model.path, eps, solver, last_step=last, generator=generator)
     times = times.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
     with torch.no_grad():
-        return integrate(lambda x, t: model(x, t, **cond), noise, times, solver, tolerance=tolerance)
+        return integrate(velocity, noise, times, solver, tolerance=tolerance)
 
 
 def sample_states(
@@ -108,6 +125,8 @@ def check_options(
     grid: str | Tensor = "uniform",
     solver: str = "euler",
     gamma: float | None = None,
+    eps: Eps | None = None,
+    last_step: str | None = None,
     **_: Any,
 ) -> Tensor:
     """The times of the steps (N + 1,), once it is clear that ``sample`` takes these options for this model.
@@ -118,13 +137,22 @@ def check_options(
     if isinstance(model, FlowMap):
         if solver != "euler":
             raise ValueError(f"a flow map takes its steps itself: solver={solver!r} is for velocity fields")
+        if eps is not None:
+            raise ValueError(
+                f"eps={shown(eps)} is noise along the ODE of a velocity field; a flow map has gamma (0 to 1)"
+            )
         _check_gamma(gamma or 0.0)
     elif not isinstance(model, VelocityField):
         raise ValueError(f"sample() takes a FlowMap or a VelocityField, not a {type(model).__name__}")
     elif gamma:
         raise ValueError(f"gamma={gamma} re-noises between the steps of a flow map; a field is solved as an ODE")
+    elif eps is not None:
+        check_sde(eps, model.path, solver, last_step or "tweedie")
+        check_score(model, f"eps={shown(eps)}")
     elif solver not in SOLVERS:
         raise unknown("solver", solver, SOLVERS)
+    if last_step is not None and eps is None:
+        raise ValueError(f"last_step={last_step!r} is how a sampler with noise ends: give eps too")
     return _times(grid, steps, model)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from fewstep.common.randomness import sample_generators
 from fewstep.flows.exact import ExactField
 from fewstep.flows.fields import Guided, VelocityField
-from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import check_options, count_calls, sample, sample_noise
 from fewstep.flows.signature import Model, check_image, classes_of, device_of, network_of, shape_of, takes
 from fewstep.generation.requests import Encoded, Request, Requests
@@ -154,7 +153,7 @@ def draw_batches(
             cond |= encoded([str(w.prompt) for w in wanted])
         if guidance is not None:
             cond["guidance"] = torch.full((len(rows),), guidance, device=device)
-        return cond | ({"generator": generators} if isinstance(model, FlowMap) else {})
+        return cond | {"generator": generators}
 
     def made() -> Iterator[tuple[Sequence[int], Tensor]]:
         begun = begin(batches[0]) if batches else None

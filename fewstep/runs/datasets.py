@@ -13,7 +13,7 @@ from fewstep.common.console import progress_bar
 from fewstep.common.distributed import environment
 from fewstep.common.options import arguments
 from fewstep.common.randomness import generator
-from fewstep.data import Encoded, Pairs, Prior, load_data
+from fewstep.data import FACTS, Encoded, Pairs, Prior, load_data
 from fewstep.data.batch import Data
 from fewstep.data.conditions import Dropped, Strengths
 from fewstep.data.couplings import Coupled
@@ -46,6 +46,13 @@ def null_of(null: Mapping[str, int] | str, field: VelocityField | None, encoded:
     if field is None or field.text is None:
         raise ValueError("null: text is an empty prompt, and the teacher has no text encoders: name its conditions")
     return kept_null(copy(field.text))  # a copy, so that the encoders are let go again
+
+
+def coupling_of(recipe: Recipe) -> str:
+    """How noise and data are paired in a run, ``reflow pairs`` among the ways; empty where they are independent."""
+    if recipe.coupling != "independent":
+        return recipe.coupling
+    return "reflow pairs" if (Path(recipe.data.name).expanduser() / FACTS).is_file() else ""
 
 
 def encoded_folder(recipe: Recipe) -> Path | None:

@@ -20,7 +20,7 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import Model
 from fewstep.models.folders import has_one_variant, load_folder
 from fewstep.models.lora import has_lora, merge_lora
-from fewstep.runs.datasets import data_of, encoded_folder, null_of
+from fewstep.runs.datasets import coupling_of, data_of, encoded_folder, null_of
 from fewstep.runs.methods import find_objective
 from fewstep.runs.objective import sampled_at, trains_map
 from fewstep.runs.recipe import Recipe, Student, Teacher
@@ -191,6 +191,8 @@ def _opened(path: str | Path) -> Trained:
     if isinstance(model, FlowMap) and not is_from_python(path):
         model.gamma = find_objective(recipe.objectives[-1].name).gamma
         model.guidance = sampled_at(recipe)
+    if isinstance(model, VelocityField):
+        model.coupling = coupling_of(recipe)
     return Trained(model.eval().requires_grad_(False), recipe, shape, saved.step)
 
 

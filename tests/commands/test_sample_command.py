@@ -43,6 +43,32 @@ def test_first_goes_on_where_a_command_ended(draws: Draw) -> None:
     assert np.abs(whole[:3] - whole[5:]).max() > 0.1
 
 
+@pytest.mark.takes_seconds
+def test_noise_on_the_way_is_each_samples_own(draws: Draw) -> None:
+    words = ("--steps", "3", "--eps", "kappa", "--solver", "ancestral", "--labels", "1,2", "--seed", "3")
+    whole = draws("dit", "--count", "4", *words)
+    close(draws("dit", "--count", "2", "--first", "2", *words), whole[2:])
+    close(draws("dit", "--count", "4", "--batch", "1", *words), whole)
+    assert np.abs(draws("dit", "--count", "4", *words, "--eps", "0") - whole).max() > 0.1
+    assert np.abs(draws("dit", "--count", "4", *words, "--eps", "0.5", "--last-step", "none") - whole).max() > 0.1
+
+
+def test_noise_that_cannot_be(refused: Any) -> None:
+    assert "noise along the ODE of a velocity field; a flow map has gamma" in refused("plain", "--eps", "kappa")
+    for words, says in {
+        (
+            "--eps",
+            "-1",
+        ): "eps=-1.0 is -1 at t = 0: the strength of the noise is a number from 0 (the ODE) on, or one of",
+        ("--eps", "nan"): "eps=nan is nan at t = 0",
+        ("--eps", "kapa"): "unknown strength of noise eps 'kapa': did you mean 'kappa'?",
+        ("--eps", "1", "--solver", "midpoint"): "unknown solver of an SDE 'midpoint'",
+        ("--last-step", "mean"): "give eps too",
+        ("--eps", "1", "--last-step", "x"): "unknown last step 'x'",
+    }.items():
+        assert says in refused("dit", *words), words
+
+
 def test_seeds_are_the_first_samples_of_each(draws: Draw) -> None:
     several = draws("plain", "--seeds", "5,9,17")
     close(several, np.concatenate([draws("plain", "--seed", seed, "--count", "1") for seed in ("5", "9", "17")]))

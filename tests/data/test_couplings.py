@@ -13,9 +13,12 @@ from fewstep.common.randomness import generator, normal
 from fewstep.data import ArrayData
 from fewstep.data.batch import Batch, Data
 from fewstep.data.couplings import Coupled, couple
+from fewstep.flows.sampling import sample
+from fewstep.generation.reflow import make_pairs
 from fewstep.runs import judge
 from fewstep.runs import previews as watch
 from fewstep.runs.datasets import make_data
+from fewstep.runs.loading import load
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 from fewstep.training.batches import Batches
@@ -171,6 +174,19 @@ def test_a_run_trains_on_coupled_rows_and_keeps_its_coupling(tmp_path: Path) -> 
     assert losses["ot"] < 0.9 * losses["independent"]
     with pytest.raises(ValueError, match=r"another recipe: coupling is absent there and ot here"):
         run(load_recipe(SMALL), tmp_path / "independent")
+
+
+def test_a_run_on_coupled_rows_has_no_score(tmp_path: Path) -> None:
+    run(load_recipe(SMALL), tmp_path / "coupled")
+    field = load(tmp_path / "coupled")
+    assert field.coupling == "ot"
+    with pytest.raises(ValueError, match="trained with the coupling 'ot'"):
+        sample(field, torch.randn(3, 2), 2, eps="kappa")
+    make_pairs(field, tmp_path / "pairs", 32, steps=2)
+    run(load_recipe({**SMALL, "data": str(tmp_path / "pairs"), "coupling": "independent"}), tmp_path / "straight")
+    assert load(tmp_path / "straight").coupling == "reflow pairs"
+    run(load_recipe(SMALL, {"coupling": "independent"}), tmp_path / "free")
+    assert sample(load(tmp_path / "free"), torch.randn(3, 2), 2, eps="kappa").isfinite().all()
 
 
 def test_a_run_from_before_there_was_a_coupling_goes_on(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fewstep.flows.editing import flow_edit, invert, resume, sdedit
     from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField
     from fewstep.flows.fields import DiffusionField, Guided, NetworkField, VelocityField
+    from fewstep.flows.likelihood import bits_per_dim, log_likelihood
     from fewstep.flows.maps import FlowMap
     from fewstep.flows.mixed import Mixed
     from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
@@ -131,6 +132,7 @@ _HOMES = {
     "VariancePreserving": "flows.paths",
     "VelocityField": "flows.fields",
     "add_lora": "models.lora",
+    "bits_per_dim": "flows.likelihood",
     "cite": "runs.cite",
     "compare": "evaluation.results",
     "compare_methods": "runs.compare",
@@ -146,6 +148,7 @@ _HOMES = {
     "load": "runs.loading",
     "load_adapter": "models.adapter_files",
     "load_data": "data",
+    "log_likelihood": "flows.likelihood",
     "merge_lora": "models.lora",
     "optimal_grid": "flows.step_grids",
     "push": "models.hub",
@@ -210,6 +213,7 @@ __all__ = [
     "VariancePreserving",
     "VelocityField",
     "add_lora",
+    "bits_per_dim",
     "cite",
     "compare",
     "compare_methods",
@@ -225,6 +229,7 @@ __all__ = [
     "load",
     "load_adapter",
     "load_data",
+    "log_likelihood",
     "merge_lora",
     "optimal_grid",
     "push",

@@ -177,6 +177,15 @@ def check_score(field: VelocityField, what: str) -> None:
             f"{what} needs noise that is independent of the data, and this field was trained with the coupling "
             f"{field.coupling!r}, under which its velocity says nothing of a score: sample its ODE, without eps"
         )
+    check_velocity(field, what)
+
+
+def check_velocity(field: VelocityField, what: str) -> None:
+    """That a field is a velocity.
+
+    Raises:
+        ValueError: it was distilled for a few steps; says into what.
+    """
     if field.distilled:
         raise ValueError(
             f"{what} needs a velocity, and the model is {field.distilled}: take the model that it was made from, or "

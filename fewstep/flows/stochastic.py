@@ -5,7 +5,7 @@ Where the noise x0 is Gaussian and independent of the data, a velocity knows the
 
     ``dx = (v + eps S) dt + sqrt(2 eps) dW``
 
-has the same marginals p_t as the ODE ``dx = v dt`` (arXiv 2303.08797, theorem 2.6; 2401.08740 for images); backwards in
+has the same marginals p_t as the ODE ``dx = v dt`` (arXiv 2303.08797; 2401.08740 for images); backwards in
 time the drift is ``v - eps S``. With an exact v all eps are one law. With a learned one the noise forgets errors that
 the ODE carries to the end, and costs steps. ``eps = kappa``, the path's own diffusion, is DDPM's.
 """

@@ -162,6 +162,12 @@ def judging(student: fewstep.FlowMap, teacher: fewstep.VelocityField, data: Tens
     return f"{header[0]} {len(rows)} {judged}"
 
 
+def likely(field: fewstep.VelocityField, x: Tensor) -> Tensor:
+    noisy: Tensor = fewstep.sample(field, x, 50, eps=lambda t: 0.5 * (1 - t), solver="heun", last_step="none")
+    log_p: Tensor = fewstep.log_likelihood(field, noisy, probes=4)
+    return fewstep.bits_per_dim(log_p, dims=784, level=1 / 127.5)
+
+
 def folders(out: Path) -> str:
     model: fewstep.VelocityField | fewstep.FlowMap = fewstep.load("./my-ddpm", device="cpu")
     if not isinstance(model, fewstep.FlowMap):

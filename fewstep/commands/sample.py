@@ -48,7 +48,10 @@ def add(commands: Commands) -> None:
     p.add_argument("--latents", action="store_true", help="write the latents of a latent model, not their images")
     text = "re-noising between steps, 0 to 1 (default: the map's, mostly 0)"
     p.add_argument("--gamma", type=float, metavar="G", help=text)
-    text = "times of the steps: uniform (default), shifted, quadratic, or native (those of DDIM)"
+    text = (
+        "times of the steps: uniform (default), shifted, quadratic, gaussian(C) of data with that deviation, native "
+        "(those of DDIM), or optimal (found once, and kept with a run)"
+    )
     p.add_argument("--grid", default="uniform", metavar="NAME", help=text)
     p.add_argument("--solver", metavar="NAME", help="for a velocity field: euler (default), midpoint, heun, adaptive")
     text = "for a velocity field, noise on the way: a number, kappa (as in DDPM), sigma, linear, decreasing, or "
@@ -108,13 +111,16 @@ def run(args: argparse.Namespace) -> int:
         wanted = 4 * requests.count * prod(written)
         check_memory(f"{requests.count:,} samples in one file", wanted, "fewer (--count), or a folder (--out samples)")
     facts = _facts(args, model, requests, given, shape, {"steps": steps, **options}) if is_folder else {}
+    told = {"size": size, "given": given, "decode": not args.latents, **options}
+    if args.grid == "optimal":
+        told["grid"] = _optimal(args, model, run, requests, steps, shape, told, device, world.size == 1)
+        facts |= {"grid": told["grid"].tolist()} if is_folder else {}
     model = place(model, device, args.dtype, args.compile)
     batches = shares(requests.count, args.batch, world)
     mine = batches[world.rank :: world.size]
 
     if is_folder:
         mine = [rows for rows in (missing(out, rows, requests.count) for rows in mine) if rows]
-    told = {"size": size, "given": given, "decode": not args.latents, **options}
     drawn = draw_batches(model, requests, mine, steps, shape=shape, **told)
     if is_folder:
         claim(out, facts, requests)
@@ -166,6 +172,47 @@ def _eps(text: str | None) -> str | float | None:
         return text if text is None else float(text)
     except ValueError:
         return text
+
+
+def _optimal(
+    args: argparse.Namespace,
+    model: Any,
+    run: Any,
+    requests: Any,
+    steps: int,
+    shape: tuple[int, ...],
+    told: dict[str, Any],
+    device: Any,
+    alone: bool,
+) -> Any:
+    """The times of ``--grid optimal``: those kept in the run, or found now, as the network computes them in float32."""
+    from fewstep.flows.fields import VelocityField
+    from fewstep.flows.identity import identity
+    from fewstep.runs.loading import teacher_of
+    from fewstep.runs.step_grids import found_with, grid_for
+
+    is_field = args.teacher or isinstance(model, VelocityField)
+    teacher = None if run is None or is_field else teacher_of(run.recipe)
+    by = "itself" if teacher is None else identity(teacher)
+    solver, gamma, guidance = args.solver or "euler", args.gamma, args.guidance_scale
+    facts = found_with(model, identity(model), solver=solver, gamma=gamma, guidance=guidance, shape=shape, by=by)
+    model, reference = model.to(device), None if teacher is None else teacher.to(device)
+    return grid_for(
+        model,
+        reference or model,
+        requests,
+        steps,
+        facts,
+        folder=None if run is None else Path(args.model).expanduser(),
+        alone=alone,
+        solver=solver,
+        gamma=gamma,
+        batch=args.batch,
+        shape=shape,
+        size=told["size"],
+        given=told["given"],
+        guidance=guidance,
+    )
 
 
 def _requests(args: argparse.Namespace, model: Any) -> Any:

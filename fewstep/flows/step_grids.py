@@ -234,7 +234,10 @@ def beside_uniform(
         torch.stack([walk.off(noise, grid, ends, _generator(generator)) for grid in (errors.grid(n), step_grid(n))])
         for n in steps
     ]
-    return [FoundGrid(errors.grid(n), *map(float, pair)) for n, pair in zip(steps, measured, strict=True)]
+    found = [FoundGrid(errors.grid(n), *map(float, pair)) for n, pair in zip(steps, measured, strict=True)]
+    if wrong := [grid.steps for grid in found if not math.isfinite(grid.error + grid.uniform_error)]:
+        raise ValueError(f"the model gives numbers that are not finite in {wrong[0]} steps: no grid is found for it")
+    return found
 
 
 def _generator(draw: Generators | None) -> Generators:

@@ -1,7 +1,7 @@
 """Samples of a trained model: what it takes, and what it draws, a batch at a time."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -123,6 +123,61 @@ def draw_batches(
         ValueError: at once, a strength of guidance that the model is not told, and as ``fewstep.sample``; later,
             samples that are not finite.
     """
+    model, begin, conditions = _starts(model, requests, batches, shape, size, given, guidance)
+    check_options(model, steps, **options)
+
+    def made() -> Iterator[tuple[Sequence[int], Tensor]]:
+        begun = begin(batches[0]) if batches else None
+        for rows, following in pairwise([*batches, None]):
+            assert rows is not None
+            assert begun is not None
+            wanted, generators, noise = begun
+            samples = sample(model, noise, steps, **options, **conditions(rows, wanted, generators))
+            check_finite(samples, f"samples {rows[0]} to {rows[-1]}")
+            samples = finished(model, samples) if decode else samples
+            # While a GPU is at work, the noise of the next batch is drawn on the CPU.
+            begun = None if following is None else begin(following)
+            yield rows, samples.cpu()
+
+    return made()
+
+
+def one_batch(
+    model: Model,
+    requests: Requests,
+    *,
+    shape: tuple[int, ...] | None = None,
+    size: tuple[int, int] | None = None,
+    given: Mapping[str, Tensor] | None = None,
+    guidance: float | None = None,
+) -> tuple[Model, Tensor, dict[str, Any]]:
+    """All that is asked for as one batch, before it is sampled: the model, guided where it is to be, the noise
+    (B, ...) and the conditions; arguments and errors as those of :func:`draw_batches`."""
+    rows = range(requests.count)
+    model, begin, conditions = _starts(model, requests, [rows], shape, size, given, guidance)
+    wanted, generators, noise = begin(rows)
+    cond = conditions(rows, wanted, generators)
+    cond.pop("generator", None)
+    return model, noise, cond
+
+
+Begun = tuple[list[Request], list[torch.Generator], Tensor]
+
+
+def _starts(
+    model: Model,
+    requests: Requests,
+    batches: Sequence[Sequence[int]],
+    shape: tuple[int, ...] | None,
+    size: tuple[int, int] | None,
+    given: Mapping[str, Tensor] | None,
+    guidance: float | None,
+) -> tuple[
+    Model,
+    Callable[[Sequence[int]], Begun],
+    Callable[[Sequence[int], list[Request], list[torch.Generator]], dict[str, Any]],
+]:
+    """The model, guided where it is to be, and what makes of rows their noise, and their conditions."""
     device = device_of(model)
     encoded = None
     if model.text is not None and requests.prompts:
@@ -136,7 +191,6 @@ def draw_batches(
             f"guidance {guidance:g}: the model is told no strength of it. Recipes guide a teacher (teacher.guidance), "
             "and Python any field: Guided(field, scale, null=...)"
         )
-    check_options(model, steps, **options)
 
     def begin(rows: Sequence[int]) -> tuple[list[Request], list[torch.Generator], Tensor]:
         """One generator a sample, for its first noise and for all that is added later."""
@@ -155,20 +209,7 @@ def draw_batches(
             cond["guidance"] = torch.full((len(rows),), guidance, device=device)
         return cond | {"generator": generators}
 
-    def made() -> Iterator[tuple[Sequence[int], Tensor]]:
-        begun = begin(batches[0]) if batches else None
-        for rows, following in pairwise([*batches, None]):
-            assert rows is not None
-            assert begun is not None
-            wanted, generators, noise = begun
-            samples = sample(model, noise, steps, **options, **conditions(rows, wanted, generators))
-            check_finite(samples, f"samples {rows[0]} to {rows[-1]}")
-            samples = finished(model, samples) if decode else samples
-            # While a GPU is at work, the noise of the next batch is drawn on the CPU.
-            begun = None if following is None else begin(following)
-            yield rows, samples.cpu()
-
-    return made()
+    return model, begin, conditions
 
 
 def check_finite(samples: Tensor, what: str) -> None:

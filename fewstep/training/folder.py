@@ -31,7 +31,8 @@ from fewstep.training.trackers import read_metrics
 _FOLDERS = (CHECKPOINTS, SAMPLES, TEACHER_SAMPLES, TENSORBOARD)
 # What a run leaves beside its checkpoints and its recipe: all that is taken away when it is thrown away.
 _LEFT = re.compile(
-    r"metrics\.jsonl|student\.json|quality\.(json|png)|report\.html|failed\.json|samples/step-\d{8,}\.png|teacher-samples\.npz"
+    r"metrics\.jsonl|student\.json|quality\.(json|png)|report\.html|failed\.json|step-grids\.json|diagnosis\.png"
+    r"|samples/step-\d{8,}\.png|teacher-samples\.npz"
     r"|teacher-samples/(pairs|texts?|null|captions)[\w-]*\.(jsonl?|safetensors)|tensorboard/events\.out\.tfevents\..*"
 )
 

@@ -19,6 +19,8 @@ SAMPLES = "samples"
 TEACHER_SAMPLES, TEACHER_SAMPLES_FILE = "teacher-samples", "teacher-samples.npz"
 TENSORBOARD = "tensorboard"
 QUALITY, QUALITY_FIGURE, REPORT = "quality.json", "quality.png", "report.html"
+STEP_GRIDS = "step-grids.json"  # the times of few steps, each with what it was found with
+DIAGNOSIS_FIGURE = "diagnosis.png"
 FAILED = "failed.json"  # of a run in a comparison
 # Where an export of a run keeps what it has of the run. Not beside the model: a folder with a recipe.yaml is a run.
 TRAINING = "training"

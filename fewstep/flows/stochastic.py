@@ -172,7 +172,7 @@ def integrate_sde(
     if times.ndim != 1 or len(times) < 2 or not ((d := times.diff()) * d[0] > 0).all():
         raise ValueError(f"a grid of two or more times is needed that rises or falls, not {shown(times.tolist())}")
     generator = torch.default_generator if generator is None else generator
-    places = _places(path, times, eps, x)
+    places = places_along(path, times, eps, x)
     if math.isinf(places[-1].eps) and solver != "ancestral":  # the last steps would be too long, however short
         raise ValueError(
             f"eps={shown(eps)} is infinite at t = {places[-1].t:g}, where this grid ends: take solver='ancestral', or "
@@ -231,7 +231,7 @@ def strength(eps: Eps, path: Path, t: Tensor) -> Tensor:
     return value
 
 
-def _places(path: Path, times: Tensor, eps: Eps, x: Tensor) -> list[Place]:
+def places_along(path: Path, times: Tensor, eps: Eps, x: Tensor) -> list[Place]:
     """All that is known of the grid before the first call, so that nothing is waited for on the way."""
     grid = times.detach().double().cpu()
     here = times.to(x.device, torch.promote_types(x.dtype, torch.float32))
@@ -246,5 +246,5 @@ def _forgets(path: Path, grid: Tensor, eps: Eps) -> Tensor:
         return (path.alpha(grid) / path.sigma(grid)).log().diff().abs()
     middle, half = (grid[1:] + grid[:-1]) / 2, grid.diff().abs() / 2
     nodes = middle[:, None] + half[:, None] * torch.from_numpy(_NODES)
-    rate = strength(eps, path, nodes.flatten()).reshape(nodes.shape) / path.sigma(nodes)
+    rate = strength(eps, path, nodes.flatten()).reshape(nodes.shape) / path.sigma(nodes) ** 2
     return half * (rate @ torch.from_numpy(_NODE_WEIGHTS))

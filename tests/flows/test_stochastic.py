@@ -14,7 +14,7 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
 from fewstep.flows.sampling import check_options, count_calls, sample, sample_noise
 from fewstep.flows.solvers import integrate
-from fewstep.flows.stochastic import STEPS, STRENGTHS, _places, integrate_sde, kappa, quiet_step, strength
+from fewstep.flows.stochastic import STEPS, STRENGTHS, integrate_sde, kappa, places_along, quiet_step, strength
 from fewstep.flows.tabulated import Tabulated
 from fewstep.flows.times import step_grid
 from fewstep.networks import MLP
@@ -37,7 +37,7 @@ def law(eps, times, solver="euler", last_step="tweedie", start=(0.0, 1.0), path=
     three numbers are read off where x and z are 0 or 1."""
     field = one_gaussian(path)
     x, z = torch.tensor([[[0.0], [1.0], [0.0]], [[0.0], [0.0], [1.0]]], dtype=F64)
-    places = _places(field.path, times, eps, x)
+    places = places_along(field.path, times, eps, x)
     mean, variance = start
     for i in range(len(places) - 1):
         here, there = places[i : i + 2]
@@ -110,7 +110,7 @@ def test_backwards_by_kappa_the_ancestral_step_is_the_noising_itself():
     """x_t given x_s = x is N((a_t / a_s) x, ...) whatever the data: exact in one step of any length."""
     field, times = one_gaussian(), torch.tensor([1.0, 0.3], dtype=F64)
     x, z = torch.tensor([[[0.0], [1.0], [0.0]], [[0.0], [0.0], [1.0]]], dtype=F64)
-    here, there = _places(Linear(), times, "kappa", x)
+    here, there = places_along(Linear(), times, "kappa", x)
     found = STEPS["ancestral"](field, x, here, there, lambda _: z).flatten().tolist()
     assert found == pytest.approx([0.0, 0.3, 0.7], abs=1e-12)
 
@@ -119,7 +119,7 @@ def test_ancestral_steps_are_those_of_ddpm():
     """x_t given x_s and x1 = D, as the posterior of two Gaussians says it."""
     s, t = 0.3, 0.5
     field, x = one_gaussian(), torch.tensor([[0.7]], dtype=F64)
-    here, there = _places(Linear(), torch.tensor([s, t], dtype=F64), "kappa", x)
+    here, there = places_along(Linear(), torch.tensor([s, t], dtype=F64), "kappa", x)
     data = x + (1 - s) * field(x, s)
     # x_s = (s / t) x_t + noise of this power, and x_t = t D + (1 - t) noise.
     power = (1 - s) ** 2 - (s / t) ** 2 * (1 - t) ** 2
@@ -131,6 +131,22 @@ def test_ancestral_steps_are_those_of_ddpm():
     assert float(spread) ** 2 == pytest.approx(1 / precision, abs=1e-12)
 
 
+def test_what_ancestral_steps_keep_of_the_noise():
+    """exp(-integral of eps / s^2), on the linear path: (1 - t') / (1 - t) for sigma, with number e
+    exp(e / (1 - t) - e / (1 - t'))."""
+    times, x = torch.tensor([0.0, 0.2, 0.5, 0.9], dtype=F64), torch.zeros(1, 1, dtype=F64)
+    s = (1 - times).tolist()
+
+    def keeps(eps, times=times):
+        return [place.keeps for place in places_along(Linear(), times, eps, x)[:-1]]
+
+    assert keeps("sigma") == pytest.approx([b / a for a, b in pairwise(s)], abs=1e-12)
+    assert keeps(0.5) == pytest.approx([math.exp(0.5 / a - 0.5 / b) for a, b in pairwise(s)], abs=1e-12)
+    assert keeps("kappa") == pytest.approx([0.0, 0.2 * 0.5 / (0.5 * 0.8), 0.5 * 0.1 / (0.9 * 0.5)], abs=1e-12)
+    assert keeps(lambda t: (1 - t) / t)[1:] == pytest.approx(keeps("kappa")[1:], abs=1e-12)
+    assert keeps(0.5, times.flip(0)) == pytest.approx(keeps(0.5)[::-1], abs=1e-12)
+
+
 def test_kappa_and_the_score(gaussian):
     t = torch.tensor([0.1, 0.5, 0.9], dtype=F64)
     torch.testing.assert_close(kappa(Linear(), t), (1 - t) / t)
@@ -138,7 +154,7 @@ def test_kappa_and_the_score(gaussian):
     for path in PATHS:
         x = torch.randn(5, 2, generator=generator(0), dtype=F64)
         field = gaussian.on(path)
-        place = _places(path, torch.tensor([0.3, 1.0], dtype=F64), "kappa", x)[0]
+        place = places_along(path, torch.tensor([0.3, 1.0], dtype=F64), "kappa", x)[0]
         v = field(x, 0.3)
         torch.testing.assert_close(place.score(x, v), field.score(x, 0.3))
         drift = (place.alpha_dot / place.alpha) * x + 2 * place.eps * place.score(x, v)  # f + 2 kappa S

@@ -59,6 +59,13 @@ def add(commands: Commands) -> None:
     p.add_argument("--eps", metavar="E", help=text)
     text = "with --eps, how the last step goes: tweedie (default), euler, mean, none"
     p.add_argument("--last-step", metavar="NAME", help=text)
+    text = "steer by a reward of your own, a function of images (N, C, H, W) in [-1, 1] that gives (N,), in nats"
+    p.add_argument("--steer", metavar="FILE.py:NAME", help=text)
+    text = "with --steer, how many each sample is one of, drawn by weight (default: 16)"
+    p.add_argument("--particles", type=int, metavar="N", help=text)
+    text = "with --steer, a factor of the reward (default: 1)"
+    p.add_argument("--strength", type=float, metavar="S", help=text)
+    p.add_argument("--steer-gradient", action="store_true", help="with --steer, follow the reward's gradient too")
     p.add_argument("--teacher", action="store_true", help="sample the teacher of the run instead")
     p.add_argument("--batch", type=int, default=256, metavar="N", help="samples drawn at once, at most (default: 256)")
     text = "of the network: float32 (default), bf16, or fp16 on a GPU"
@@ -88,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
     world = environment()
     device = choose_device(args.device, world)
+    steered, how = _steered(args)
     model, run = open_model(args)
     size = _size(args.size) if args.size else None
     own = None if run is None else run.shape
@@ -110,18 +118,18 @@ def run(args: argparse.Namespace) -> int:
     if not is_folder:
         wanted = 4 * requests.count * prod(written)
         check_memory(f"{requests.count:,} samples in one file", wanted, "fewer (--count), or a folder (--out samples)")
-    facts = _facts(args, model, requests, given, shape, {"steps": steps, **options}) if is_folder else {}
+    facts = _facts(args, model, requests, given, shape, {"steps": steps, **options, **how}) if is_folder else {}
     told = {"size": size, "given": given, "decode": not args.latents, **options}
     if args.grid == "optimal":
         told["grid"] = _optimal(args, model, run, requests, steps, shape, told, device, world.size == 1)
         facts |= {"grid": told["grid"].tolist()} if is_folder else {}
     model = place(model, device, args.dtype, args.compile)
-    batches = shares(requests.count, args.batch, world)
+    batches = shares(requests.count, args.batch if steered is None else max(1, args.batch // steered.particles), world)
     mine = batches[world.rank :: world.size]
 
     if is_folder:
         mine = [rows for rows in (missing(out, rows, requests.count) for rows in mine) if rows]
-    drawn = draw_batches(model, requests, mine, steps, shape=shape, **told)
+    drawn = draw_batches(model, requests, mine, steps, shape=shape, steered=steered, **told)
     if is_folder:
         claim(out, facts, requests)
     parts, done, total = [], 0, sum(map(len, mine))
@@ -132,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         for rows, samples in drawn:
             if is_folder:
                 name = without_places(args.model)  # an image goes to others
-                texts = [{"model": name, **says(requests, i), "steps": steps, **options} for i in rows]
+                texts = [{"model": name, **says(requests, i), "steps": steps, **options, **how} for i in rows]
                 save_pictures(samples, [out / picture_name(i, requests.count) for i in rows], texts)
             else:
                 parts.append(samples)
@@ -140,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
             if progress:
                 progress(done, total)
         new, called = map(int, world.sum([total, calls.rows]))
+        least, left, populations = world.sum([0.0, 0.0, 0] if steered is None else [*steered.counts])
         whole = None if is_folder else gathered(parts, batches, world)
     if not world.is_main:
         return 0
@@ -150,6 +159,8 @@ def run(args: argparse.Namespace) -> int:
         write(whole, {**labels_of(requests), **turns}, out)
     there = f" ({requests.count - new} were there)" if new < requests.count else ""
     print(f"{out}: {requests.count} samples{there}" + (f", {called / new:g} network calls each" if new else ""))
+    if steered is not None and populations:
+        print(_became(steered.particles, least / populations, left / populations))
     if run is None or args.teacher:
         text = ["--prompts", args.prompts] if args.prompts else prompt_flags(args.prompt or [])
         more = [
@@ -213,6 +224,33 @@ def _optimal(
         given=told["given"],
         guidance=guidance,
     )
+
+
+def _steered(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """What steers, if anything does, and all that it hangs on, in words for files."""
+    from fewstep.generation.steered import Steered, contents, load_reward
+
+    if args.steer is None:
+        for flag in ("particles", "strength", "steer_gradient"):
+            if getattr(args, flag):
+                raise ValueError(f"--{flag.replace('_', '-')} belongs to --steer FILE.py:NAME, which names a reward")
+        return None, {}
+    for flag, value in (("--solver", args.solver), ("--last-step", args.last_step)):
+        if value is not None:
+            raise ValueError(f"{flag} {value}: steering takes steps of its own, with noise in them; leave it out")
+    strength = 1.0 if args.strength is None else args.strength
+    reward = load_reward(args.steer, strength, args.steer_gradient)
+    steered = Steered(reward, 16 if args.particles is None else args.particles)
+    how = {"steer": args.steer.rpartition("/")[2], "particles": steered.particles, "strength": strength}
+    return steered, {**how, "gradient": args.steer_gradient, "reward": contents(args.steer)}
+
+
+def _became(particles: int, least: float, left: float) -> str:
+    """What became of populations, and what to do about it."""
+    from fewstep.generation.steered import FEW
+
+    said = f"each is one of {particles}: {least:.1f} of them effective at the least, {left:.1f} ancestors left (means)"
+    return said if least >= FEW else f"{said}. So few: lower --strength, raise --particles, or take --steer-gradient"
 
 
 def _requests(args: argparse.Namespace, model: Any) -> Any:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from fewstep.flows.fields import Guided, VelocityField
 from fewstep.flows.sampling import check_options, count_calls, sample, sample_noise
 from fewstep.flows.signature import Model, check_image, classes_of, device_of, network_of, shape_of, takes
 from fewstep.generation.requests import Encoded, Request, Requests
+from fewstep.generation.steered import Steered
 from fewstep.networks import MLP
 
 
@@ -109,6 +111,7 @@ def draw_batches(
     given: Mapping[str, Tensor] | None = None,
     decode: bool = False,
     guidance: float | None = None,
+    steered: Steered | None = None,
     **options: Any,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """The samples of each batch of rows (their places in ``requests``), on the CPU, as they are done.
@@ -117,14 +120,17 @@ def draw_batches(
         requests: as :func:`settled` gives them.
         batches: the rows of each call of the network; drawn one after the other, so that memory holds one.
         size: height and width of the images in pixels, for models that are told.
+        steered: draws each sample from a population of its own, and keeps what became of that.
         shape, given, decode, guidance, options: as for :func:`draw`.
 
     Raises:
         ValueError: at once, a strength of guidance that the model is not told, and as ``fewstep.sample``; later,
             samples that are not finite.
     """
-    model, begin, conditions = _starts(model, requests, batches, shape, size, given, guidance)
+    each = 1 if steered is None else steered.particles
+    model, begin, conditions = _starts(model, requests, batches, shape, size, given, guidance, each)
     check_options(model, steps, **options)
+    draw_rows = sample if steered is None else steered.seen(partial(finished, model))
 
     def made() -> Iterator[tuple[Sequence[int], Tensor]]:
         begun = begin(batches[0]) if batches else None
@@ -132,7 +138,7 @@ def draw_batches(
             assert rows is not None
             assert begun is not None
             wanted, generators, noise = begun
-            samples = sample(model, noise, steps, **options, **conditions(rows, wanted, generators))
+            samples = draw_rows(model, noise, steps, **options, **conditions(rows, wanted, generators))
             check_finite(samples, f"samples {rows[0]} to {rows[-1]}")
             samples = finished(model, samples) if decode else samples
             # While a GPU is at work, the noise of the next batch is drawn on the CPU.
@@ -172,12 +178,14 @@ def _starts(
     size: tuple[int, int] | None,
     given: Mapping[str, Tensor] | None,
     guidance: float | None,
+    each: int = 1,
 ) -> tuple[
     Model,
     Callable[[Sequence[int]], Begun],
     Callable[[Sequence[int], list[Request], list[torch.Generator]], dict[str, Any]],
 ]:
-    """The model, guided where it is to be, and what makes of rows their noise, and their conditions."""
+    """The model, guided where it is to be, and what makes of rows their noise, and their conditions: ``each`` of them
+    for a row, side by side."""
     device = device_of(model)
     encoded = None
     if model.text is not None and requests.prompts:
@@ -195,8 +203,9 @@ def _starts(
     def begin(rows: Sequence[int]) -> tuple[list[Request], list[torch.Generator], Tensor]:
         """One generator a sample, for its first noise and for all that is added later."""
         wanted = [requests[row] for row in rows]
-        generators = [one for w in wanted for one in sample_generators(w.seed, [w.index])]
-        return wanted, generators, sample_noise((len(rows), *(shape or shape_of(model))), generators)
+        own = [(w.seed, range(w.index * each, (w.index + 1) * each)) for w in wanted]
+        generators = [one for seed, indices in own for one in sample_generators(seed, indices)]
+        return wanted, generators, sample_noise((len(generators), *(shape or shape_of(model))), generators)
 
     def conditions(rows: Sequence[int], wanted: list[Request], generators: list[torch.Generator]) -> dict[str, Any]:
         cond: dict[str, Any] = {}
@@ -207,6 +216,8 @@ def _starts(
             cond |= encoded([str(w.prompt) for w in wanted])
         if guidance is not None:
             cond["guidance"] = torch.full((len(rows),), guidance, device=device)
+        if each > 1:
+            cond = {name: value.repeat_interleave(each, 0) for name, value in cond.items()}
         return cond | {"generator": generators}
 
     return model, begin, conditions

@@ -9,6 +9,7 @@ from typing import Any
 
 from fewstep.commands.parser import Commands, add_command
 from fewstep.commands.shared import MODEL, add_device, add_guidance_scale, add_variant, numbers, open_model
+from fewstep.commands.steered import add_steering, became, steered_by
 from fewstep.common.console import progress_bar, say_next
 from fewstep.common.errors import shown
 
@@ -59,13 +60,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--eps", metavar="E", help=text)
     text = "with --eps, how the last step goes: tweedie (default), euler, mean, none"
     p.add_argument("--last-step", metavar="NAME", help=text)
-    text = "steer by a reward of your own, a function of images (N, C, H, W) in [-1, 1] that gives (N,), in nats"
-    p.add_argument("--steer", metavar="FILE.py:NAME", help=text)
-    text = "with --steer, how many each sample is one of, drawn by weight (default: 16)"
-    p.add_argument("--particles", type=int, metavar="N", help=text)
-    text = "with --steer, a factor of the reward (default: 1)"
-    p.add_argument("--strength", type=float, metavar="S", help=text)
-    p.add_argument("--steer-gradient", action="store_true", help="with --steer, follow the reward's gradient too")
+    add_steering(p)
     p.add_argument("--teacher", action="store_true", help="sample the teacher of the run instead")
     p.add_argument("--batch", type=int, default=256, metavar="N", help="samples drawn at once, at most (default: 256)")
     text = "of the network: float32 (default), bf16, or fp16 on a GPU"
@@ -95,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
     world = environment()
     device = choose_device(args.device, world)
-    steered, how = _steered(args)
+    steered, how = steered_by(args)
     model, run = open_model(args)
     size = _size(args.size) if args.size else None
     own = None if run is None else run.shape
@@ -160,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     there = f" ({requests.count - new} were there)" if new < requests.count else ""
     print(f"{out}: {requests.count} samples{there}" + (f", {called / new:g} network calls each" if new else ""))
     if steered is not None and populations:
-        print(_became(steered.particles, least / populations, left / populations))
+        print(became(steered.particles, least / populations, left / populations))
     if run is None or args.teacher:
         text = ["--prompts", args.prompts] if args.prompts else prompt_flags(args.prompt or [])
         more = [
@@ -224,33 +219,6 @@ def _optimal(
         given=told["given"],
         guidance=guidance,
     )
-
-
-def _steered(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """What steers, if anything does, and all that it hangs on, in words for files."""
-    from fewstep.generation.steered import Steered, contents, load_reward
-
-    if args.steer is None:
-        for flag in ("particles", "strength", "steer_gradient"):
-            if getattr(args, flag):
-                raise ValueError(f"--{flag.replace('_', '-')} belongs to --steer FILE.py:NAME, which names a reward")
-        return None, {}
-    for flag, value in (("--solver", args.solver), ("--last-step", args.last_step)):
-        if value is not None:
-            raise ValueError(f"{flag} {value}: steering takes steps of its own, with noise in them; leave it out")
-    strength = 1.0 if args.strength is None else args.strength
-    reward = load_reward(args.steer, strength, args.steer_gradient)
-    steered = Steered(reward, 16 if args.particles is None else args.particles)
-    how = {"steer": args.steer.rpartition("/")[2], "particles": steered.particles, "strength": strength}
-    return steered, {**how, "gradient": args.steer_gradient, "reward": contents(args.steer)}
-
-
-def _became(particles: int, least: float, left: float) -> str:
-    """What became of populations, and what to do about it."""
-    from fewstep.generation.steered import FEW
-
-    said = f"each is one of {particles}: {least:.1f} of them effective at the least, {left:.1f} ancestors left (means)"
-    return said if least >= FEW else f"{said}. So few: lower --strength, raise --particles, or take --steer-gradient"
 
 
 def _requests(args: argparse.Namespace, model: Any) -> Any:

@@ -5,69 +5,26 @@ end, at no cost to the law of the samples. What is known at x and may be used ag
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.paths import Path
 from fewstep.flows.sampling import beyond
+from fewstep.flows.stochastic import Eps, Place, places_along
 
 Known = dict[str, Tensor]
 Cond = dict[str, Any]
-Eps = Callable[[Tensor], Tensor]  # of times (K,), float64 on the CPU
-
-
-class Place(NamedTuple):
-    """A time of the grid where the samples are, (), and what is known of it, numbers: nothing is waited for later."""
-
-    time: Tensor
-    t: float
-    alpha: float
-    sigma: float
-    alpha_dot: float
-    sigma_dot: float
-    kappa: float
-    eps: float
-
-    @property
-    def det(self) -> float:
-        return self.alpha_dot * self.sigma - self.alpha * self.sigma_dot
-
-    def score(self, x: Tensor, v: Tensor) -> Tensor:
-        """``grad log p_t(x) = (a v - a' x) / (s (a' s - a s'))``."""
-        scale = self.sigma * self.det
-        return (self.alpha / scale) * v - (self.alpha_dot / scale) * x
-
-    def data(self, x: Tensor, v: Tensor) -> Tensor:
-        """``E[x1 | x_t = x]``."""
-        return (self.sigma / self.det) * v - (self.sigma_dot / self.det) * x
-
-    def of(self, x: Tensor) -> Tensor:
-        """The time of each of samples x (B, ...)."""
-        return self.time.expand(len(x))
-
-
-def kappa(path: Path, t: Tensor) -> Tensor:
-    """The path's own diffusion ``s^2 (a'/a - s'/s)``; ``(1 - t) / t`` on the linear path."""
-    return path.sigma(t) ** 2 * path.alpha_dot(t) / path.alpha(t) - path.noise_rate(t)
-
-
-def places(path: Path, times: Tensor, eps: Eps, x: Tensor) -> list[Place]:
-    grid = times.detach().cpu().double()
-    here = times.to(x.device, torch.promote_types(x.dtype, torch.float32))
-    known = [value.tolist() for value in (grid, *path.coefficients(grid), kappa(path, grid), eps(grid))]
-    return [Place(*values) for values in zip(here, *known, strict=True)]
 
 
 def sde_step(here: Place, there: Place, x: Tensor, v: Tensor) -> tuple[Tensor, float]:
-    """Euler-Maruyama of ``dx = (v + eps S) dt + sqrt(2 eps) dW``, and of the ODE in the last step: it has the same
-    marginals, and leaves no noise."""
+    """Euler-Maruyama of ``dx = (v + eps S) dt + sqrt(2 eps) dW``; of the ODE in the last step, as it has the same
+    marginals and leaves no noise, and where eps or S is infinite."""
     h = there.t - here.t
-    if there.t == 1 or here.eps == 0:
+    if there.t == 1 or here.eps == 0 or not here.is_known:
         return x + h * v, 0.0
     return x + h * (v + here.eps * here.score(x, v)), math.sqrt(2 * here.eps * h)
 
@@ -90,16 +47,16 @@ class FieldKernel:
     """Of a velocity field: a step of its SDE, and the denoiser ``E[x1 | x_t = x]``, one call for both."""
 
     def __init__(self, field: VelocityField, times: Tensor, eps: Eps, x: Tensor) -> None:
-        self.field, self.places = field, places(field.path, times, eps, x)
-        self.renews = any(place.eps for place in self.places[:-2])
+        self.field, self.places = field, places_along(field.path, times, eps, x)
+        self.renews = any(place.eps and place.is_known for place in self.places[:-2])
 
     def mean_std(self, i: int, x: Tensor, known: Known, cond: Cond) -> tuple[Tensor, float]:
         here, there = self.places[i : i + 2]
-        v = known["velocity"] if "velocity" in known else self.field(x, here.of(x), **cond)
+        v = known["velocity"] if "velocity" in known else here.velocity(partial(self.field, **cond), x)
         return sde_step(here, there, x, v)
 
     def ahead(self, i: int, x: Tensor, cond: Cond) -> tuple[Tensor, Known]:
-        v = self.field(x, self.places[i].of(x), **cond)
+        v = self.places[i].velocity(partial(self.field, **cond), x)
         return self.places[i].data(x, v), {"velocity": v}
 
 

@@ -17,6 +17,7 @@ it p_0 is N(0, 1/B), and both drift and weight are infinite at t = 0.)
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from torch import Tensor
 from fewstep.common.errors import shown
 from fewstep.flows.broadcasting import as_times
 from fewstep.flows.fields import Guided, VelocityField, check_field, replaced
-from fewstep.flows.kernels import Cond, Eps, Place, places, sde_step
+from fewstep.flows.kernels import Cond, sde_step
+from fewstep.flows.stochastic import Eps, Place, places_along
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,7 @@ class MixedWalk:
     """Steps of a mixture along a grid, with what each adds to the weights."""
 
     def __init__(self, mixed: Mixed, times: Tensor, eps: Eps, like: Tensor) -> None:
-        self.mixed, self.grid, self.excess = mixed, places(mixed.path, times, eps, like), mixed.total - 1
+        self.mixed, self.grid, self.excess = mixed, places_along(mixed.path, times, eps, like), mixed.total - 1
 
     def advance(
         self, i: int, x: Tensor, known: dict[str, Tensor], cond: Cond, draw: Callable[[Tensor], Tensor]
@@ -131,7 +133,7 @@ class MixedWalk:
 
     def velocity_and_rate(self, here: Place, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """``v = sum b_i v_i`` (B, ...), and ``dlog w / dt`` (B,)."""
-        parts = [(power, field(x, here.of(x), **cond)) for field, power in self.mixed.powers.items()]
+        parts = [(power, here.velocity(partial(field, **cond), x)) for field, power in self.mixed.powers.items()]
         if self.excess:
             parts.append((-self.excess, self._gaussian_rate(here) * x))
         v = sum_of(power * velocity for power, velocity in parts)

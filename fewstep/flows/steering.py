@@ -13,14 +13,15 @@ from torch import Tensor
 
 from fewstep.common.errors import shown
 from fewstep.common.randomness import Generators, normal
-from fewstep.flows.fields import VelocityField, unguided
-from fewstep.flows.kernels import Eps, FieldKernel, Kernel, MapKernel, kappa
+from fewstep.flows.fields import VelocityField, check_score, unguided
+from fewstep.flows.kernels import FieldKernel, Kernel, MapKernel
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.mixed import Mixed, MixedWalk
 from fewstep.flows.paths import Path
 from fewstep.flows.population import Particles, Population
 from fewstep.flows.rewards import Reward, RewardWalk, climbed
 from fewstep.flows.sampling import check_options, placed
+from fewstep.flows.stochastic import Eps, kappa, strength
 
 _MOST_NOISE = 2.0  # of the SDE of fields, where kappa is more
 
@@ -61,8 +62,8 @@ def steer(
         groups: populations that know nothing of each other: one for each sample that is wanted.
         gamma: of flow maps, how much of the noise each step renews, 0 to 1; 1 if not given. With 0 copies would stay
             copies, so none are made: best-of-n, with weights.
-        eps: of fields, a function of times (K,): how much noise their SDE has, 0 at t = 1. If not given
-            ``min(kappa, 2)``, with the path's own kappa, ``(1 - t) / t`` on the linear one.
+        eps: of fields, the noise of their SDE as in ``fewstep.sample``, but 0 at t = 1: a name or a function of times.
+            If not given ``min(kappa, 2)``, with the path's own kappa, ``(1 - t) / t`` on the linear one.
         ess: resample where fewer than this share of the particles are effective: 0 never, 1 after each step. After the
             last step none are.
         greedy: climb the reward instead, each row by itself: ``x <- X_{s,t}(x + (t - s) grad r(X_{s,1}(x)))``, two
@@ -80,10 +81,8 @@ def steer(
     >>> particles = fewstep.steer(student, torch.randn(4 * 16, 1, 28, 28), 4, reward, groups=4)
     >>> images = particles.draw()  # 4 images, each of 16
     """
-    times = check_options(model, steps, grid=grid, gamma=gamma)
+    times = check_options(model, steps, grid=grid, gamma=gamma, eps=eps)
     _check_population(noise, groups, ess, greedy, generator, cond)
-    if eps is not None and isinstance(model, FlowMap):
-        raise ValueError("eps is the noise of a velocity field's SDE; a flow map renews its noise by gamma")
     noise, cond = placed(model, noise, cond)
     source = torch.default_generator if generator is None else generator
 
@@ -130,6 +129,7 @@ def _of(values: dict[str, Any], rows: Tensor) -> dict[str, Any]:
 def _kernel(model: FlowMap | VelocityField, times: Tensor, gamma: float, eps: Eps | None, like: Tensor) -> Kernel:
     if isinstance(model, FlowMap):
         return MapKernel(model, times, gamma, like)
+    check_score(model, "steering")
     return FieldKernel(model, times, _noise(eps, model.path), like)
 
 
@@ -139,11 +139,11 @@ def _noise(eps: Eps | None, path: Path) -> Eps:
     Raises:
         ValueError: it is not 0 at t = 1.
     """
-    noise = eps or (lambda t: kappa(path, t).clamp(max=_MOST_NOISE))
-    end = float(noise(torch.tensor([0.5, 1.0], dtype=torch.float64))[1])
+    noise = (lambda t: kappa(path, t).clamp(max=_MOST_NOISE)) if eps is None else eps
+    end = float(strength(noise, path, torch.tensor([0.5, 1.0], dtype=torch.float64))[1])
     if not abs(end) < 1e-6:
-        which = "eps" if eps else f"the usual eps, min(kappa, {_MOST_NOISE:g}),"
-        way = "eps=lambda t: 2 * (1 - t) leaves none" if eps else "on the linear path, field.on(Linear()), it is 0"
+        which = f"the usual eps, min(kappa, {_MOST_NOISE:g})," if eps is None else f"eps={shown(eps)}"
+        way = "field.on(Linear()) is on a path where it is 0" if eps is None else "eps='linear', 1 - t, leaves none"
         raise ValueError(f"{which} is {end:g} at t = 1 on {path} and leaves noise in the samples: {way}")
     return noise
 
@@ -170,6 +170,8 @@ def _check_mixed(model: Any, target: Mixed, greedy: bool) -> None:
         raise ValueError(f"the model {type(model).__name__} is none of the fields of Mixed: name one of them")
     if greedy:
         raise ValueError("greedy=True climbs a Reward; Mixed has nothing to climb")
+    for field in target.powers:
+        check_score(field, "Mixed")
 
 
 def _check_population(

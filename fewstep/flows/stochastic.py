@@ -67,6 +67,11 @@ class Place(NamedTuple):
         return self.sigma > 0 and math.isfinite(self.eps)
 
     @property
+    def kappa(self) -> float:
+        """The path's own diffusion, infinite where there is no data."""
+        return self.sigma**2 * self.alpha_dot / self.alpha - self.sigma * self.sigma_dot if self.alpha else math.inf
+
+    @property
     def det(self) -> float:
         return self.alpha_dot * self.sigma - self.alpha * self.sigma_dot
 

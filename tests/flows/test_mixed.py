@@ -115,7 +115,7 @@ def test_the_table_of_gaussians(
     mixed = Mixed({Q2: powers[0], Q1: powers[1]})
 
     def moved(t: float, y: Any, is_weighted: bool) -> list[float]:
-        walk = MixedWalk(mixed, torch.tensor([t, t + 1e-4, 2.0], dtype=F64), eps, probe)
+        walk = MixedWalk(mixed, torch.tensor([t, (1 + t) / 2, 1.0], dtype=F64), eps, probe)
         here, there = walk.grid[:2]
         v, rate = walk.velocity_and_rate(here, probe, {})
         mean, std = sde_step(here, there, probe, v)
@@ -248,5 +248,9 @@ def test_what_else_is_refused() -> None:
         Mixed.of(Guided(Q2, 2.0, (0.2, 0.8), weak=Q1))
     with pytest.raises(ValueError, match=r"greedy=True climbs a Reward"):
         steer(Q1, torch.zeros(4, 1, dtype=F64), 4, Mixed({Q1: 2.0}), greedy=True)
+    paired = gaussian(0.0, 1.0)
+    paired.coupling = "ot"
+    with pytest.raises(ValueError, match=r"Mixed needs noise that is independent of the data"):
+        steer(Q1, torch.zeros(4, 1, dtype=F64), 4, Mixed({Q1: 1.0, paired: 1.0}))
     with pytest.raises(ValueError, match=r"numbers that are not finite"):
         steer(Q1, torch.full((4, 1), 1e200, dtype=F64), 4, Mixed({Q1: 2.0}))

@@ -187,7 +187,7 @@ def test_a_field_gives_what_its_sde_samples_times_the_reward(noise: Tensor, grad
 @pytest.mark.takes_seconds
 def test_a_field_on_another_path(noise: Tensor) -> None:
     field = line(0.0, 1.0).on(Trigonometric())
-    particles = steer(field, noise, 40, Reward(parabola), generator=generator(1))
+    particles = steer(field, noise, 40, Reward(parabola), eps="linear", generator=generator(1))
     assert (*moments(particles), float(particles.log_normalizer)) == pytest.approx((1.0, 0.5, 0.6534), abs=0.04)
 
 
@@ -356,6 +356,13 @@ def test_greedy_climbs_with_one_particle(unit_map: FlowMap) -> None:
 # What is refused
 
 
+def paired() -> VelocityField:
+    """A field that has no score."""
+    field = line(0.0, 1.0)
+    field.coupling = "ot"
+    return field
+
+
 def refuses(model: Any, change: dict[str, Any], says: str) -> None:
     noise = sample_noise((8, 1), generator(0), F64)
     arguments: dict[str, Any] = {"noise": noise, "steps": 4, "target": Reward(parabola)}
@@ -370,7 +377,7 @@ def refuses(model: Any, change: dict[str, Any], says: str) -> None:
         ({"groups": 8}, r"of one particle each: weights need two or more.*greedy=True"),
         ({"ess": 1.5}, r"ess is 1.5"),
         ({"gamma": 2.0}, r"gamma is 2.0"),
-        ({"eps": torch.ones_like}, r"eps is the noise of a velocity field's SDE"),
+        ({"eps": torch.ones_like}, r"a flow map has gamma"),
         ({"generator": sample_generators(0, range(3))}, r"3 generators cannot be shared"),
         ({"class_labels": torch.zeros(4)}, r"the condition 'class_labels' has 4 rows, the noise 8"),
         ({"target": parabola}, r"steer takes Reward\(function\) or Mixed"),
@@ -394,7 +401,11 @@ def test_what_a_map_refuses(unit_map: FlowMap, change: dict[str, Any], says: str
     ("field", "change", "says"),
     [
         (line(0.0, 1.0), {"gamma": 0.5}, r"gamma=0.5 re-noises between the steps of a flow map"),
-        (line(0.0, 1.0), {"eps": torch.ones_like}, r"eps is 1 at t = 1 on Linear\(\) and leaves noise"),
+        (line(0.0, 1.0), {"eps": torch.ones_like}, r"is 1 at t = 1 on Linear\(\) and leaves noise"),
+        (line(0.0, 1.0), {"eps": 0.5}, r"eps=0.5 is 0.5 at t = 1"),
+        (line(0.0, 1.0), {"eps": "kapa"}, r"did you mean 'kappa'"),
+        (paired(), {}, r"steering needs noise that is independent of the data"),
+        (line(0.0, 1.0), {"target": Mixed({line(0.0, 1.0): 1.0, paired(): 1.0})}, r"none of the fields"),
         (line(0.0, 1.0).on(VariancePreserving()), {}, r"is 0.05 at t = 1.*field.on\(Linear\(\)\)"),
         (line(0.0, 1.0), {"eps": torch.zeros_like, "target": Reward(parabola, gradient=True)}, r"there is none"),
         (line(0.0, 1.0), {"target": Mixed({line(0.0, 1.0): 2.0})}, r"none of the fields of Mixed"),

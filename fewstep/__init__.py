@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fewstep.data import Batch, load_data
     from fewstep.evaluation.diagnostics import diagnose
     from fewstep.evaluation.evaluate import evaluate
+    from fewstep.evaluation.geometry import geometry
     from fewstep.evaluation.results import compare
     from fewstep.flows.adaptive import sample_adaptive
     from fewstep.flows.controlled import Controlled
@@ -142,6 +143,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "export": "runs.export",
     "fit": "training.fit",
+    "geometry": "evaluation.geometry",
     "flow_edit": "flows.editing",
     "invert": "flows.editing",
     "irfds": "flows.priors",
@@ -224,6 +226,7 @@ __all__ = [
     "export",
     "fit",
     "flow_edit",
+    "geometry",
     "invert",
     "irfds",
     "load",

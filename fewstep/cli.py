@@ -8,6 +8,7 @@ from fewstep.commands import (
     cite,
     compare,
     convert,
+    diagnose,
     encode,
     evaluate,
     export,
@@ -27,7 +28,7 @@ from fewstep.common.version import __version__
 from fewstep.common.write_errors import NEVER_OF_READING, WriteError, write_error
 
 # In the order of the help; train adds distill too.
-COMMANDS = (train, plan, sample, ui, evaluate, compare, reflow, encode, export, push, convert, cite, recipes)
+COMMANDS = (train, plan, sample, ui, evaluate, diagnose, compare, reflow, encode, export, push, convert, cite, recipes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

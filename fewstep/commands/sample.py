@@ -116,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
     facts = _facts(args, model, requests, given, shape, {"steps": steps, **options, **how}) if is_folder else {}
     told = {"size": size, "given": given, "decode": not args.latents, **options}
     if args.grid == "optimal":
+        if options.get("eps"):
+            raise ValueError(f"--eps {args.eps}: an optimal grid is that of the ODE; leave out one of --eps and --grid")
         told["grid"] = _optimal(args, model, run, requests, steps, shape, told, device, world.size == 1)
         facts |= {"grid": told["grid"].tolist()} if is_folder else {}
     model = place(model, device, args.dtype, args.compile)
@@ -195,10 +197,11 @@ def _optimal(
     from fewstep.flows.fields import VelocityField
     from fewstep.flows.identity import identity
     from fewstep.runs.loading import teacher_of
+    from fewstep.runs.objective import follows_teacher
     from fewstep.runs.step_grids import found_with, grid_for
 
     is_field = args.teacher or isinstance(model, VelocityField)
-    teacher = None if run is None or is_field else teacher_of(run.recipe)
+    teacher = None if run is None or is_field or not follows_teacher(run.recipe) else teacher_of(run.recipe)
     by = "itself" if teacher is None else identity(teacher)
     solver, gamma, guidance = args.solver or "euler", args.gamma, args.guidance_scale
     facts = found_with(model, identity(model), solver=solver, gamma=gamma, guidance=guidance, shape=shape, by=by)

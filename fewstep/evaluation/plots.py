@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fewstep.evaluation.diagnostics import Diagnosis
+    from fewstep.evaluation.geometry import Curve, Geometry
 
 
 def _extent(points: Any) -> Any:
@@ -179,6 +180,79 @@ def diagnostics_figure(diagnosis: "Diagnosis") -> "Figure":
         key = ScalarMappable(scale, cmap)
         figure.colorbar(key, ax=axes, label="relative residual", fraction=0.03, pad=0.01)
     return figure
+
+
+# A legend that may lie over what is drawn.
+_OVER: dict[str, Any] = {"frameon": True, "framealpha": 0.85, "edgecolor": "none", "fontsize": 9}
+
+
+def geometry_figure(geometry: "Geometry", steps: int = 4) -> "Figure":
+    """The shape of trajectories and the errors of few steps: one figure a model.
+
+    Args:
+        steps: of the grid that is drawn over the errors of all steps; fewer where there are fewer candidates.
+    """
+    shapes = {"$x_t$": geometry.state, "$D_t(x_t)$": geometry.denoised}
+    with panels(5 if geometry.errors is None else 7, size=(3.1, 2.8), columns=4) as (figure, axes):
+        _planarity(axes[0], shapes)
+        for colour, (name, curve) in zip(COLOURS, shapes.items(), strict=False):
+            axes[1].plot(geometry.times, curve.off_chord, color=colour, label=f"{name}, length {curve.length:.3g}")
+        axes[1].plot(geometry.times, geometry.off_chord_scaled, color=COLOURS[2], label=r"$x_t / \alpha_t$")
+        axes[1].set(title="Distance from the chord", xlabel="t")
+        axes[1].legend(**_OVER)
+        axes[2].plot(geometry.middles, geometry.curvature, color=COLOURS[0])
+        axes[2].set(title="Curvature $|dv/dt| / |v|$", xlabel="t")
+        axes[2].set_ylim(bottom=0)
+        for ax, colour, (name, curve) in zip(axes[3:5], COLOURS, shapes.items(), strict=False):
+            for track in curve.plane:
+                ax.plot(*track.T, color=colour, alpha=0.7, linewidth=1)
+                ax.scatter(*track[-1], s=9, color=colour, zorder=3)
+            ax.set(title=f"{name}, each in its own plane", xlabel="first component", ylabel="second")
+        if geometry.errors is not None:
+            _step_errors(axes[5], geometry, steps)
+            _error_against_steps(axes[6], geometry)
+    return figure
+
+
+def _planarity(ax: Any, shapes: "Mapping[str, Curve]") -> None:
+    for i, (colour, (name, curve)) in enumerate(zip(COLOURS, shapes.items(), strict=False)):
+        ax.bar(np.arange(1, 4) + 0.36 * (i - 0.5), curve.planarity, width=0.34, color=colour, label=name)
+    low = min(float(curve.planarity[0]) for curve in shapes.values())
+    ax.set(title="Variance in the first components", xlabel="principal components", xticks=[1, 2, 3])
+    ax.set_ylim(max(0.0, 1 - 2 * (1 - low)) if low < 0.999 else 0.99, 1.0)
+    ax.legend(loc="lower right", **_OVER)
+
+
+def _step_errors(ax: Any, geometry: "Geometry", steps: int) -> None:
+    """What each step loses as a heat map, the best grid as the corners of a staircase on it."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    assert geometry.errors is not None
+    times, errors = geometry.errors.times, geometry.errors.errors
+    steps = min(steps, len(times) - 1)
+    masked = np.ma.masked_invalid(errors.T)
+    cmap = LinearSegmentedColormap.from_list("losses", DENSITY)
+    mesh = ax.pcolormesh(times, times, masked, cmap=cmap, vmin=0, shading="nearest")
+    ax.figure.colorbar(mesh, ax=ax, fraction=0.05, pad=0.02)
+    grid = geometry.errors.grid(steps)
+    ax.plot(grid[:-1], grid[1:], "o", color=COLOURS[1], markersize=5, label=f"best {steps} steps")
+    ax.set(title="What a step from s to t loses", xlabel="s", ylabel="t", aspect="equal")
+    ax.grid(False)
+    ax.legend(loc="lower right")
+
+
+def _error_against_steps(ax: Any, geometry: "Geometry") -> None:
+    ns = [grid.steps for grid in geometry.few]
+    slope = "" if math.isnan(geometry.slope) else f", slope {geometry.slope:.2f}"
+    ax.plot(ns, [grid.uniform_error for grid in geometry.few], "o-", color=COLOURS[0], label=f"uniform{slope}")
+    ax.plot(ns, [grid.error for grid in geometry.few], "D--", color=COLOURS[1], markersize=4, label="best grid")
+    ax.set(title="Error at the end", xlabel="steps N", xscale="log")
+    ax.set_xticks(ns, list(map(str, ns)))
+    ax.minorticks_off()
+    if all(grid.error > 0 and grid.uniform_error > 0 for grid in geometry.few):
+        ax.set_yscale("log")
+        plain_log_ticks(ax)
+    ax.legend()
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -57,13 +57,13 @@ def png(figure: "Figure", path: str | Path | None = None) -> bytes:
 
 
 @contextmanager
-def panels(count: int, size: float | tuple[float, float]) -> Iterator[tuple["Figure", list["Axes"]]]:
-    """A figure with ``count`` panels of ``size`` inches, at most five a row, in the style of all figures."""
+def panels(count: int, size: float | tuple[float, float], columns: int = 5) -> Iterator[tuple["Figure", list["Axes"]]]:
+    """A figure with ``count`` panels of ``size`` inches, at most ``columns`` a row, in the style of all figures."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     width, height = size if isinstance(size, tuple) else (size, size + 0.3)
-    columns = min(count, 5)
+    columns = min(count, columns)
     rows = -(-count // columns)
     with rc_context(_STYLE):
         figure = Figure(figsize=(columns * width, rows * height), layout="constrained", facecolor="white")

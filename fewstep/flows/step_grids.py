@@ -17,7 +17,7 @@ from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, generator
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.step_losses import COSTS, GITS, candidate_times, losses_of, walk_of
+from fewstep.flows.step_losses import COSTS, GITS, Walk, candidate_times, losses_of, walk_of
 from fewstep.flows.times import step_grid
 
 
@@ -210,7 +210,8 @@ def step_errors(
         raise ValueError(f"gamma={walk.gamma:g} and cost='deviation': that is of trajectories without re-noising")
     if len(noise) < 2:
         raise ValueError("noise has one row: the grid of one trajectory is right for no other; take 16 or more")
-    return StepErrors(at, losses_of(walk, noise, at, cost, _generator(generator)), GITS if cost == "deviation" else 1.0)
+    losses = losses_of(walk, walk.trajectories(noise, at), at, cost, _generator(generator))
+    return StepErrors(at, losses, GITS if cost == "deviation" else 1.0)
 
 
 @torch.no_grad()
@@ -230,11 +231,23 @@ def beside_uniform(
     :func:`step_errors`, by which the errors were measured. Costs 2 N steps of n rows each."""
     walk, noise = walk_of(model, reference, noise, solver, gamma, cond)
     ends = None if walk.gamma else walk.trajectories(noise, errors.times)[-1]
-    measured = [
-        torch.stack([walk.off(noise, grid, ends, _generator(generator)) for grid in (errors.grid(n), step_grid(n))])
-        for n in steps
-    ]
-    found = [FoundGrid(errors.grid(n), *map(float, pair)) for n, pair in zip(steps, measured, strict=True)]
+    return measured(errors, walk, noise, steps, ends, generator)
+
+
+def measured(
+    errors: StepErrors,
+    walk: Walk,
+    noise: Tensor,
+    steps: Sequence[int],
+    ends: Tensor | None,
+    draw: Generators | None = None,
+) -> list[FoundGrid]:
+    """As :func:`beside_uniform`, where the ends of the reference are known."""
+    found = []
+    for n in steps:
+        grid = errors.grid(n)
+        pair = [walk.off(noise, times, ends, _generator(draw)) for times in (grid, step_grid(n))]
+        found.append(FoundGrid(grid, *torch.stack(pair).tolist()))
     if wrong := [grid.steps for grid in found if not math.isfinite(grid.error + grid.uniform_error)]:
         raise ValueError(f"the model gives numbers that are not finite in {wrong[0]} steps: no grid is found for it")
     return found

@@ -148,13 +148,14 @@ def walk_of(
     return Walk(model, reference, solver, gamma or 0.0, cond, known), noise
 
 
-def losses_of(walk: Walk, noise: Tensor, at: Tensor, cost: str, draw: Generators) -> Tensor:
-    """What each step loses (K + 1, K + 1), infinite where there is none: see ``step_errors``.
+def losses_of(walk: Walk, states: Tensor, at: Tensor, cost: str, draw: Generators) -> Tensor:
+    """What each step loses (K + 1, K + 1), infinite where there is none: see ``step_errors``. The reference's states at
+    these times are (K + 1, B, ...).
 
     Raises:
         ValueError: states that are not finite.
     """
-    states = walk.trajectories(noise, at)
+    noise = states[0]
     _check_finite(states.flatten(1).isfinite().all(1), at, "reference")
     starts = walk.starts(states[:-1], at[:-1])
     fresh = normal(noise, draw) if walk.gamma else noise
@@ -163,7 +164,7 @@ def losses_of(walk: Walk, noise: Tensor, at: Tensor, cost: str, draw: Generators
         ends = [walk.step(states[i], at[i], at[j], fresh, *starts[i : i + 1]) for i in range(j)]
         ends.append(walk.reference_step(states[j], at[j], at[j], fresh))
         if cost == "deviation":
-            *far, near = [_from_chord(end, states, walk.model.path, at[j]).mean() for end in ends]
+            *far, near = [from_chord(end, states, walk.model.path, at[j]).mean() for end in ends]
             columns.append(torch.stack(far) - near)
             continue
         if cost == "propagated" and at[j] < 1:
@@ -181,7 +182,7 @@ def rms(vectors: Tensor) -> Tensor:
     return vectors.flatten(1).to(torch.promote_types(vectors.dtype, torch.float32)).square().sum(dim=1).mean().sqrt()
 
 
-def _from_chord(x: Tensor, states: Tensor, path: Path, t: Tensor) -> Tensor:
+def from_chord(x: Tensor, states: Tensor, path: Path, t: Tensor) -> Tensor:
     """How far ``x / alpha`` is from the line that leaves the data in the direction of the noise, (B,)."""
     noise, end = states[0].flatten(1), states[-1].flatten(1) / float(path.alpha(torch.ones_like(t)))
     offset = x.flatten(1) / float(path.alpha(t)) - end

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fewstep.common.console import progress_bar
+from fewstep.common.console import progress_bar, say
 from fewstep.common.disk import replace_file
 from fewstep.common.options import parse_value
 from fewstep.data.batch import Data, has_classes, is_prior
@@ -18,15 +18,17 @@ from fewstep.evaluation.evaluate import evaluate
 from fewstep.evaluation.extractor import trained_classifier
 from fewstep.evaluation.grids import image_grid
 from fewstep.evaluation.inception import inception
-from fewstep.evaluation.plots import loss_figure, points_figure, quality_figure
+from fewstep.evaluation.plots import geometry_figure, loss_figure, points_figure, quality_figure
 from fewstep.evaluation.report import write_report
 from fewstep.evaluation.results import Evaluation, alike, compare
 from fewstep.evaluation.style import png
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import Model
-from fewstep.generation.drawing import draw
-from fewstep.runs.datasets import data_of
+from fewstep.generation.drawing import draw, settled
+from fewstep.generation.requests import Requests
+from fewstep.runs.datasets import data_of, given_by
+from fewstep.runs.diagnosis import described, geometry_of, trajectories
 from fewstep.runs.objective import follows_teacher, strength_of
 from fewstep.runs.recipe import MADE, Named, Recipe
 from fewstep.training.run_files import METRICS, QUALITY, QUALITY_FIGURE, REPORT
@@ -50,6 +52,7 @@ LABELS = {
     "memorisation": "share of samples as near to a training row as 5 % of the held-out rows are",
 }
 _POINTS, _IMAGES, _DECODED = 8192, 24, 6  # in an image; a VAE takes its time
+_SHARE = 64  # samples that are measured for each trajectory whose shape is, at some 350 to 750 network calls
 
 
 def prepare(recipe: Recipe, data: Data, model: Model) -> Data:
@@ -223,6 +226,7 @@ def _report(model: Model, teacher: VelocityField | None, recipe: Recipe, found: 
         if figures:
             png(figures[0][1], out / QUALITY_FIGURE)
         figures += (pictures := _pictures(model, teacher, recipe, found))
+        figures += _geometry(model, teacher, recipe, tuple(found.facts["shape"]))
         if pictures and (captions := found.captions[: _shown(model)]):
             tables.append(("The images' prompts, row by row", ["picture", "prompt"], list(enumerate(captions, 1))))
     lines = read_metrics(out / METRICS)
@@ -261,6 +265,24 @@ def _pictures(
         for name in names
         for few in [seen(found.samples[name][: _shown(model)])]
     ]
+
+
+def _geometry(
+    model: Model, teacher: VelocityField | None, recipe: Recipe, shape: tuple[int, ...]
+) -> "list[tuple[str, bytes | Figure]]":
+    """The shape of some trajectories, a share of the samples that are measured; nothing where these are few."""
+    rows = min(trajectories(shape), recipe.evaluation.count // _SHARE)
+    if rows < 2:
+        return []
+    try:
+        given = given_by(recipe, model, rows)
+        requests = settled(model, Requests(rows, recipe.seed), given)
+        by = teacher if follows_teacher(recipe) else None
+        found = geometry_of(model, by, requests, shape=shape, given=given, guidance=strength_of(recipe))
+    except ValueError as error:  # such as a consistency model without its teacher
+        say(f"the report goes without the geometry of trajectories: {error}")
+        return []
+    return [(f"Trajectories, and the errors of few steps ({described(found)})", geometry_figure(found))]
 
 
 def _shown(model: Model) -> int:

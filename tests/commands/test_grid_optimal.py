@@ -16,12 +16,22 @@ from fewstep.runs import step_grids
 from fewstep.training.run_files import STEP_GRIDS
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("grids") / "run"
-    words = ["--teacher", "eight-gaussians", "--data", "eight-gaussians", "--steps", "3", "--evaluation.count", "0"]
+def train(out: Path, *words: str) -> Path:
+    words = ("--teacher", "eight-gaussians", "--data", "eight-gaussians", "--steps", "3", *words)
     assert main(["distill", "checkerboard-itvm", *words, "--training.quiet", "true", "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("grids") / "run", "--evaluation.count", "0")
+
+
+@pytest.fixture(scope="module")
+def trained_again(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another, judged by few samples."""
+    words = ["--evaluation.count", "130", "--evaluation.steps", "[1]", "--evaluation.teacher_steps", "[1]"]
+    return train(tmp_path_factory.mktemp("geometry") / "run", *words)
 
 
 @pytest.fixture
@@ -150,3 +160,46 @@ def test_a_fresh_start_throws_grids_away(trained: Path, draws: Any):
     draws()
     folder.throw_away(trained)
     assert not (trained / STEP_GRIDS).exists()
+
+
+# fewstep diagnose
+
+
+def test_diagnose_draws_a_run_and_its_teacher(trained_again: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert main(["diagnose", str(trained_again), "--count", "3", "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    figure = trained_again / "diagnosis.png"
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    assert f"{figure}: 3 trajectories, " in said.out
+    assert "length / chord" in said.out
+    assert "error at the end, uniform" in said.out
+    assert f"fewstep sample {trained_again}" in said.err
+    out = tmp_path / "one.png"
+    words = ["--teacher", "--solver", "heun", "--count", "1", "--out", str(out), "--device", "cpu"]
+    assert main(["diagnose", str(trained_again), *words]) == 0
+    said = capsys.readouterr()
+    assert "one trajectory" in said.out
+    assert "best grid" not in said.out
+    assert out.exists()
+
+
+def test_the_report_has_the_geometry(trained_again: Path):
+    report = (trained_again / "report.html").read_text()
+    assert "Trajectories, and the errors of few steps (2 trajectories, " in report
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--count", "0"], "count is 0"),
+        (["--steps", "13"], "steps is 13 and candidates 12"),
+        (["--steps", "0"], "steps is 0"),
+        (["--solver", "heun"], "a flow map takes its steps itself"),
+        (["--out", "x.pdf"], "written as .png"),
+        (["--guidance-scale", "3"], "told no strength"),
+    ],
+    ids=str,
+)
+def test_diagnose_refuses(trained_again: Path, words: list[str], says: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["diagnose", str(trained_again), "--device", "cpu", *words]) == 2
+    assert says in capsys.readouterr().err

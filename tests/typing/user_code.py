@@ -46,6 +46,8 @@ def maps(field: fewstep.VelocityField, network: nn.Module, x: Tensor) -> Tensor:
     grid: Tensor = fewstep.optimal_grid(student, field, x, steps=4, candidates=12, cost="local")
     steps: int = fewstep.step_errors(student, student, x, grid, label=torch.zeros(len(x))).steps_within(0.1)
     along: Tensor = fewstep.sample(student, x, steps, grid=grid)
+    shape: dict[str, float] = fewstep.geometry(student, x, field, times=24, label=torch.zeros(len(x))).summary()
+    print(shape["slope"])
     enough = fewstep.sample_adaptive(student, x, tolerance=0.02)
     counts: Tensor = enough.steps + enough.tried
     return average + jumped + here + again + few + many + along + enough.samples + counts.sum()

@@ -30,7 +30,7 @@ from fewstep.flows.sampling import count_calls, sample_noise
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "images" / "steering.png"
-STEPS, WANTED, NONE = 4, 7, 10  # of the map; the class; what the transformer is told for no class
+STEPS, WANTED, NONE = 4, 5, 10  # of the map; the class; what the transformer is told for no class
 SEEDS = (0, 1, 2)
 
 
@@ -62,7 +62,7 @@ def tasks(plain: Tensor, steers: Any, judge: Any) -> list[Task]:
         return (judge.classify(images).argmax(1) == WANTED).float()
 
     mean, spread = float(ink(plain).mean()), float(ink(plain).std())
-    wanted, width = mean + 3 * spread, spread / 4
+    wanted, width = mean + 2 * spread, spread / 4
     print(f"ink {mean:.4f} +- {spread:.4f}: wanted {wanted:.4f} +- {width:.4f}")
 
     def of_ink(images: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def measure(run: str, images: int) -> None:
         "its own; mean and standard deviation over seeds.",
         f"a {WANTED}: the reward is log p({WANTED} | image) of one small classifier; as wanted: the share that another "
         f"one calls a {WANTED}.",
-        "ink: the reward is minus the squared distance to an ink of three deviations above the mean, over 2 (deviation "
+        "ink: the reward is minus the squared distance to an ink of two deviations above the mean, over 2 (deviation "
         "/ 4)^2; as wanted: within half a deviation of it.",
         "calls: network calls an image. Of the gradient's 10 a particle 3 are followed by a backward pass, of greedy's "
         "8 it is 4.",

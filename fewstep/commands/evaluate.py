@@ -23,6 +23,8 @@ def add(commands: Commands) -> None:
     p.add_argument("--steps", type=int, nargs="+", metavar="N", help=text)
     p.add_argument("--teacher-steps", type=int, nargs="+", metavar="N", help="those of the teacher")
     p.add_argument("--count", type=int, metavar="N", help="samples at each (default: the recipe's)")
+    text = "which metrics, nll and bits_per_dim among them (default: the recipe's, or all but these two)"
+    p.add_argument("--metrics", nargs="+", metavar="NAME", help=text)
     p.add_argument("--seed", type=int, metavar="N", help="of the samples (default: the recipe's)")
     text = "where it is now, or for a run without one (default: the recipe's)"
     p.add_argument("--teacher", metavar="MODEL", help=text)
@@ -34,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from fewstep.runs.run import evaluate_run
 
     asked = {"steps": args.steps, "teacher_steps": args.teacher_steps, "count": args.count, "seed": args.seed}
+    asked |= {"metrics": args.metrics}
     asked |= {"teacher": args.teacher, "data": args.data}
     found = evaluate_run(args.run, args.device, **{name: value for name, value in asked.items() if value is not None})
     if found is None:

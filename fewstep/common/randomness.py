@@ -58,7 +58,8 @@ def normal(like: Tensor, generators: Generators) -> Tensor:
     """Standard normal numbers of the shape, type and device of ``like`` (B, ...)."""
     # Drawn in float32 at least: half-precision runs then start from the same noise as full ones.
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return _draw("randn", tuple(like.shape), generators, dtype).to(like)
+    drawn = _draw("randn", tuple(like.shape), generators, dtype)
+    return drawn.to(like, non_blocking=like.is_cuda)  # the copy waits for nothing that a GPU is at
 
 
 def uniform(rows: int, generators: Generators, dtype: torch.dtype = torch.float32) -> Tensor:

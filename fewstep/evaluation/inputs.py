@@ -1,7 +1,7 @@
 """What an evaluation starts from: the noise of each sample, what is asked of it, and the rows of the data."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +102,14 @@ def gather(data: Data, index: Tensor, seed: int, which: int, bare: bool) -> Iter
             yield data.rows(rows, draw)
         else:
             yield Batch(data.rows(rows, draw).data if alone is None else alone(rows))
+
+
+def in_batches(parts: Iterable[Batch], most: int, has_cond: bool = True) -> Iterator[Batch]:
+    """Rows of the data, ``most`` at a time; without their conditions where the model is asked for nothing."""
+    for rows in parts:
+        for start in range(0, len(rows.data), most):
+            some = slice(start, start + most)
+            yield Batch(rows.data[some], {name: value[some] for name, value in rows.cond.items() if has_cond})
 
 
 def bytes_of_row(cond: Mapping[str, Any]) -> int:

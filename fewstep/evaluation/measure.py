@@ -12,6 +12,7 @@ from fewstep.evaluation.copies import SHARE, comparable, nearness
 from fewstep.evaluation.extractor import accuracy, extract
 from fewstep.evaluation.features import FeatureStatistics, frechet_distance, kid, precision_recall
 from fewstep.evaluation.inception import Inception
+from fewstep.evaluation.likelihoods import LIKELIHOODS
 from fewstep.evaluation.points import energy_distance, histogram_kl, outside, quantiles, sliced_wasserstein
 from fewstep.evaluation.variety import spreads
 
@@ -19,7 +20,7 @@ from fewstep.evaluation.variety import spreads
 ENDS = ("rmse", "error_median", "error_99")
 METRICS = (
     *ENDS, "sliced_w2", "energy", "histogram_kl", "outside", "fd", "fid", "feature_w2", "kid", "precision", "recall",
-    "accuracy", "diversity", "memorisation",
+    "accuracy", "diversity", "memorisation", *LIKELIHOODS,
 )  # fmt: skip
 MANY = 16  # steps that a teacher needs at least to say how diverse samples should be
 _CLOUD = 16_000  # rows of a cloud that are sorted along every direction
@@ -56,8 +57,10 @@ def possible_metrics(
     return (*names, *(["memorisation"] if has_training else []))
 
 
-def choose_metrics(metrics: Sequence[str] | None, possible: Sequence[str]) -> tuple[str, ...]:
-    """Those of ``possible`` that are asked for, all if ``metrics`` is None.
+def choose_metrics(
+    metrics: Sequence[str] | None, possible: Sequence[str], on_request: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Those of ``possible`` that are asked for, all if ``metrics`` is None, and those of ``on_request`` by name alone.
 
     Raises:
         ValueError: for a metric that is unknown or not possible, or if there is none at all.
@@ -65,16 +68,16 @@ def choose_metrics(metrics: Sequence[str] | None, possible: Sequence[str]) -> tu
     for name in metrics or ():
         if name not in METRICS:
             raise unknown("metric", name, METRICS)
-        if name not in possible:
+        if name not in (*possible, *on_request):
             raise ValueError(
-                f"metric {name!r} cannot be had here, only {', '.join(possible) or 'none'}: rmse needs a teacher; fd, "
-                "feature_w2, kid, precision and recall need images and an extractor (fid: FID's own), accuracy labels "
-                f"besides; diversity needs points or an extractor and {MANY} of teacher_steps or more, memorisation "
-                "training rows that are not the data, outside a support with edges; the others need points "
-                "(histogram_kl: in the plane)"
+                f"metric {name!r} cannot be had here, only {', '.join((*possible, *on_request)) or 'none'}: rmse needs "
+                "a teacher; fd, feature_w2, kid, precision and recall need images and an extractor (fid: FID's own), "
+                f"accuracy labels besides; diversity needs points or an extractor and {MANY} of teacher_steps or more, "
+                "memorisation training rows that are not the data, outside a support with edges, bits_per_dim images; "
+                "the others need points (histogram_kl: in the plane)"
             )
     asked = possible if metrics is None else (*metrics, *(ENDS if "rmse" in metrics else ()))
-    names = tuple(name for name in possible if name in asked)
+    names = (*(name for name in possible if name in asked), *(name for name in on_request if name in (metrics or ())))
     if not names:
         raise ValueError("there is nothing to measure: give a teacher, or for images an extractor")
     return names
@@ -115,7 +118,7 @@ class Judge:
         # As Any: whether it has ``classify`` was seen to when the metrics were chosen.
         self.extractor: Any = extractor
         self.remembers = "memorisation" in names
-        self.compares = any(name not in (*ENDS, "accuracy", "memorisation") for name in names)
+        self.compares = any(name not in (*ENDS, "accuracy", "memorisation", *LIKELIHOODS) for name in names)
         self.ends: Tensor | None = None
 
     def learn(self, batches: Iterable[Batch], training: Iterable[Batch] = ()) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from fewstep.evaluation.evaluate import evaluate
 from fewstep.evaluation.extractor import trained_classifier
 from fewstep.evaluation.grids import image_grid
 from fewstep.evaluation.inception import inception
+from fewstep.evaluation.likelihoods import LIKELIHOODS
 from fewstep.evaluation.plots import geometry_figure, loss_figure, points_figure, quality_figure
 from fewstep.evaluation.report import write_report
 from fewstep.evaluation.results import Evaluation, alike, compare
@@ -49,6 +50,8 @@ LABELS = {
     "feature_w2": "sliced W2 of the features to those of the data",
     "outside": "share of samples where the data never are",
     "diversity": "distance between samples, over that of the teacher (1 is as diverse; higher is better)",
+    "nll": "-log p of rows of the data, nats",
+    "bits_per_dim": "bits per dimension of images of the data",
     "memorisation": "share of samples as near to a training row as 5 % of the held-out rows are",
 }
 _POINTS, _IMAGES, _DECODED = 8192, 24, 6  # in an image; a VAE takes its time
@@ -212,7 +215,8 @@ def _extractor(choice: str, data: Data, model: Model) -> nn.Module | None:
 
 
 def _plotted(rows: Sequence[dict[str, Any]]) -> list[str]:
-    measured = [m for m in (*_PLOTTED, *measure.METRICS) if any(row.get(m) is not None for row in rows)]
+    names = [m for m in (*_PLOTTED, *measure.METRICS) if m not in LIKELIHOODS]  # which no number of steps changes
+    measured = [m for m in names if any(row.get(m) is not None for row in rows)]
     return [m for m in _PLOTTED if m in measured] or measured[:1]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from fewstep.common.console import markdown
 from fewstep.common.disk import replace_file
 from fewstep.evaluation.calls import Counts
+from fewstep.evaluation.likelihoods import LIKELIHOODS
 from fewstep.evaluation.measure import METRICS
 from fewstep.evaluation.plots import quality_figure
 from fewstep.evaluation.report import write_report
@@ -128,6 +129,7 @@ class Comparison:
         figures = [
             (LABELS.get(metric, metric), png(quality_figure(self.rows, metric), out / f"{metric}.png"))
             for metric in self.metrics
+            if metric not in LIKELIHOODS
         ]
         text = [
             f"# Methods on {recipe.data.name}",

@@ -104,6 +104,7 @@ class Blank(VelocityField):
 
     def __init__(self, field: VelocityField, null: dict[str, Any]) -> None:
         super().__init__()
+        self.known_as(field)
         self.field, self.null, self.path = field, null, field.path
 
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:

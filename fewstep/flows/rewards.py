@@ -84,7 +84,7 @@ class Reward:
         if not cond:
             return {}
         try:
-            named = list(inspect.signature(self.reward).parameters)[1:]
+            named = list(inspect.signature(getattr(self.reward, "forward", self.reward)).parameters)[1:]
         except (TypeError, ValueError):  # of what is written in C
             named = []
         return {name: cond[name] for name in named if name in cond}

@@ -166,7 +166,7 @@ def _check_mixed(model: Any, target: Mixed, greedy: bool) -> None:
             "Mixed is for velocity fields in many steps: in its few steps a flow map knows no density. Steer the field "
             "that it was made from"
         )
-    if unguided(model) not in target.powers:
+    if model not in target.powers and unguided(model) not in target.powers:
         raise ValueError(f"the model {type(model).__name__} is none of the fields of Mixed: name one of them")
     if greedy:
         raise ValueError("greedy=True climbs a Reward; Mixed has nothing to climb")

@@ -218,6 +218,14 @@ def test_autoguidance_is_a_mixture_of_two_models() -> None:
     assert powers == {Q2: 2.0, Q1: -1.0}
 
 
+def test_a_guided_field_may_be_a_part() -> None:
+    guided = Guided(Q2, 2.0, weak=Q1)
+    particles = steer(
+        guided, sample_noise((64, 1), generator(0), F64), 20, Mixed({guided: 1.0}), generator=generator(1)
+    )
+    assert particles.ess.min() == pytest.approx(64)
+
+
 class Zero(nn.Module):
     def forward(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
         return 0 * x
@@ -250,7 +258,8 @@ def test_what_else_is_refused() -> None:
         steer(Q1, torch.zeros(4, 1, dtype=F64), 4, Mixed({Q1: 2.0}), greedy=True)
     paired = gaussian(0.0, 1.0)
     paired.coupling = "ot"
-    with pytest.raises(ValueError, match=r"Mixed needs noise that is independent of the data"):
-        steer(Q1, torch.zeros(4, 1, dtype=F64), 4, Mixed({Q1: 1.0, paired: 1.0}))
+    for mixed in (Mixed({Q1: 1.0, paired: 1.0}), Mixed.of(Guided(Q1, 2.0, weak=paired))):
+        with pytest.raises(ValueError, match=r"Mixed needs noise that is independent of the data"):
+            steer(Q1, torch.zeros(4, 1, dtype=F64), 4, mixed)
     with pytest.raises(ValueError, match=r"numbers that are not finite"):
         steer(Q1, torch.full((4, 1), 1e200, dtype=F64), 4, Mixed({Q1: 2.0}))

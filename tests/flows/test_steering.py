@@ -243,6 +243,20 @@ def test_a_reward_is_told_the_conditions_that_it_names() -> None:
     assert len(seen) == 2
 
 
+def test_a_module_is_a_reward_too() -> None:
+    class Far(nn.Module):
+        def forward(self, x: Tensor, class_labels: Tensor) -> Tensor:
+            return -(x - class_labels[:, None]).square().sum(1)
+
+    labels, noise = torch.ones(8, dtype=torch.long), sample_noise((8, 2), generator(0))
+    model = FlowMap(MapByClass())
+    one = steer(model, noise, 2, Reward(Far()), generator=generator(1), class_labels=labels)
+    other = steer(
+        model, noise, 2, Reward(lambda x: -(x - 1).square().sum(1)), generator=generator(1), class_labels=labels
+    )
+    assert torch.equal(one.log_weights, other.log_weights)
+
+
 def test_a_map_is_told_its_own_strength_of_guidance() -> None:
     model = FlowMap(MapByClass())
     model.guidance = 5.0

@@ -9,6 +9,7 @@ from fewstep.commands import (
     compare,
     convert,
     diagnose,
+    edit,
     encode,
     evaluate,
     export,
@@ -28,7 +29,9 @@ from fewstep.common.version import __version__
 from fewstep.common.write_errors import NEVER_OF_READING, WriteError, write_error
 
 # In the order of the help; train adds distill too.
-COMMANDS = (train, plan, sample, ui, evaluate, diagnose, compare, reflow, encode, export, push, convert, cite, recipes)
+COMMANDS = (
+    train, plan, sample, edit, ui, evaluate, diagnose, compare, reflow, encode, export, push, convert, cite, recipes,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

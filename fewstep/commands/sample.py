@@ -1,14 +1,13 @@
 """`sample`: what a model draws."""
 
 import argparse
-import re
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from fewstep.commands.parser import Commands, add_command
-from fewstep.commands.shared import MODEL, add_device, add_guidance_scale, add_variant, numbers, open_model
+from fewstep.commands.shared import MODEL, add_device, add_guidance_scale, add_variant, numbers, open_model, size_of
 from fewstep.commands.steered import add_steering, became, steered_by
 from fewstep.common.console import progress_bar, say_next
 from fewstep.common.errors import shown
@@ -92,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device, world)
     steered, how = steered_by(args)
     model, run = open_model(args)
-    size = _size(args.size) if args.size else None
+    size = size_of(args.size) if args.size else None
     own = None if run is None else run.shape
     shape = (own or shape_of(model)) if size is None else sized(model, own, size)
     steps = args.steps if args.steps is not None else 2 if isinstance(model, FlowMap) else 50
@@ -282,16 +281,3 @@ def _facts(
         **options, "count": requests.count, "seed": requests.seed, "first": requests.first,
         "seeds, prompts and labels": requests.digest(), "conditions": digest.hexdigest()[:16] if given else None,
     }  # fmt: skip
-
-
-def _size(text: str) -> tuple[int, int]:
-    """Height and width, of 768 or 768x1024."""
-    from fewstep.data.decode import LARGEST
-
-    found = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", text.lower())
-    if found is None:
-        raise ValueError(f"--size {shown(text)}: pixels are needed, such as 768, or 768x1024 for height and width")
-    size = int(found[1][:9]), int((found[2] or found[1])[:9])
-    if max(size) > LARGEST:
-        raise ValueError(f"--size {shown(text)}: {LARGEST} pixels at most")
-    return size

@@ -1,11 +1,13 @@
 """What several commands share: flags of models and devices, and how they are read."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 from fewstep.commands.parser import OldSpelling
 from fewstep.common.console import print_table
+from fewstep.common.errors import shown
 
 MODEL = "a run, an export, a diffusers folder or hub name, an exact field, or FILE.py:FUNCTION"
 
@@ -30,6 +32,19 @@ def numbers(flag: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{flag} {text}: whole numbers with commas between are needed, such as 3,5") from None
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Height and width, of 768 or 768x1024."""
+    from fewstep.data.decode import LARGEST
+
+    found = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", text.lower())
+    if found is None:
+        raise ValueError(f"--size {shown(text)}: pixels are needed, such as 768, or 768x1024 for height and width")
+    size = int(found[1][:9]), int((found[2] or found[1])[:9])
+    if max(size) > LARGEST:
+        raise ValueError(f"--size {shown(text)}: {LARGEST} pixels at most")
+    return size
 
 
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:

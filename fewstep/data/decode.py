@@ -27,6 +27,8 @@ _DECODER = 1  # part of the cache's key: count up when the same options give oth
 _MOST_PIXELS, _MANY_PIXELS = 1 << 26, 1 << 24
 _ONE_AT_A_TIME = Lock()
 
+_ORIENTATION = 0x0112  # in EXIF: 5 to 8 lie on their side
+
 Source = Path | str | bytes
 Read = Callable[[slice], Sequence[Source]]
 
@@ -118,18 +120,19 @@ def _write_header(file: Any, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def decode(source: Source, size: int | None, channels: int) -> np.ndarray | str:
-    """One image as (C, H, W) uint8, its middle square of this size, or why it cannot be read. Of an animation it is
-    the first frame."""
+def decode(source: Source, size: int | tuple[int, int] | None, channels: int) -> np.ndarray | str:
+    """One image as (C, H, W) uint8, its middle scaled to this size (a side, or height and width), or why it cannot be
+    read. Of an animation it is the first frame."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not isinstance(source, bytes) and (why := no_file(Path(source))):
         return why
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as picture:
-            if size is not None:
+            wanted = None if size is None else (size, size) if isinstance(size, int) else (size[1], size[0])
+            if wanted is not None:
                 # lets JPEG decode a large photograph at a fraction of its size
-                picture.draft(None, (2 * size, 2 * size))
+                picture.draft(None, (2 * max(wanted), 2 * max(wanted)))
             pixels = picture.width * picture.height
             most = _MOST_PIXELS // (2 if picture.has_transparency_data else 1)  # a copy of it lies on white
             if pixels > most:
@@ -137,14 +140,23 @@ def decode(source: Source, size: int | None, channels: int) -> np.ndarray | str:
             with _ONE_AT_A_TIME if pixels > _MANY_PIXELS else nullcontext():
                 ImageOps.exif_transpose(picture, in_place=True)  # cameras turn the image by a note beside it
                 picture = _to_mode(picture, channels)
-                if size is not None:
-                    picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+                if wanted is not None:
+                    picture = ImageOps.fit(picture, wanted, Image.Resampling.LANCZOS)
                 array = np.asarray(picture)
     except UnidentifiedImageError:
         return "its content is no image" if source else "it is empty"
     except Exception as error:  # on damaged files Pillow's decoders raise whatever they stumble over
         return briefly(error)
     return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+
+
+def size_of(file: Path) -> tuple[int, int]:
+    """Height and width of an image that :func:`decode` reads, as the camera turned it."""
+    from PIL import Image
+
+    with Image.open(file, formats=formats()) as picture:
+        is_turned = picture.getexif().get(_ORIENTATION, 1) > 4
+        return (picture.width, picture.height) if is_turned else (picture.height, picture.width)
 
 
 def is_decodable(content: bytes) -> bool:

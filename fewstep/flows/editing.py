@@ -74,7 +74,7 @@ def invert(
     >>> edited = fewstep.sample(student, noise, steps=4, class_labels=others)
     """
     solver = solver or ("euler" if isinstance(model, FlowMap) else "heun")
-    times = _times(model, steps, strength, grid=grid, solver=solver)
+    times = check_edit(model, steps, strength, grid=grid, solver=solver)
     if iterations < 0 or (tolerance is not None and not tolerance > 0):
         raise ValueError(f"iterations is {iterations}, tolerance {tolerance}: not negative, and above 0")
     data, cond = placed(model, check_data(data), cond)
@@ -134,7 +134,7 @@ def resume(
     Raises:
         ValueError: a state that is not finite, a strength outside (0, 1], or as ``fewstep.sample``.
     """
-    times = _times(model, steps, strength, is_onward=True, grid=grid, solver=solver, gamma=gamma)
+    times = check_edit(model, steps, strength, is_onward=True, grid=grid, solver=solver, gamma=gamma)
     state, cond = placed(model, check_data(state), cond)
     return _onward(model, state, _beside(times, state), solver, gamma, generator, **cond)
 
@@ -163,7 +163,7 @@ def sdedit(
     Raises:
         ValueError: data that are not finite, a strength outside (0, 1], or as ``fewstep.sample``.
     """
-    times = _times(model, steps, strength, is_onward=True, grid=grid, solver=solver, gamma=gamma)
+    times = check_edit(model, steps, strength, is_onward=True, grid=grid, solver=solver, gamma=gamma)
     data, cond = placed(model, check_data(data), cond)
     generator = torch.default_generator if generator is None else generator
     times = _beside(times, data)
@@ -209,7 +209,7 @@ def flow_edit(
         ValueError: an average below 1, ``sampled`` outside 0 to ``steps``, several steps of a map that only knows the
             way to t = 1, or as :func:`sdedit`.
     """
-    times = _times(model, steps, strength, grid=grid, solver=solver)
+    times = check_edit(model, steps, strength, grid=grid, solver=solver)
     if average < 1 or not 0 <= sampled <= steps:
         raise ValueError(f"average is {average}, sampled {sampled}: at least 1, and 0 to the {steps} steps")
     start = check_data(data)
@@ -235,13 +235,20 @@ def flow_edit(
     return _onward(model, x, times[steps - sampled :], solver, **target)
 
 
-def _times(model: Model, steps: int, strength: float, *, is_onward: bool = False, **options: Any) -> Tensor:
-    """The times of the steps from ``1 - strength`` to 1, (N + 1,), once it is clear that they can be taken."""
+def check_edit(model: Model, steps: int, strength: float, *, is_onward: bool = False, **options: Any) -> Tensor:
+    """The times of the steps from ``1 - strength`` to 1, (N + 1,), once it is clear that a model takes them, and these
+    options.
+
+    Args:
+        is_onward: it goes to t = 1 from there, and no step of it is held against another.
+
+    Raises:
+        ValueError: it does not.
+    """
     times = check_options(model, steps, **options)
     if not 0 < strength <= 1:
-        raise ValueError(
-            f"strength is {shown(strength)}: above 0, which keeps all, and at most 1, which begins at noise"
-        )
+        said = "above 0, which keeps all, and at most 1, which begins at noise"
+        raise ValueError(f"strength is {shown(strength)}: {said}")
     if len(times) > 2 and not is_onward and isinstance(model, FlowMap) and model.gamma == 1:
         raise ValueError(
             f"{len(times) - 1} steps: this map only knows the way to t = 1 (a consistency model), and stops at no time "

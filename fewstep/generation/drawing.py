@@ -194,11 +194,8 @@ def _starts(
         is_bare = not isinstance(model, Guided) and not takes(model, "guidance")
         if guidance is not None and is_bare and isinstance(model, VelocityField):
             model, guidance = Guided(model, guidance, null=model.text.null(device)), None
-    if guidance is not None and not isinstance(model, Guided) and not takes(model, "guidance"):
-        raise ValueError(
-            f"guidance {guidance:g}: the model is told no strength of it. Recipes guide a teacher (teacher.guidance), "
-            "and Python any field: Guided(field, scale, null=...)"
-        )
+    if guidance is not None:
+        check_strength(model, guidance)
 
     def begin(rows: Sequence[int]) -> tuple[list[Request], list[torch.Generator], Tensor]:
         """One generator a sample, for its first noise and for all that is added later."""
@@ -221,6 +218,19 @@ def _starts(
         return cond | {"generator": generators}
 
     return model, begin, conditions
+
+
+def check_strength(model: Model, guidance: float) -> None:
+    """That a model is told how strongly it is to be guided.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(model, Guided) and not takes(model, "guidance"):
+        raise ValueError(
+            f"guidance {guidance:g}: the model is told no strength of it. Recipes guide a teacher (teacher.guidance), "
+            "and Python any field: Guided(field, scale, null=...)"
+        )
 
 
 def check_finite(samples: Tensor, what: str) -> None:

@@ -25,6 +25,7 @@ CSS = """
 .fs-row small {display: block; margin-top: 6px; line-height: 1.45}
 .fs-row a, .fs-foot a {color: var(--link-text-color); text-decoration: none; padding: 0; margin: 0}
 .fs-row a:hover, .fs-foot a:hover {text-decoration: underline}
+.fs-file {display: block; margin: 8px 0}
 .fs-foot {margin: 10px 0 0; line-height: 1.6}
 .fs-foot code {font-size: .95em; background: var(--background-fill-secondary); padding: 2px 6px; border-radius: 4px}
 .gradio-container input[type=number] {width: 62px !important; min-width: 0 !important}
@@ -51,6 +52,16 @@ def row_of_figures(playground: Playground, wish: Wish, panels: list[Panel], made
             f"<small>{below}</small></figure>"
         )
     return f'<div class="fs-row" style="--ratio: {_ratio(playground, wish.count):.4f}">{"".join(figures)}</div>'
+
+
+def row_of(figures: list[tuple[str, Path, str]], ratio: float) -> str:
+    """Images in a row: the name, the file and what stands below of each; ``ratio`` is width by height."""
+    row = ""
+    for name, file, below in figures:
+        url, said = _url(file), html.escape(name)
+        row += f'<figure><figcaption>{said}</figcaption><div class="frame"><img src="{url}" alt="{said}"></div>'
+        row += f'<small>{below}<br><a href="{url}" download>download</a></small></figure>'
+    return f'<div class="fs-row" style="--ratio: {ratio:.4f}">{row}</div>'
 
 
 def footer(playground: Playground, source: str, wish: Wish, made: Path) -> str:

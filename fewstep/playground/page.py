@@ -7,12 +7,14 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from fewstep.common.errors import shortened
 from fewstep.flows.maps import FlowMap
 from fewstep.playground.door import check_port, opened
+from fewstep.playground.editing import can_edit, controls, edit_page, sent_by_the_page
 from fewstep.playground.markup import CSS, file_name, footer, header, row_of_figures
 from fewstep.playground.shown import POINTS, Panel, Playground, Wish
 
@@ -97,8 +99,17 @@ def make_page(playground: Playground, source: str, folder: Path) -> Any:
 
     limits, (count, unit) = _limits(playground), _counts(playground)
     plain: Any = {"buttons": [], "min_width": 185}
-    with Page(title=f"{playground.name} - fewstep", analytics_enabled=False, fill_width=True) as page:
+    with (
+        Page(title=f"{playground.name} - fewstep", analytics_enabled=False, fill_width=True) as page,
+        ExitStack() as tab,
+    ):
         gr.HTML(header(playground), elem_id="head")
+        if can_edit(playground):
+            with gr.Tabs():
+                draws, edits = gr.Tab("Draw", elem_id="draws"), gr.Tab("Edit a picture", elem_id="edits")
+            with edits:
+                _edits(playground, source, folder)
+            tab.enter_context(draws)
         inputs: dict[str, Any] = {}
         if playground.has_text:
             inputs["prompts"] = gr.Textbox(
@@ -148,6 +159,29 @@ def make_page(playground: Playground, source: str, folder: Path) -> Any:
         )
         changed.then(answer, given, shown, api_visibility="private", **how)
     return page
+
+
+def _edits(playground: Playground, source: str, folder: Path) -> None:
+    """The tab that edits a picture."""
+    import gradio as gr
+
+    shown = gr.HTML("", elem_id="edited")
+    inputs = controls(playground)
+    button = gr.Button("Edit", variant="primary", scale=0, min_width=150, elem_id="edit")
+
+    def answer(*values: Any) -> Iterator[str]:
+        yield from edit_page(playground, source, lambda: _new_folder(folder), dict(zip(inputs, values, strict=True)))
+
+    given = list(inputs.values())
+    for part in given:
+        part.preprocess = lambda value: value
+    moved = [part.release for part in given if isinstance(part, gr.Slider)]
+    moved += [part.change for part in given if isinstance(part, gr.Dropdown)]
+    moved += [part.submit for name, part in inputs.items() if name.endswith("prompt")]
+    gr.on(
+        [button.click, *moved], answer, given, shown, trigger_mode="always_last", api_name="edit",
+        js=sent_by_the_page(playground), show_progress="hidden", concurrency_limit=1, concurrency_id="model",
+    )  # fmt: skip
 
 
 def draw_page(playground: Playground, source: str, folder: Path, asked: dict[str, Any]) -> Iterator[str]:

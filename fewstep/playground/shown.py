@@ -64,10 +64,11 @@ class Panel:
     @property
     def cost(self) -> str:
         calls = f"{self.calls:g} network call{'s' * (self.calls != 1)}"
-        return f"{_seconds(self.seconds)} and {calls} each"
+        return f"{seconds_of(self.seconds)} and {calls} each"
 
 
-def _seconds(value: float) -> str:
+def seconds_of(value: float) -> str:
+    """Seconds with a unit."""
     return f"{value:.2g} s" if value >= 1 else f"{1000 * value:.2g} ms" if value < 0.0995 else f"{1000 * value:.0f} ms"
 
 
@@ -112,7 +113,7 @@ class Playground:
         # A text model that is told no strength is guided away from what it does without a prompt.
         can_be_guided = self.has_text and not self.is_map and not isinstance(model, Guided)
         self.takes_strength = told_strength(model) or can_be_guided
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._of_teacher: tuple[Wish, Panel] | None = None
         self.picture_shape = self.shape if model.latents is None else tuple(model.latents.image_shape_of(self.shape))
         self.is_plane = self.picture_shape == (2,)
@@ -211,7 +212,7 @@ class Playground:
         options: dict[str, Any] = {} if wish.gamma is None or not isinstance(model, FlowMap) else {"gamma": wish.gamma}
         # Those of the model for its teacher too, which may have one more, for none.
         labels = None if not self.classes else range(len(self.classes)) if wish.label is None else [wish.label]
-        with self._lock:  # one call at a time, whoever asks
+        with self.lock:  # one call at a time, whoever asks
             start = time.perf_counter()
             samples, _, calls = draw(
                 model,

@@ -247,7 +247,9 @@ def test_the_page_draws_over_http_what_sample_draws(served: tuple[str, Playgroun
 
 
 def test_only_controls_that_apply_are_shown(served: tuple[str, Playground]) -> None:
-    assert controls(served[0]) == ["Steps, up to", "Seed", "Images", "Teacher steps", "Stochasticity", "Class"]
+    tab = ["Draw", "Edit a picture", "It is", "Make it", "By", "Strength", "Steps", "Seed"]
+    wanted = ["Steps, up to", "Seed", "Images", "Teacher steps", "Stochasticity", "Class"]
+    assert controls(served[0]) == [*tab, *wanted]
     blocks = playground_page.make_page(Playground(tiny_field(), "field"), "field", Path("."))
     labels = [part["props"].get("label") for part in blocks.get_config_file()["components"]]
     assert [label for label in labels if label] == ["Steps, up to", "Seed", "Images", "Steps of the last"]

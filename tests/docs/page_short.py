@@ -31,6 +31,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "distill": _TRAINING,
     "sample": ("--count", "8"),
     "evaluate": ("--count", "8"),
+    "diagnose": ("--count", "2"),
     "encode": ("--size", "16"),
     "compare": (
         "--set",

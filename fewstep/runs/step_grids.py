@@ -157,14 +157,19 @@ def _find(
     **told: Any,
 ) -> dict[int, _Grid]:
     own = _POINTS if len(told["shape"]) == 1 else _IMAGES
-    asked = Requests(max(2, min(own, batch)), 0, 0, requests.prompts, requests.labels)
-    say(f"the grid of {steps[0] if len(steps) == 1 else 'few'} steps: found on {asked.count} trajectories")
+    rows = max(2, min(own, batch))
+    which = f"{steps[0] if len(steps) == 1 else 'few'} steps"
+    say(f"the grid of {which}: found on {rows} trajectories, measured on {rows} others")
     is_own = reference is model
+    asked = Requests(2 * rows, 0, 0, requests.prompts, requests.labels)
     model, noise, cond = one_batch(model, asked, given=given or None, **told)
-    options = {"solver": solver, "gamma": gamma, **cond}
+    first, second = (
+        {"noise": noise[half], "solver": solver, "gamma": gamma, **{name: value[half] for name, value in cond.items()}}
+        for half in (slice(rows), slice(rows, None))
+    )
     reference = model if is_own else reference
-    errors = step_errors(model, reference, noise, CANDIDATES, **options)
-    found = beside_uniform(errors, model, reference, noise, steps, **options)
+    errors = step_errors(model, reference, candidates=CANDIDATES, **first)
+    found = beside_uniform(errors, model, reference, steps=steps, **second)
     return {
         grid.steps: _Grid(times=grid.optimal.tolist(), error=grid.error, uniform_error=grid.uniform_error)
         for grid in found

@@ -1,6 +1,7 @@
 """`fewstep sample --grid optimal`: found once, kept with the run, and taken for nothing but what it was found with."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 import fewstep
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
+from fewstep.flows.exact import eight_gaussians
 from fewstep.flows.sampling import sample, sample_noise
+from fewstep.flows.step_grids import beside_uniform, step_errors
 from fewstep.runs import step_grids
+from fewstep.training import folder
 from fewstep.training.run_files import STEP_GRIDS
 
 
@@ -58,7 +62,7 @@ def grids(run: Path) -> list[dict[str, Any]]:
 
 def test_found_once_and_shown_beside_uniform(draws: Any, trained: Path):
     first, said = draws()
-    assert "found on 6 trajectories" in said
+    assert "found on 6 trajectories, measured on 6 others" in said
     assert "3 steps of the optimal grid end" in said
     assert "from the reference, of the uniform one" in said
     (kept,) = grids(trained)
@@ -154,12 +158,12 @@ def test_several_processes_take_what_is_kept(trained: Path):
         step_grids.grid_for(None, None, None, 7, {}, folder=trained, alone=False)  # pyright: ignore
 
 
-def test_a_fresh_start_throws_grids_away(trained: Path, draws: Any):
-    from fewstep.training import folder
-
+def test_a_fresh_start_throws_grids_away(trained: Path, draws: Any, tmp_path: Path):
     draws()
-    folder.throw_away(trained)
-    assert not (trained / STEP_GRIDS).exists()
+    copy = Path(shutil.copytree(trained, tmp_path / "copy"))
+    assert (copy / STEP_GRIDS).exists()
+    folder.throw_away(copy)
+    assert not (copy / STEP_GRIDS).exists()
 
 
 # fewstep diagnose
@@ -203,3 +207,14 @@ def test_the_report_has_the_geometry(trained_again: Path):
 def test_diagnose_refuses(trained_again: Path, words: list[str], says: str, capsys: pytest.CaptureFixture[str]):
     assert main(["diagnose", str(trained_again), "--device", "cpu", *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_grids_are_measured_on_other_noise(draws: Any, trained: Path):
+    draws("--teacher")
+    (kept,) = grids(trained)
+    field, noise = eight_gaussians(), sample_noise((12, 2), sample_generators(0, range(12)))
+    errors = step_errors(field, field, noise[:6], 5)
+    (found,) = beside_uniform(errors, field, field, noise[6:], [3])
+    assert kept["grids"]["3"]["times"] == found.optimal.tolist()
+    assert kept["grids"]["3"]["error"] == pytest.approx(found.error, abs=1e-5)
+    assert kept["grids"]["3"]["uniform_error"] == pytest.approx(found.uniform_error, abs=1e-5)

@@ -15,7 +15,7 @@ from fewstep.common.threads import wait_asleep
 from fewstep.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fewstep.data import Batch, load_data
+    from fewstep.data import Batch, Between, load_data
     from fewstep.evaluation.diagnostics import diagnose
     from fewstep.evaluation.evaluate import evaluate
     from fewstep.evaluation.geometry import geometry
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fewstep.flows.editing import flow_edit, invert, resume, sdedit
     from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField
     from fewstep.flows.fields import DiffusionField, Guided, NetworkField, VelocityField
+    from fewstep.flows.interpolants import DenoisedField, Interpolant
     from fewstep.flows.likelihood import bits_per_dim, log_likelihood
     from fewstep.flows.maps import FlowMap
     from fewstep.flows.mixed import Mixed
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from fewstep.flows.priors import irfds, rfds, rfds_rev
     from fewstep.flows.rewards import Reward
     from fewstep.flows.sampling import sample
+    from fewstep.flows.sources import RowsOf
     from fewstep.flows.steering import steer
     from fewstep.flows.step_grids import optimal_grid, step_errors
     from fewstep.flows.tabulated import Tabulated
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
         Recentred,
         Shortcut,
         SplitMeanFlow,
+        StochasticInterpolant,
         TeacherCritic,
         Trajectory,
         TwoTime,
@@ -89,6 +92,7 @@ _HOMES = {
     "AlphaFlow": "objectives",
     "Batch": "data",
     "Batches": "training.batches",
+    "Between": "data",
     "CTM": "objectives",
     "CheckerboardField": "flows.exact",
     "ConsistencyDistillation": "objectives",
@@ -96,6 +100,7 @@ _HOMES = {
     "ContrastiveFlowMatching": "objectives",
     "Controlled": "flows.controlled",
     "Corrected": "objectives",
+    "DenoisedField": "flows.interpolants",
     "Denoising": "objectives",
     "Diffused": "objectives",
     "DiffusionField": "flows.fields",
@@ -109,6 +114,7 @@ _HOMES = {
     "Guided": "flows.fields",
     "ITVM": "objectives",
     "ImprovedMeanFlow": "objectives",
+    "Interpolant": "flows.interpolants",
     "LMD": "objectives",
     "LSD": "objectives",
     "Linear": "flows.paths",
@@ -121,9 +127,11 @@ _HOMES = {
     "Particles": "flows.population",
     "Recentred": "objectives",
     "Reward": "flows.rewards",
+    "RowsOf": "flows.sources",
     "SCM": "objectives",
     "Shortcut": "objectives",
     "SplitMeanFlow": "objectives",
+    "StochasticInterpolant": "objectives",
     "TVM": "objectives",
     "Tabulated": "flows.tabulated",
     "TeacherCritic": "objectives",
@@ -182,12 +190,14 @@ __all__ = [
     "AlphaFlow",
     "Batch",
     "Batches",
+    "Between",
     "CheckerboardField",
     "ConsistencyDistillation",
     "ConsistencyTraining",
     "ContrastiveFlowMatching",
     "Controlled",
     "Corrected",
+    "DenoisedField",
     "Denoising",
     "Diffused",
     "DiffusionField",
@@ -197,6 +207,7 @@ __all__ = [
     "GaussianField",
     "Guided",
     "ImprovedMeanFlow",
+    "Interpolant",
     "Linear",
     "MeanFlow",
     "Mixed",
@@ -205,8 +216,10 @@ __all__ = [
     "Particles",
     "Recentred",
     "Reward",
+    "RowsOf",
     "Shortcut",
     "SplitMeanFlow",
+    "StochasticInterpolant",
     "Tabulated",
     "TeacherCritic",
     "Trajectory",

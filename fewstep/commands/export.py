@@ -28,6 +28,7 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     from fewstep.common.model_files import read_json
     from fewstep.flows.description import code_named
+    from fewstep.flows.interpolants import Interpolant
     from fewstep.models.adapter_files import DIFFUSERS_FILE
     from fewstep.models.writing import moments_in
     from fewstep.runs.export import export
@@ -47,9 +48,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"outside `fewstep sample`, its samples are in the units of the data as samples * {std:g} + {mean:g}")
     prompt = ["--prompt", "a photo of a cat"] if read_json(folder / "model_index.json").get("text_encoder") else []
     trust = ["--trust"] if code_named(read_json(folder / "config.json")) else []
-    say_next(
-        [shlex.join(["fewstep", "sample", str(folder), "--steps", "2", *trust, *prompt, "--out", f"{folder.name}.png"])]
-    )
+    path = read_json(folder / "config.json").get("path")
+    source = ["--source", "DATA"] if isinstance(path, dict) and path.get("name") == Interpolant.__name__ else []
+    words = ["sample", str(folder), "--steps", "2", *trust, *prompt, *source, "--out", f"{folder.name}.png"]
+    say_next([shlex.join(["fewstep", *words])])
     return 0
 
 

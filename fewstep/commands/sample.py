@@ -36,6 +36,8 @@ def add(commands: Commands) -> None:
     p.add_argument("--seeds", metavar="5,9,17", help="in the place of --seed and --count: sample 0 of each of these")
     p.add_argument("--out", type=Path, metavar="PATH", help="a .png grid, .npy, .npz, or a folder (goes on there)")
     text = "classes by number or name, given to the samples in turn (default: all)"
+    text = "the data set that samples start from, for a model between two data sets (default: that of its run)"
+    p.add_argument("--source", metavar="DATA", help=text)
     p.add_argument("--labels", metavar="3,cat", help=text)
     prompts = p.add_mutually_exclusive_group()
     text = "texts, given to the samples in turn, for a model of text; --prompt=-TEXT for one that begins with a dash"
@@ -91,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device, world)
     steered, how = steered_by(args)
     model, run = open_model(args)
+    if args.source:
+        model.starts_from = _source(args.source, model)
     size = size_of(args.size) if args.size else None
     own = None if run is None else run.shape
     shape = (own or shape_of(model)) if size is None else sized(model, own, size)
@@ -163,6 +167,7 @@ def run(args: argparse.Namespace) -> int:
             "--steps",
             str(2 * steps),
             *(["--trust"] if args.trust else []),
+            *(["--source", args.source] if args.source else []),
             "--out",
             f"samples-{2 * steps}{out.suffix}",
         ]
@@ -260,6 +265,18 @@ def _requests(args: argparse.Namespace, model: Any) -> Any:
     return Requests(count, args.seed or 0, first, prompts, class_numbers(labels, names), noise)
 
 
+def _source(name: str, model: Any) -> Any:
+    """What samples start from: a data set by name, or ``{name: NAME, ...}``."""
+    from fewstep.common.options import parse_value
+    from fewstep.flows.sources import RowsOf
+    from fewstep.runs.datasets import data_of
+    from fewstep.runs.recipe import Named
+
+    if not model.path.two_sided:
+        raise ValueError(f"--source {name}: this model starts from noise, not from a data set")
+    return RowsOf(data_of(Named.model_validate(parse_value("source", name)), model))
+
+
 def _facts(
     args: argparse.Namespace, model: Any, requests: Any, given: dict[str, Any], shape: Any, options: dict[str, Any]
 ) -> dict[str, Any]:
@@ -279,5 +296,6 @@ def _facts(
         "format": 1, "model": args.model, "weights": identity(model), "vae": vae, "text": text, "shape": list(shape),
         "dtype": args.dtype, "latents": args.latents,
         **options, "count": requests.count, "seed": requests.seed, "first": requests.first,
+        **({"source": args.source} if args.source else {}),
         "seeds, prompts and labels": requests.digest(), "conditions": digest.hexdigest()[:16] if given else None,
     }  # fmt: skip

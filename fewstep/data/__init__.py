@@ -16,8 +16,10 @@ from fewstep.data import encoded, files, tables, toy
 from fewstep.data import images as pictures
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch, Data
+from fewstep.data.between import Between
 from fewstep.data.conditions import Dropped, Strengths
 from fewstep.data.encoded import Encoded
+from fewstep.data.only import Only
 from fewstep.data.order import epoch_indices
 from fewstep.data.pairs import FACTS, Pairs
 from fewstep.data.prior import Prior
@@ -27,6 +29,7 @@ __all__ = [
     "FACTS",
     "ArrayData",
     "Batch",
+    "Between",
     "Data",
     "Dropped",
     "Encoded",
@@ -53,7 +56,8 @@ NAMED: dict[str, Callable[..., Any]] = {
 
 
 def load_data(name: str | Path, **options: Any) -> Data:
-    """The data that ``name`` stands for, with the options of its loader (``split``, ``size``, ``flip``, ...).
+    """The data that ``name`` stands for, with the options of its loader (``split``, ``size``, ``flip``, ...); with
+    ``only``, a class or a list of them by number or name, the rows of these alone.
 
     Args:
         name: one of the names above; ``hf:NAME`` on the Hugging Face hub; or a path: a folder of images, of IDX
@@ -80,6 +84,8 @@ def load_data(name: str | Path, **options: Any) -> Data:
             raise ValueError(f"{errors.unknown('data set', name, NAMED)}; and nothing is at that path here")
         load, source = _loader_of(path), (path,)
 
+    only, said = options.get("only"), options
+    options = {option: value for option, value in options.items() if option != "only"}
     takes = list(signature(load).parameters)[len(source) :]
     for option in options:
         if not takes:
@@ -88,9 +94,11 @@ def load_data(name: str | Path, **options: Any) -> Data:
             raise errors.unknown(f"option of {name}", option, takes)
     given = tuple(signature(load).parameters)[: len(source)]
     found = load(*source, **arguments("data", load, options, given))
+    if only is not None:
+        found = Only(found, only if isinstance(only, list | tuple) else [only])
     place = Path(name).expanduser()
     is_place = source and os.path.exists(place)
-    vars(found)["source"] = {"name": str(place.resolve()) if is_place else name, **options}  # as a recipe says it
+    vars(found)["source"] = {"name": str(place.resolve()) if is_place else name, **said}  # as a recipe says it
     return found
 
 

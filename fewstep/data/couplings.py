@@ -12,7 +12,6 @@ from fewstep.common.errors import unknown
 from fewstep.common.randomness import normal
 from fewstep.data.batch import Batch, Data
 from fewstep.data.given import Around
-from fewstep.data.pairs import Pairs
 
 
 def couple(noise: Tensor, data: Tensor) -> Tensor:
@@ -47,6 +46,11 @@ def couple_within_labels(noise: Tensor, data: Tensor, labels: Tensor) -> Tensor:
     return paired
 
 
+def _is_between(data: Data) -> bool:
+    """Whether the rows come with rows of another data set, which may be paired with them."""
+    return bool(getattr(data, "two_sided", False))
+
+
 COUPLINGS: dict[str, Callable[..., Tensor]] = {"ot": couple, "ot-within-labels": couple_within_labels}
 
 
@@ -71,6 +75,8 @@ class Coupled(Around):
     ``ot-within-labels`` pairs the rows of each class label alone: noise given a label stays normal, and much less is
     straightened. The score from a velocity (``VelocityField.score``) does not hold either way.
 
+    Around :class:`~fewstep.data.between.Between` the rows of its source are paired with the data, in the noise's place.
+
     Args:
         data: what is coupled. coupling: ``ot``, see :func:`couple`, or ``ot-within-labels``.
         group: rows assigned together at most; more, asked for at once, are assigned in groups of this size.
@@ -88,15 +94,15 @@ class Coupled(Around):
             raise ValueError(f"group is {group}: at least one row is assigned")
         super().__init__(data)
         self.coupling, self.group = coupling, group
-        if isinstance(data, Pairs | Coupled):
+        if isinstance(data, Coupled) or (getattr(data, "brings_noise", False) and not _is_between(data)):
             raise self._paired()
 
     def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
         """The rows of ``index`` (n,) as the data gives them, with their noise."""
         batch = self.data.rows(index, generator)
-        if batch.noise is not None:
+        if batch.noise is not None and not _is_between(self.data):
             raise self._paired()
-        noise, assign = normal(batch.data, generator), COUPLINGS[self.coupling]
+        noise, assign = normal(batch.data, generator) if batch.noise is None else batch.noise, COUPLINGS[self.coupling]
         parts = [noise, batch.data]
         if self.coupling == "ot-within-labels":
             if "class_labels" not in batch.cond:

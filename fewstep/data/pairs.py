@@ -41,6 +41,8 @@ class Pairs:
     >>> fit(student, FlowMatching(), Pairs("pairs"), steps=20_000)
     """
 
+    brings_noise = True
+
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         self.facts = read_facts(self.folder)

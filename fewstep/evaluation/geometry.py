@@ -17,6 +17,7 @@ from torch import Tensor
 from fewstep.common.randomness import generator
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Path
 from fewstep.flows.sampling import count_calls
 from fewstep.flows.step_grids import FoundGrid, StepErrors, measured
 from fewstep.flows.step_losses import from_chord, losses_of, rms, walk_of
@@ -147,7 +148,7 @@ def geometry(
             "the model gives numbers that are not finite along its trajectories: there is no shape of them"
         )
     ends = [states[-1] / float(by.path.alpha(at[-1]))]
-    denoised = [by.path.from_velocity(v, x, t, "data") for x, v, t in zip(states, velocities, at[:-1], strict=False)]
+    denoised = [_expected(by.path, x, v, t) for x, v, t in zip(states, velocities, at[:-1], strict=False)]
     denoised = torch.stack(denoised + ends)
     scaled = [
         float(from_chord(x, states, by.path, t).mean() / rms(states[-1])) if by.path.alpha(t) > 0 else math.nan
@@ -167,6 +168,12 @@ def geometry(
         len(noise),
         round(sum(count.rows for count in counts) / len(noise)),
     )
+
+
+def _expected(path: Path, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """The end that is expected at x: ``E[data | x]``; between two data sets, of which no velocity says that, the end of
+    a straight line."""
+    return x + (1 - t).to(x) * v if path.two_sided else path.from_velocity(v, x, t, "data")
 
 
 def curve_of(states: Tensor) -> Curve:

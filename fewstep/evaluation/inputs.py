@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fewstep.common.randomness import Generators, generator, sample_generators
 from fewstep.data.batch import Batch, Data
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import sample_noise
 from fewstep.flows.signature import device_of
+from fewstep.flows.sources import starting_points
 
 _SMALL = 1 << 25  # bytes of noise that are kept in memory
 _BLOCK = 1000  # rows of data gathered at once: fixed, so that fresh data does not depend on ``batch``
@@ -44,7 +44,7 @@ class Starts:
             if is_renoised or rows not in self.kept:
                 # The same bits for all: drawn in float32, whatever the model computes in.
                 generators = sample_generators(self.seed, rows)
-                drawn = sample_noise((len(rows), *self.shape), generators)
+                drawn = starting_points(model, (len(rows), *self.shape), generators)
                 if count * drawn[0].nbytes <= _SMALL:
                     self.kept[rows] = drawn
             else:

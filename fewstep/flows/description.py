@@ -24,6 +24,7 @@ from fewstep.common.parsing import checked
 from fewstep.common.trust import is_code
 from fewstep.flows.described import AGAIN, Described
 from fewstep.flows.fields import DiffusionField, NetworkField
+from fewstep.flows.interpolants import Interpolant
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Forward, Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.flows.paths import Path as Trajectory
@@ -38,7 +39,8 @@ _CONFIG = "its {name} cannot be made anew from its config, the mapping network.c
 # The networks of fewstep's own.
 NETWORKS: dict[str, type[nn.Module]] = {"MLP": MLP}
 _TRAJECTORIES: dict[str, type[Any]] = {
-    c.__name__: c for c in (Forward, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving)
+    c.__name__: c
+    for c in (Forward, Interpolant, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving)
 }
 
 

@@ -278,6 +278,7 @@ def _onward(
 
 
 def _noised(path: Path, data: Tensor, t: Tensor, generator: Generators) -> Tensor:
+    path.check_noise("noise added to an image")
     return path.alpha(t).to(data.dtype) * data + path.sigma(t).to(data.dtype) * normal(data, generator)
 
 

@@ -5,7 +5,7 @@ A field gives ``v_t(x) = E[dx_t given x_t = x]``, the marginal velocity of its p
 another (:class:`Guided`), or in closed form (``fewstep.flows.exact``).
 """
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from fewstep.flows.change_of_path import Scaling, scaling
 from fewstep.flows.paths import Linear, Path
 from fewstep.flows.predictions import KINDS
 from fewstep.flows.schedules import kind_of, schedule_of
+from fewstep.flows.sources import Source
 from fewstep.networks import FAMILIES
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 # What is known of a field, and goes with it into those that are made of it.
-KNOWN = ("latents", "text", "class_names", "moments", "source", "distilled", "coupling")
+KNOWN = ("latents", "text", "class_names", "moments", "source", "distilled", "coupling", "starts_from")
 
 
 class VelocityField(nn.Module):
@@ -42,9 +43,11 @@ class VelocityField(nn.Module):
             same.
         coupling: how noise and data were paired where it was trained, such as ``ot``; empty where they were
             independent, as a score needs.
+        starts_from: what its samples start from, where that is no normal noise (a path between two data sets).
     """
 
     path: Path
+    has_denoiser: ClassVar[bool] = False  # knows the score by itself
     distilled: str = ""
     coupling: str = ""
     source: str | None = None
@@ -52,6 +55,7 @@ class VelocityField(nn.Module):
     text: "Prompts | None" = None
     class_names: tuple[str, ...] = ()
     moments: tuple[float, float] | None = None
+    starts_from: Source | None = None
 
     if TYPE_CHECKING:
 
@@ -72,7 +76,8 @@ class VelocityField(nn.Module):
 
     def score(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """The score of p_t, ``grad log p_t(x)``, (B, ...). Holds where the noise is Gaussian and independent of the
-        data: not under an optimal-transport coupling. Raises there, and where there is no noise (t = 1)."""
+        data: not between two data sets, nor under an optimal-transport coupling. Raises there, and where there is no
+        noise (t = 1)."""
         check_score(self, "the score")
         return self.path.from_velocity(self(x, t, **cond), x, t, "score")
 
@@ -113,6 +118,8 @@ class NetworkField(VelocityField):
         self.native = native or Linear()
         self.prediction = prediction
         self.path = path or self.native
+        if self.native.two_sided or self.path.two_sided:
+            _check_two_sided(self.native, self.path, prediction)
 
     def scaling(self, t: Tensor) -> Scaling:
         """How the network's output becomes a velocity at times t (B,)."""
@@ -141,6 +148,17 @@ class NetworkField(VelocityField):
 
     def extra_repr(self) -> str:
         return f"native={self.native}, prediction={self.prediction!r}, path={self.path}"
+
+
+def _check_two_sided(native: Path, path: Path, prediction: str) -> None:
+    """That a network of a path between two data sets is asked for what it can say: the velocity on that path."""
+    if not native.same_as(path):
+        raise ValueError(f"a network on {native} is no velocity on {path}: between two data sets no path is another")
+    if prediction not in ("velocity", "flow"):
+        raise ValueError(
+            f"prediction {prediction!r} on {path}: a network between two data sets predicts the velocity, or its "
+            "negative, flow"
+        )
 
 
 def check_field(field: Any, what: str) -> None:
@@ -172,7 +190,12 @@ def check_score(field: VelocityField, what: str) -> None:
     Raises:
         ValueError: it does not; says which noise and data it was trained with, and what takes no score.
     """
-    if field.coupling:
+    if field.path.two_sided and not field.has_denoiser:
+        raise ValueError(
+            f"{what} needs noise, and this field goes from one data set to another ({field.path}): its velocity says "
+            "nothing of a score. Sample its ODE, without eps, or train a DenoisedField (StochasticInterpolant)"
+        )
+    if field.coupling and not field.has_denoiser:
         raise ValueError(
             f"{what} needs noise that is independent of the data, and this field was trained with the coupling "
             f"{field.coupling!r}, under which its velocity says nothing of a score: sample its ODE, without eps"

@@ -252,6 +252,7 @@ def _by_map(model: VelocityField | FlowMap, x: Tensor, times: Tensor, chunk: int
 def _check(model: Any, x: Tensor, method: str, steps: int, solver: str, probes: int | None, chunk: int) -> None:
     if not isinstance(model, VelocityField | FlowMap):
         raise ValueError(f"log_likelihood() takes a VelocityField or a FlowMap, not a {type(model).__name__}")
+    model.path.check_noise("a likelihood")
     if method not in METHODS:
         raise unknown("method of log_likelihood", method, METHODS)
     if solver not in SOLVERS:

@@ -10,6 +10,7 @@ from fewstep.flows.broadcasting import as_times, expand
 from fewstep.flows.change_of_path import scaling
 from fewstep.flows.fields import NetworkField, VelocityField, check_field, checked, unguided
 from fewstep.flows.paths import Path
+from fewstep.flows.sources import Source
 from fewstep.networks import with_second_time
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class FlowMap(nn.Module):
             only knows the way to t = 1 (a consistency model).
         guidance: the strength of guidance that ``fewstep.sample`` tells it if nothing is said, None for none: of a map
             that takes one.
-        latents, text, class_names, moments, source: as those of a :class:`VelocityField`; a map made by ``from_field``
-            has its field's, all but the source.
+        latents, text, class_names, moments, source, starts_from: as those of a :class:`VelocityField`; a map
+            made by ``from_field`` has its field's, all but the source.
     """
 
     gamma: float = 0.0
@@ -47,6 +48,7 @@ class FlowMap(nn.Module):
     class_names: tuple[str, ...] = ()
     moments: tuple[float, float] | None = None
     source: str | None = None
+    starts_from: Source | None = None
 
     def __init__(
         self, network: nn.Module, native: Path | None = None, prediction: str = "velocity", *, path: Path | None = None
@@ -104,7 +106,7 @@ class FlowMap(nn.Module):
             load_by_name(network, field.network)
         student = cls(network, field.native, field.prediction, path=field.path)
         student.latents, student.text, student.class_names = field.latents, field.text, field.class_names
-        student.moments = field.moments
+        student.moments, student.starts_from = field.moments, field.starts_from
         return student
 
     def average_velocity(self, x: Tensor, s: Tensor | float, t: Tensor | float, **cond: Any) -> Tensor:

@@ -12,6 +12,7 @@ network predicts along a path is in ``predictions``, and how a network of one pa
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,26 @@ from fewstep.networks.held import HOLD
 
 @dataclass(frozen=True)
 class Path:
-    """An affine path ``x_t = alpha(t) x1 + sigma(t) x0``; subclasses give the coefficients, for times of any shape."""
+    """An affine path ``x_t = alpha(t) x1 + sigma(t) x0``; subclasses give the coefficients, for times of any shape.
+
+    ``two_sided``: x0 is no normal noise of its own, but of another data set (``fewstep.flows.interpolants``).
+    ``has_latent``: the state has noise beside x0, which ``sample`` is given as ``latent``.
+    """
+
+    two_sided: ClassVar[bool] = False
+
+    @property
+    def has_latent(self) -> bool:
+        return False
+
+    def check_noise(self, what: str) -> None:
+        """That x0 is normal noise, as ``what`` needs it.
+
+        Raises:
+            ValueError: it is another data set.
+        """
+        if self.two_sided:
+            raise ValueError(f"{what} needs a path that starts from normal noise, and {self} starts from other data")
 
     @property
     def data_scale(self) -> float:
@@ -88,8 +108,11 @@ class Path:
         """(alpha, sigma, alpha_dot, sigma_dot) at t."""
         return self.alpha(t), self.sigma(t), self.alpha_dot(t), self.sigma_dot(t)
 
-    def sample(self, noise: Tensor, data: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """The state and conditional velocity at t: ``(x_t, dx_t)``, each (B, ...).
+    def sample(
+        self, noise: Tensor, data: Tensor, t: Tensor | float, latent: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The state and conditional velocity at t: ``(x_t, dx_t)``, each (B, ...). Only a path that ``has_latent``
+        takes a ``latent``.
 
         >>> x, dx = Linear().sample(torch.zeros(2, 3), torch.ones(2, 3), 0.25)
         >>> float(x[0, 0]), float(dx[0, 0])
@@ -148,7 +171,9 @@ class Linear(Path):
     def same_as(self, other: Path) -> bool:
         return isinstance(other, Linear)
 
-    def sample(self, noise: Tensor, data: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, noise: Tensor, data: Tensor, t: Tensor | float, latent: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if noise.shape != data.shape:
             return super().sample(noise, data, t)
         t = expand(as_times(t, data), data)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fewstep.common.errors import shown, unknown
 from fewstep.common.randomness import Generators, normal
 from fewstep.flows.fields import Guided, VelocityField, check_score, unguided
+from fewstep.flows.interpolants import DenoisedField, check_between, sample_between
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
 from fewstep.flows.signature import device_of
@@ -60,7 +61,7 @@ def sample(
             function of times, or by name: kappa (DDPM's), sigma, linear (1 - t), decreasing, increasing-decreasing
             (sin^2 pi t); arXiv 2303.08797, 2401.08740.
         last_step: with ``eps``: how the last step goes, mostly without noise: tweedie (the data estimate, if nothing is
-            said), euler, mean, none (as all others).
+            said), euler (so between two data sets), mean, none (as all others).
         generator: the source of re-noising where gamma > 0, and of the noise of ``eps``, torch's global one if not
             given; a list with one generator a sample fixes each sample.
         tolerance: of the adaptive solver.
@@ -81,6 +82,9 @@ def sample(
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return model(x, t, **cond)
 
+    if eps is not None and isinstance(model, DenoisedField):
+        last = last_step or "euler"
+        return sample_between(model, noise, times, eps, last_step=last, generator=generator, **cond)
     if eps is not None:
         last = last_step or "tweedie"
         return integrate_sde(velocity, noise, times, model.path, eps, solver, last_step=last, generator=generator)
@@ -142,13 +146,18 @@ def check_options(
                 f"eps={shown(eps)} is noise along the ODE of a velocity field; a flow map has gamma (0 to 1)"
             )
         _check_gamma(gamma or 0.0)
+        if gamma and model.path.two_sided:
+            raise ValueError(f"gamma={gamma} brings noise back between steps, and between two data sets there is none")
     elif not isinstance(model, VelocityField):
         raise ValueError(f"sample() takes a FlowMap or a VelocityField, not a {type(model).__name__}")
     elif gamma:
         raise ValueError(f"gamma={gamma} re-noises between the steps of a flow map; a field is solved as an ODE")
     elif eps is not None:
-        check_sde(eps, model.path, solver, last_step or "tweedie")
         check_score(model, f"eps={shown(eps)}")
+        if isinstance(model, DenoisedField):
+            check_between(eps, model.path, solver, last_step or "euler")
+        else:
+            check_sde(eps, model.path, solver, last_step or "tweedie")
     elif solver not in SOLVERS:
         raise unknown("solver", solver, SOLVERS)
     if last_step is not None and eps is None:

@@ -127,6 +127,7 @@ def _of(values: dict[str, Any], rows: Tensor) -> dict[str, Any]:
 
 
 def _kernel(model: FlowMap | VelocityField, times: Tensor, gamma: float, eps: Eps | None, like: Tensor) -> Kernel:
+    model.path.check_noise("steering")
     if isinstance(model, FlowMap):
         return MapKernel(model, times, gamma, like)
     check_score(model, "steering")

@@ -78,8 +78,10 @@ def draw_times(rows: int, generators: Generators, distribution: str = "uniform")
 
 
 def _logit_normal(u: Tensor, mean: float, deviation: float) -> Tensor:
-    normal = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.999999, 0.999999))
-    return torch.sigmoid(mean + deviation * normal)
+    # In float64: the vector units of a CPU and its scalar one, which takes what is left over, differ in the last bit of
+    # a function, and rows are to have the same times in chunks of any size.
+    normal = math.sqrt(2) * torch.erfinv((2 * u.double() - 1).clamp(-0.999999, 0.999999))
+    return torch.sigmoid(mean + deviation * normal).to(u.dtype)
 
 
 def draw_pairs(

@@ -13,8 +13,9 @@ from torch import Tensor
 from fewstep.common.randomness import sample_generators
 from fewstep.flows.exact import ExactField
 from fewstep.flows.fields import Guided, VelocityField
-from fewstep.flows.sampling import check_options, count_calls, sample, sample_noise
+from fewstep.flows.sampling import check_options, count_calls, sample
 from fewstep.flows.signature import Model, check_image, classes_of, device_of, network_of, shape_of, takes
+from fewstep.flows.sources import starting_points
 from fewstep.generation.requests import Encoded, Request, Requests
 from fewstep.generation.steered import Steered
 from fewstep.networks import MLP
@@ -202,7 +203,7 @@ def _starts(
         wanted = [requests[row] for row in rows]
         own = [(w.seed, range(w.index * each, (w.index + 1) * each)) for w in wanted]
         generators = [one for seed, indices in own for one in sample_generators(seed, indices)]
-        return wanted, generators, sample_noise((len(generators), *(shape or shape_of(model))), generators)
+        return wanted, generators, starting_points(model, (len(generators), *(shape or shape_of(model))), generators)
 
     def conditions(rows: Sequence[int], wanted: list[Request], generators: list[torch.Generator]) -> dict[str, Any]:
         cond: dict[str, Any] = {}

@@ -53,7 +53,8 @@ def writer_of(model: FlowMap | VelocityField) -> Any:
             f"diffusers can ({', '.join(FAMILIES)}): keep model.network.state_dict(), and the checkpoints of its run"
         )
     if not model.path.same_as(Linear()):
-        raise ValueError(f"a model of diffusers is exported on the linear path, this one is on {model.path}")
+        way = ": sample it from its run, or export it as a program (--format onnx)" if model.path.two_sided else ""
+        raise ValueError(f"a model of diffusers is exported on the linear path, this one is on {model.path}{way}")
     if model.latents is not None:
         model.latents.check()
     if model.text is not None:

@@ -40,13 +40,17 @@ import torch
 import fewstep
 
 model = fewstep.load("{name}"{trust})
-{given}samples = fewstep.sample(model, torch.randn({shape}), steps={steps}{cond}){decode}"""
+{given}samples = fewstep.sample(model, {start}, steps={steps}{cond}){decode}"""
 
 _DECODE = """
 images = model.latents.decode(samples)"""
 
 _SIZE = """\
 height, width = 64, 64  # {what}
+"""
+
+_SOURCE = """\
+start = torch.zeros({shape})  # rows of the data set that it goes from, in the place of noise
 """
 
 _IMAGE = """\
@@ -158,8 +162,8 @@ def fewstep_code(model: Any, name: str) -> str:
     return _FEWSTEP_CODE.format(
         name=name,
         trust=", trust=True" if is_own else "",
-        given=given,
-        shape=_shape(model),
+        given=given + (_SOURCE.format(shape=_shape(model)) if model.path.two_sided else ""),
+        start="start" if model.path.two_sided else f"torch.randn({_shape(model)})",
         steps=2 if isinstance(model, FlowMap) else 50,
         cond=cond,
         decode=_DECODE if model.latents is not None else "",

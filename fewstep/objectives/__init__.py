@@ -12,6 +12,7 @@ from fewstep.objectives.eulerian import EMD, ESD
 from fewstep.objectives.finishing import Finishing
 from fewstep.objectives.flow_matching import ContrastiveFlowMatching, FlowMatching, Recentred
 from fewstep.objectives.improved_mean_flow import ImprovedMeanFlow
+from fewstep.objectives.interpolant import StochasticInterpolant
 from fewstep.objectives.itvm import ITVM
 from fewstep.objectives.lagrangian import LMD, LSD, TVM
 from fewstep.objectives.mean_flow import AlphaFlow, MeanFlow
@@ -23,7 +24,7 @@ from fewstep.objectives.two_time import TwoTime
 _METHODS: tuple[type[Objective], ...] = (
     FlowMatching, ContrastiveFlowMatching, Denoising, ITVM, LMD, EMD, AYF, PFMM, ConsistencyDistillation, CTM, SCM,
     MeanFlow, ImprovedMeanFlow, AlphaFlow, FMM, LSD, ESD, PSD, TVM, Shortcut, SplitMeanFlow, ConsistencyTraining,
-    Corrected, Adversarial, Trajectory,
+    Corrected, Adversarial, Trajectory, StochasticInterpolant,
 )  # fmt: skip
 OBJECTIVES: dict[str, type[Objective]] = {method.__name__: method for method in _METHODS}
 
@@ -31,5 +32,5 @@ __all__ = [
     "AYF", "CTM", "EMD", "ESD", "FMM", "ITVM", "LMD", "LSD", "OBJECTIVES", "PFMM", "PSD", "SCM", "TVM", "Adversarial",
     "AlphaFlow", "ConsistencyDistillation", "ConsistencyTraining", "ContrastiveFlowMatching", "Corrected", "Denoising",
     "Diffused", "Finishing", "FlowMatching", "ImprovedMeanFlow", "Loss", "MeanFlow", "Objective", "Player", "Recentred",
-    "Shortcut", "SplitMeanFlow", "TeacherCritic", "Trajectory", "TwoTime",
+    "Shortcut", "SplitMeanFlow", "StochasticInterpolant", "TeacherCritic", "Trajectory", "TwoTime",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from fewstep.common.randomness import Generators, chunk_rows, normal
 from fewstep.data.batch import Batch, is_prior
 from fewstep.flows.fields import VelocityField, check_field
 from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Path
 from fewstep.flows.times import read_times
 
 # Some rows of a batch: those of a slice, or these (n,).
@@ -173,6 +174,17 @@ class Objective(nn.Module):
                 f"{type(self).__name__} learns from data, and data: prior has only a shape and conditions: name a data "
                 "set, or take a method that needs none, as LMD and ITVM with starts: prior"
             )
+        brings, path = getattr(data, "brings_noise", False), getattr(student, "path", None)
+        if path is not None and path.two_sided and not brings:
+            raise ValueError(
+                f"the student goes from one data set to another ({path}), and the data say nothing of the first: "
+                "source: NAME in a recipe, Between(data, source) from Python"
+            )
+        if path is not None and getattr(data, "two_sided", False) and not path.two_sided:
+            raise ValueError(
+                f"the data come from another data set, and the student is on {path}, which starts from normal noise: "
+                "Interpolant() is the path between two data sets"
+            )
 
 
 def check_velocity(teacher: VelocityField) -> None:
@@ -206,6 +218,11 @@ def check_options(method: str, times: str, **in_unit: float) -> None:
 def noise_of(batch: Batch, generator: Generators) -> Tensor:
     """The noise of each row: the batch's own where it is coupled, else drawn."""
     return normal(batch.data, generator) if batch.noise is None else batch.noise
+
+
+def latent_of(path: Path, like: Tensor, generator: Generators) -> Tensor | None:
+    """The latent of each row, on a path that has one; nothing is drawn for others."""
+    return normal(like, generator) if path.has_latent else None
 
 
 def split_rows(

@@ -125,7 +125,7 @@ class ConsistencyDistillation(_Consistency):
         """``|X_{s,1}(z_s) - y|^2`` of each row (n,)."""
         with torch.no_grad():
             y = student(rows.noise, torch.zeros_like(rows.s), rows.t, **rows.cond)
-            chord, _ = student.path.sample(rows.noise, y, rows.s)
+            chord, _ = student.path.sample(rows.noise, y, rows.s, rows.latent)
         return squared_error(student(chord, rows.s, rows.t, **rows.cond), y)
 
 
@@ -169,7 +169,7 @@ class ConsistencyTraining(_Consistency):
             gap = torch.minimum(gap * (1 + self.stretch * torch.sigmoid(-noise)), 1 - rows.s)
         near, again = rows.s + gap, same_draws(rows.x.device)
         with torch.no_grad():
-            x, _ = student.path.sample(rows.noise, rows.data, near)
+            x, _ = student.path.sample(rows.noise, rows.data, near, rows.latent)
             end = student(x, near, rows.t, **rows.cond)
         again()
         error = self.distance(student(rows.x, rows.s, rows.t, **rows.cond), end)

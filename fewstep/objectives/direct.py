@@ -53,7 +53,7 @@ class FMM(TwoTime):
 
     def errors(self, student: FlowMap, rows: Rows, parts: dict[str, Index], now: Now) -> dict[str, Tensor]:
         # The rows are drawn at s; here the path is at t.
-        x, dx = student.path.sample(rows.noise, rows.data, rows.t)
+        x, dx = student.path.sample(rows.noise, rows.data, rows.t, rows.latent)
         start = student(x, rows.t, rows.s, **rows.cond)
         end, end_dot = self.time_derivative(lambda t: student(start, rows.s, t, **rows.cond), rows.t)
         return {"lagrangian": squared_error(end_dot, dx), "inverse": squared_error(end, x)}

@@ -12,7 +12,7 @@ from fewstep.flows.change_of_path import scaling
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.paths import Path
 from fewstep.flows.times import draw_times
-from fewstep.objectives.base import Batch, Loss, Objective, check_options, noise_of, squared_error
+from fewstep.objectives.base import Batch, Loss, Objective, check_options, latent_of, noise_of, squared_error
 from fewstep.objectives.two_time import ERRORS
 
 
@@ -50,7 +50,8 @@ class FlowMatching(Objective):
     ) -> Loss:
         noise = noise_of(batch, generator)
         t = as_times(draw_times(len(batch), generator, self.times), noise)
-        x, dx = student.path.sample(noise, batch.data, t)
+        latent = latent_of(student.path, noise, generator)
+        x, dx = student.path.sample(noise, batch.data, t, latent)
         velocity = student.velocity(x, t, **batch.cond)
         error = squared_error(velocity, dx)
         if self.error_in == "data" or (self.error_in == "auto" and getattr(student, "prediction", None) == "data"):

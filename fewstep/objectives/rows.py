@@ -14,8 +14,8 @@ from fewstep.objectives.base import (
 @dataclass(frozen=True)
 class Rows:
     """Rows of a batch on the path: ``x`` is x_s (n, ...), ``dx`` its conditional velocity, made of ``noise`` and
-    ``data``; ``s`` and ``t`` (n,) the times; ``fraction`` (n,) uniform in [0, 1), for a time between them; ``cond``
-    the conditions; ``part`` the term that these rows belong to."""
+    ``data``, and of ``latent`` on a path that has one; ``s`` and ``t`` (n,) the times; ``fraction`` (n,) uniform in
+    [0, 1), for a time between them; ``cond`` the conditions; ``part`` the term that these rows belong to."""
 
     part: str
     x: Tensor
@@ -26,11 +26,13 @@ class Rows:
     data: Tensor
     fraction: Tensor
     cond: dict[str, Tensor]
+    latent: Tensor | None = None
 
     def take(self, part: str, index: Index) -> "Rows":
         """Some of the rows."""
         numbers = (self.x, self.dx, self.s, self.t, self.noise, self.data, self.fraction)
-        return Rows(part, *(values[index] for values in numbers), cond=rows_of(self.cond, index))
+        latent = None if self.latent is None else self.latent[index]
+        return Rows(part, *(values[index] for values in numbers), cond=rows_of(self.cond, index), latent=latent)
 
     def put(self, index: Index, some: "Rows") -> "Rows":
         """These rows, with ``some`` others in the places of an index."""

@@ -24,6 +24,7 @@ from fewstep.objectives.base import (
     Loss,
     Objective,
     check_options,
+    latent_of,
     noise_of,
     split_rows,
     squared_error,
@@ -263,8 +264,9 @@ class TwoTime(Objective):
         if self.from_noise:
             s = torch.zeros_like(s)
         s[diagonal] = t[diagonal] = start[diagonal]
-        x, dx = student.path.sample(noise, batch.data, s)
-        rows = Rows("all", x, dx, s, t, noise, batch.data, fraction, cond)
+        latent = latent_of(student.path, noise, generator)
+        x, dx = student.path.sample(noise, batch.data, s, latent)
+        rows = Rows("all", x, dx, s, t, noise, batch.data, fraction, cond, latent)
         if not self.from_data:
             rows = self._at_own_states(student, rows, diagonal)
         return rows, {name: index for name, index in shared.items() if self.shares[name]}

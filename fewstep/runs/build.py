@@ -15,7 +15,7 @@ from fewstep.data.couplings import uncoupled
 from fewstep.flows.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.flows.signature import Model, classes_of, shape_of
 from fewstep.objectives.base import Objective
-from fewstep.runs.datasets import encoded_folder, encoded_shape, make_data, null_of, settled
+from fewstep.runs.datasets import encoded_folder, encoded_shape, make_data, null_of, settled, source_of
 from fewstep.runs.loading import start_of, teacher_of
 from fewstep.runs.objective import follows_teacher, make_objective, trains_map
 from fewstep.runs.recipe import Recipe
@@ -61,6 +61,7 @@ def build(recipe: Recipe, out: Path | None = None, fresh: bool = False) -> Built
     objective.check_student(student)
     if data is None:
         data = make_data(recipe, teacher, out, fresh)
+    student.starts_from = source_of(recipe, teacher)
     objective.check_data(data, student)
     _check_fit("student", student, recipe.data.name, data)
     if recipe.drop is not None:

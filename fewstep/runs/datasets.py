@@ -15,6 +15,7 @@ from fewstep.common.options import arguments
 from fewstep.common.randomness import generator
 from fewstep.data import FACTS, Encoded, Pairs, Prior, load_data
 from fewstep.data.batch import Data
+from fewstep.data.between import Between
 from fewstep.data.conditions import Dropped, Strengths
 from fewstep.data.couplings import Coupled
 from fewstep.data.decode import check_side
@@ -22,6 +23,7 @@ from fewstep.data.sources import is_pictures
 from fewstep.data.texts import NULL, read_null
 from fewstep.flows.fields import VelocityField, unguided
 from fewstep.flows.signature import Model, classes_of, needed_conditions, shape_at, shape_of, takes
+from fewstep.flows.sources import RowsOf
 from fewstep.generation.encoding import check_model, encoded_once
 from fewstep.generation.teacher_samples import PromptedSamples, TeacherSamples
 from fewstep.latents.encoders import kept_null
@@ -69,12 +71,24 @@ def make_data(recipe: Recipe, teacher: VelocityField | None, out: Path | None, f
         ValueError, FileNotFoundError: as :func:`data_of`; ``out`` holds samples of another teacher or other settings.
     """
     data = _uncoupled(recipe, teacher, out, fresh)
+    if (source := source_of(recipe, teacher)) is not None and not getattr(data, "brings_noise", False):
+        data = Between(data, source.data)
     if recipe.drop is not None:
         data = Dropped(data, recipe.drop.share, null_of(recipe.drop.null, teacher, encoded_folder(recipe)))
     guidance = None if recipe.teacher is None else recipe.teacher.guidance
     if guidance is not None and (guidance.embedded or guidance.range is not None):
         data = Strengths(data, *(guidance.range or (guidance.scale, guidance.scale)))
     return data if recipe.coupling == "independent" else Coupled(data, recipe.coupling)
+
+
+def source_of(recipe: Recipe, model: Model | None) -> RowsOf | None:
+    """Where a flow between two data sets starts: the recipe's source, else that of the model it is made from, None for
+    normal noise. The data are read when they are asked for."""
+    if recipe.source is None:
+        known = getattr(unguided(model), "starts_from", None)
+        return known if isinstance(known, RowsOf) else None
+    section, quiet = recipe.source, recipe.training.quiet
+    return RowsOf(lambda: data_of(section, model, quiet))
 
 
 def _uncoupled(recipe: Recipe, teacher: VelocityField | None, out: Path | None, fresh: bool) -> Data:
@@ -164,8 +178,9 @@ def settled(recipe: Recipe, teacher: VelocityField | None) -> Recipe:
     data, held_out = recipe.data, recipe.evaluation.data
     data = _pictures_for(inner, data, is_auto, "data")
     held_out = None if held_out is None else _pictures_for(inner, held_out, is_auto, "evaluation.data")
+    source = None if recipe.source is None else _pictures_for(inner, recipe.source, is_auto, "source")
     evaluation = recipe.evaluation.model_copy(update={"data": held_out})
-    return recipe.model_copy(update={"data": data, "evaluation": evaluation})
+    return recipe.model_copy(update={"data": data, "source": source, "evaluation": evaluation})
 
 
 def _pictures_for(model: Model, section: Named, is_auto: bool, where: str) -> Named:

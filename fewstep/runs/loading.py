@@ -20,7 +20,7 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import Model
 from fewstep.models.folders import has_one_variant, load_folder
 from fewstep.models.lora import has_lora, merge_lora
-from fewstep.runs.datasets import coupling_of, data_of, encoded_folder, null_of
+from fewstep.runs.datasets import coupling_of, data_of, encoded_folder, null_of, source_of
 from fewstep.runs.methods import find_objective
 from fewstep.runs.objective import sampled_at, trains_map
 from fewstep.runs.recipe import Recipe, Student, Teacher
@@ -183,6 +183,8 @@ def _opened(path: str | Path) -> Trained:
     if isinstance(model, FlowMap | NetworkField):
         say_shape(model, shape)
     put_back(model, frozen(model), saved, "ema" if "ema" in saved.tensors else "model")
+    if not is_from_python(path):
+        model.starts_from = source_of(recipe, model)
     model.class_names = tuple(known.get("data_classes") or model.class_names)
     if moments := known.get("data_moments"):
         model.moments = tuple(moments)

@@ -27,6 +27,8 @@ def settle_objective(recipe: Recipe) -> None:
     """The options of the method filled in, once it is clear that there is what it and the student start from."""
     teacher, student = recipe.teacher, recipe.student
     recipe.objective = _filled(recipe, finished(recipe.objective), "objective")
+    if getattr(find_objective(recipe.objective.name), "trains_denoiser", False) and student.kind is None:
+        student.kind = "denoised"
     if recipe.data.name in MADE:
         for section in recipe.objectives:
             if find_objective(section.name).needs_rows:

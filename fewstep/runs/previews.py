@@ -15,7 +15,8 @@ from fewstep.evaluation.points import error_quantiles, rmse
 from fewstep.evaluation.style import png
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import sample, sample_noise
+from fewstep.flows.sampling import sample
+from fewstep.flows.sources import starting_points
 from fewstep.flows.trajectories import teacher_states
 from fewstep.runs.objective import strength_of
 from fewstep.runs.recipe import Recipe
@@ -68,7 +69,7 @@ class Watch:
         count = _POINTS if is_plane else _COLUMNS
         device = next(model.parameters()).device
         generators = sample_generators(self.seed, range(count))
-        noise = sample_noise((count, *self.data.shape), generators).to(device)
+        noise = starting_points(model, (count, *self.data.shape), generators).to(device)
         cond = self._conditions(count, device)
         model.eval()
         drawn = {n: sample(model, noise, n, generator=generators, **cond) for n in self.steps}

@@ -80,7 +80,8 @@ def program_card(model: FlowMap, name: str, config: Mapping[str, Any]) -> str:
         "rows, steps = 4, 2",
         f"cond = {{{', '.join(_filled(config))}}}",
         "random = np.random.default_rng(0)",
-        f"x = random.standard_normal((rows, {shape}), dtype=np.float32)",
+        f"x = random.standard_normal((rows, {shape}), dtype=np.float32)"
+        + ("  # put rows of the data set here that it goes from" if model.path.two_sided else ""),
         "for i in range(steps):",
         _RENOISED if is_renoised else "    x = step(x, i / steps, (i + 1) / steps)",
         "```",

@@ -12,6 +12,7 @@ Count = Annotated[int, Field(gt=0)]
 Above = Annotated[float, Field(gt=0)]
 
 PATHS = ("linear", "trigonometric", "vp")
+BETWEEN = ("linear", "trigonometric", "encoding-decoding", "mirror")  # paths between two data sets
 NETWORKS = ("auto", "mlp", "unet")
 MADE = ("teacher", "prior")  # data that are no data set: samples of the teacher, and its shape and classes alone
 
@@ -146,10 +147,19 @@ class Student(Section):
         "that returns a network: net(x, s, t) for a flow map, net(x, t) for a field",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of the network")
-    kind: Literal["map", "field"] | None = Field(
-        default=None, description="flow map or field; else what the objective trains"
+    kind: Literal["map", "field", "denoised"] | None = Field(
+        default=None,
+        description="flow map, field, or denoised: a field with a denoiser beside its velocity; else what the "
+        "objective trains",
     )
-    path: str | None = Field(default=None, description="linear, trigonometric or vp; else the teacher's, or linear")
+    path: str | None = Field(
+        default=None,
+        description="linear, trigonometric or vp (between two data sets linear, trigonometric, encoding-decoding or "
+        "mirror); else the teacher's, or linear",
+    )
+    latent: Literal["none", "quadratic", "brownian", "sine"] | None = Field(
+        default=None, description="noise on the way between two data sets (fewstep.Interpolant); else none"
+    )
     prediction: str | None = Field(
         default=None, description="what the network predicts; else the teacher's, or velocity"
     )
@@ -268,9 +278,14 @@ class Recipe(Section):
         description="a data set by name or path; `teacher`: its own samples stand in for data; or `prior`: no data, "
         "its shape and classes alone, for methods that start from noise"
     )
+    source: Named | None = Field(
+        default=None,
+        description="where the flow starts: another data set, by name or path; else normal noise",
+    )
     coupling: Literal["independent", "ot", "ot-within-labels"] = Field(
         default="independent",
-        description="how noise is paired with data: ot, by optimal transport (of a chunk, or within its labels)",
+        description="how noise, or the source, is paired with data: ot, by optimal transport (of a chunk, or within "
+        "its labels)",
     )
     drop: Dropping | None = Field(default=None, description="conditions left out of some rows")
     objective: Named = Field(description="a method by name, or FILE.py:CLASS or MODULE:CLASS of one's own")
@@ -284,6 +299,17 @@ class Recipe(Section):
         if isinstance(value, Mapping) and value.get("teacher") in ("none", {"source": "none"}, {"source": None}):
             return {**value, "teacher": None}
         return value
+
+    @model_validator(mode="after")
+    def _between_two(self) -> "Recipe":
+        student = self.student
+        if self.source is not None and student.latent is None and self.teacher is None and student.start is None:
+            student.latent = "none"
+        if student.latent is not None and self.source is None:
+            raise ValueError("student.latent is noise on the way between two data sets: say source: NAME too")
+        if student.latent is not None and self.teacher is not None:
+            raise ValueError("student.latent: a student with a teacher is on the teacher's path, leave it out")
+        return self
 
     @property
     def objectives(self) -> list[Named]:

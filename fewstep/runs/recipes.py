@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from fewstep.common.errors import unknown
 from fewstep.common.options import in_one_line, parse_value, read_yaml
 from fewstep.common.trust import check_folder, code_in, is_code, trusting
-from fewstep.runs.recipe import NETWORKS, PATHS, Named, Recipe
+from fewstep.runs.recipe import BETWEEN, NETWORKS, PATHS, Named, Recipe
 from fewstep.training.run_files import RECIPE, came_with
 from fewstep.training.shares import check_shares, default_chunk
 
 # The key that a section's short form gives: `teacher: checkerboard` is `teacher: {source: checkerboard}`.
-_SHORT = {"teacher": "source", "student": "network", "data": "name", "objective": "name"}
+_SHORT = {"teacher": "source", "student": "network", "data": "name", "source": "name", "objective": "name"}
 # The same as flags, and the one that everybody types.
 _FLAGS = {key: f"{key}.{inner}" for key, inner in _SHORT.items()} | {"steps": "training.steps"}
 
@@ -153,8 +153,9 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 def _find_names(recipe: Recipe, base: Path) -> None:
     """Names checked, and files found."""
     teacher, student = recipe.teacher, recipe.student
-    if student.path is not None and student.path not in PATHS:
-        raise unknown("path", student.path, PATHS)
+    paths = PATHS if student.latent is None else BETWEEN
+    if student.path is not None and student.path not in paths:
+        raise unknown("path" if student.latent is None else "path between two data sets", student.path, paths)
     if not is_code(student.network) and student.network not in NETWORKS:
         raise unknown("network", student.network, NETWORKS)
     if recipe.training.steps is None and recipe.training.max_seconds is None:
@@ -180,6 +181,8 @@ def _find_names(recipe: Recipe, base: Path) -> None:
         if (start := Path(student.start).expanduser()).is_dir():
             student.start = str(start.resolve())  # a run is opened with it, from anywhere
     recipe.data.name = _beside(base, recipe.data.name)
+    if recipe.source is not None:
+        recipe.source.name = _beside(base, recipe.source.name)
     if isinstance(prompts := recipe.data.options.get("prompts"), str):
         recipe.data = Named.model_validate(
             {"name": recipe.data.name, **recipe.data.options, "prompts": _beside(base, prompts)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fewstep.common.options import arguments, find_object
 from fewstep.common.trust import is_code
 from fewstep.flows.description import maker_of, set_maker
 from fewstep.flows.fields import NetworkField, VelocityField, unguided
+from fewstep.flows.interpolants import DenoisedField, Interpolant
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.flows.paths import Path as Trajectory
@@ -23,6 +25,13 @@ from fewstep.runs.recipe import PATHS, Student
 from fewstep.runs.warm_start import started
 
 _PATHS: dict[str, Callable[[], Trajectory]] = dict(zip(PATHS, (Linear, Trigonometric, VariancePreserving), strict=True))
+
+
+def path_of(section: Student) -> Trajectory | None:
+    """The path that a recipe asks for."""
+    if section.latent is not None:
+        return Interpolant(section.path or "linear", section.latent)
+    return _PATHS[section.path]() if section.path else None
 
 
 def make_student(
@@ -90,6 +99,8 @@ def _bare_student(
         network = make_network(section, shape)
         if isinstance(network, FlowMap | VelocityField):
             return network
+        if section.kind == "denoised":
+            return _denoised(network, section, shape)
         start = inner if isinstance(inner, NetworkField) and section.weights != "random" else None
         if section.weights == "teacher" and start is None:
             raise ValueError("student.weights: teacher, but the teacher has no network to take them from")
@@ -141,13 +152,27 @@ def make_network(section: Student, shape: tuple[int, ...]) -> Any:
     return network
 
 
+def _denoised(network: nn.Module, section: Student, shape: tuple[int, ...]) -> DenoisedField:
+    """A velocity and a denoiser, two networks of one kind, on a path between two data sets."""
+    path = path_of(section)
+    if not isinstance(path, Interpolant) or not path.has_latent:
+        raise ValueError(
+            "a denoiser knows the latent on the way between two data sets: say source: NAME and student.latent: "
+            "quadratic, brownian or sine"
+        )
+    native = replace(path, time_scale=1000.0) if isinstance(network, UNet) else path
+    return DenoisedField(network, make_network(section, shape), native)
+
+
 def _wrap(
     network: nn.Module, section: Student, start: NetworkField | None, teacher: VelocityField | None, is_map: bool
 ) -> FlowMap | VelocityField:
     """The network as a map or a field, with the weights of ``start`` where there is one."""
-    path = teacher.path if teacher is not None else _PATHS[section.path or "linear"]()
+    path = teacher.path if teacher is not None else path_of(section) or Linear()
     native, prediction = path, section.prediction or "velocity"
-    if isinstance(network, UNet):
+    if isinstance(network, UNet) and isinstance(path, Interpolant):
+        native = replace(path, time_scale=1000.0)
+    elif isinstance(network, UNet):
         # Timesteps and output as diffusers' flow-match models have them, so that an export is one of those.
         native, prediction = Reversed(1000.0), section.prediction or "flow"
     if start is not None:
@@ -184,8 +209,3 @@ def _told(section: Student) -> dict[str, Any]:
         "second_time": section.second_time or "t",
         "late_share": section.late_share,
     }
-
-
-def path_of(section: Student) -> Trajectory | None:
-    """The path that a recipe asks for."""
-    return _PATHS[section.path]() if section.path else None

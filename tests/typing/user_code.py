@@ -164,6 +164,16 @@ def judging(student: fewstep.FlowMap, teacher: fewstep.VelocityField, data: Tens
     return f"{header[0]} {len(rows)} {judged}"
 
 
+def from_data_to_data(threes: Tensor, eights: Tensor, network: nn.Module, denoiser: nn.Module) -> Tensor:
+    path = fewstep.Interpolant(latent="sine")
+    both: fewstep.Between = fewstep.Between(eights, threes)
+    field = fewstep.DenoisedField(network, denoiser, path)
+    fewstep.fit(field, fewstep.StochasticInterpolant(), both, steps=20)
+    field.starts_from = fewstep.RowsOf(threes)
+    end: Tensor = fewstep.sample(field, threes, 50, eps=0.5)
+    return end
+
+
 def likely(field: fewstep.VelocityField, x: Tensor) -> Tensor:
     noisy: Tensor = fewstep.sample(field, x, 50, eps=lambda t: 0.5 * (1 - t), solver="heun", last_step="none")
     log_p: Tensor = fewstep.log_likelihood(field, noisy, probes=4)

@@ -1,0 +1,70 @@
+"""Where samples start at t = 0: from normal noise, or from the rows of a data set."""
+
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.common.randomness import Generators, normal
+from fewstep.data.batch import Data
+from fewstep.data.between import draw_rows
+from fewstep.data.given import as_data
+
+
+class Source(Protocol):
+    """Draws the x at t = 0: ``sample(shape, generators)`` of shape (B, ...), sample by sample."""
+
+    def sample(self, shape: tuple[int, ...], generators: Generators) -> Tensor: ...
+
+
+class Normal:
+    """Standard normal noise, which every other path starts from."""
+
+    def sample(self, shape: tuple[int, ...], generators: Generators) -> Tensor:
+        """float32, (B, ...)."""
+        return normal(torch.empty(shape), generators)
+
+
+class RowsOf:
+    """Rows of a data set at random: the source of a flow between two of them.
+
+    Args:
+        data: as :func:`fewstep.fit` takes it, or what opens it when it is first asked for. Copies of a model share it.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self._given = data
+
+    @cached_property
+    def data(self) -> Data:
+        return as_data(self._given() if callable(self._given) else self._given)
+
+    def sample(self, shape: tuple[int, ...], generators: Generators) -> Tensor:
+        """Rows (B, ...). Raises ValueError for another shape than theirs."""
+        if tuple(shape[1:]) != tuple(self.data.shape):
+            raise ValueError(f"the model takes samples of shape {tuple(shape[1:])}, its source has {self.data.shape}")
+        if isinstance(generators, torch.Generator):
+            return draw_rows(self.data, shape[0], generators)
+        each = shape[0] // len(generators)
+        return torch.cat([draw_rows(self.data, each, one) for one in generators])
+
+    def __deepcopy__(self, _: Any) -> "RowsOf":
+        return self
+
+
+def starting_points(model: Any, shape: tuple[int, ...], generators: Generators) -> Tensor:
+    """Where samples of a model start, (B, ...): from noise, or from its source.
+
+    Raises:
+        ValueError: it goes from one data set to another, and it is not known from which.
+    """
+    source: Source | None = getattr(model, "starts_from", None)
+    if source is not None:
+        return source.sample(shape, generators)
+    if model.path.two_sided:
+        raise ValueError(
+            "this model goes from one data set to another, and its source is not known here: say --source DATA, or "
+            "from Python model.starts_from = RowsOf(fewstep.load_data(DATA))"
+        )
+    return Normal().sample(shape, generators)

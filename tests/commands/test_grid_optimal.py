@@ -94,6 +94,7 @@ def test_the_kept_grid_is_the_one_that_is_taken(draws: Any, trained: Path):
     assert "end 0.1 from the reference, of the uniform one 0.2\n" in said
 
 
+@pytest.mark.takes_seconds
 def test_another_guidance_weights_or_noise_find_anew(draws: Any, trained: Path):
     draws()
     _, said = draws("--gamma", "0.5")
@@ -169,6 +170,7 @@ def test_a_fresh_start_throws_grids_away(trained: Path, draws: Any, tmp_path: Pa
 # fewstep diagnose
 
 
+@pytest.mark.takes_seconds
 def test_diagnose_draws_a_run_and_its_teacher(trained_again: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert main(["diagnose", str(trained_again), "--count", "3", "--device", "cpu"]) == 0
     said = capsys.readouterr()
@@ -218,3 +220,19 @@ def test_grids_are_measured_on_other_noise(draws: Any, trained: Path):
     assert kept["grids"]["3"]["times"] == found.optimal.tolist()
     assert kept["grids"]["3"]["error"] == pytest.approx(found.error, abs=1e-5)
     assert kept["grids"]["3"]["uniform_error"] == pytest.approx(found.uniform_error, abs=1e-5)
+
+
+def test_what_a_grid_is_found_with():
+    def facts(model: Any, **asked: Any) -> dict[str, Any]:
+        options = {"solver": "euler", "gamma": None, "guidance": None, "shape": (2,), "by": "itself"} | asked
+        return step_grids.found_with(model, "weights", **options)
+
+    student = fewstep.FlowMap(torch.nn.Identity())
+    assert facts(student)["guidance"] is None
+    student.guidance, student.gamma = 2.0, 1.0
+    assert (facts(student)["guidance"], facts(student)["gamma"], facts(student)["solver"]) == (2.0, 1.0, "map")
+    assert facts(student, guidance=3, gamma=0.5) != facts(student)
+    assert facts(student, guidance=3)["guidance"] == 3.0
+    guided = fewstep.Guided(eight_gaussians(), 4.0, weak=eight_gaussians())
+    assert (facts(guided)["guidance"], facts(guided, solver="heun")["solver"]) == (4.0, "heun")
+    assert facts(guided) != facts(guided, shape=(3,))

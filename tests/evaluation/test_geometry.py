@@ -99,6 +99,7 @@ def test_straight_in_one_set_of_coordinates_and_not_in_another():
     assert found.state.off_chord.max() > 0.1
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
 def test_the_slope_is_the_order_of_the_solver(solver: str, order: int):
     field = normal_data(1.4, 0.7)
@@ -134,6 +135,7 @@ def test_a_map_beside_its_teacher_and_what_it_costs():
     assert set(found.summary()) >= {"state_in_2_pc", "denoised_length", "error@8", "error@8_optimal", "slope"}
 
 
+@pytest.mark.takes_seconds  # to draw it
 @pytest.mark.parametrize("shape", [(3,), (1, 4, 4), (2, 3, 2, 2)], ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_any_rank_and_a_single_trajectory(shape: tuple[int, ...], rows: int):

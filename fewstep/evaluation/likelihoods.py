@@ -32,6 +32,7 @@ def check_likelihood(model: FlowMap | VelocityField, cond: Any) -> None:
     Raises:
         ValueError: it does not.
     """
+    model.path.check_noise("a likelihood")
     if isinstance(model, VelocityField):
         check_velocity(model, "a likelihood")
     if cond:

@@ -16,6 +16,7 @@ from fewstep.evaluation.evaluate import evaluate
 from fewstep.evaluation.likelihoods import LEVEL, likelihood
 from fewstep.flows.exact import GaussianField
 from fewstep.flows.fields import NetworkField
+from fewstep.flows.interpolants import Interpolant
 from fewstep.flows.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.runs.recipes import load_recipe
@@ -98,6 +99,9 @@ def test_refusals(field: GaussianField) -> None:
     field.distilled = "a consistency model"
     with pytest.raises(ValueError, match="a likelihood needs a velocity"):
         evaluate(field, teacher=field, count=20, metrics=["nll"])
+    between = NetworkField(MLP(2, width=8), Interpolant())
+    with pytest.raises(ValueError, match="a likelihood needs a path that starts from normal noise"):
+        evaluate(between, data=torch.zeros(20, 2), count=20, metrics=["nll"])
     assert LEVEL == 2 / 255
     assert likelihood.__doc__
 

@@ -128,6 +128,7 @@ COMMANDS = [
     ["distill", "{run}/recipe.yaml", "--dry-run"],
     ["compare", "{run}", "--methods", "ITVM", "LMD"],
     ["ui", "{run}"],
+    ["edit", "{run}", "{run}/recipe.yaml"],
 ]
 
 

@@ -83,9 +83,11 @@ def test_each_row_has_signs_of_its_own() -> None:
     """Of more than 32 numbers the divergence is estimated, and does not hang on the batches."""
     torch.manual_seed(0)
     model, x = NetworkField(MLP(40, width=16)), torch.randn(6, 40)
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.2)
     values = [likelihood(model, [Batch(part) for part in x.split(most)], seed=2) for most in (6, 2)]
     assert values[0] == pytest.approx(values[1], rel=1e-5)
-    assert likelihood(model, [Batch(x)], seed=3) != pytest.approx(values[0], rel=1e-5)
+    assert likelihood(model, [Batch(x)], seed=3) != pytest.approx(values[0], rel=1e-3)
 
 
 def test_a_consistency_model_has_none(field: GaussianField) -> None:

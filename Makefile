@@ -21,6 +21,7 @@ demo: $(READY)
 	.venv/bin/fewstep distill fashion-mnist-demo --out runs/fashion-mnist-demo
 	@echo
 	@echo "One call each:  runs/one-call.png, by the student that fewstep carries;"
+	@echo "the table above: the new student in 2 calls against its teacher in 8;"
 	@echo "the pictures: runs/checkerboard/samples and runs/fashion-mnist-demo/samples, one each eighth of the training;"
 	@echo "the reports:  runs/checkerboard/report.html and runs/fashion-mnist-demo/report.html"
 

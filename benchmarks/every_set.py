@@ -36,8 +36,8 @@ CALLS = (1, 2, 4, 8)
 JUDGED = (1, 2, 4)  # the calls at which a default has to be first
 # Each distils; the options are those that its row of the leaderboard is best with.
 METHODS = (
-    "ITVM", "ITVM:ema=0.5", "ITVM:ema=0.5,diagonal=0.75", "ITVM:ema=0.5,times=calls(0.75),ends=0.0",
-    "ITVM:ema=0.5,diagonal=0.75,times=calls(0.75),ends=0.0", "ITVM:target={interval: 3, trajectory: 1}",
+    "ITVM", "ITVM:diagonal=0.5", "ITVM:diagonal=0.75", "ITVM:ema=0.9,times=uniform,ends=0.25",
+    "ITVM:ema=0.5,times=uniform,ends=0.25", "ITVM:target={interval: 3, trajectory: 1}",
     "SplitMeanFlow", "SplitMeanFlow:ends=0.25", "PSD", "PSD:ends=0.25", "PSD:middle=uniform", "Shortcut", "PFMM", "CTM",
     "LMD", "LMD:ends=0.25", "EMD", "ESD", "LSD", "TVM", "AYF", "AYF:variant=LMD", "MeanFlow", "ImprovedMeanFlow",
     "AlphaFlow", "SCM", "ConsistencyDistillation", "Trajectory",

@@ -9,7 +9,7 @@ from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, chunk_rows
 from fewstep.data.batch import Batch
 from fewstep.flows.broadcasting import expand
-from fewstep.flows.fields import VelocityField
+from fewstep.flows.fields import NetworkField, VelocityField, unguided
 from fewstep.flows.maps import FlowMap
 from fewstep.objectives.base import Index, check_decay, check_options
 from fewstep.objectives.compositions import near_the_end, through_middle
@@ -46,7 +46,8 @@ class ITVM(TwoTime):
         target: one of the above; a mapping from them to their shares of the off-diagonal rows; or ``mixed``, half
             ``interval`` and half ``integral``.
         ema: decay of the student copy in the target. A fast copy learns faster: ``docs/benchmarks/itvm-ablation.md``.
-        diagonal: the share of rows on s = t.
+        diagonal: the share of rows on s = t; if not given 0.5, and 0.75 for a teacher without a network (an exact
+            field), whose velocity the student has to learn from the beginning.
         initial_weight, terminal_weight: w_I and w_T.
         middle: where ``interval`` cuts: m is ``s + r (t - s)`` with r uniform within ``middle / 2`` of one half.
         step_size: the largest teacher step of ``step``.
@@ -67,8 +68,8 @@ class ITVM(TwoTime):
         self,
         teacher: VelocityField,
         target: str | dict[str, float] = "interval",
-        ema: float = 0.9,
-        diagonal: float = 0.5,
+        ema: float = 0.5,
+        diagonal: float | None = None,
         initial_weight: float = 1.0,
         terminal_weight: float = 1.0,
         middle: float = 0.0,
@@ -76,13 +77,15 @@ class ITVM(TwoTime):
         warmup: float = 0.25,
         solver_steps: int = 16,
         reuse: int = 8,
-        times: str = "uniform",
-        ends: float = 0.25,
+        times: str = "calls(0.75)",
+        ends: float = 0.0,
         starts: str = "data",
         adaptive: float = 0.0,
         error_in: str = "auto",
         jvp: str = "forward",
     ) -> None:
+        if diagonal is None:
+            diagonal = 0.5 if isinstance(unguided(teacher), NetworkField) else 0.75
         weights = (initial_weight, terminal_weight)
         super().__init__(
             teacher, diagonal=diagonal, times=times, ends=ends, adaptive=adaptive, error_in=error_in, weights=weights,

@@ -65,8 +65,8 @@ def test_types_and_defaults_are_those_of_the_code(page_of_keys: str) -> None:
     assert rows["training-lr"] == ["number, above 0", "`0.001`"]
     assert rows["training-steps"] == ["whole number, above 0", "`null`"]
     assert rows["evaluation-steps"] == ["list of whole numbers, above 0", "`[1, 2, 4, 8]`"]
-    assert rows["student-kind"] == ["`map` or `field`", "`null`"]
-    assert rows["objective-itvm-ema"] == ["number", "`0.9`"]
+    assert rows["student-kind"] == ["`map` or `field` or `denoised`", "`null`"]
+    assert rows["objective-itvm-ema"] == ["number", "`0.5`"]
     assert rows["name"] == ["text", "needed"]
 
 

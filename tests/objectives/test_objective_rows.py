@@ -103,7 +103,7 @@ def test_a_part_that_would_get_no_row_is_an_error(gaussian: GaussianField):
     with pytest.raises(ValueError, match="is a multiple of 1000, or a larger share"):
         split_rows(32, {"made": 0.001, "": 0.999}, generator(0))
     with pytest.raises(ValueError, match=r"'initial' has 0.5 of the rows, which is none in chunks of 1: use larger"):
-        loss_of(ITVM(gaussian), perturbed(gaussian), batch_of(gaussian, 8), generator=one_each)
+        loss_of(ITVM(gaussian, diagonal=0.5), perturbed(gaussian), batch_of(gaussian, 8), generator=one_each)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -25,8 +25,9 @@ from toys.objectives import (
 from fewstep.data.batch import Batch
 from fewstep.flows.broadcasting import expand
 from fewstep.flows.exact import ExactField, GaussianField
-from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.fields import Guided, NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
+from fewstep.networks import MLP
 from fewstep.objectives import EMD, ITVM, LMD, FlowMatching, Objective
 
 
@@ -100,7 +101,7 @@ def test_derivative_sets_in_slowly_and_is_bounded(gaussian: GaussianField):
     student, batch = FlowMap(Perturbed(GaussianAverageVelocity(gaussian), 2, 0.3)), batch_of(gaussian)
     batch = Batch(batch.data, noise=batch.data.flip(0).contiguous())
     for progress, share in ((0.0, 0.0), (0.1, 0.4), (0.25, 1.0), (0.8, 1.0)):
-        loss = loss_of(ITVM(gaussian, "derivative", diagonal=0.0, ends=0.0), student, batch, progress=progress)
+        loss = loss_of(ITVM(gaussian, "derivative", diagonal=0.0, times="uniform"), student, batch, progress=progress)
         s, t = loss.times["derivative"].unbind(1)
         x, _ = student.path.sample(batch.data.flip(0), batch.data, s)
         # d_t u by differences, not by the derivative that the objective takes.
@@ -110,7 +111,7 @@ def test_derivative_sets_in_slowly_and_is_bounded(gaussian: GaussianField):
         expected = (residual / (rms + 0.1)).square().mean().detach()
         assert value(loss) == pytest.approx(float(expected), rel=1e-6)
     far = GaussianField(gaussian.mean + 1e6, torch.eye(2, dtype=torch.float64))
-    assert 0.9 < float(loss_of(ITVM(far, "derivative", ends=0.0), student, batch).terms["derivative"]) < 1.0
+    assert 0.9 < float(loss_of(ITVM(far, "derivative", times="uniform"), student, batch).terms["derivative"]) < 1.0
 
 
 @pytest.mark.parametrize("through_teacher", [False, True])
@@ -170,10 +171,19 @@ def test_weights_and_shares_of_itvm(gaussian: GaussianField):
     expected = 2.0 * loss.terms["initial"] + 0.5 * (loss.terms["interval"] + loss.terms["integral"]) / 2
     assert value(loss) == pytest.approx(float(expected), rel=1e-12)
     # Of 64 rows 32 are diagonal; of the others 8 and 24 go to the two targets, and all weigh the same.
-    loss = loss_of(ITVM(gaussian, {"step": 1.0, "interval": 3.0}), student, batch)
+    loss = loss_of(ITVM(gaussian, {"step": 1.0, "interval": 3.0}, diagonal=0.5), student, batch)
     assert {name: len(times) for name, times in loss.times.items()} == {"initial": 32, "step": 8, "interval": 24}
     expected = loss.terms["initial"] + 0.25 * loss.terms["step"] + 0.75 * loss.terms["interval"]
     assert value(loss) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_the_diagonal_of_itvm_goes_with_what_the_student_starts_from(gaussian: GaussianField):
+    """A teacher without a network has a student that starts from random weights, with the velocity to learn."""
+    network = NetworkField(MLP(2))
+    assert ITVM(gaussian).shares["initial"] == 0.75
+    assert ITVM(network).shares["initial"] == 0.5
+    assert ITVM(Guided(network, 2.0, weak=NetworkField(MLP(2)))).shares["initial"] == 0.5
+    assert ITVM(gaussian, diagonal=0.25).shares["initial"] == 0.25
 
 
 def test_the_error_of_a_data_predicting_student_is_that_of_its_data(gaussian: GaussianField):
@@ -203,7 +213,10 @@ def test_the_error_of_a_data_predicting_student_is_that_of_its_data(gaussian: Ga
 
 def test_times_of_the_terms(gaussian: GaussianField):
     student, batch = FlowMap(Perturbed(GaussianAverageVelocity(gaussian), 2)), batch_of(gaussian, 512)
-    for objective, same in ((ITVM(gaussian, ends=0.3), "initial"), (LMD(gaussian, ends=0.3), "tangent")):
+    for objective, same in (
+        (ITVM(gaussian, diagonal=0.5, times="uniform", ends=0.3), "initial"),
+        (LMD(gaussian, ends=0.3), "tangent"),
+    ):
         times = loss_of(objective, student, batch).times
         s, t = times.pop(same).unbind(1)
         assert torch.equal(s, t)

@@ -28,7 +28,7 @@ def test_a_nested_recipe_says_all_options_of_both():
     assert [section.name for section in recipe.objectives] == ["Corrected", "ITVM"]
     options = recipe.objective.options
     assert (options["weight"], options["fake"], options["base"]["ema"], options["base"]["diagonal"]) == (
-        0.1, "copy", 0.5, 0.5,
+        0.1, "copy", 0.5, None,
     )  # fmt: skip
     teacher = CheckerboardField()
     made = make_objective(recipe, teacher)

@@ -226,7 +226,9 @@ def test_it_has_the_bits_of_a_loop_written_by_hand(chunk):
         copies.append(FlowMap.from_field(teacher, MLP(2, width=16, depth=2, times=2)))
     fitted, student = copies
     options = {"steps": 5, "seed": 3, "batch": 64, "chunk": chunk, "lr": 0.01, "ema": 0.9, "quiet": True}
-    result = fit(fitted, ITVM(teacher, ends=0.1), data, ema_warmup=False, **options)
+    result = fit(
+        fitted, ITVM(teacher, ema=0.9, diagonal=0.5, times="uniform", ends=0.1), data, ema_warmup=False, **options
+    )
 
     slow, average = deepcopy(student), deepcopy(student)
     parameters = list(student.parameters())

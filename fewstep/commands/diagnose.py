@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.commands.parser import Commands, add_command
-from fewstep.commands.shared import MODEL, add_device, add_guidance_scale, add_variant, open_model
+from fewstep.commands.shared import MODEL, add_device, add_guidance_scale, add_source, add_variant, open_model
 from fewstep.common.console import print_table, say, say_next
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--steps", type=int, default=4, metavar="N", help="steps of the grid that is drawn (default: 4)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
     p.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="texts, for a model of text")
+    add_source(p)
     add_guidance_scale(p)
     p.add_argument("--solver", default="euler", metavar="NAME", help="for a velocity field: euler, midpoint, heun")
     p.add_argument("--teacher", action="store_true", help="the teacher of the run instead")

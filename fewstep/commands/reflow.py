@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from fewstep.commands.parser import Commands, add_command
-from fewstep.commands.shared import MODEL, add_device, add_guidance_scale, add_variant, numbers, open_model
+from fewstep.commands.shared import MODEL, add_device, add_guidance_scale, add_source, add_variant, numbers, open_model
 from fewstep.common.console import progress_bar, say_next
 
 
@@ -32,6 +32,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--seed", type=int, default=0, metavar="N", help="decides the noise (default: 0)")
     p.add_argument("--labels", metavar="3,5", help="classes, given to the pairs in turn (default: all)")
     p.add_argument("--prompts", metavar="FILE", help="texts, given to the pairs in turn, for a model of text")
+    add_source(p)
     add_guidance_scale(p)
     p.add_argument(
         "--states", type=int, default=0, metavar="K", help="states between noise and data to keep, for Trajectory"
@@ -106,5 +107,7 @@ def run(args: argparse.Namespace) -> int:
             recipe, verb, train = "checkerboard-trajectory", "distill", ["--teacher", args.model, *train[2:]]
         # As a mapping, it takes the place of the options of the recipe's own data too.
         data = json.dumps({"name": str(args.out)})
-        say_next([shlex.join(["fewstep", verb, recipe, "--data", data, *train])])
+        # Between two data sets: a run's recipe names the source; noise on the way would bend what is straight.
+        other = [] if not model.path.two_sided else ["--student.latent", "none"] if run else ["--source", args.source]
+        say_next([shlex.join(["fewstep", verb, recipe, "--data", data, *other, *train])])
     return 0

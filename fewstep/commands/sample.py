@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.commands.parser import Commands, add_command
-from fewstep.commands.shared import MODEL, add_device, add_guidance_scale, add_variant, numbers, open_model, size_of
+from fewstep.commands.shared import (
+    MODEL,
+    add_device,
+    add_guidance_scale,
+    add_source,
+    add_variant,
+    numbers,
+    open_model,
+    size_of,
+)
 from fewstep.commands.steered import add_steering, became, steered_by
 from fewstep.common.console import progress_bar, say_next
 from fewstep.common.errors import shown
@@ -35,9 +44,8 @@ def add(commands: Commands) -> None:
     p.add_argument("--first", type=int, default=0, metavar="I", help="go on with sample I of the seed (default: 0)")
     p.add_argument("--seeds", metavar="5,9,17", help="in the place of --seed and --count: sample 0 of each of these")
     p.add_argument("--out", type=Path, metavar="PATH", help="a .png grid, .npy, .npz, or a folder (goes on there)")
+    add_source(p)
     text = "classes by number or name, given to the samples in turn (default: all)"
-    text = "the data set that samples start from, for a model between two data sets (default: that of its run)"
-    p.add_argument("--source", metavar="DATA", help=text)
     p.add_argument("--labels", metavar="3,cat", help=text)
     prompts = p.add_mutually_exclusive_group()
     text = "texts, given to the samples in turn, for a model of text; --prompt=-TEXT for one that begins with a dash"
@@ -93,8 +101,6 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device, world)
     steered, how = steered_by(args)
     model, run = open_model(args)
-    if args.source:
-        model.starts_from = _source(args.source, model)
     size = size_of(args.size) if args.size else None
     own = None if run is None else run.shape
     shape = (own or shape_of(model)) if size is None else sized(model, own, size)
@@ -263,18 +269,6 @@ def _requests(args: argparse.Namespace, model: Any) -> Any:
     has_names = any(isinstance(word, str) and not is_number(word) for word in labels)
     names = class_names(model) if has_names else {}
     return Requests(count, args.seed or 0, first, prompts, class_numbers(labels, names), noise)
-
-
-def _source(name: str, model: Any) -> Any:
-    """What samples start from: a data set by name, or ``{name: NAME, ...}``."""
-    from fewstep.common.options import parse_value
-    from fewstep.flows.sources import RowsOf
-    from fewstep.runs.datasets import data_of
-    from fewstep.runs.recipe import Named
-
-    if not model.path.two_sided:
-        raise ValueError(f"--source {name}: this model starts from noise, not from a data set")
-    return RowsOf(data_of(Named.model_validate(parse_value("source", name)), model))
 
 
 def _facts(

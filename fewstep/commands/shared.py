@@ -27,6 +27,11 @@ def add_guidance_scale(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", action=OldSpelling, now="--guidance-scale", type=float)
 
 
+def add_source(parser: argparse.ArgumentParser) -> None:
+    text = "the data set that samples start from, for a model between two data sets (default: that of its run)"
+    parser.add_argument("--source", metavar="DATA", help=text)
+
+
 def numbers(flag: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -61,7 +66,21 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     if args.teacher and run is not None and run.recipe.teacher is not None:
         model = make_teacher(run.recipe.teacher)
         model.moments = run.model.moments  # it knows the data as the run does
+    if getattr(args, "source", None):
+        model.starts_from = _source(args.source, model)
     return model, run
+
+
+def _source(name: str, model: Any) -> Any:
+    """What samples start from: a data set by name, or ``{name: NAME, ...}``."""
+    from fewstep.common.options import parse_value
+    from fewstep.flows.sources import RowsOf
+    from fewstep.runs.datasets import data_of
+    from fewstep.runs.recipe import Named
+
+    if not model.path.two_sided:
+        raise ValueError(f"--source {name}: this model starts from noise, not from a data set")
+    return RowsOf(data_of(Named.model_validate(parse_value("source", name)), model))
 
 
 def print_evaluation(evaluation: Any) -> None:

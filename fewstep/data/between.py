@@ -22,10 +22,10 @@ class Between(Around):
         ValueError: two shapes that differ, a source without rows.
 
     >>> threes, eights = (images[labels == digit] for digit in (3, 8))
-    >>> fit(student, LSD(), Between(eights, threes), steps=20_000)
+    >>> fit(student, PSD(), Between(eights, threes), steps=20_000)
     """
 
-    two_sided = brings_noise = True
+    two_sided = brings_noise = may_couple = True
 
     def __init__(self, data: Any, source: Any) -> None:
         super().__init__(data)

@@ -46,9 +46,9 @@ def couple_within_labels(noise: Tensor, data: Tensor, labels: Tensor) -> Tensor:
     return paired
 
 
-def _is_between(data: Data) -> bool:
-    """Whether the rows come with rows of another data set, which may be paired with them."""
-    return bool(getattr(data, "two_sided", False))
+def _may_couple(data: Data) -> bool:
+    """Whether the rows come with rows of another data set that are drawn beside them, not made from them."""
+    return bool(getattr(data, "may_couple", False))
 
 
 COUPLINGS: dict[str, Callable[..., Tensor]] = {"ot": couple, "ot-within-labels": couple_within_labels}
@@ -94,13 +94,13 @@ class Coupled(Around):
             raise ValueError(f"group is {group}: at least one row is assigned")
         super().__init__(data)
         self.coupling, self.group = coupling, group
-        if isinstance(data, Coupled) or (getattr(data, "brings_noise", False) and not _is_between(data)):
+        if isinstance(data, Coupled) or (getattr(data, "brings_noise", False) and not _may_couple(data)):
             raise self._paired()
 
     def rows(self, index: Tensor, generator: torch.Generator) -> Batch:
         """The rows of ``index`` (n,) as the data gives them, with their noise."""
         batch = self.data.rows(index, generator)
-        if batch.noise is not None and not _is_between(self.data):
+        if batch.noise is not None and not _may_couple(self.data):
             raise self._paired()
         noise, assign = normal(batch.data, generator) if batch.noise is None else batch.noise, COUPLINGS[self.coupling]
         parts = [noise, batch.data]

@@ -20,6 +20,7 @@ _CHECKS = CHECKS | {
     "labels": lambda value: value is None or is_list(value, lambda label: type(label) is int and label >= 0),
     "prompts": is_said,
     "states": lambda value: value is None or is_count(value),
+    "source": lambda value: value is None or isinstance(value, dict),
     "path": lambda value: value is None or is_list(value, lambda number: type(number) in (int, float)),
 }
 
@@ -31,6 +32,7 @@ class Pairs:
 
     Attributes:
         states: how many states between noise and data each row has, with their times; 0 for none.
+        two_sided: whether their noise is rows of another data set, where a model between two data sets starts.
         path: the path that those are on, by its ``quarters``; None where there are none.
         cond: all class labels, where there are any; the conditions of prompts are too large for that.
 
@@ -48,6 +50,7 @@ class Pairs:
         self.facts = read_facts(self.folder)
         self.size: int | None = self.facts["count"]
         self.shape: tuple[int, ...] = tuple(self.facts["shape"])
+        self.two_sided = self.facts.get("source") is not None
         self.states: int = self.facts.get("states") or 0
         self.path: list[float] | None = self.facts.get("path")
         files = shard_files(self.folder, self.facts)

@@ -36,14 +36,17 @@ class Path:
     def has_latent(self) -> bool:
         return False
 
-    def check_noise(self, what: str) -> None:
-        """That x0 is normal noise, as ``what`` needs it.
+    def check_noise(self, what: str, way: str = "") -> None:
+        """That x0 is normal noise, as ``what`` needs it; the ``way`` out where it is not.
 
         Raises:
             ValueError: it is another data set.
         """
         if self.two_sided:
-            raise ValueError(f"{what} needs a path that starts from normal noise, and {self} starts from other data")
+            raise ValueError(
+                f"{what} needs a path that starts from normal noise, and {self} starts from other data"
+                + (f": {way}" if way else "")
+            )
 
     @property
     def data_scale(self) -> float:

@@ -1,5 +1,6 @@
 """Where samples start at t = 0: from normal noise, or from the rows of a data set."""
 
+import json
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -59,12 +60,25 @@ def starting_points(model: Any, shape: tuple[int, ...], generators: Generators) 
     Raises:
         ValueError: it goes from one data set to another, and it is not known from which.
     """
+    return _source_of(model).sample(shape, generators)
+
+
+def source_facts(model: Any) -> dict[str, Any] | None:
+    """What tells the source of a model from others, as JSON keeps it: the name and options that it was loaded by, how
+    many rows it has, and one of them; None for normal noise. Errors as those of :func:`starting_points`."""
+    source = _source_of(model)
+    if not isinstance(source, RowsOf):
+        return None
+    said, row = getattr(source.data, "source", None), draw_rows(source.data, 1, torch.Generator().manual_seed(0))
+    name = None if said is None else json.loads(json.dumps(said, default=str))
+    return {"name": name, "rows": source.data.size, "row": row.flatten()[:8].tolist()}
+
+
+def _source_of(model: Any) -> Source:
     source: Source | None = getattr(model, "starts_from", None)
-    if source is not None:
-        return source.sample(shape, generators)
-    if model.path.two_sided:
+    if source is None and model.path.two_sided:
         raise ValueError(
-            "this model goes from one data set to another, and its source is not known here: say --source DATA, or "
-            "from Python model.starts_from = RowsOf(fewstep.load_data(DATA))"
+            "this model goes from one data set to another, and its source is not known here: fewstep sample, reflow "
+            "and diagnose take --source DATA; from Python, model.starts_from = RowsOf(fewstep.load_data(DATA))"
         )
-    return Normal().sample(shape, generators)
+    return source or Normal()

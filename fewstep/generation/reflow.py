@@ -22,9 +22,10 @@ from fewstep.data.shards import MOST_SHARDS
 from fewstep.data.texts import Texts
 from fewstep.flows.identity import identity
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import sample, sample_noise, sample_states
+from fewstep.flows.sampling import sample, sample_states
 from fewstep.flows.signature import Model, classes_of, shape_of
 from fewstep.flows.solvers import SOLVERS
+from fewstep.flows.sources import source_facts, starting_points
 from fewstep.flows.times import step_grid
 from fewstep.generation.drawing import check_finite
 from fewstep.generation.texts import claim, turns_of, write_texts
@@ -53,7 +54,8 @@ def make_pairs(
 ) -> int:
     """Draw ``count`` pairs of a velocity field or a flow map into the folder ``out``; returns the shards still missing.
 
-    Pair i of a seed starts from the noise of sample i of that seed. The shards in the folder that are whole stay, so a
+    Pair i of a seed starts from the noise of sample i of that seed, or, between two data sets, from its row of the
+    source. The shards in the folder that are whole stay, so a
     call that was stopped, repeated, ends with the same files. Under torchrun or SLURM the processes share out the
     shards, with no word between them: what is missing at the end is still on its way in another process.
 
@@ -78,8 +80,8 @@ def make_pairs(
         rest: afterwards, draw what the other processes have not drawn yet, so that nothing is missing at the end.
 
     Raises:
-        ValueError: arguments that cannot be, a text model without prompts, a folder of something else or of other
-            pairs; before anything is drawn.
+        ValueError: arguments that cannot be, a text model without prompts, a model between two data sets whose source
+            is not known, a folder of something else or of other pairs; before anything is drawn.
 
     >>> make_pairs(teacher, "pairs", 50_000, steps=50)
     """
@@ -147,7 +149,7 @@ def facts_of(
     """
     return {
         "format": FORMAT, "shape": list(shape_of(field) if shape is None else shape), "labels": _labels(field, labels),
-        "model": identity(field), **settings, **_said(field, prompts),
+        "model": identity(field), "source": source_facts(field), **settings, **_said(field, prompts),
     }  # fmt: skip
 
 
@@ -198,7 +200,7 @@ def _draw(
 ) -> dict[str, torch.Tensor]:
     """The pairs of these indices, on the CPU; of its prompt, each has the number among the distinct ones."""
     generators = sample_generators(facts["seed"], rows)
-    noise = sample_noise((len(rows), *facts["shape"]), generators)
+    noise = starting_points(field, (len(rows), *facts["shape"]), generators)
     labels = facts["labels"]
     cond = {"class_labels": torch.tensor([labels[i % len(labels)] for i in rows])} if labels else {}
     given: dict[str, Any] = {name: value.to(place) for name, value in cond.items()}

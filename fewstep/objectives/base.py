@@ -180,10 +180,15 @@ class Objective(nn.Module):
                 f"the student goes from one data set to another ({path}), and the data say nothing of the first: "
                 "source: NAME in a recipe, Between(data, source) from Python"
             )
+        if path is not None and path.two_sided and not getattr(data, "two_sided", True):
+            raise ValueError(
+                f"the student goes from one data set to another ({path}), and the pairs start from normal noise: leave "
+                "the source out"
+            )
         if path is not None and getattr(data, "two_sided", False) and not path.two_sided:
             raise ValueError(
                 f"the data come from another data set, and the student is on {path}, which starts from normal noise: "
-                "Interpolant() is the path between two data sets"
+                "the path between two data sets is Interpolant(), or in a recipe without a teacher source: NAME"
             )
 
 

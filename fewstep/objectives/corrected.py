@@ -116,6 +116,10 @@ class Corrected(Finishing):
             frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
             self.fake = deepcopy(student, {**frozen})
 
+    def check_student(self, student: Any) -> None:
+        super().check_student(student)
+        student.path.check_noise("Corrected", "Adversarial finishes maps between data sets")
+
     def player_parameters(self) -> list[nn.Parameter]:
         return [] if self.fake is None else [p for p in self.fake.parameters() if p.requires_grad]
 

@@ -58,6 +58,7 @@ class TeacherCritic(nn.Module):
                 f"the critic teacher needs a teacher with a network, and a {type(field).__name__} has none: take the "
                 "critic conv or mlp"
             )
+        field.path.check_noise("the critic teacher", "take the critic conv or mlp")
         if not 0 <= times[0] <= times[1] <= 1:
             raise ValueError(f"the times of the critic teacher are {times}: two in [0, 1], the smaller first")
         if width < 1:

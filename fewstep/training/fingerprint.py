@@ -25,7 +25,7 @@ MAY_DIFFER = frozenset({"data_classes", "data_moments"}) | frozenset(
 _NOW_CALLED = {"teacher.guidance.told": "teacher.guidance.embedded"}
 # What ``fit`` sees of the parts themselves, and no recipe says.
 _SEEN = frozenset(
-    {"objective_class", "student_class", "student_parameters", "training.seed"}
+    {"objective_class", "student_class", "student_parameters", "training.seed", "source_size"}
     | {f"data_{name}" for name in ("shape", "size", "classes", "moments")}
 )
 
@@ -116,7 +116,8 @@ def _came_later(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, A
 
 # Where the parts of a run are from.
 _PLACES = (
-    "teacher.source", "teacher.guidance.weak", "student.start", "student.network", "data.name", "data.prompts",
+    "teacher.source", "teacher.guidance.weak", "student.start", "student.network", "source.name", "data.name",
+    "data.prompts",
     "objective.name", "objective.base.name", "objective.critic", "objective.critic.name",
 )  # fmt: skip
 

@@ -304,6 +304,7 @@ def _identity(settings: dict[str, Any], student: nn.Module, objective: Objective
             "student_parameters": sum(p.numel() for p in student.parameters()),
             "data_shape": list(data.shape),
             "data_size": data.size,
+            "source_size": getattr(getattr(data, "source_data", None), "size", None),
             "data_classes": list(getattr(data, "classes", ())) or None,
             "data_moments": getattr(data, "moments", None),
         }

@@ -12,11 +12,12 @@ from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch
 from fewstep.flows.exact import GaussianField, eight_gaussians
 from fewstep.flows.fields import Guided
+from fewstep.flows.interpolants import Interpolant
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Path, Trigonometric
 from fewstep.flows.times import draw_times
 from fewstep.networks import MLP
-from fewstep.objectives import ITVM, Corrected, MeanFlow
+from fewstep.objectives import ITVM, PSD, Corrected, MeanFlow
 from fewstep.objectives.finishing import Made
 
 MU, VARIANCE = 0.7, 0.36
@@ -212,3 +213,11 @@ def test_what_is_refused():
         objective.check_student(FlowMap(MLP(2, width=16, depth=2, times=2), Trigonometric()))
     with pytest.raises(ValueError, match="adopt"):
         objective(student, Batch(torch.randn(64, 2)), target=student, progress=0.5, generator=generator(0))
+
+
+def test_a_map_between_two_data_sets_is_refused() -> None:
+    """Its samples would be noised by normal noise, which its path does not know."""
+    student = FlowMap(MLP(2, times=2), Interpolant())
+    with pytest.raises(ValueError, match=r"Corrected needs a path that starts from normal noise.*Adversarial"):
+        Corrected(PSD(), real="diagonal").check_student(student)
+    PSD().check_student(student)

@@ -10,6 +10,7 @@ from toys.students import NAMES, field_of, rows
 from fewstep.common.randomness import generator
 from fewstep.flows.exact import GaussianField
 from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.interpolants import Interpolant
 from fewstep.networks import MLP
 from fewstep.objectives.teacher_critic import TeacherCritic, blocks_of
 
@@ -150,3 +151,9 @@ def test_what_cannot_be_is_said_in_one_line():
         TeacherCritic(NetworkField(Own()))
     with pytest.raises(ValueError, match="no list of blocks"):
         TeacherCritic(NetworkField(Bare()), shape=(2,))
+
+
+def test_a_teacher_between_two_data_sets_is_no_critic() -> None:
+    teacher = NetworkField(MLP(2), Interpolant(latent="sine"))
+    with pytest.raises(ValueError, match=r"the critic teacher needs .* normal noise.*: take the critic conv or mlp"):
+        TeacherCritic(teacher)

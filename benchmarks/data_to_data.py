@@ -75,10 +75,16 @@ def judged(model: Any, n: int, seed: int, latent: str, way: str, **options: Any)
     return {"set": "plane", "latent": latent, "way": way, "steps": n, "seed": seed, **values}
 
 
+def images(name: str, digit: int) -> Tensor:
+    """All images of a digit, without their labels."""
+    data = fewstep.load_data(name, only=digit)
+    return data.rows(torch.arange(data.size or 0), generator(0)).data
+
+
 def pictures(name: str, seed: int, steps: int) -> tuple[list[Row], Tensor]:
     """Threes to eights: rows of the table, and a few threes above what each becomes."""
-    threes, eights = (fewstep.load_data(name, only=digit) for digit in (3, 8))
-    data, shape = fewstep.Between(eights, threes), eights.shape
+    threes, eights = (images(name, digit) for digit in (3, 8))
+    data, shape = fewstep.Between(eights, threes), eights.shape[1:]
     options = {"sample_size": shape[1], "in_channels": 1, "out_channels": 1, "block_out_channels": [16, 32]}
     options |= {"layers_per_block": 1, "norm_num_groups": 8, "down_block_types": ["DownBlock2D"] * 2}
     options |= {"up_block_types": ["UpBlock2D"] * 2}
@@ -92,8 +98,8 @@ def pictures(name: str, seed: int, steps: int) -> tuple[list[Row], Tensor]:
     fewstep.fit(field, fewstep.FlowMatching(), data, steps, **settings)
     fewstep.fit(student, fewstep.PSD(ends=0.25), data, steps, **settings)
     classifier = trained_classifier(fewstep.load_data(name))
-    count = min(500, threes.size or 500)
-    start = threes.rows(torch.arange(count), generator(0)).data
+    start = threes[:500]
+    count = len(start)
     rows, shown = [], [start[:12]]
     for way, model, calls in (("ODE, Euler", field, (1, 2, 4, 8, 50)), ("map, PSD from data", student, (1, 2, 4, 8))):
         for n in calls:
@@ -112,17 +118,20 @@ METRICS = ("histogram_kl", "sliced_w2", "outside", "asked class", "distance")
 
 def table(folder: Path, out: Path, seeds: list[int]) -> None:
     rows: list[Row] = [row for file in sorted(folder.glob("*.json")) for row in json.loads(file.read_text())]
-    keys = dict.fromkeys((row["set"], row["latent"], row["way"], row["steps"]) for row in rows)
-    cells = []
-    for key in keys:
-        same = [row for row in rows if (row["set"], row["latent"], row["way"], row["steps"]) == key]
-        cells.append([*key, *(spread([row[name] for row in same if name in row]) for name in METRICS)])
+    keys = dict.fromkeys(
+        (row["set"], metric, row["way"], row["steps"]) for metric in METRICS for row in rows if metric in row
+    )
+    cells: list[list[Any]] = []
+    for name, metric, way, calls in keys:
+        same = [row for row in rows if (row["set"], row["way"], row["steps"]) == (name, way, calls)]
+        of = [[row[metric] for row in same if row["latent"] == latent] for latent in LATENTS]
+        cells.append([name, metric, way, calls, *map(spread, of)])
     write(
         out,
         title="From one data set to another",
         group="set",
-        formats=dict.fromkeys(METRICS, "{mean} ± {std}"),
-        columns=["set", "latent", "way", "steps", *METRICS],
+        formats=dict.fromkeys(LATENTS, "{mean} ± {std}"),
+        columns=["set", "metric", "way", "calls", *LATENTS],
         rows=cells,
         **here(sorted({row["seed"] for row in rows})),
     )

@@ -187,7 +187,10 @@ def next_commands(out: Path, recipe: Recipe, is_map: bool) -> list[str]:
     steps, export = "2" if is_map else "50", ["export", run, f"{name}-export"]
     sample = ["sample", run, "--steps", steps, "--count", "64", "--out", f"{name}.png"]
     evaluate = ["evaluate", run, "--steps", "1", "2", "4", "8", "16"]
-    distill = ["distill", "--teacher", run, *data, "--out", f"{run}-itvm"]
+    student = ["--student.network", recipe.student.network] if recipe.student.kind == "denoised" else []
+    if student and recipe.student.options:  # a velocity of two networks is no start for one
+        student += ["--student.options", json.dumps(recipe.student.options)]
+    distill = ["distill", "--teacher", run, *data, *student, "--out", f"{run}-itvm"]
     return [shlex.join(["fewstep", *words]) for words in (sample, evaluate if is_map else distill, export)]
 
 

@@ -172,19 +172,19 @@ def _opened(path: str | Path) -> Trained:
         if is_from_python(path):
             model: Model = student_of(path)
         else:
+            teacher = _teacher_of(path, recipe)
             model = make_student(
                 recipe.student,
                 shape,
-                _teacher_of(path, recipe),
+                teacher,
                 trains_map(recipe),
                 recipe.seed,
                 start_of(recipe.student),
             )
+            model.starts_from = source_of(recipe, teacher or model)
     if isinstance(model, FlowMap | NetworkField):
         say_shape(model, shape)
     put_back(model, frozen(model), saved, "ema" if "ema" in saved.tensors else "model")
-    if not is_from_python(path):
-        model.starts_from = source_of(recipe, model)
     model.class_names = tuple(known.get("data_classes") or model.class_names)
     if moments := known.get("data_moments"):
         model.moments = tuple(moments)

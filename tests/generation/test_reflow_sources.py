@@ -1,5 +1,6 @@
 """Pairs of a model between two data sets: each starts at a row of the source, and no training takes them for noise."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fewstep.flows.sources import starting_points
 from fewstep.generation.reflow import make_pairs
 from fewstep.networks import MLP
 
+TINY = ["--training.steps", "2", "--training.batch", "8", "--training.quiet", "true", "--evaluation.count", "0"]
 SOURCE = 100 + torch.arange(40.0).reshape(20, 2)
 
 
@@ -62,19 +64,18 @@ def test_pairs_and_student_start_at_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.takes_seconds
 def test_the_command_that_is_told_next_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny = ["--training.steps", "2", "--training.batch", "8", "--training.quiet", "true", "--evaluation.count", "0"]
     recipe = tmp_path / "between.yaml"
     recipe.write_text(
         "source: eight-gaussians\ndata: checkerboard\nobjective: PSD\n"
         "student: {network: mlp, latent: quadratic, options: {width: 8, depth: 1}}\ntraining: {steps: 2}\n"
     )
     run, pairs = str(tmp_path / "run"), str(tmp_path / "pairs")
-    assert main(["train", str(recipe), "--out", run, *tiny]) == 0
+    assert main(["train", str(recipe), "--out", run, *TINY]) == 0
     capsys.readouterr()
     assert main(["reflow", run, "--count", "8", "--steps", "2", "--out", pairs]) == 0
     assert "--student.latent none" in capsys.readouterr().err
     words = ["--data", f'{{"name": "{pairs}"}}', "--student.latent", "none", "--objective", "FlowMatching"]
-    assert main(["train", run, *words, "--out", str(tmp_path / "straight"), *tiny]) == 0
+    assert main(["train", run, *words, "--out", str(tmp_path / "straight"), *TINY]) == 0
     model = fewstep.load(str(tmp_path / "straight"))
     assert model.path == fewstep.Interpolant()
     assert model.starts_from is not None
@@ -85,3 +86,21 @@ def test_the_command_that_is_told_next_trains(tmp_path: Path, capsys: pytest.Cap
     assert "--source DATA" in capsys.readouterr().err
     assert main([*words, "--source", "eight-gaussians"]) == 0
     assert "--source eight-gaussians" in capsys.readouterr().err
+
+
+@pytest.mark.takes_seconds
+def test_what_is_told_after_a_velocity_with_a_denoiser_distills_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = tmp_path / "denoised.yaml", str(tmp_path / "run")
+    recipe.write_text(
+        "source: eight-gaussians\ndata: checkerboard\nobjective: StochasticInterpolant\n"
+        "student: {network: mlp, latent: brownian, options: {width: 8, depth: 1}}\ntraining: {steps: 2}\n"
+    )
+    assert main(["train", str(recipe), "--out", run, *TINY]) == 0
+    said = capsys.readouterr()
+    (told,) = [line for line in (said.out + said.err).splitlines() if "fewstep distill" in line]
+    assert main([*shlex.split(told)[1:], *TINY]) == 0
+    student = fewstep.load(f"{run}-itvm")
+    assert student.path == fewstep.Interpolant(latent="brownian")
+    assert student.starts_from is not None

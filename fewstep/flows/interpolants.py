@@ -61,8 +61,7 @@ class Interpolant(Path):
             data to themselves.
         latent: g: ``none``; ``quadratic``, t (1 - t); ``brownian``, ``sqrt(t (1 - t))``, whose rate is infinite at both
             ends (here held at that of 0.001), so that :class:`StochasticInterpolant`, which learns the velocity in two
-            parts, is to be preferred; ``sine``,
-            ``sin^2(pi t)``.
+            parts, is to be preferred; ``sine``, ``sin^2(pi t)``.
         scale: a factor of g.
         time_scale: of the times that networks on it are asked at: 1000 for those of diffusers.
 

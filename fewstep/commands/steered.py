@@ -27,6 +27,10 @@ def steered_by(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     for flag, value in (("--solver", args.solver), ("--last-step", args.last_step)):
         if value is not None:
             raise ValueError(f"{flag} {value}: steering takes steps of its own, with noise in them; leave it out")
+    if args.grid == "optimal":
+        raise ValueError(
+            "--grid optimal is found for samples that are not steered; leave out one of --grid and --steer"
+        )
     strength = 1.0 if args.strength is None else args.strength
     reward = load_reward(args.steer, strength, args.steer_gradient)
     steered = Steered(reward, 16 if args.particles is None else args.particles)

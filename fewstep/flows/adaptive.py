@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import check_options, placed
+from fewstep.flows.sampling import check_options, placed, rows_of
 from fewstep.flows.solvers import STEPS
 
 
@@ -71,7 +71,7 @@ def sample_adaptive(
     whole, is_known = torch.empty_like(x), torch.zeros_like(place, dtype=torch.bool)
 
     def step(rows: Tensor, x: Tensor, begin: Tensor, end: Tensor) -> Tensor:
-        some = {name: value[rows] if isinstance(value, Tensor) else value for name, value in cond.items()}
+        some = rows_of(cond, rows)
         s, t = begin.to(dtype) / most, end.to(dtype) / most
         tried[rows] += 1
         if isinstance(model, FlowMap):

@@ -7,6 +7,7 @@ map, ``log p0(X_{1,0}(x)) + log |det grad X_{1,0}(x)|``.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -63,8 +64,8 @@ def log_likelihood(
             no smaller than ``sigma`` by much, or the bound is far below.
         generator: where signs and noise are from, torch's global one if not given; a list with one a sample fixes each.
         tolerance: of the adaptive solver.
-        chunk: how many backward calls go as one, which takes as much more memory; at 1 none is vectorised, for networks
-            that ``torch.vmap`` does not take.
+        chunk: how many backward calls go as one, which takes as much more memory. They go one by one in networks that
+            ``torch.vmap`` does not take, as diffusers' U-Nets; 1 spares the trial.
         cond: conditions, (B, ...) each.
 
     Raises:
@@ -150,9 +151,10 @@ def _pulled_back(y: Tensor, x: Tensor, z: Tensor) -> Tensor:
     if not y.requires_grad:  # a constant
         return torch.zeros_like(z)
     told: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    if len(z) == 1:
-        return torch.autograd.grad(y, x, z[0], **told)[0][None]
-    return torch.autograd.grad(y, x, z, is_grads_batched=True, **told)[0]
+    if len(z) > 1:
+        with suppress(RuntimeError):  # some networks have no batched way back: see below
+            return torch.autograd.grad(y, x, z, is_grads_batched=True, **told)[0]
+    return torch.stack([torch.autograd.grad(y, x, each, **told)[0] for each in z])
 
 
 def _by_ode(

@@ -46,8 +46,8 @@ class Reward:
     def __post_init__(self) -> None:
         if not callable(self.reward):
             raise ValueError(f"a reward is a function of samples (B, ...), and this is {shown(self.reward)}")
-        if isinstance(self.strength, bool) or not math.isfinite(self.strength):
-            raise ValueError(f"the strength of a reward is {self.strength}: a finite number is needed")
+        if isinstance(self.strength, bool | str) or not math.isfinite(self.strength):
+            raise ValueError(f"the strength of a reward is {shown(self.strength)}: a finite number is needed")
         if not abs(end := float(self.schedule(1.0)) - 1) < 1e-6:
             raise ValueError(f"the schedule of a reward is {1 + end:g} at t = 1: it ends at 1, where all of it counts")
 
@@ -55,7 +55,7 @@ class Reward:
         """``strength r`` of samples (B, ...), (B,).
 
         Raises:
-            ValueError: the reward gives anything but one number a sample.
+            ValueError: the reward gives anything but one number a sample, or asks for a condition that there is not.
         """
         value = self.reward(x if self.decode is None else self.decode(x), **self._told(cond))
         if not isinstance(value, Tensor) or value.shape != x.shape[:1] or not value.is_floating_point():
@@ -81,13 +81,16 @@ class Reward:
         return slope
 
     def _told(self, cond: Cond) -> Cond:
-        if not cond:
-            return {}
         try:
-            named = list(inspect.signature(getattr(self.reward, "forward", self.reward)).parameters)[1:]
+            named = list(inspect.signature(getattr(self.reward, "forward", self.reward)).parameters.values())[1:]
         except (TypeError, ValueError):  # of what is written in C
             named = []
-        return {name: cond[name] for name in named if name in cond}
+        for each in named:
+            is_optional = each.default is not each.empty or each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+            if each.name not in cond and not is_optional:
+                known = ", ".join(cond) or "none"
+                raise ValueError(f"the reward asks for the condition {each.name!r}; those of these samples: {known}")
+        return {each.name: cond[each.name] for each in named if each.name in cond}
 
 
 class RewardWalk:

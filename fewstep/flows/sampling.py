@@ -5,7 +5,7 @@ A sampler is one function that reads like its formula; ``sample`` chooses it by 
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Any
@@ -113,13 +113,27 @@ def sample_states(
 
 
 def placed(model: FlowMap | VelocityField, noise: Tensor, cond: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Noise and conditions where the model is, the strength of guidance among them for a map that takes one."""
+    """Noise and conditions where the model is, the strength of guidance among them for a map that takes one.
+
+    Raises:
+        ValueError: a condition of more or fewer rows than the noise.
+    """
+    for name, value in cond.items():
+        if isinstance(value, Tensor) and value.ndim and len(value) != len(noise):
+            raise ValueError(
+                f"the condition {name!r} has {len(value)} rows, the noise {len(noise)}: one each is needed"
+            )
     device = device_of(model, noise.device)
     noise = noise.to(device)
     cond = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in cond.items()}
     if isinstance(model, FlowMap) and model.guidance is not None and "guidance" not in cond:
         cond["guidance"] = noise.new_full((len(noise),), model.guidance)
     return noise, cond
+
+
+def rows_of(cond: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Some rows of conditions; what is one for all of them stays."""
+    return {name: value[rows] if isinstance(value, Tensor) and value.ndim else value for name, value in cond.items()}
 
 
 def check_options(
@@ -191,9 +205,10 @@ def sample_map(
     _check_gamma(gamma)
     generator = torch.default_generator if generator is None else generator
     x = noise
-    times = times.to(x.device, torch.promote_types(x.dtype, torch.float32))
-    for t, t_next in pairwise(times):
-        if gamma == 0 or t_next == 1:
+    times = times.to(torch.promote_types(x.dtype, torch.float32))
+    is_end = (times == 1).tolist()  # asked once, so that no step waits for a GPU
+    for (t, t_next), is_last in zip(pairwise(times.to(x.device)), is_end[1:], strict=True):
+        if gamma == 0 or is_last:
             x = model(x, t, t_next, **cond)
             continue
         r, shrink, fresh = beyond(model.path, t_next, gamma)
@@ -229,6 +244,8 @@ def _times(grid: str | Tensor, steps: int, model: Any) -> Tensor:
         if grid not in GRIDS:
             raise unknown("step grid", grid, (*GRIDS, "gaussian", "native"))
         return step_grid(steps, grid)
+    if not isinstance(grid, Tensor):
+        raise ValueError(f"grid={shown(grid)}: the times are a tensor, as in torch.tensor([0, 0.4, 1]), or a name")
     if grid.ndim != 1 or len(grid) < 2 or not (grid.diff() > 0).all() or grid[0] != 0 or grid[-1] != 1:
         raise ValueError(f"a grid of times rises from 0 to 1, this one is {grid.tolist()}")
     return grid

@@ -20,7 +20,7 @@ from fewstep.flows.mixed import Mixed, MixedWalk
 from fewstep.flows.paths import Path
 from fewstep.flows.population import Particles, Population
 from fewstep.flows.rewards import Reward, RewardWalk, climbed
-from fewstep.flows.sampling import check_options, placed
+from fewstep.flows.sampling import check_options, placed, rows_of
 from fewstep.flows.stochastic import Eps, kappa, strength
 
 _MOST_NOISE = 2.0  # of the SDE of fields, where kappa is more
@@ -82,7 +82,7 @@ def steer(
     >>> images = particles.draw()  # 4 images, each of 16
     """
     times = check_options(model, steps, grid=grid, gamma=gamma, eps=eps)
-    _check_population(noise, groups, ess, greedy, generator, cond)
+    _check_population(noise, groups, ess, greedy, generator)
     noise, cond = placed(model, noise, cond)
     source = torch.default_generator if generator is None else generator
 
@@ -111,7 +111,7 @@ def steer(
         population.weigh(log_ratio)
         if i < last:
             rows = population.resample()
-            x, known, cond = x[rows], _of(known, rows), _of(cond, rows)
+            x, known, cond = x[rows], rows_of(known, rows), rows_of(cond, rows)
     walk.check()
     particles = population.particles(x)
     if not (particles.x.isfinite().all() and particles.log_normalizer.isfinite().all()):
@@ -120,10 +120,6 @@ def steer(
             "gives finite samples without it"
         )
     return particles
-
-
-def _of(values: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-    return {name: value[rows] if isinstance(value, Tensor) and value.ndim else value for name, value in values.items()}
 
 
 def _kernel(model: FlowMap | VelocityField, times: Tensor, gamma: float, eps: Eps | None, like: Tensor) -> Kernel:
@@ -175,9 +171,7 @@ def _check_mixed(model: Any, target: Mixed, greedy: bool) -> None:
         check_score(field, "Mixed")
 
 
-def _check_population(
-    noise: Tensor, groups: int, ess: float, greedy: bool, generator: Generators | None, cond: dict[str, Any]
-) -> None:
+def _check_population(noise: Tensor, groups: int, ess: float, greedy: bool, generator: Generators | None) -> None:
     rows = len(noise)
     if groups < 1 or rows % groups or not rows:
         raise ValueError(f"{rows} rows of noise cannot be shared equally by {groups} populations (groups)")
@@ -191,6 +185,3 @@ def _check_population(
     many = len(generator) if isinstance(generator, Sequence) else 1
     if not many or rows % many or (groups % many and many % groups):
         raise ValueError(f"{many} generators cannot be shared by {groups} populations of {rows // groups}: one a row")
-    for name, value in cond.items():
-        if isinstance(value, Tensor) and value.ndim and len(value) != rows:
-            raise ValueError(f"the condition {name!r} has {len(value)} rows, the noise {rows}: one each is needed")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.common.errors import shown
 from fewstep.common.randomness import Generators, normal
 from fewstep.flows.fields import Guided, VelocityField
 from fewstep.flows.maps import FlowMap
@@ -32,6 +33,8 @@ def candidate_times(candidates: int | Tensor) -> Tensor:
         ValueError: K below 1, or times that do not rise from 0 to 1.
     """
     if not isinstance(candidates, Tensor):
+        if not isinstance(candidates, int):
+            raise ValueError(f"candidates={shown(candidates)}: a number of times, or the times themselves as a tensor")
         if candidates < 1:
             raise ValueError(f"candidates is {candidates}: at least as many as steps are needed, such as 24")
         return step_grid(candidates)

@@ -219,7 +219,7 @@ def strength(eps: Eps, path: Path, t: Tensor) -> Tensor:
         if eps not in STRENGTHS:
             raise unknown("strength of noise eps", eps, STRENGTHS)
         return STRENGTHS[eps](path, t)
-    if not (callable(eps) or isinstance(eps, int | float)):
+    if isinstance(eps, bool) or not (callable(eps) or isinstance(eps, int | float)):
         raise ValueError(f"eps is {shown(eps)}: a number, a function of times, or one of {', '.join(STRENGTHS)}")
     value = torch.as_tensor(eps(t) if callable(eps) else eps, dtype=torch.float64, device="cpu").detach()
     if value.ndim == 0:

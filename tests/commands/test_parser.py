@@ -77,3 +77,11 @@ def test_an_old_spelling_works_with_a_note_and_is_not_in_the_help(capsys: pytest
         assert capsys.readouterr().err == "note: --guidance is called --guidance-scale now; the old name still works\n"
         assert parsed(command).guidance_scale is None
         assert "--guidance " not in make_parser()[1][command[0]].format_help()
+
+
+def test_the_help_of_labels_and_source_says_what_each_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--labels 3,cat classes by number or name" in text
+    assert "--source DATA the data set that samples start from" in text

@@ -121,6 +121,7 @@ def test_a_folder_knows_what_steered_it(models: Path, tmp_path: Path, monkeypatc
         (("--steer", "r.py:bright", "--particles", "1"), "particles is 1: steering needs two or more"),
         (("--steer", "r.py:bright", "--particles", "0"), "particles is 0"),
         (("--steer", "r.py:bright", "--strength", "inf"), "the strength of a reward is inf"),
+        (("--steer", "r.py:bright", "--grid", "optimal"), "--grid optimal is found for samples that are not steered"),
         (("--steer", "r.py:bright", "--solver", "heun"), "--solver heun: steering takes steps of its own"),
         (("--particles", "4"), "--particles belongs to --steer"),
         (("--strength", "4"), "--strength belongs to --steer"),

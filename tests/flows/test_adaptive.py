@@ -102,3 +102,17 @@ def test_a_consistency_model_has_no_halves():
     student.gamma = 1.0
     with pytest.raises(ValueError, match="only knows the way to t = 1"):
         sample_adaptive(student, torch.zeros(2, 2), 0.1)
+
+
+class Shifted(nn.Module):
+    def forward(self, x: Tensor, t: Tensor, by: Tensor) -> Tensor:
+        return by - x
+
+
+def test_conditions_are_one_each_or_one_for_all():
+    field, noise = NetworkField(Shifted()), torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    for_all = sample_adaptive(field, noise, 0.01, by=torch.tensor(1.0, dtype=F64))
+    one_each = sample_adaptive(field, noise, 0.01, by=torch.ones(5, 1, dtype=F64))
+    assert torch.equal(for_all.samples, one_each.samples)
+    with pytest.raises(ValueError, match="the condition 'by' has 3 rows, the noise 5"):
+        sample_adaptive(field, noise, 0.01, by=torch.ones(3, 1, dtype=F64))

@@ -281,6 +281,10 @@ def test_errors(gaussian, gaussian_map, points):
         for grid in ([0.0, 0.5], [0.1, 1.0], [0.0, 0.6, 0.5, 1.0], [0.0, 0.5, 0.5, 1.0], [0.0], [[0.0, 1.0]]):
             with pytest.raises(ValueError, match="a grid of times rises from 0 to 1, this one is"):
                 sample(model, points, grid=torch.tensor(grid))
+        with pytest.raises(ValueError, match=r"grid=\[0, 1\]: the times are a tensor"):
+            sample(model, points, grid=[0, 1])
+        with pytest.raises(ValueError, match=rf"the condition 'labels' has 2 rows, the noise {len(points)}: one each"):
+            sample(model, points, labels=torch.zeros(2))
     with pytest.raises(ValueError, match="unknown solver 'rk4'"):
         sample(gaussian, points, solver="rk4")
     with pytest.raises(ValueError, match="takes its steps itself: solver='heun' is for velocity fields"):

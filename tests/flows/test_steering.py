@@ -396,6 +396,7 @@ def refuses(model: Any, change: dict[str, Any], says: str) -> None:
         ({"class_labels": torch.zeros(4)}, r"the condition 'class_labels' has 4 rows, the noise 8"),
         ({"target": parabola}, r"steer takes Reward\(function\) or Mixed"),
         ({"target": Reward(lambda x: x)}, r"the reward gave torch.float64 of shape \(8, 1\) for 8 samples"),
+        ({"target": Reward(lambda x, mood: x[:, 0])}, r"the reward asks for the condition 'mood'.*: none"),
         ({"target": Reward(lambda x: x.sum())}, r"of shape \(\) for 8 samples: a number for each is needed, \(8,\)"),
         ({"target": Reward(lambda x: (x[:, 0] > 0).long())}, r"the reward gave torch.int64"),
         ({"target": Reward(lambda x: 1.0)}, r"the reward gave 1.0"),  # pyright: ignore
@@ -445,6 +446,7 @@ def test_a_late_nan_is_found(unit_map: FlowMap, noise: Tensor) -> None:
     [
         ({"schedule": lambda t: t / 2}, r"the schedule of a reward is 0.5 at t = 1"),
         ({"strength": math.inf}, r"the strength of a reward is inf"),
+        ({"strength": "3"}, r"the strength of a reward is '3'"),
         ({"reward": 3}, r"a reward is a function of samples"),
     ],
 )

@@ -305,6 +305,7 @@ class Bad(nn.Module):
         ({"steps": 0}, "steps is 0"),
         ({"steps": 9}, "steps is 9 and candidates 8"),
         ({"candidates": 0}, "candidates is 0"),
+        ({"candidates": [0.0, 0.5, 1.0]}, "or the times themselves as a tensor"),
         ({"candidates": torch.tensor([0.0, 0.5])}, "rise from 0 to 1"),
         ({"candidates": torch.tensor([0.0, 0.5, 0.4, 1.0])}, "rise from 0 to 1"),
         ({"noise": noise_of(1, 1)}, "one row"),

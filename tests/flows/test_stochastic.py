@@ -253,6 +253,7 @@ def test_the_last_step_has_no_noise(gaussian, points, last_step, path):
         (float("inf"), "eps=inf is inf at t = 0.01"),
         (lambda t: t - 0.5, r"eps\(t\) is -0.5 at t = 0"),
         (lambda t: torch.ones(3), r"eps\(t\) has shape \(3,\) at 65 times"),
+        (True, "eps is True: a number"),
         ([0.1], r"eps is \[0.1\]: a number, a function of times"),
     ],
 )

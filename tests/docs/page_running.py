@@ -31,6 +31,7 @@ SLOW = {"torchrun", "accelerate"}
 # What stands for the reader's own in a line that shows how a command is called, the first that fits.
 PLACEHOLDERS = {
     "export RUN FOLDER": "export runs/one exported",
+    "edit MODEL PICTURE --label CLASS": "edit fewstep:fashion-mnist-fast ./photos --method sdedit --label 7",
     "convert MODEL --out FOLDER": "convert ./my-ddpm --out converted",
     "--count N --out FOLDER": "--count 8 --out drawn",
     "RUN RUN": "runs/one runs/two",

@@ -28,7 +28,7 @@ RECIPE: dict[str, Any] = {
     "teacher": "eight-gaussians",
     "student": {"network": "mlp", "options": {"width": 16, "depth": 2}},
     "data": "eight-gaussians",
-    "objective": {"name": "ITVM", "ema": 0.5},
+    "objective": {"name": "ITVM", "ema": 0.7},
     "training": {"steps": 4, "batch": 64, "checkpoint_every": 2},
     "evaluation": {"steps": [1, 2], "teacher_steps": [1, 2, 5], "count": 40},
 }
@@ -98,7 +98,7 @@ def test_two_methods_two_seeds_side_by_side_and_never_trained_twice(
     assert lines[1].startswith("ITVM          seed 0  3 steps  loss ")
     kept = load_recipe(out / "LMD-ends=0.1-seed1")
     assert (kept.seed, kept.training.steps, kept.objective.options["ends"]) == (1, 3, 0.1)
-    assert load_recipe(out / "ITVM-seed0").objective.options["ema"] != 0.5  # the method's own, not the recipe's
+    assert load_recipe(out / "ITVM-seed0").objective.options["ema"] != 0.7  # the method's own, not the recipe's
 
     columns, rows = found.table("rmse")
     assert columns == ["method", "steps", "runs", "time / FM", "memory / FM", "1", "2", "5"]

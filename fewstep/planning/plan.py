@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.errors import shown
 from fewstep.data.batch import Batch
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
@@ -207,6 +208,8 @@ def _build(recipe: Recipe) -> _Run:
         warnings.simplefilter("ignore")  # what is new in a student is said where it is trained
         teacher = teacher_without_weights(recipe)
         shape, given = sample_of(recipe, teacher)
+        if any(side >> 40 for side in shape):  # more than a tensor's shape can say, on any device
+            raise ValueError(f"a sample of shape {shown(list(shape))}: no memory holds one side of it")
         # What it starts from is loaded, which the meta device does not let it be.
         with META if recipe.student.start is None else nullcontext():
             student: Any = make_student(

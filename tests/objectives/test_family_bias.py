@@ -57,7 +57,9 @@ BIASES = {
     # 1 - r of the tangent.
     "AYF": Bias(lambda v, h: AYF(v, ramp=1 - h, diagonal=0.5), 1, 0.004),
     "SCM": Bias(lambda v, h: SCM(v, ramp=1 - h), 1, 0.004, TO_THE_END),
-    "ITVM derivative, warming up": Bias(lambda v, h: ITVM(v, "derivative", diagonal=0.5, times="uniform", ends=0.25), 1, 0.004),
+    "ITVM derivative, warming up": Bias(
+        lambda v, h: ITVM(v, "derivative", diagonal=0.5, times="uniform", ends=0.25), 1, 0.004
+    ),
     # One Heun step is off by h^3.
     "AYF LMD": Bias(lambda v, h: AYF(v, "LMD", step_size=h, diagonal=0.5), 3, 0.1),
     "ITVM step": Bias(lambda v, h: ITVM(v, "step", diagonal=0.5, times="uniform", ends=0.25, step_size=h), 3, 0.1),

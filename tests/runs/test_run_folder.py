@@ -69,7 +69,7 @@ def test_a_training_owns_its_folder_until_it_is_killed(
     try:
         wait_for(tmp_path / "run" / folder.RECIPE, first)  # long before there is a checkpoint
         before = (tmp_path / "run" / "recipe.yaml").read_text()
-        for more in ([], ["--fresh"], ["--objective.ema", "0.5", "--fresh"]):
+        for more in ([], ["--fresh"], ["--objective.ema", "0.7", "--fresh"]):
             assert main(["distill", "points.yaml", "--out", "run", *more]) == 2
             said = capsys.readouterr().err
             assert f"run is being trained by process {first.pid} on " in said
@@ -148,8 +148,8 @@ def test_the_recipe_counts_before_there_is_a_checkpoint(tmp_path: Path, monkeypa
         with pytest.raises(TypeError):
             run(recipe, out)
     before = (out / "recipe.yaml").read_text()
-    other = load_recipe(POINTS, {"objective.ema": "0.5"})
-    with pytest.raises(ValueError, match=r"another recipe: objective\.ema is 0\.9 there and 0\.5 here.*--fresh"):
+    other = load_recipe(POINTS, {"objective.ema": "0.7"})
+    with pytest.raises(ValueError, match=r"another recipe: objective\.ema is 0\.5 there and 0\.7 here.*--fresh"):
         run(other, out)
     assert (out / "recipe.yaml").read_text() == before
     assert run(other, out, fresh=True).result.step == 4
@@ -164,9 +164,9 @@ def test_a_recipe_that_was_edited_is_not_what_the_checkpoint_is_of(tmp_path: Pat
     assert open_run(out).step == 4
     assert run(load_recipe(out, {"evaluation.count": "0"}), out).result.step == 4
     assert (out / "recipe-1.yaml").read_text().startswith("# a note of mine")  # set aside, not lost
-    recipe.write_text(text.replace("ema: 0.9,", "ema: 0.5,", 1))
+    recipe.write_text(text.replace("ema: 0.5,", "ema: 0.7,", 1))
     assert recipe.read_text() != text
-    said = r"recipe.yaml is not what the checkpoint of the run was trained by: .*ema is 0\.9.* there and 0\.5 here"
+    said = r"recipe.yaml is not what the checkpoint of the run was trained by: .*ema is 0\.5.* there and 0\.7 here"
     for read in (lambda: open_run(out), lambda: evaluate_run(out)):
         with pytest.raises(ValueError, match=said):
             read()
@@ -265,7 +265,7 @@ def kill_at(call: int, out: Path, recipe: Any) -> bool:
 @pytest.mark.takes_seconds
 def test_killed_at_any_change_of_a_fresh_start_no_checkpoint_passes_as_another_recipes(tmp_path: Path) -> None:
     whole, call = trained(tmp_path / "whole", evaluation__every="2"), 0
-    old, other = load_recipe(whole), load_recipe(POINTS, {"objective.ema": "0.5", "name": "other"})
+    old, other = load_recipe(whole), load_recipe(POINTS, {"objective.ema": "0.7", "name": "other"})
     left = set()
     while True:
         out = shutil.copytree(whole, tmp_path / f"run-{call}")

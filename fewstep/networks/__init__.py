@@ -17,6 +17,7 @@ from fewstep.networks.families import (
 )
 from fewstep.networks.families.base import OfDiffusers, TwoTimeNetwork
 from fewstep.networks.mlp import MLP
+from fewstep.networks.noise_encoder import NoiseEncoder
 from fewstep.networks.second_time import SecondTime, sinusoidal
 from fewstep.networks.students import gains_second_time, new_parts, with_second_time
 from fewstep.networks.two_times.base import SECOND_TIMES
@@ -32,6 +33,7 @@ __all__ = [
     "DiT",
     "Flux",
     "MLPCritic",
+    "NoiseEncoder",
     "OfDiffusers",
     "PixArt",
     "SecondTime",

@@ -77,7 +77,8 @@ class Objective(nn.Module):
     said: 0, or 1 where they only know the way to t = 1 (consistency models), see ``fewstep.sample``. ``trains_field``
     says that what it trains is a velocity field, not a flow map. ``needs_rows``: it learns from real rows, so a recipe
     whose teacher makes the data has none for it. ``uses_data``: it learns from the rows of a batch at all; else these
-    only say the shape of a sample, and the conditions.
+    only say the shape of a sample, and the conditions. ``around``: it stands around another objective, its ``base``;
+    this is the one that a recipe has there where it names none.
     """
 
     ema: float | None = None
@@ -85,6 +86,7 @@ class Objective(nn.Module):
     trains_field: bool = False
     needs_rows: bool = False
     uses_data: bool = True
+    around: str | None = None
     sources: tuple[str, ...] = ()
 
     def __init__(self, teacher: VelocityField | None = None) -> None:

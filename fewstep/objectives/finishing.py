@@ -96,6 +96,7 @@ class Finishing(Objective):
     """
 
     player = "player"
+    around = "ITVM"
     betas: tuple[float, float] | None = None
     floor: float | None = None
     advice: str = ""
@@ -238,5 +239,6 @@ class Finishing(Objective):
 
 def name_of(objective: Objective) -> str:
     """The class of an objective, and in brackets that of what it stands around: ``Corrected(ITVM)``."""
-    inside = f"({name_of(objective.base)})" if isinstance(objective, Finishing) else ""
+    base = getattr(objective, "base", None)
+    inside = f"({name_of(base)})" if isinstance(base, Objective) else ""
     return type(objective).__name__ + inside

@@ -51,9 +51,12 @@ def null_of(null: Mapping[str, int] | str, field: VelocityField | None, encoded:
 
 
 def coupling_of(recipe: Recipe) -> str:
-    """How noise and data are paired in a run, ``reflow pairs`` among the ways; empty where they are independent."""
+    """How noise and data are paired in a run, ``reflow pairs`` and ``learned noise`` among the ways; empty where they
+    are independent."""
     if recipe.coupling != "independent":
         return recipe.coupling
+    if recipe.objective.name == "LearnedNoise":
+        return "learned noise"
     return "reflow pairs" if (Path(recipe.data.name).expanduser() / FACTS).is_file() else ""
 
 

@@ -45,8 +45,7 @@ def settle_objective(recipe: Recipe) -> None:
 def _filled(recipe: Recipe, section: Named, where: str) -> Named:
     """The section of a method with all its options, and those of what it stands around."""
     method, options = find_objective(section.name), section.options
-    is_around = issubclass(method, Finishing)
-    base = {"base": options.pop("base", None) or "ITVM"} if is_around else {}
+    base = {"base": options.pop("base", None) or method.around} if method.around else {}
     alone = {"teacher": "none"} if "teacher" in options else {}
     if alone:
         _train_alone(recipe, method, options.pop("teacher"))
@@ -56,12 +55,12 @@ def _filled(recipe: Recipe, section: Named, where: str) -> Named:
     options = arguments(where, method, options, given=("teacher", *base))
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     wanted = known.get("teacher")
-    if recipe.teacher is None and wanted is not None and (is_around or wanted.default is wanted.empty):
+    if recipe.teacher is None and wanted is not None and (method.around or wanted.default is wanted.empty):
         raise ValueError(
             f"{section.name} distills a teacher and there is none: say --teacher, or teacher: in the recipe"
         )
-    if is_around:
-        inner = base_section(base["base"], f"{where}.base")
+    if method.around:
+        inner = base_section(base["base"], f"{where}.base", method.around)
         base = {"base": _filled(recipe, inner, f"{where}.base").model_dump()}
     return Named.model_validate({"name": section.name, **base, **alone, **options})
 

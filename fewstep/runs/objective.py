@@ -10,7 +10,6 @@ from fewstep.flows.maps import FlowMap
 from fewstep.models.lora import add_lora
 from fewstep.objectives import OBJECTIVES
 from fewstep.objectives.base import Objective
-from fewstep.objectives.finishing import Finishing
 from fewstep.runs.methods import find_objective
 from fewstep.runs.recipe import MADE, Named, Recipe
 
@@ -23,7 +22,7 @@ def make_objective(recipe: Recipe, teacher: VelocityField | None) -> Objective:
 def _made(section: Named, teacher: VelocityField | None) -> Objective:
     """An objective, and inside it what it stands around."""
     method, options = find_objective(section.name), section.options
-    if "base" in options and issubclass(method, Finishing):
+    if "base" in options and method.around:
         options["base"] = _made(Named.model_validate(options["base"]), teacher)
     if options.pop("teacher", None) == "none":
         teacher = None

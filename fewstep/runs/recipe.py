@@ -59,14 +59,14 @@ class Named(Section):
         return dict(self.model_extra or {})
 
 
-def base_section(base: Any, where: str) -> Named:
-    """What an objective stands around, as its recipe says it at the key ``where``: ITVM, if it is not named.
+def base_section(base: Any, where: str, unnamed: str = "ITVM") -> Named:
+    """What an objective stands around, as its recipe says it at the key ``where``: ``unnamed``, if it is not named.
 
     Raises:
         ValueError: it is neither a name nor a mapping.
     """
     try:
-        return Named.model_validate({"name": "ITVM", **base} if isinstance(base, Mapping) else base)
+        return Named.model_validate({"name": unnamed, **base} if isinstance(base, Mapping) else base)
     except ValidationError as error:
         raise in_one_line(error, Named, where) from None
 

@@ -35,7 +35,6 @@ from fewstep.objectives import (
     PSD,
     AlphaFlow,
     Denoising,
-    Finishing,
     StochasticInterpolant,
 )  # fmt: skip
 from fewstep.objectives.base import split_rows
@@ -235,9 +234,9 @@ def test_the_first_round_of_pfmm_is_the_teachers():
 
 def test_every_method_is_in_these_tests(gaussian: GaussianField):
     # Denoising trains no map, and no velocity: tests/objectives/test_denoising.py.
-    # What stands around another: tests/objectives/test_finishing.py. Two heads: tests/flows/test_interpolants.py.
+    # What stands around another: test_finishing.py and test_learned_noise.py. Two heads: flows/test_interpolants.py.
     alone = {Denoising, StochasticInterpolant}
-    methods = {method for method in OBJECTIVES.values() if not issubclass(method, Finishing)} - alone
+    methods = {method for method in OBJECTIVES.values() if not method.around} - alone
     assert {type(make(gaussian)) for make in ALL.values()} == methods
     assert all(make(gaussian).sources for make in ALL.values())
     assert {type(ALL[name](gaussian)) for name in CALLS} == methods

@@ -113,6 +113,7 @@ def objectives(teacher: fewstep.VelocityField) -> dict[str, nn.Module]:
     made = [make(teacher) for make in with_teacher] + [make() for make in alone]
     made.append(fewstep.Corrected(fewstep.ITVM(teacher), weight=0.2, rollout=(1, 2), begin=0.5))
     critic = fewstep.Diffused(fewstep.TeacherCritic(teacher, layers=["hidden.0"], width=8), target=0.5)
+    made.append(fewstep.LearnedNoise(fewstep.FlowMatching(), {"width": 32}, beta=5.0))
     made.append(fewstep.Adversarial(fewstep.ITVM(teacher), critic, weight=0.03, loss="hinge", rollout=(1, 2)))
     return {type(objective).__name__: objective for objective in made}
 

@@ -38,6 +38,10 @@ from fewstep.flows.exact import eight_gaussians
 from fewstep.flows.sampling import sample_states
 from fewstep.networks import MLP
 
+NOTES = (
+    "Mean and deviation of the seeds; eight-gaussians has seed 0 alone. In CPU seconds a training with ot took 2 to 6 "
+    "times as long as with independent noise (the assignment), with learned noise 1.2 to 1.8 times.",
+)
 WAYS = ("independent", "ot", "beta 20", "beta 5", "beta 1")
 CALLS = (1, 2, 4, 8, 64)
 PAIR = fewstep.MixtureField(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), torch.tensor([0.2, 0.2]), torch.ones(2) / 2)
@@ -110,7 +114,7 @@ def table(folder: Path, out: Path) -> None:
         formats=dict.fromkeys(keys, "{mean} ± {std}"),
         columns=["set", "noise of training", *keys],
         rows=cells,
-        **here(sorted({row["seed"] for row in rows})),
+        **here(sorted({row["seed"] for row in rows}), NOTES),
     )
 
 
@@ -140,7 +144,7 @@ def picture(file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Learned noise: curvature and quality at few Euler calls.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("sets", nargs="*", metavar="SET", help="pair, eight-gaussians, digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

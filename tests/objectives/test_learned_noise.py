@@ -20,6 +20,7 @@ from fewstep.flows.paths import Linear
 from fewstep.flows.sampling import sample_states
 from fewstep.networks import MLP, NoiseEncoder
 from fewstep.objectives import ITVM, ContrastiveFlowMatching, FlowMatching, LearnedNoise
+from fewstep.objectives.base import Player
 from fewstep.objectives.finishing import name_of
 from fewstep.runs.methods import settle_objective
 from fewstep.runs.recipes import load_recipe
@@ -120,7 +121,8 @@ def test_an_encoder_starts_as_no_encoder():
     assert float(own.terms["kl"]) == 0
     own.total.backward()
     assert all(p.grad is not None for p in objective.parameters())
-    assert len(objective.parameter_groups(student)["student"]) == len([*student.parameters(), *objective.parameters()])
+    player = Player.of(objective.parameter_groups(student)["student"])
+    assert len(player.parameters) == len([*student.parameters(), *objective.parameters()])
     assert name_of(objective) == "LearnedNoise(ContrastiveFlowMatching)"
     assert objective.sources == ("2301.12003", "2506.05350", "2210.02747")
 

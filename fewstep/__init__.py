@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fewstep.evaluation.geometry import geometry
     from fewstep.evaluation.results import compare
     from fewstep.flows.adaptive import sample_adaptive
+    from fewstep.flows.beside import with_image
     from fewstep.flows.controlled import Controlled
     from fewstep.flows.editing import flow_edit, invert, resume, sdedit
     from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField
@@ -173,6 +174,7 @@ _HOMES = {
     "sdedit": "flows.editing",
     "steer": "flows.steering",
     "step_errors": "flows.step_grids",
+    "with_image": "flows.beside",
 }
 
 __all__ = [
@@ -261,6 +263,7 @@ __all__ = [
     "sdedit",
     "steer",
     "step_errors",
+    "with_image",
 ]
 
 

@@ -54,6 +54,8 @@ def add(commands: Commands) -> None:
     prompts.add_argument("--prompts", metavar="FILE", help=text)
     text = "height and width in pixels, for a model that takes others"
     p.add_argument("--size", metavar="768x1024", help=text)
+    text = "what stands beside the samples, in turn, for a model that takes an image: a picture, a folder of them, .npy"
+    p.add_argument("--image", metavar="PATH", help=f"{text} (default: those of the run's data)")
     add_guidance_scale(p)
     p.add_argument("--latents", action="store_true", help="write the latents of a latent model, not their images")
     text = "re-noising between steps, 0 to 1 (default: the map's, mostly 0)"
@@ -89,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from fewstep.flows.maps import FlowMap
     from fewstep.flows.sampling import count_calls
     from fewstep.flows.signature import shape_of, sized
+    from fewstep.generation.beside import images_for
     from fewstep.generation.drawing import draw_batches, labels_of, settled
     from fewstep.generation.images import check_out, claim, missing, picture_name, save_pictures, says, write
     from fewstep.generation.placement import place
@@ -112,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
     check_out(out, written)
     requests = _requests(args, model)
     rows = {"count": requests.count, "first": requests.first, "text": not requests.prompts}
-    given = {} if run is None else given_by(run.recipe, model, **rows)
+    given = {} if run is None or args.image else given_by(run.recipe, model, **rows)
+    given |= {"image": images_for(model, args.image, shape)} if args.image else {}
     requests = settled(model, requests, given)
 
     options = {"grid": args.grid, "gamma": args.gamma, "solver": args.solver, "guidance": args.guidance_scale}

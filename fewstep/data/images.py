@@ -27,6 +27,8 @@ def image_folder(
     flip: bool = False,
     labels: bool = True,
     split: str | None = None,
+    beside: str | None = None,
+    beside_channels: int = 3,
 ) -> ArrayData:
     """All images in a folder and below it that Pillow reads, in the order of their names.
 
@@ -40,10 +42,13 @@ def image_folder(
         channels: 1 (grey), 3 (RGB, on white where the image is transparent) or 4 (RGBA).
         on_error: what an image that cannot be read does: raise, or skip (left out, with a warning).
         split: which part is used, by default train where there are parts: see ``fewstep.data.listing.open_folder``.
+        beside: another folder, with an image of the same name (whatever its suffix) for each: the condition ``image``,
+            in ``beside_channels`` of 1, 3 or 4, cut and resized as the images are.
 
     Raises:
         FileNotFoundError: no such folder, or no images in it; says what it holds.
-        ValueError: an image that cannot be read, or images of several sizes; names them. No such split.
+        ValueError: an image that cannot be read, or images of several sizes; names them. No such split. An image with
+            none of its name beside it.
     """
     folder = open_folder(Path(path).expanduser(), split)
     files = [folder.root / name for name in folder.names]
@@ -51,8 +56,33 @@ def image_folder(
     pixels, kept = decode_once(files.__getitem__, list(map(str, files)), fingerprint, size, channels, on_error)
 
     classes, numbers = folder.classes() if labels else ([], [])
-    cond = {"class_labels": np.array(numbers)[kept]} if classes else None
+    cond = {"class_labels": np.array(numbers)[kept]} if classes else {}
+    if beside is not None:
+        names = [folder.names[row] for row in kept]
+        cond["image"] = _beside(Path(beside).expanduser(), names, size, beside_channels, folder.root)
+        if cond["image"].shape[2:] != pixels.shape[2:]:
+            sides, others = (" x ".join(map(str, a.shape[:1:-1])) for a in (pixels, cond["image"]))
+            raise ValueError(
+                f"images in {folder.root} are {sides}, those beside them in {beside} {others}: say --data.size 64 "
+                "(size=64 in Python) for both"
+            )
     return ArrayData(pixels, cond, flip, classes=classes, name=str(folder.root))
+
+
+def _beside(folder: Path, names: list[str], size: int | None, channels: int, root: Path) -> np.ndarray:
+    """The images of a folder that have these names but for their suffix, (n, channels, H, W) uint8."""
+    there = open_folder(folder, "all")
+    by_stem = {name.rpartition(".")[0]: name for name in there.names}
+    stems = [name.rpartition(".")[0] for name in names]
+    if missing := [name for name, stem in zip(names, stems, strict=True) if stem not in by_stem]:
+        raise ValueError(
+            f"{len(missing)} of {len(names)} images in {root} have none of their name in {folder}, the first is "
+            f"{missing[0]}: one beside each is needed"
+        )
+    wanted = [by_stem[stem] for stem in stems]
+    files = [there.root / name for name in wanted]
+    fingerprint = [stamp(there.root, name) for name in wanted]
+    return decode_once(files.__getitem__, list(map(str, files)), fingerprint, size, channels, "raise")[0]
 
 
 def hugging_face(

@@ -89,7 +89,7 @@ def classes_of(model: Model) -> int:
 
 
 def image_channels(model: Model) -> int:
-    """How many channels of an image a U-Net takes beside the state, as the condition ``image``; 0 for none."""
+    """Channels of the image that a model of diffusers takes beside the state, the condition ``image``; 0 for none."""
     inner = network_of(model)
     return inner.image_channels if isinstance(inner, OfDiffusers) else 0
 
@@ -103,8 +103,8 @@ def check_image(model: Model, cond: Mapping[str, Any]) -> None:
     if (channels := image_channels(model)) and "image" not in cond:
         raise ValueError(
             f"the model takes an image of {channels} channels beside the state, the condition image, which is not "
-            "given: the samples of a run take it from the run's data, and Python any, "
-            f"fewstep.sample(model, noise, image=tensor of shape (B, {channels}, H, W))"
+            "given: the samples of a run take it from the run's data, `fewstep sample --image FILE` from a file or a "
+            f"folder, and Python any, fewstep.sample(model, noise, image=tensor of shape (B, {channels}, H, W))"
         )
 
 

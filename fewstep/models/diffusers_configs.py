@@ -17,7 +17,7 @@ from fewstep.flows.schedules import schedule_of, todays_config
 from fewstep.latents.prompts import Prompts, knows_prompts
 from fewstep.latents.vae import VAE_FOLDERS, Latents
 from fewstep.models.distilled import distilled_as
-from fewstep.networks import FAMILIES, Flux
+from fewstep.networks import FAMILIES
 from fewstep.pipelines.arguments import side_step
 
 BY_HAND = "wrap it by hand: DiffusionField(network, scheduler), or NetworkField(network, path, prediction)"
@@ -66,11 +66,11 @@ def look_into(folder: Path, variant: str | None = None) -> Found:
     scheduler = find_scheduler(folder)
     schedule_of(scheduler)
     latents = _latents(folder, index, variant)
-    is_flux = FAMILIES[class_name] is Flux
-    channels = _state_channels(models[0], config, scheduler, latents, patch=4 if is_flux else 1)
+    patch = FAMILIES[class_name].patch
+    channels = _state_channels(models[0], config, scheduler, latents, patch)
     network = _on_meta(models[0], class_name)
-    if not is_flux and channels != network.channels:
-        network.model.register_to_config(_state_channels=channels)
+    if channels != network.channels:
+        network.model.register_to_config(_state_channels=patch * channels)
     if class_of(index).startswith(_IMAGE_FIRST) and channels < config["in_channels"]:
         network.model.register_to_config(_image_first=True)
     _check_call(network, models[0])
@@ -132,9 +132,8 @@ def _state_channels(model: Path, config: dict[str, Any], scheduler: Any, latents
     is_learned = str(scheduler.config.get("variance_type")).startswith("learned")
     usual = gives // 2 if is_learned and gives % 2 == 0 else min(takes, gives)
     state = usual if latents is None else latents.channels * patch
-    # An image may go into a U-Net beside the state.
-    fits = takes == state or (name.startswith("UNet2D") and takes > state)
-    if fits and gives in (state, 2 * state):
+    # An image may go in beside the state.
+    if takes >= state and not (takes - state) % patch and gives in (state, 2 * state):
         return state // patch
     if latents is not None and state != min(takes, gives):
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import nn
 
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.networks import SecondTime, TwoTimeNetwork, new_parts
+from fewstep.networks import OfDiffusers, SecondTime, TwoTimeNetwork, new_parts
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -42,8 +42,8 @@ def add_lora(
         alpha: the adapter is scaled by ``alpha / rank``; the rank if not given, that is by 1.
         targets: the layers to adapt, by (the end of) their names, or one regular expression for whole names, as peft
             takes them. If not given: the attention projections ``to_q, to_k, to_v, to_out.0`` of large diffusers models
-            (transformers, ``UNet2DConditionModel``), as diffusers' own scripts do, and ``conv_in`` where it takes an
-            image beside the state; every linear layer and convolution of a ``UNet2DModel``, which has hardly any
+            (transformers, ``UNet2DConditionModel``), as diffusers' own scripts do, and the first layer where it takes
+            an image beside the state; every linear layer and convolution of a ``UNet2DModel``, which has hardly any
             attention, and of any other network.
         dropout: of the adapter's input while training.
 
@@ -145,9 +145,7 @@ def _choose(model: NetworkField | FlowMap, targets: list[str] | str | None) -> t
         is_large = hasattr(network, "save_pretrained") and "UNet2DModel" not in type(network).__name__
         plain = [name for name in free if isinstance(layers[name], nn.Linear) or _is_plain(layers[name])]
         # With an image beside the state, what reads it has to train, or nothing would heed it.
-        first, last = (getattr(network, name, None) for name in ("conv_in", "conv_out"))
-        is_wide = first is not None and last is not None and first.in_channels > last.out_channels
-        wanted = (*ATTENTION, "conv_in") if is_wide else ATTENTION
+        wanted = (*ATTENTION, *_reads_image(model.network, network))
         chosen = [name for name in plain if is_large and _ends(name, wanted)] or plain
     elif isinstance(targets, str):
         try:
@@ -163,6 +161,14 @@ def _choose(model: NetworkField | FlowMap, targets: list[str] | str | None) -> t
     if stuck := next((name for name in chosen if name in barred), None):
         raise ValueError(f"the layer {stuck} cannot be adapted, as {barred[stuck]}: leave it out of targets")
     return chosen, [name for name in layers if name not in chosen]
+
+
+def _reads_image(own: nn.Module, inner: Any) -> list[str]:
+    """The layer that takes an image beside the state, where there is one."""
+    if isinstance(own, OfDiffusers):
+        return [own.first] if own.image_channels else []
+    first, last = (getattr(inner, name, None) for name in ("conv_in", "conv_out"))
+    return ["conv_in"] if first is not None and last is not None and first.in_channels > last.out_channels else []
 
 
 def _barred(model: NetworkField | FlowMap) -> dict[str, str]:

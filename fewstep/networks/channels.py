@@ -10,22 +10,30 @@ from torch import Tensor
 
 
 def state_channels(config: Any) -> int:
-    """How many channels the state of a U-Net has. An image may go in beside it, and a variance come out behind it: what
+    """How many channels the state of a model has. An image may go in beside it, and a variance come out behind it: what
     is there of both is said as ``_state_channels`` where the numbers alone would not tell."""
     takes = config["in_channels"]
     return config.get("_state_channels") or min(takes, config["out_channels"] or takes)
 
 
-def beside(model: Any, x: Tensor, image: Tensor | None) -> Tensor:
-    """What goes into a U-Net: the state (B, C, H, W), and behind it the channels of an image it is conditioned on;
+def beside(model: Any, x: Tensor, image: Tensor | None, patch: int = 1) -> Tensor:
+    """What goes into a model: the state (B, C, ...), and behind it the channels of an image it is conditioned on;
     before it where the config says ``_image_first``.
 
+    Args:
+        patch: numbers of one channel that are one of the channels that the config counts.
+
     Raises:
-        ValueError: they are not as many channels as the model takes.
+        ValueError: they are not as many channels as the model takes, or the image has other sides or rows.
     """
+    if image is not None and (image.ndim != x.ndim or image.shape[2:] != x.shape[2:] or len(image) != len(x)):
+        needed = (len(x), image.shape[1] if image.ndim > 1 else 1, *x.shape[2:])
+        raise ValueError(
+            f"the condition image has shape {tuple(image.shape)} beside a state {tuple(x.shape)}: scale it to {needed}"
+        )
     parts = [x] if image is None else [x, image.to(x)]
     both = torch.cat(parts[::-1] if model.config.get("_image_first") else parts, dim=1)
-    if both.shape[1] != (takes := model.config["in_channels"]):
+    if both.shape[1] != (takes := model.config["in_channels"] // patch):
         own = f"the state has {x.shape[1]}" + ("" if image is None else f" and the condition image {image.shape[1]}")
         raise ValueError(f"this {type(model).__name__} takes {takes} channels, {own}: they must add up")
     return both

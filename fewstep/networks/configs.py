@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from torch import nn
+
+from fewstep.networks.families.base import OfDiffusers
 
 
 def keep_facts(model: Any, source: Any) -> None:
@@ -18,24 +19,37 @@ def public_config(model: Any) -> dict[str, Any]:
 
 
 def with_image(network: Any, channels: int) -> Any:
-    """A copy of a U-Net's network that takes the condition ``image`` (B, channels, H, W) beside the state, and does not
-    heed it yet: the weights of the first convolution for it are zeros (as of the latents in arXiv 2211.09800).
+    """A copy of a network of diffusers' that takes the condition ``image`` (B, channels, H, W) beside the state, and
+    does not heed it yet: the weights of its first layer for it are zeros (as of the latents in arXiv 2211.09800).
 
     Raises:
-        ValueError: for a network without a first convolution of its own.
+        ValueError: no model of diffusers, one that takes an image already, no whole number of channels.
     """
-    teacher = getattr(network, "model", None)
-    if not isinstance(getattr(teacher, "conv_in", None), nn.Conv2d):
-        raise ValueError(f"student.image widens the first convolution of a U-Net, a {type(network).__name__} has none")
-    config = public_config(teacher)
-    first = config["in_channels"]
-    model = type(teacher).from_config({**config, "in_channels": first + channels})  # pyright: ignore
+    if not isinstance(network, OfDiffusers):
+        raise ValueError(
+            f"an image beside the state widens the first layer of a model of diffusers, and a {type(network).__name__} "
+            "is none: have its forward take image=None, which data with a condition of that name then give it"
+        )
+    teacher: Any = network.model
+    if type(channels) is not int or channels < 1:
+        raise ValueError(f"image is {channels!r}: how many channels it has is needed, such as 3")
+    if taken := network.image_channels:
+        raise ValueError(f"this {type(teacher).__name__} takes an image of {taken} channels already: leave image out")
+    own = teacher.config["in_channels"]
+    wide = {"in_channels": own + network.patch * channels, "out_channels": teacher.config["out_channels"] or own}
+    with torch.random.fork_rng([]):
+        model = type(teacher).from_config({**public_config(teacher), **wide})
     keep_facts(model, teacher)
-    weights = teacher.state_dict()  # pyright: ignore
-    wide = torch.zeros_like(model.conv_in.weight)
-    wide[:, :first] = weights["conv_in.weight"]
-    model.load_state_dict({**weights, "conv_in.weight": wide})
-    return type(network)(model.to(next(network.parameters())).train(network.training))
+    # A variance behind the prediction would hide from the numbers alone what of them is the state.
+    model.register_to_config(_state_channels=network.patch * network.channels)
+    weights, name = teacher.state_dict(), f"{network.first}.weight"
+    first = weights[name].new_zeros(model.state_dict()[name].shape)
+    first[:, :own] = weights[name]
+    torch.nn.Module.to(model, next(network.parameters())).load_state_dict({**weights, name: first})
+    widened = type(network)(model)
+    if hasattr(network, "size"):
+        widened.size = network.size
+    return widened.train(network.training)
 
 
 def set_size(model: Any, shape: tuple[int, ...]) -> None:

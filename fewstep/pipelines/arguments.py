@@ -102,6 +102,11 @@ def check_image(image: Any, wanted: tuple[int, ...]) -> None:
         raise ValueError(f"image {found}, this model needs {wanted}")
 
 
+def patch_of(config: Any) -> int:
+    """How many numbers of one channel of the state are channels of their own to the network: a Flux packs 2 x 2."""
+    return 4 if "axes_dims_rope" in config else 1
+
+
 def _is_dit(config: Any) -> bool:
     return config.get("norm_type") == "ada_norm_zero"
 

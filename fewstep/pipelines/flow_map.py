@@ -33,6 +33,7 @@ from .arguments import (
     check_whole,
     count_of,
     numbers,
+    patch_of,
     sizes_of,
 )
 from .latent_images import decode, factor_of
@@ -113,8 +114,10 @@ class FlowMapPipeline(DiffusionPipeline):
         steps = len(self._diffusion.get("log_ratios", [])) + bool(self._diffusion.get("ends_in_noise"))
         self._last = steps - 1 if steps else scheduler.config["num_train_timesteps"]
         # The state's channels; behind them an image goes in where more do, and a variance may come out.
-        takes, gives = self.network.config["in_channels"], self.network.config["out_channels"]
-        self._channels = shape[0] if shape else self.network.config.get("_state_channels") or min(takes, gives or takes)
+        config = self.network.config
+        takes, gives = config["in_channels"], config["out_channels"]
+        stated = config.get("_state_channels") or min(takes, gives or takes)
+        self._channels = shape[0] if shape else stated // patch_of(config)
         self._factor = factor or factor_of(vae)
         if not hasattr(self.network, "predict"):
             takes_any_type(self.network)
@@ -193,8 +196,7 @@ class FlowMapPipeline(DiffusionPipeline):
         count = count_of(batch_size, [latents, image, generator, prompt, labels, *conditions.values()])
         shape = self._shape(count, height, width) if latents is None else tuple(latents.shape)
         check_state(shape, self._channels, len(self.config["shape"] or "CHW") + 1, config)
-        beside = config["in_channels"] - self._channels if self.unet is not None else 0
-        check_image(image, (count, beside, *shape[2:]))
+        check_image(image, (count, config["in_channels"] // patch_of(config) - self._channels, *shape[2:]))
 
         device = self._execution_device
         # The state stays in float32, whatever the type of the network.

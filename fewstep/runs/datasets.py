@@ -22,7 +22,7 @@ from fewstep.data.decode import check_side
 from fewstep.data.sources import is_pictures
 from fewstep.data.texts import NULL, read_null
 from fewstep.flows.fields import VelocityField, unguided
-from fewstep.flows.signature import Model, classes_of, needed_conditions, shape_at, shape_of, takes
+from fewstep.flows.signature import Model, classes_of, image_channels, needed_conditions, shape_at, shape_of, takes
 from fewstep.flows.sources import RowsOf
 from fewstep.generation.encoding import check_model, encoded_once
 from fewstep.generation.teacher_samples import PromptedSamples, TeacherSamples
@@ -179,6 +179,9 @@ def settled(recipe: Recipe, teacher: VelocityField | None) -> Recipe:
     if inner is None or recipe.data.name in MADE or not (is_auto or follows_teacher(recipe)):
         return recipe
     data, held_out = recipe.data, recipe.evaluation.data
+    channels = recipe.student.image or image_channels(inner)
+    if "beside" in data.options and channels and "beside_channels" not in data.options:
+        data = Named.model_validate({"name": data.name, "beside_channels": channels, **data.options})
     data = _pictures_for(inner, data, is_auto, "data")
     held_out = None if held_out is None else _pictures_for(inner, held_out, is_auto, "evaluation.data")
     source = None if recipe.source is None else _pictures_for(inner, recipe.source, is_auto, "source")

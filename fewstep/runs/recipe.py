@@ -189,7 +189,8 @@ class Student(Section):
     )
     image: Count | None = Field(
         default=None,
-        description="channels of the condition `image` (B, image, H, W), which a U-Net then takes beside its own",
+        description="channels of the condition `image` (B, image, H, W), which a model of diffusers then takes beside "
+        "its state; at first it does not heed it",
     )
     conversion: Literal["none"] | None = Field(
         default=None,

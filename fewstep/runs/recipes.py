@@ -206,10 +206,11 @@ def _check_student(recipe: Recipe) -> None:
                 raise ValueError(f"student.start is a whole model, and student.{key} would change it: leave one out")
         if student.network != "auto":
             raise ValueError(f"student.start is a whole model, and student.network is {student.network}: leave one out")
-    for key in ("image", "conversion"):
-        if getattr(student, key) is not None and student.network != "auto":
+    for key, own in (("image", "unet"), ("conversion", "auto")):
+        if getattr(student, key) is not None and student.network not in ("auto", own):
             raise ValueError(
                 f"student.{key} changes the network of the teacher, and student.network is {student.network}: say auto"
+                + (f" or {own}" if own != "auto" else "")
             )
     if student.weights == "random" and student.network == "auto":
         raise ValueError(

@@ -19,7 +19,7 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.models.lora import add_lora
-from fewstep.networks import MLP, ConditionalUNet, UNet, gains_second_time
+from fewstep.networks import MLP, ConditionalUNet, OfDiffusers, UNet, gains_second_time
 from fewstep.networks.configs import set_size, with_image
 from fewstep.runs.recipe import PATHS, Student
 from fewstep.runs.warm_start import started
@@ -61,12 +61,13 @@ def make_student(
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             add_lora(model, **section.lora.model_dump())  # pyright: ignore[reportArgumentType]
-        first = getattr(getattr(model.network, "model", None), "conv_in", None)
-        if section.image is not None and not hasattr(first, "lora_A"):
-            raise ValueError(
-                "student.image adds channels to the layer conv_in, and the adapter leaves that as it is, so that the "
-                "image would never be seen: name conv_in among student.lora.targets"
-            )
+        if section.image is not None and isinstance(network := model.network, OfDiffusers):
+            first = network.first
+            if not hasattr(network.model.get_submodule(first), "lora_A"):
+                raise ValueError(
+                    f"student.image adds channels to the layer {first}, and the adapter leaves that as it is, so that "
+                    f"the image would never be seen: name {first} among student.lora.targets"
+                )
     return model
 
 
@@ -140,7 +141,8 @@ def make_network(section: Student, shape: tuple[int, ...]) -> Any:
         fitting = arguments("student.options", UNet2DModel, fitting)
         check_numbers(fitting, "student.options")
         with refused("student.options: diffusers cannot make a UNet2DModel of these"):
-            return UNet(UNet2DModel(**fitting))
+            network = UNet(UNet2DModel(**fitting))
+        return network if section.image is None else with_image(network, section.image)
     function = find_object(section.network, nn.Module)
     fitting = arguments("student.options", function, options)
     with refused(f"student.options: {section.network} cannot be made of these"):

@@ -30,6 +30,7 @@ from fewstep.models.diffusers_configs import look_into
 from fewstep.models.export import no_pipeline
 from fewstep.models.exported import FlowMapPipeline
 from fewstep.models.writing import copy_part
+from fewstep.networks import Wan
 from fewstep.runs.build import build
 from fewstep.runs.export import export
 from fewstep.runs.loading import load, make_teacher
@@ -48,8 +49,8 @@ def rows(network: Any, shape: tuple[int, ...], count: int) -> dict[str, Tensor]:
 
 
 def shape_of(network: Any) -> tuple[int, ...]:
-    if hasattr(network, "size"):  # a video
-        return network.channels, 2, 8, 8
+    if hasattr(network, "size"):  # of latents, which no config says
+        return network.channels, *([2] if isinstance(network, Wan) else []), 8, 8
     return network.shape if network.has_size else (network.channels, 8, 8)
 
 

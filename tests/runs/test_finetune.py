@@ -246,7 +246,7 @@ def test_a_network_that_takes_an_image_starts_as_it_was(tmp_path: Path) -> None:
         wide(x, k)
     with pytest.raises(ValueError, match=r"the state has 1 and the condition image 1: they must"):
         wide(x, k, image=image[:, :1])
-    with pytest.raises(ValueError, match="widens the first convolution of a U-Net, a Linear has none"):
+    with pytest.raises(ValueError, match="widens the first layer of a model of diffusers, and a Linear is none"):
         with_image(nn.Linear(2, 2), 1)
     # And as a flow map.
     field = DiffusionField(wide, DDPMScheduler())

@@ -185,7 +185,7 @@ GUIDED = {"scale": 2.0, "null": {"class_labels": 10}}
 @pytest.mark.parametrize(
     ("tree", "said"),
     [
-        ({"student": {"network": "unet", "image": 1}}, r"student.image changes the network of the teacher.* say auto"),
+        ({"student": {"network": "mlp", "image": 1}}, r"student.image changes the network of the teacher.* say auto"),
         ({"student": {"network": "mlp", "conversion": "none"}}, r"student.conversion changes .* is mlp: say auto"),
         ({"student": {"network": "mlp", "guidance": True}}, r"no strengths to learn: say teacher.guidance.range"),
         (

@@ -125,9 +125,23 @@ def image_first(model: Any, x: Tensor, k: Tensor, cond: dict[str, Tensor]) -> Te
 def transformer(model: Any, x: Tensor, k: Tensor, cond: dict[str, Tensor]) -> Tensor:
     """What the pipelines of transformers call, by the names of the arguments."""
     sizes = {name: cond[name] for name in ("resolution", "aspect_ratio") if name in cond}
-    others = {name: value for name, value in cond.items() if name not in sizes}
+    others = {name: value for name, value in cond.items() if name not in (*sizes, "image")}
     added = {"added_cond_kwargs": sizes or {"resolution": None, "aspect_ratio": None}}
-    return model(x, timestep=k, **others, **(added if "PixArt" in type(model).__name__ else {})).sample[:, : x.shape[1]]
+    state = torch.cat([x, cond["image"]], dim=1) if "image" in cond else x
+    return model(state, timestep=k, **others, **(added if "PixArt" in type(model).__name__ else {})).sample[
+        :, : x.shape[1]
+    ]
+
+
+def flux(model: Any, x: Tensor, k: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    """As ``FluxFillPipeline`` writes it: the image's patches behind those of the state."""
+    pipe: Any = diffusers.FluxPipeline
+    both = [pipe._pack_latents(part, *part.shape) for part in (x, cond["image"])]
+    told = {name: cond[name] for name in ("encoder_hidden_states", "pooled_projections")}
+    ids = pipe._prepare_latent_image_ids(len(x), x.shape[2] // 2, x.shape[3] // 2, x.device, x.dtype)
+    texts = torch.zeros(told["encoder_hidden_states"].shape[1], 3)
+    found = model(torch.cat(both, dim=2), timestep=k / 1000, img_ids=ids, txt_ids=texts, **told).sample
+    return pipe._unpack_latents(found, 8 * x.shape[2], 8 * x.shape[3], 8)
 
 
 def _sdxl(**options: Any) -> Any:
@@ -372,6 +386,14 @@ LOADED: dict[str, tuple[Callable[[Path], Path], Call]] = {
         transformer,
     ),
     "Wan 2.1": (lambda f: write(f, "WanPipeline", wan(), UNIPC, wan_vae()), transformer),
+    "Wan 2.1 from images": (
+        lambda f: write(f, "WanImageToVideoPipeline", wan(in_channels=9, image_dim=8), UNIPC, wan_vae()),
+        transformer,
+    ),
+    "flux fill": (
+        lambda f: write(f, "FluxFillPipeline", tiny_model("flux", in_channels=48, out_channels=16), FLOW, tiny_vae()),
+        flux,
+    ),
 }
 
 # What is refused, and what is said.
@@ -386,10 +408,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
             others={"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875},
         ),
         r"WanPipeline in .* samples with transformer_2 too, .*copy transformer/ and scheduler/ to a folder",
-    ),
-    "Wan 2.1 from images": (
-        lambda f: write(f, "WanImageToVideoPipeline", wan(in_channels=9, image_dim=8), UNIPC, wan_vae()),
-        r"takes 9 channels and gives 4, so it takes more than the sample",
     ),
     "controlnet": (
         lambda f: write(
@@ -418,10 +436,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
             "movq",
         ),
         r"UNet2DConditionModel in .* cannot be called",
-    ),
-    "flux fill": (
-        lambda f: write(f, "FluxFillPipeline", tiny_model("flux", in_channels=48, out_channels=16), FLOW, tiny_vae()),
-        r"takes 48 channels and gives 16",
     ),
     "score-sde VE": (
         lambda f: write(

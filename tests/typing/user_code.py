@@ -192,6 +192,13 @@ def folders(out: Path) -> str:
     return f"{rows} {address} {papers}"
 
 
+def seen_beside(field: fewstep.NetworkField, photos: Tensor) -> Tensor:
+    wide: fewstep.NetworkField = fewstep.with_image(field, 3)
+    fast: fewstep.FlowMap = fewstep.with_image(fewstep.FlowMap.from_field(field), channels=3)
+    depth: Tensor = fewstep.sample(fast, torch.randn(4, 1, 16, 16), steps=1, image=photos)
+    return wide(depth, 0.5, image=photos)
+
+
 def adapters(model: fewstep.FlowMap, folder: Path) -> fewstep.FlowMap:
     fewstep.add_lora(model, rank=4, targets=["to_q", "to_v"])
     kept: Path = fewstep.save_adapter(model, folder)

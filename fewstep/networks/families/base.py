@@ -14,8 +14,11 @@ from fewstep.networks.two_times import code_of
 class OfDiffusers(nn.Module):
     """A network that calls a ``model`` of diffusers, and knows from its config what its samples are."""
 
-    # The file of the family in ``fewstep.networks.two_times``.
+    # The file of the family in ``fewstep.networks.two_times``; the layer that sees the state, and how many numbers of
+    # one of its channels the config counts as one channel each.
     code: ClassVar[str]
+    first: ClassVar[str] = "conv_in"
+    patch: ClassVar[int] = 1
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -26,7 +29,7 @@ class OfDiffusers(nn.Module):
     @property
     def channels(self) -> int:
         """Those of the state."""
-        return state_channels(self.model.config)
+        return state_channels(self.model.config) // self.patch
 
     @property
     def has_size(self) -> bool:
@@ -36,7 +39,7 @@ class OfDiffusers(nn.Module):
     @property
     def image_channels(self) -> int:
         """Those of an image that goes in beside the state, as the condition ``image``; 0 for none."""
-        return self.model.config["in_channels"] - self.channels
+        return self.model.config["in_channels"] // self.patch - self.channels
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class DiT(OfDiffusers):
-    """A ``DiTTransformer2DModel``: images by class. Condition: ``class_labels`` (B,), of which the one past the last
-    class stands for none."""
+    """A ``DiTTransformer2DModel``: images by class. Conditions: ``class_labels`` (B,), of which the one past the last
+    class stands for none; ``image`` (B, C', H, W) where it takes more channels than the state has."""
 
-    code = "dit"
+    code, first = "dit", "pos_embed.proj"
     model: "DiTTransformer2DModel"
 
     def __init__(self, model: "DiTTransformer2DModel") -> None:
@@ -27,9 +27,11 @@ class DiT(OfDiffusers):
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0.0
 
-    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None, image: Tensor | None = None
+    ) -> Tensor:
         self.need(class_labels=class_labels)
-        return self.call(self.model, x, timestep, class_labels)
+        return self.call(self.model, x, timestep, class_labels, image)
 
     @property
     def classes(self) -> int:

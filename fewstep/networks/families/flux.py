@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 class Flux(OfDiffusers):
     """A ``FluxTransformer2DModel`` on latents (B, C, H, W), which it sees as 2 x 2 patches.
 
-    Conditions: ``encoder_hidden_states`` (B, tokens, D), ``pooled_projections`` (B, D'), and ``guidance`` (B,) where
-    the model was distilled to take it.
+    Conditions: ``encoder_hidden_states`` (B, tokens, D), ``pooled_projections`` (B, D'), ``guidance`` (B,) where the
+    model was distilled to take it, and ``image`` (B, C', H, W) where it takes more channels than the state has.
 
     Args:
         size: height and width of the latents, which the model's config does not say; for ``shape`` alone.
     """
 
-    code = "flux"
+    code, first, patch = "flux", "x_embedder", 4
     model: "FluxTransformer2DModel"
 
     def __init__(self, model: "FluxTransformer2DModel", size: int = 128) -> None:
@@ -35,12 +35,13 @@ class Flux(OfDiffusers):
         encoder_hidden_states: Tensor | None = None,
         pooled_projections: Tensor | None = None,
         guidance: Tensor | None = None,
+        image: Tensor | None = None,
     ) -> Tensor:
         text = {"encoder_hidden_states": encoder_hidden_states, "pooled_projections": pooled_projections}
         self.need(**text, guidance=guidance)
         if guidance is not None and not self.takes_guidance:
             raise ValueError("this FluxTransformer2DModel takes no guidance (B,), its config has no guidance_embeds")
-        return self.call(self.model, x, timestep, **text, guidance=guidance)
+        return self.call(self.model, x, timestep, **text, guidance=guidance, image=image)
 
     @property
     def takes_guidance(self) -> bool:
@@ -49,14 +50,6 @@ class Flux(OfDiffusers):
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         guidance = {"guidance": ()} if self.model.config["guidance_embeds"] else {}
         return {**text_and_pooled(self.model, tokens), **guidance}
-
-    @property
-    def channels(self) -> int:
-        return self.model.config["in_channels"] // 4
-
-    @property
-    def image_channels(self) -> int:
-        return 0
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -14,10 +14,11 @@ class PixArt(OfDiffusers):
     """A ``PixArtTransformer2DModel``: PixArt-alpha and sigma.
 
     Conditions: ``encoder_hidden_states`` (B, tokens, D) and ``encoder_attention_mask`` (B, tokens); ``resolution``
-    (B, 2) and ``aspect_ratio`` (B, 1) where the model was trained with them.
+    (B, 2) and ``aspect_ratio`` (B, 1) where the model was trained with them; ``image`` (B, C', H, W) where it takes
+    more channels than the state has.
     """
 
-    code = "pixart"
+    code, first = "pixart", "pos_embed.proj"
     model: "PixArtTransformer2DModel"
 
     def forward(
@@ -29,9 +30,10 @@ class PixArt(OfDiffusers):
         encoder_attention_mask: Tensor | None = None,
         resolution: Tensor | None = None,
         aspect_ratio: Tensor | None = None,
+        image: Tensor | None = None,
     ) -> Tensor:
         self.need(encoder_hidden_states=encoder_hidden_states, resolution=resolution, aspect_ratio=aspect_ratio)
-        told = {"resolution": resolution, "aspect_ratio": aspect_ratio}
+        told = {"resolution": resolution, "aspect_ratio": aspect_ratio, "image": image}
         return self.call(self.model, x, timestep, encoder_hidden_states, encoder_attention_mask, **told)
 
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:

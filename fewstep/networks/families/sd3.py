@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 class SD3(OfDiffusers):
     """An ``SD3Transformer2DModel``: Stable Diffusion 3. Conditions: ``encoder_hidden_states`` (B, tokens, D) and
-    ``pooled_projections`` (B, D')."""
+    ``pooled_projections`` (B, D'); ``image`` (B, C', H, W) where it takes more channels than the state has."""
 
-    code = "sd3"
+    code, first = "sd3", "pos_embed.proj"
     model: "SD3Transformer2DModel"
 
     def forward(
@@ -24,9 +24,10 @@ class SD3(OfDiffusers):
         timestep: Tensor,
         encoder_hidden_states: Tensor | None = None,
         pooled_projections: Tensor | None = None,
+        image: Tensor | None = None,
     ) -> Tensor:
         self.need(encoder_hidden_states=encoder_hidden_states, pooled_projections=pooled_projections)
-        return self.call(self.model, x, timestep, encoder_hidden_states, pooled_projections)
+        return self.call(self.model, x, timestep, encoder_hidden_states, pooled_projections, image)
 
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         return text_and_pooled(self.model, tokens)

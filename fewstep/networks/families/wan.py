@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 class Wan(OfDiffusers):
     """A ``WanTransformer3DModel``: videos (B, C, F, H, W). Conditions: ``encoder_hidden_states`` (B, tokens, D), and
-    ``encoder_hidden_states_image`` (B, tokens, D') where the model was trained with an image.
+    ``encoder_hidden_states_image`` (B, tokens, D') where the model was trained with an image, ``image``
+    (B, C', F, H, W) where it takes more channels than the state has.
 
     Args:
         size: frames, height and width of the latents, which the model's config does not say; for ``shape`` alone.
     """
 
-    code = "wan"
+    code, first = "wan", "patch_embedding"
     model: "WanTransformer3DModel"
 
     def __init__(self, model: "WanTransformer3DModel", size: tuple[int, int, int] = (21, 60, 104)) -> None:
@@ -31,19 +32,17 @@ class Wan(OfDiffusers):
         timestep: Tensor,
         encoder_hidden_states: Tensor | None = None,
         encoder_hidden_states_image: Tensor | None = None,
+        image: Tensor | None = None,
     ) -> Tensor:
         text = {"encoder_hidden_states": encoder_hidden_states}
-        self.need(**text, encoder_hidden_states_image=encoder_hidden_states_image)
-        return self.call(self.model, x, timestep, **text, encoder_hidden_states_image=encoder_hidden_states_image)
+        text["encoder_hidden_states_image"] = encoder_hidden_states_image
+        self.need(**text)
+        return self.call(self.model, x, timestep, **text, image=image)
 
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         config = self.model.config
         image = {} if config["image_dim"] is None else {"encoder_hidden_states_image": (257, config["image_dim"])}
         return {"encoder_hidden_states": (tokens, config["text_dim"]), **image}
-
-    @property
-    def channels(self) -> int:
-        return self.model.config["out_channels"]
 
     @property
     def shape(self) -> tuple[int, ...]:

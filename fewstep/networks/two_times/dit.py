@@ -6,14 +6,16 @@ from typing import Any
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
-from ..channels import mean_part
+from ..channels import beside, mean_part
 from .rows import one_time
 from .transformer import TwoTimeTransformer
 
 
-def call(model: Any, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+def call(
+    model: Any, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None, image: Tensor | None = None
+) -> Tensor:
     """A ``DiTTransformer2DModel`` on the state x (B, C, H, W)."""
-    return mean_part(model(x, timestep, class_labels).sample, x)
+    return mean_part(model(beside(model, x, image), timestep, class_labels).sample, x)
 
 
 class TwoTimeDiTTransformer2DModel(TwoTimeTransformer, DiTTransformer2DModel):

@@ -6,6 +6,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
+from ..channels import beside
 from .rows import twice
 from .transformer import TwoTimeTransformer
 
@@ -17,6 +18,7 @@ def call(
     encoder_hidden_states: Tensor | None = None,
     pooled_projections: Tensor | None = None,
     guidance: Tensor | None = None,
+    image: Tensor | None = None,
 ) -> Tensor:
     """A ``FluxTransformer2DModel`` on the state x (B, C, H, W), which it sees as 2 x 2 patches."""
     height, width = x.shape[-2:]
@@ -27,7 +29,7 @@ def call(
     places = torch.stack([torch.zeros_like(y), y, z], dim=-1).reshape(-1, 3).float()
     assert encoder_hidden_states is not None
     output = model(
-        pack(x),
+        pack(beside(model, x, image, patch=4)),
         encoder_hidden_states=encoder_hidden_states,
         pooled_projections=pooled_projections,
         # The model multiplies it again, after the cast to its own type.

@@ -6,7 +6,7 @@ from typing import Any
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from ..channels import mean_part
+from ..channels import beside, mean_part
 from .rows import EachHalf, second_of_two
 from .transformer import TwoTimeTransformer
 
@@ -19,10 +19,11 @@ def call(
     encoder_attention_mask: Tensor | None = None,
     resolution: Tensor | None = None,
     aspect_ratio: Tensor | None = None,
+    image: Tensor | None = None,
 ) -> Tensor:
     """A ``PixArtTransformer2DModel`` on the state x (B, C, H, W)."""
     output = model(
-        x,
+        beside(model, x, image),
         encoder_hidden_states=encoder_hidden_states,
         timestep=timestep,
         added_cond_kwargs={"resolution": resolution, "aspect_ratio": aspect_ratio},

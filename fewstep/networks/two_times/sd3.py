@@ -5,6 +5,7 @@ from typing import Any
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
+from ..channels import beside
 from .rows import twice
 from .transformer import TwoTimeTransformer
 
@@ -15,9 +16,10 @@ def call(
     timestep: Tensor,
     encoder_hidden_states: Tensor | None = None,
     pooled_projections: Tensor | None = None,
+    image: Tensor | None = None,
 ) -> Tensor:
     """An ``SD3Transformer2DModel`` on the state x (B, C, H, W)."""
-    return model(x, encoder_hidden_states, pooled_projections, timestep).sample
+    return model(beside(model, x, image), encoder_hidden_states, pooled_projections, timestep).sample
 
 
 class TwoTimeSD3Transformer2DModel(TwoTimeTransformer, SD3Transformer2DModel):

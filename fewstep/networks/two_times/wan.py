@@ -5,6 +5,7 @@ from typing import Any
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from ..channels import beside
 from .rows import EachHalf, RowEmbedding, last_token
 from .transformer import TwoTimeTransformer
 
@@ -15,9 +16,10 @@ def call(
     timestep: Tensor,
     encoder_hidden_states: Tensor | None = None,
     encoder_hidden_states_image: Tensor | None = None,
+    image: Tensor | None = None,
 ) -> Tensor:
     """A ``WanTransformer3DModel`` on the state x (B, C, F, H, W), a video."""
-    return model(x, timestep, encoder_hidden_states, encoder_hidden_states_image).sample
+    return model(beside(model, x, image), timestep, encoder_hidden_states, encoder_hidden_states_image).sample
 
 
 class TwoTimeWanTransformer3DModel(TwoTimeTransformer, WanTransformer3DModel):

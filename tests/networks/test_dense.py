@@ -187,6 +187,7 @@ def test_the_command_line_from_a_folder_to_samples(
         assert main(["sample", "tuned", "--image", image, "--count", "3", "--steps", "1", "--out", "x.npz"]) == 0
         found = np.load("x.npz")
         assert (found["data"].shape, found["image"].shape) == ((3, 1, 8, 8), (3, 3, 8, 8))
+        assert -1 <= found["image"].min() < -0.5 < 0.5 < found["image"].max() <= 1
     np.save("floats.npy", found["image"])
     assert main(["sample", "tuned", "--image", "floats.npy", "--count", "3", "--steps", "1", "--out", "y.npz"]) == 0
     np.testing.assert_array_equal(np.load("y.npz")["data"], found["data"])

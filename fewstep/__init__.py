@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
     from fewstep.flows.population import Particles
     from fewstep.flows.priors import irfds, rfds, rfds_rev
+    from fewstep.flows.psd import PSDField
     from fewstep.flows.rewards import Reward
     from fewstep.flows.sampling import sample
     from fewstep.flows.sources import RowsOf
@@ -127,6 +128,7 @@ _HOMES = {
     "NetworkField": "flows.fields",
     "PFMM": "objectives",
     "PSD": "objectives",
+    "PSDField": "flows.psd",
     "Particles": "flows.population",
     "Recentred": "objectives",
     "Reward": "flows.rewards",
@@ -218,6 +220,7 @@ __all__ = [
     "Mixed",
     "MixtureField",
     "NetworkField",
+    "PSDField",
     "Particles",
     "Recentred",
     "Reward",

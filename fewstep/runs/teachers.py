@@ -6,6 +6,7 @@ from typing import Any
 
 from fewstep.flows.exact import CheckerboardField, eight_gaussians, spiral
 from fewstep.flows.fields import Guided, VelocityField
+from fewstep.flows.psd import orbital
 from fewstep.flows.signature import takes
 from fewstep.objectives.base import check_velocity
 from fewstep.runs.objective import follows_teacher
@@ -15,6 +16,7 @@ EXACT: dict[str, Callable[[], VelocityField]] = {
     "checkerboard": CheckerboardField,
     "eight-gaussians": eight_gaussians,
     "spiral": spiral,
+    "orbital": orbital,
 }
 
 

@@ -116,8 +116,9 @@ class Teacher(Section):
 
     short = "source"
     source: str = Field(
-        description="an exact field (checkerboard, eight-gaussians, spiral, orbital), a diffusers folder or hub name, a "
-        "run, fewstep:NAME for a model that comes along, or FILE.py:FUNCTION or MODULE:FUNCTION that returns a VelocityField"
+        description="an exact field (checkerboard, eight-gaussians, spiral, orbital), a diffusers folder or hub name, "
+        "a run, fewstep:NAME for a model that comes along, or FILE.py:FUNCTION or MODULE:FUNCTION that returns a "
+        "VelocityField"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of that function")
     guidance: Guidance | None = Field(default=None, description="classifier-free guidance, folded into the student")

@@ -48,7 +48,7 @@ def test_the_density_has_its_mass_and_its_zeros():
     inside = ((grid > 0.3) & (grid < 1.2)).all(1)  # by the midpoint rule, to the width of a cell
     edge = (side[1] - side[0]) / 2
     low, high = grid[inside].amin(0) - edge, grid[inside].amax(0) + edge
-    assert float(field.mass(low[None], high[None])) == pytest.approx(float(density[inside].sum()) * cell, rel=1e-4)
+    assert float(field.mass(low[None], high[None])) == pytest.approx(float(density[inside].sum()) * cell, rel=2e-3)
     assert (field.log_prob(torch.stack([side, side], dim=1)) < -60).all()
     moments = grid.T @ (density[:, None] * grid) * cell
     torch.testing.assert_close(moments, torch.eye(2, dtype=F64), rtol=0, atol=1e-9)
@@ -113,8 +113,11 @@ def test_a_map_of_it_in_one_call_without_data():
     student = fewstep.FlowMap(MLP(2, width=48, depth=3, times=2))
     objective = fewstep.ITVM(field, starts="own")
     ema = fewstep.fit(student, objective, Prior([2]), 250, batch=256, chunk=256, lr=5e-3, ema=0.98, quiet=True).ema
-    error, euler = (float((fewstep.sample(m, noise, n) - truth).square().sum(1).mean().sqrt()) for m, n in ((ema, 1), (field, 4)))  # fmt: skip
-    assert error < 0.8 * euler
+
+    def error(model: Any, calls: int) -> float:
+        return float((fewstep.sample(model, noise, calls) - truth).square().sum(1).mean().sqrt())
+
+    assert error(ema, 1) < 0.8 * error(field, 4)
 
 
 def test_what_is_no_density_is_refused():

@@ -134,3 +134,9 @@ def test_a_set_is_measured_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert {row[1] for row in call("seven-gaussians", "--methods", "PSD")} == {"ITVM", "PSD", "teacher, Euler"}
     assert (tmp_path / "seven-gaussians" / "ITVM-seed0" / "quality.json").stat().st_mtime_ns == before
     assert {row[2] for row in call()} >= {"rmse", "sliced_w2", "energy", "histogram_kl"}
+    quick[0] = "--cpu-seconds"
+    with pytest.raises(ValueError, match="has times of the wall clock: --cpu-seconds wants another folder"):
+        call("seven-gaussians", "--methods", "ITVM")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # it is set by this, and is to be as it was after the test
+    call("spiral", "--methods", "ITVM")
+    assert "spiral 0.05 s of the processor, one thread, seven-gaussians 0.05 s." in read(out).notes[0]

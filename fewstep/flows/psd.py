@@ -152,7 +152,7 @@ class PSDField(ExactField):
         return torch.cat([self.mass(*ends) for ends in zip(low.split(rows), high.split(rows), strict=True)])
 
     @classmethod
-    def fit(
+    def fitted(
         cls,
         density: Callable[[Tensor], Tensor],
         centres: Tensor,
@@ -172,7 +172,7 @@ class PSDField(ExactField):
         Raises:
             ValueError: a density that is negative or not finite at a point, or 0 at all of them; a wrong shape.
 
-        >>> ring = PSDField.fit(lambda x: (-8 * (x.norm(dim=1) - 1) ** 2).exp(), centres, points, eta=4.0)
+        >>> ring = PSDField.fitted(lambda x: (-8 * (x.norm(dim=1) - 1) ** 2).exp(), centres, points, eta=4.0)
         """
         centres, points = centres.double(), points.double()
         values = density(points).double()

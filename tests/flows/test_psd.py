@@ -98,7 +98,7 @@ def test_a_fit_is_near_a_density_known_up_to_a_constant():
         return 7 * (-x.abs().sum(1) / 1.5).exp()
 
     centres, points = torch.linspace(-10, 10, 33)[:, None], torch.linspace(-12, 12, 1001)[:, None]
-    field = PSDField.fit(laplace, centres, points, eta=2.0)
+    field = PSDField.fitted(laplace, centres, points, eta=2.0)
     x = torch.linspace(-20, 20, 8001, dtype=F64)[:, None]
     difference = (field.log_prob(x).exp() - laplace(x) / 21).abs().sum() * 0.005 / 2
     assert float(difference) < 0.0078  # total variation
@@ -141,7 +141,7 @@ def test_what_is_no_density_is_refused():
     ]
     for density, message in densities:
         with pytest.raises(ValueError, match=message):
-            PSDField.fit(density, centres, points, 1.0)
+            PSDField.fitted(density, centres, points, 1.0)
 
 
 def test_the_command_line_samples_it(tmp_path: Any, capsys: Any):

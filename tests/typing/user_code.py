@@ -25,7 +25,7 @@ def fields_and_paths(network: nn.Module, scheduler: object, x: Tensor, t: Tensor
     gaussian = fewstep.GaussianField(torch.zeros(2), torch.eye(2))
     mixture = fewstep.MixtureField(torch.zeros(3, 2), torch.ones(3), torch.ones(3) / 3)
     board = fewstep.CheckerboardField()
-    formula = fewstep.PSDField.fit(lambda x: x.square().sum(1), x, x, eta=2.0, ridge=1e-6)
+    formula = fewstep.PSDField.fitted(lambda x: x.square().sum(1), x, x, eta=2.0, ridge=1e-6)
     logs: Tensor = formula.log_prob(x) + formula.mass(x, x) + formula.normalizer + formula.covariance.sum()
     guided = fewstep.Guided(own, 2.0, (0.1, 0.9), null={"label": torch.tensor(10)})
     recentred = fewstep.Recentred(own, 0.05, x)

@@ -15,7 +15,7 @@ from fewstep.common.threads import wait_asleep
 from fewstep.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fewstep.data import Batch, Between, load_data
+    from fewstep.data import Batch, Between, Residual, load_data
     from fewstep.evaluation.diagnostics import diagnose
     from fewstep.evaluation.evaluate import evaluate
     from fewstep.evaluation.geometry import geometry
@@ -131,6 +131,7 @@ _HOMES = {
     "PSDField": "flows.psd",
     "Particles": "flows.population",
     "Recentred": "objectives",
+    "Residual": "data",
     "Reward": "flows.rewards",
     "RowsOf": "flows.sources",
     "SCM": "objectives",
@@ -223,6 +224,7 @@ __all__ = [
     "PSDField",
     "Particles",
     "Recentred",
+    "Residual",
     "Reward",
     "RowsOf",
     "Shortcut",

@@ -12,7 +12,7 @@ from typing import Any
 from fewstep.common import errors
 from fewstep.common.options import arguments
 from fewstep.common.reading import no_file
-from fewstep.data import encoded, files, tables, toy
+from fewstep.data import encoded, files, fluids, tables, toy
 from fewstep.data import images as pictures
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch, Data
@@ -23,6 +23,7 @@ from fewstep.data.only import Only
 from fewstep.data.order import epoch_indices
 from fewstep.data.pairs import FACTS, Pairs
 from fewstep.data.prior import Prior
+from fewstep.data.residual import Residual, upsampled
 from fewstep.data.toy import Toy
 
 __all__ = [
@@ -35,10 +36,12 @@ __all__ = [
     "Encoded",
     "Pairs",
     "Prior",
+    "Residual",
     "Strengths",
     "Toy",
     "epoch_indices",
     "load_data",
+    "upsampled",
 ]
 
 NAMED: dict[str, Callable[..., Any]] = {
@@ -52,6 +55,7 @@ NAMED: dict[str, Callable[..., Any]] = {
     "digits": files.digits,
     "mnist": files.mnist,
     "fashion-mnist": files.fashion_mnist,
+    "vorticity": fluids.vorticity,
 }
 
 

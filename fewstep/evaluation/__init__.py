@@ -2,6 +2,7 @@
 
 from fewstep.evaluation.copies import memorisation
 from fewstep.evaluation.diagnostics import Diagnosis, diagnose, endpoint_rmse
+from fewstep.evaluation.ensembles import crps, energy_spectrum, relative_error, spectrum_error
 from fewstep.evaluation.extractor import SmallClassifier, accuracy, extract, trained_classifier
 from fewstep.evaluation.features import FeatureStatistics, frechet_distance, kid, precision_recall
 from fewstep.evaluation.inception import inception
@@ -23,10 +24,12 @@ __all__ = [
     "FeatureStatistics",
     "SmallClassifier",
     "accuracy",
+    "crps",
     "diagnose",
     "diversity",
     "endpoint_rmse",
     "energy_distance",
+    "energy_spectrum",
     "error_quantiles",
     "extract",
     "frechet_distance",
@@ -38,8 +41,10 @@ __all__ = [
     "mmd",
     "outside",
     "precision_recall",
+    "relative_error",
     "rmse",
     "sliced_wasserstein",
+    "spectrum_error",
     "spreads",
     "teacher_states",
     "trained_classifier",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
+from fewstep.data import ArrayData
 from fewstep.training.run import Run
 
 
@@ -199,6 +200,13 @@ def seen_beside(field: fewstep.NetworkField, photos: Tensor) -> Tensor:
     fast: fewstep.FlowMap = fewstep.with_image(fewstep.FlowMap.from_field(field), channels=3)
     depth: Tensor = fewstep.sample(fast, torch.randn(4, 1, 16, 16), steps=1, image=photos)
     return wide(depth, 0.5, image=photos)
+
+
+def what_is_missing(field: fewstep.NetworkField, fine: Tensor, known: Tensor) -> Tensor:
+    data = fewstep.Residual(ArrayData(fine, {"image": known}), reference="image")
+    fewstep.fit(field, fewstep.FlowMatching(), data, steps=20)
+    drawn: Tensor = data.denormalize(fewstep.sample(field, torch.randn_like(fine), 50, image=known), known)
+    return drawn
 
 
 def adapters(model: fewstep.FlowMap, folder: Path) -> fewstep.FlowMap:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fewstep.flows.controlled import Controlled
     from fewstep.flows.editing import flow_edit, invert, resume, sdedit
     from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField
+    from fewstep.flows.exact_spaces import BoxesInBoxField, TokensField
     from fewstep.flows.fields import DiffusionField, Guided, NetworkField, VelocityField
     from fewstep.flows.interpolants import DenoisedField, Interpolant
     from fewstep.flows.likelihood import bits_per_dim, log_likelihood
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from fewstep.flows.psd import PSDField
     from fewstep.flows.rewards import Reward
     from fewstep.flows.sampling import sample
-    from fewstep.flows.sources import RowsOf
+    from fewstep.flows.sources import Normal, RowsOf, Uniform
+    from fewstep.flows.spaces import Box, Euclid, Product, Tokens, Torus
     from fewstep.flows.steering import steer
     from fewstep.flows.step_grids import optimal_grid, step_errors
     from fewstep.flows.tabulated import Tabulated
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
         FlowMatching,
         ImprovedMeanFlow,
         LearnedNoise,
+        MarkovChain,
         MeanFlow,
         Recentred,
         Shortcut,
@@ -96,6 +99,8 @@ _HOMES = {
     "Batch": "data",
     "Batches": "training.batches",
     "Between": "data",
+    "Box": "flows.spaces",
+    "BoxesInBoxField": "flows.exact_spaces",
     "CTM": "objectives",
     "CheckerboardField": "flows.exact",
     "ConsistencyDistillation": "objectives",
@@ -110,6 +115,7 @@ _HOMES = {
     "EMD": "objectives",
     "ESD": "objectives",
     "Ema": "training.ema",
+    "Euclid": "flows.spaces",
     "FMM": "objectives",
     "FlowMap": "flows.maps",
     "FlowMatching": "objectives",
@@ -122,14 +128,17 @@ _HOMES = {
     "LSD": "objectives",
     "LearnedNoise": "objectives",
     "Linear": "flows.paths",
+    "MarkovChain": "objectives",
     "MeanFlow": "objectives",
     "Mixed": "flows.mixed",
     "MixtureField": "flows.exact",
     "NetworkField": "flows.fields",
+    "Normal": "flows.sources",
     "PFMM": "objectives",
     "PSD": "objectives",
     "PSDField": "flows.psd",
     "Particles": "flows.population",
+    "Product": "flows.spaces",
     "Recentred": "objectives",
     "Residual": "data",
     "Reward": "flows.rewards",
@@ -141,9 +150,13 @@ _HOMES = {
     "TVM": "objectives",
     "Tabulated": "flows.tabulated",
     "TeacherCritic": "objectives",
+    "Tokens": "flows.spaces",
+    "TokensField": "flows.exact_spaces",
+    "Torus": "flows.spaces",
     "Trajectory": "objectives",
     "Trigonometric": "flows.paths",
     "TwoTime": "objectives",
+    "Uniform": "flows.sources",
     "VariancePreserving": "flows.paths",
     "VelocityField": "flows.fields",
     "add_lora": "models.lora",
@@ -198,6 +211,8 @@ __all__ = [
     "Batch",
     "Batches",
     "Between",
+    "Box",
+    "BoxesInBoxField",
     "CheckerboardField",
     "ConsistencyDistillation",
     "ConsistencyTraining",
@@ -209,6 +224,7 @@ __all__ = [
     "Diffused",
     "DiffusionField",
     "Ema",
+    "Euclid",
     "FlowMap",
     "FlowMatching",
     "GaussianField",
@@ -217,12 +233,15 @@ __all__ = [
     "Interpolant",
     "LearnedNoise",
     "Linear",
+    "MarkovChain",
     "MeanFlow",
     "Mixed",
     "MixtureField",
     "NetworkField",
+    "Normal",
     "PSDField",
     "Particles",
+    "Product",
     "Recentred",
     "Residual",
     "Reward",
@@ -232,9 +251,13 @@ __all__ = [
     "StochasticInterpolant",
     "Tabulated",
     "TeacherCritic",
+    "Tokens",
+    "TokensField",
+    "Torus",
     "Trajectory",
     "Trigonometric",
     "TwoTime",
+    "Uniform",
     "VariancePreserving",
     "VelocityField",
     "add_lora",

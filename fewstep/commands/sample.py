@@ -43,7 +43,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--seed", type=int, metavar="N", help="sample i of a seed is always the same (default: 0)")
     p.add_argument("--first", type=int, default=0, metavar="I", help="go on with sample I of the seed (default: 0)")
     p.add_argument("--seeds", metavar="5,9,17", help="in the place of --seed and --count: sample 0 of each of these")
-    p.add_argument("--out", type=Path, metavar="PATH", help="a .png grid, .npy, .npz, or a folder (goes on there)")
+    p.add_argument("--out", type=Path, metavar="PATH", help="a .png grid, .npy, .npz, .txt, or a folder (goes on)")
     add_source(p)
     text = "classes by number or name, given to the samples in turn (default: all)"
     p.add_argument("--labels", metavar="3,cat", help=text)
@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from fewstep.flows.maps import FlowMap
     from fewstep.flows.sampling import count_calls
     from fewstep.flows.signature import shape_of, sized
+    from fewstep.flows.spaces import Tokens
     from fewstep.generation.beside import images_for
     from fewstep.generation.drawing import draw_batches, labels_of, settled
     from fewstep.generation.images import check_out, claim, missing, picture_name, save_pictures, says, write
@@ -111,8 +112,9 @@ def run(args: argparse.Namespace) -> int:
     latents = None if args.latents else model.latents
     written = shape if latents is None else latents.image_shape_of(shape)
     is_drawn = (len(written) == 3 and written[0] in (1, 3)) or written == (2,)
-    out = args.out or Path("samples.png" if is_drawn else "samples.npy")
-    check_out(out, written)
+    is_text = isinstance(model.space, Tokens)
+    out = args.out or Path("samples.txt" if is_text else "samples.png" if is_drawn else "samples.npy")
+    check_out(out, written, is_text)
     requests = _requests(args, model)
     rows = {"count": requests.count, "first": requests.first, "text": not requests.prompts}
     given = {} if run is None or args.image else given_by(run.recipe, model, **rows)
@@ -166,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         # Not those of text, many times larger than the samples.
         kept = given.keys() - (TEXT_CONDITIONS if model.text is not None else ())
         turns = {name: given[name][[i % len(given[name]) for i in range(requests.count)]] for name in sorted(kept)}
-        write(whole, {**labels_of(requests), **turns}, out)
+        write(whole, {**labels_of(requests), **turns}, out, model.space)
     there = f" ({requests.count - new} were there)" if new < requests.count else ""
     print(f"{out}: {requests.count} samples{there}" + (f", {called / new:g} network calls each" if new else ""))
     if steered is not None and populations:

@@ -10,6 +10,7 @@ from fewstep.common.console import say, say_next
 
 # The recipes of `fewstep train --data DIR` and `fewstep distill --teacher DIR`, and of `train` with both.
 DEFAULTS = {"train": ("data", "photos-teacher"), "distill": ("teacher", "distill")}
+_OF_TEXT = "text-teacher"
 _FROM_A_MODEL = "finetune"
 
 
@@ -45,6 +46,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fewstep.data.text import TEXTS
     from fewstep.runs.recipes import load_recipe
 
     overrides = dict(args.overrides)
@@ -54,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"fewstep {args.command} needs a recipe or --{needed}: `fewstep recipes` lists recipes")
         is_finetuning = args.command == "train" and "teacher" in overrides
         source = _FROM_A_MODEL if is_finetuning else DEFAULTS[args.command][1]
+        if args.command == "train" and not is_finetuning and Path(overrides["data"]).suffix in TEXTS:
+            source = _OF_TEXT
         overrides.setdefault("name", f"{Path(overrides[needed].split(':')[-1]).name}-{args.command}")
     if Path(source).is_dir() and not args.fresh:
         from fewstep.training.leaving import check_from_recipe

@@ -62,9 +62,10 @@ def normal(like: Tensor, generators: Generators) -> Tensor:
     return drawn.to(like, non_blocking=like.is_cuda)  # the copy waits for nothing that a GPU is at
 
 
-def uniform(rows: int, generators: Generators, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uniform numbers in [0, 1), shape (rows,), on the CPU unless the generator lives elsewhere."""
-    return _draw("rand", (rows,), generators, dtype)
+def uniform(rows: int | tuple[int, ...], generators: Generators, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniform numbers in [0, 1), shape (rows,) or the whole shape (B, ...), on the CPU unless the generator lives
+    elsewhere."""
+    return _draw("rand", (rows,) if isinstance(rows, int) else rows, generators, dtype)
 
 
 def chunk_rows(rows: int, generators: Generators) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from fewstep.common import errors
 from fewstep.common.options import arguments
 from fewstep.common.reading import no_file
-from fewstep.data import encoded, files, fluids, tables, toy
+from fewstep.data import encoded, files, fluids, tables, text, toy
 from fewstep.data import images as pictures
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch, Data
@@ -24,6 +24,7 @@ from fewstep.data.order import epoch_indices
 from fewstep.data.pairs import FACTS, Pairs
 from fewstep.data.prior import Prior
 from fewstep.data.residual import Residual, upsampled
+from fewstep.data.text import Text
 from fewstep.data.toy import Toy
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Prior",
     "Residual",
     "Strengths",
+    "Text",
     "Toy",
     "epoch_indices",
     "load_data",
@@ -56,6 +58,7 @@ NAMED: dict[str, Callable[..., Any]] = {
     "mnist": files.mnist,
     "fashion-mnist": files.fashion_mnist,
     "vorticity": fluids.vorticity,
+    "python-topics": text.python_topics,
 }
 
 
@@ -66,7 +69,7 @@ def load_data(name: str | Path, **options: Any) -> Data:
     Args:
         name: one of the names above; ``hf:NAME`` on the Hugging Face hub; or a path: a folder of images, of IDX
             files, of binary CIFAR-10 batches, of reflow pairs, of ``fewstep encode`` or from ``save_to_disk``, a
-            ``.npy``, ``.npz`` or IDX file.
+            ``.npy``, ``.npz``, IDX or ``.txt`` file.
 
     Raises:
         ValueError: an unknown name, or an option that the loader does not take, or not of that type; lists what is
@@ -115,9 +118,11 @@ def _loader_of(path: Path) -> Callable[..., Any]:
             return files.npy
         if "idx" in path.name:
             return files.idx
+        if path.suffix in text.TEXTS:
+            return text.text_file
         if path.suffix == ".tar":
             raise ValueError(f"{path}: webdataset shards are for latent models, which they are encoded for")
-        raise ValueError(f"{path} is no file of data that fewstep reads: .npy, .npz, IDX, or a folder")
+        raise ValueError(f"{path} is no file of data that fewstep reads: .npy, .npz, IDX, .txt, or a folder")
     if (path / FACTS).is_file():
         return Pairs
     if (path / encoded.FACTS).is_file():

@@ -43,7 +43,8 @@ def image_folder(
         on_error: what an image that cannot be read does: raise, or skip (left out, with a warning).
         split: which part is used, by default train where there are parts: see ``fewstep.data.listing.open_folder``.
         beside: another folder, with an image of the same name (whatever its suffix) for each: the condition ``image``,
-            in ``beside_channels`` of 1, 3 or 4, cut and resized as the images are.
+            cut and resized as the images are.
+        beside_channels: of that image: 1, 3 or 4.
 
     Raises:
         FileNotFoundError: no such folder, or no images in it; says what it holds.

@@ -104,7 +104,7 @@ def compare_samplers(
 
     def flow(grid: Tensor, solver: str) -> Tensor:
         with torch.no_grad():
-            return integrate(lambda x, t: field(x, t, **cond), start, grid, solver)
+            return integrate(lambda x, t: field(x, t, **cond), start, grid, solver, space=field.space)
 
     # After the sampler was set to them: these are its steps.
     times, level = _times(sampler, field, steps[0])

@@ -83,6 +83,8 @@ def evaluate(
       ``variety.diversity``): among 64 samples of each class; where nothing is asked for, among 1000; and where
       something else is, of 64 samples drawn for each of 4 of the conditions (by default not of fewer than 640
       samples, since it would take long);
+    * rows of tokens (``fewstep.data.Text``): ``bigram_kl``, the divergence of pairs of neighbours from the data's;
+      ``spelling``, the share of words that the text has; ``entropy`` of the tokens in a sample;
     * with ``training`` rows: ``memorisation``, the share of samples that are as near to one of them as 5 % of the data
       are (see ``copies.memorisation``), of 1000 samples and 4000 rows of the data;
     * where ``metrics`` names it: ``nll`` of points, the mean of -log p of 1000 rows of the data in nats;
@@ -131,6 +133,7 @@ def evaluate(
         is_diverse=teacher is not None and max(teacher_steps, default=0) >= MANY,
         has_edges=inside is not None,
         has_training=trained is not None,
+        has_tokens=(text := data if hasattr(data, "words") else None) is not None,
     )
     names = choose_metrics(metrics, possible, possible_likelihoods(tuple(data.shape)))
     likely = next((name for name in names if name in LIKELIHOODS), None)
@@ -156,7 +159,7 @@ def evaluate(
     calls += 0 if likely is None else calls_of(len(judged), batch) * (1 if teacher is None else 2)
     tick = _ticker(progress, calls)
     with _eval_mode(model, teacher, extractor):
-        judge = Judge(names, extractor, decode, inside, is_by_class)
+        judge = Judge(names, extractor, decode, inside, is_by_class, text)
         learned = () if trained is None else gather(trained, trained_rows(trained, seed), seed, 2, True)
         known = judge.learn(gather(data, first, seed, 0, is_large), learned)
         given = conditions(known if cond is None else cond, count, seed)

@@ -14,13 +14,15 @@ from fewstep.evaluation.features import FeatureStatistics, frechet_distance, kid
 from fewstep.evaluation.inception import Inception
 from fewstep.evaluation.likelihoods import LIKELIHOODS
 from fewstep.evaluation.points import energy_distance, histogram_kl, outside, quantiles, sliced_wasserstein
+from fewstep.evaluation.tokens import METRICS as OF_TOKENS
+from fewstep.evaluation.tokens import bigram_kl, entropy, spelling
 from fewstep.evaluation.variety import spreads
 
 # Of the distances to the end points, row by row: their root mean square, their median, and what 99 % are below.
 ENDS = ("rmse", "error_median", "error_99")
 METRICS = (
     *ENDS, "sliced_w2", "energy", "histogram_kl", "outside", "fd", "fid", "feature_w2", "kid", "precision", "recall",
-    "accuracy", "diversity", "memorisation", *LIKELIHOODS,
+    "accuracy", "diversity", "memorisation", *OF_TOKENS, *LIKELIHOODS,
 )  # fmt: skip
 MANY = 16  # steps that a teacher needs at least to say how diverse samples should be
 _CLOUD = 16_000  # rows of a cloud that are sorted along every direction
@@ -38,13 +40,17 @@ def possible_metrics(
     is_diverse: bool = False,
     has_edges: bool = False,
     has_training: bool = False,
+    has_tokens: bool = False,
 ) -> tuple[str, ...]:
     """The metrics that samples of this shape can have.
 
     Args:
         is_diverse: there is a teacher of many steps. has_edges: where the data can lie is known (``inside``).
-        has_training: the rows trained on are known, and are not those of the data.
+        has_training: the rows trained on are known, and are not those of the data. has_tokens: samples are rows of
+        tokens, whose words are known.
     """
+    if has_tokens:
+        return (*OF_TOKENS, *(ENDS if has_teacher else ()))
     names = [*ENDS] if has_teacher else []
     if len(shape) != 3:
         names += ["sliced_w2", "energy", "histogram_kl"] if tuple(shape) == (2,) else ["sliced_w2", "energy"]
@@ -100,6 +106,7 @@ class Judge:
         extractor: for images; None for points. decode: what makes images of samples and data, where those are none.
         inside: which points (N, D) the data could have, (N,), for ``outside``.
         is_by_class: whether ``diversity`` is that of samples of one class, or of all.
+        text: data of tokens, with their ``symbols`` and ``words``.
 
     Attributes:
         ends: where each of the first samples should end, (n, ...) on the CPU, or None.
@@ -113,8 +120,9 @@ class Judge:
         decode: Callable[[Tensor], Tensor] | None = None,
         inside: Callable[[Tensor], Tensor] | None = None,
         is_by_class: bool = False,
+        text: Any = None,
     ) -> None:
-        self.decode, self.inside, self.is_by_class = decode, inside, is_by_class
+        self.decode, self.inside, self.is_by_class, self.text = decode, inside, is_by_class, text
         # As Any: whether it has ``classify`` was seen to when the metrics were chosen.
         self.extractor: Any = extractor
         self.remembers = "memorisation" in names
@@ -181,6 +189,8 @@ class Judge:
         """What of a batch is compared with the data: a list of one, or of none."""
         if not self.compares:
             return []
+        if self.text is not None:
+            return [x.argmax(-1).cpu()]
         return [x.cpu() if self.extractor is None else extract(self.extractor, self._seen(x))]
 
     def _seen(self, x: Tensor) -> Tensor:
@@ -189,6 +199,11 @@ class Judge:
 
     def _distances(self, fake: Tensor, names: Sequence[str]) -> dict[str, float]:
         real, values = self.real, {}
+        if self.text is not None:
+            symbols, size = self.text.symbols, len(self.text.symbols)
+            values |= {"bigram_kl": bigram_kl(fake, real, size), "entropy": entropy(fake, size)}
+            values["spelling"] = spelling(fake, symbols, self.text.words)
+            return {name: value for name, value in values.items() if name in names}
         if "sliced_w2" in names:
             values["sliced_w2"] = sliced_wasserstein(fake[:_CLOUD], real[:_CLOUD])
         if "energy" in names:

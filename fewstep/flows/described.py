@@ -44,6 +44,7 @@ class Described(Said):
     network: Network
     native: Made
     path: Made
+    space: Made | None = None
     prediction: str
     shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=4)] | None = None
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -29,18 +29,38 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Forward, Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.spaces import Box, Euclid, Product, Space, Tokens, Torus
 from fewstep.flows.tabulated import Tabulated
-from fewstep.networks import FAMILIES, MLP, STUDENTS, OfDiffusers, two_time_model, with_second_time
+from fewstep.flows.token_times import Deciding
+from fewstep.networks import (
+    FAMILIES,
+    MLP,
+    STUDENTS,
+    OfDiffusers,
+    SequenceTransformer,
+    two_time_model,
+    with_second_time,
+)
 from fewstep.networks.configs import public_config
 
 _MAKER, _WHERE = "_made_by", "the description of a model"
 _SAID_OF_OWN = ("name", "options", "told_guidance")
 _CONFIG = "its {name} cannot be made anew from its config, the mapping network.config of what its class takes"
 # The networks of fewstep's own.
-NETWORKS: dict[str, type[nn.Module]] = {"MLP": MLP}
+NETWORKS: dict[str, type[nn.Module]] = {"MLP": MLP, "SequenceTransformer": SequenceTransformer}
 _TRAJECTORIES: dict[str, type[Any]] = {
     c.__name__: c
-    for c in (Forward, Interpolant, Linear, Preconditioned, Reversed, Tabulated, Trigonometric, VariancePreserving)
+    for c in (
+        Deciding,
+        Forward,
+        Interpolant,
+        Linear,
+        Preconditioned,
+        Reversed,
+        Tabulated,
+        Trigonometric,
+        VariancePreserving,
+    )
 }
 
 
@@ -62,6 +82,7 @@ def describe(model: Any) -> dict[str, Any]:
         **({"gamma": model.gamma, "guidance": model.guidance} if is_map else {}),
         **({"class_names": list(model.class_names)} if model.class_names else {}),
         **_shape(model.network),
+        **({} if isinstance(model.space, Euclid) else {"space": space_said(model.space)}),
         **({"scheduler": _scheduler(model.scheduler)} if isinstance(model, DiffusionField) else {}),
     }
 
@@ -108,7 +129,9 @@ def made_again(config: Mapping[str, Any], where: str = _WHERE) -> FlowMap | Netw
         model = DiffusionField(network, _scheduler_of(config["scheduler"], where), path=_trajectory_of(path, where))
     else:
         kind = FlowMap if is_map else NetworkField
-        model = kind(network, _trajectory_of(native, where), config["prediction"], path=_trajectory_of(path, where))
+        paths = _trajectory_of(native, where), _trajectory_of(path, where)
+        space = space_of(config["space"], where) if config.get("space") else None
+        model = kind(network, paths[0], config["prediction"], path=paths[1], space=space)
     model.class_names = tuple(config.get("class_names", ()))
     if config.get("shape"):
         say_shape(model, config["shape"])
@@ -241,6 +264,38 @@ def _trajectory_of(config: Mapping[str, Any], where: str) -> Trajectory:
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in config["options"].items()}
     made = find_object(name, Trajectory) if is_code(name) else _TRAJECTORIES[name]
     return made(**arguments(f"{where}: options of {name}", made, options))
+
+
+_SPACES: dict[str, type[Any]] = {"box": Box, "torus": Torus, "tokens": Tokens}
+
+
+def space_said(space: Space) -> dict[str, Any]:
+    """A space by its name and options, as JSON keeps it."""
+    if isinstance(space, Product):
+        return {"name": "product", "options": {"parts": [[space_said(one), list(shape)] for one, shape in space.parts]}}
+    name = next((name for name, kind in _SPACES.items() if type(space) is kind), "euclid")
+    return {"name": name, "options": dataclasses.asdict(space)}
+
+
+def space_of(config: Mapping[str, Any], where: str) -> Space:
+    """The space of a name and options.
+
+    Raises:
+        ValueError: a name that is not known, or options that it does not take.
+    """
+    name, options = config["name"], dict(config.get("options", {}))
+    if name == "euclid":
+        return Euclid()
+    if name == "product":
+        try:
+            return Product(tuple((space_of(one, where), tuple(shape)) for one, shape in options["parts"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{where}: a product has parts, each [space, shape] ({briefly(error)})") from None
+    if name not in _SPACES:
+        raise unknown("space", name, ("euclid", *_SPACES, "product"))
+    if isinstance(options.get("symbols"), list):
+        return Tokens(tuple(map(str, options["symbols"])))
+    return _SPACES[name](**arguments(f"{where}: space", _SPACES[name], options))
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

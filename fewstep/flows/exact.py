@@ -35,7 +35,7 @@ class ExactField(VelocityField):
         """
         times = torch.tensor([s, t], dtype=torch.float64, device=x.device)
         if not isinstance(self.path, Tabulated):
-            return integrate(self, x.double(), times, "adaptive", tolerance=tolerance).to(x.dtype)
+            return integrate(self, x.double(), times, "adaptive", tolerance=tolerance, space=self.space).to(x.dtype)
         straight, alpha, sigma = Linear(), self.path.alpha(times), self.path.sigma(times)
         at = straight.time_of(alpha, sigma)
         scale = torch.hypot(straight.alpha(at), straight.sigma(at)) / torch.hypot(alpha, sigma)

@@ -17,6 +17,7 @@ from fewstep.flows.paths import Linear, Path
 from fewstep.flows.predictions import KINDS
 from fewstep.flows.schedules import kind_of, schedule_of
 from fewstep.flows.sources import Source
+from fewstep.flows.spaces import Euclid, Space
 from fewstep.networks import FAMILIES
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 
 # What is known of a field, and goes with it into those that are made of it.
-KNOWN = ("latents", "text", "class_names", "moments", "source", "distilled", "coupling", "starts_from")
+KNOWN = (
+    "latents", "text", "class_names", "moments", "source", "distilled", "coupling", "starts_from", "space", "chain",
+)  # fmt: skip
 
 
 class VelocityField(nn.Module):
@@ -44,6 +47,8 @@ class VelocityField(nn.Module):
         coupling: how noise and data were paired where it was trained, such as ``ot``; empty where they were
             independent, as a score needs.
         starts_from: what its samples start from, where that is no normal noise (a path between two data sets).
+        space: where its samples live (``fewstep.flows.spaces``).
+        chain: the kind of a Markov chain of tokens that it is (``fewstep.flows.chains``), which is no velocity.
     """
 
     path: Path
@@ -56,6 +61,8 @@ class VelocityField(nn.Module):
     class_names: tuple[str, ...] = ()
     moments: tuple[float, float] | None = None
     starts_from: Source | None = None
+    space: Space = Euclid()
+    chain: str = ""
 
     if TYPE_CHECKING:
 
@@ -96,13 +103,21 @@ class NetworkField(VelocityField):
         prediction: what it predicts there: velocity, data, noise, v, score, or flow (diffusers' reversed velocity);
             diffusers' names do too: sample, epsilon, v_prediction, flow_prediction.
         path: the path of the velocity wanted, the native one if not given.
+        space: where samples live, R^n if not given. In a box or among tokens a network predicts data, and its output
+            goes through a sigmoid or a softmax.
 
     >>> field = NetworkField(my_vit, Linear(), prediction="data")
     >>> eps_model_as_flow = NetworkField(unet, VariancePreserving(), prediction="noise").on(Linear())
     """
 
     def __init__(
-        self, network: nn.Module, native: Path | None = None, prediction: str = "velocity", *, path: Path | None = None
+        self,
+        network: nn.Module,
+        native: Path | None = None,
+        prediction: str = "velocity",
+        *,
+        path: Path | None = None,
+        space: Space | None = None,
     ) -> None:
         super().__init__()
         prediction = kind_of(prediction, native or Linear())
@@ -120,6 +135,9 @@ class NetworkField(VelocityField):
         self.path = path or self.native
         if self.native.two_sided or self.path.two_sided:
             _check_two_sided(self.native, self.path, prediction)
+        if space is not None:
+            space.check_network(self.native, self.path, prediction)
+            self.space = space
 
     def scaling(self, t: Tensor) -> Scaling:
         """How the network's output becomes a velocity at times t (B,)."""
@@ -141,10 +159,18 @@ class NetworkField(VelocityField):
             return checked(self.network(x, self.native.network_time(t), **cond), x, self.network)
         c = self.scaling(t)
         prediction = checked(self.network(expand(c.into, x) * x, c.time, **cond), x, self.network)
+        if self.prediction == "data":
+            prediction = self.space.inside(prediction)
         return expand(c.skip, x) * x + expand(c.out, x) * prediction
 
+    def end(self, x: Tensor, s: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """The data that a network which predicts them expects at x (B, ...), at the time s: ``x + (1 - s) v``. (t is
+        that of a flow map, which has this too.)"""
+        return self.space.inside(checked(self.network(x, self.native.network_time(s), **cond), x, self.network))
+
     def on(self, path: Path) -> "NetworkField":
-        return NetworkField(self.network, self.native, self.prediction, path=path).known_as(self)
+        space = None if isinstance(self.space, Euclid) else self.space  # which may say that it has no other path
+        return NetworkField(self.network, self.native, self.prediction, path=path, space=space).known_as(self)
 
     def extra_repr(self) -> str:
         return f"native={self.native}, prediction={self.prediction!r}, path={self.path}"
@@ -154,10 +180,10 @@ def _check_two_sided(native: Path, path: Path, prediction: str) -> None:
     """That a network of a path between two data sets is asked for what it can say: the velocity on that path."""
     if not native.same_as(path):
         raise ValueError(f"a network on {native} is no velocity on {path}: between two data sets no path is another")
-    if prediction not in ("velocity", "flow"):
+    if prediction not in ("velocity", "flow", *(() if path.has_latent else ("data",))):
         raise ValueError(
-            f"prediction {prediction!r} on {path}: a network between two data sets predicts the velocity, or its "
-            "negative, flow"
+            f"prediction {prediction!r} on {path}: a network between two data sets predicts the velocity, its "
+            "negative, flow, or where there is no latent the data"
         )
 
 
@@ -209,6 +235,11 @@ def check_velocity(field: VelocityField, what: str) -> None:
     Raises:
         ValueError: it was distilled for a few steps; says into what.
     """
+    if field.chain:
+        raise ValueError(
+            f"{what} needs a velocity, and the model is a {field.chain} Markov chain of tokens: train a flow "
+            "(FlowMatching), on samples of the chain if these are wanted"
+        )
     if field.distilled:
         raise ValueError(
             f"{what} needs a velocity, and the model is {field.distilled}: take the model that it was made from, or "

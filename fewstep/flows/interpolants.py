@@ -90,6 +90,10 @@ class Interpolant(Path):
     def has_latent(self) -> bool:
         return self.latent != "none"
 
+    @property
+    def is_straight(self) -> bool:
+        return self.shape == "linear" and not self.has_latent
+
     def alpha(self, t: Tensor) -> Tensor:
         match self.shape:
             case "encoding-decoding":

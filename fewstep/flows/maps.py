@@ -11,6 +11,7 @@ from fewstep.flows.change_of_path import scaling
 from fewstep.flows.fields import NetworkField, VelocityField, check_field, checked, unguided
 from fewstep.flows.paths import Path
 from fewstep.flows.sources import Source
+from fewstep.flows.spaces import Euclid, Space
 from fewstep.networks import with_second_time
 
 if TYPE_CHECKING:
@@ -31,13 +32,15 @@ class FlowMap(nn.Module):
         native: the path it belongs to.
         prediction: what it predicts there.
         path: the path of the map.
+        space: where samples live, as for a field: in R^n, if not given, a step adds ``(t - s) u`` to x; elsewhere
+            ``X_{s,t}(x) = space.move(x, (t - s) u)``.
 
     Attributes:
         gamma: how ``fewstep.sample`` re-noises between steps if nothing is said: 0, not at all, or 1 for a map that
             only knows the way to t = 1 (a consistency model).
         guidance: the strength of guidance that ``fewstep.sample`` tells it if nothing is said, None for none: of a map
             that takes one.
-        latents, text, class_names, moments, source, starts_from: as those of a :class:`VelocityField`; a map
+        latents, text, class_names, moments, source, starts_from, space: as those of a :class:`VelocityField`; a map
             made by ``from_field`` has its field's, all but the source.
     """
 
@@ -49,13 +52,21 @@ class FlowMap(nn.Module):
     moments: tuple[float, float] | None = None
     source: str | None = None
     starts_from: Source | None = None
+    space: Space = Euclid()
 
     def __init__(
-        self, network: nn.Module, native: Path | None = None, prediction: str = "velocity", *, path: Path | None = None
+        self,
+        network: nn.Module,
+        native: Path | None = None,
+        prediction: str = "velocity",
+        *,
+        path: Path | None = None,
+        space: Space | None = None,
     ) -> None:
         super().__init__()
-        field = NetworkField(network, native, prediction, path=path)  # checks, and the rules of the conversion
-        self.network = network
+        # Its checks, and the rules of the conversion.
+        field = NetworkField(network, native, prediction, path=path, space=space)
+        self.network, self.space = network, field.space
         self.native, self.prediction, self.path, self.bare = field.native, field.prediction, field.path, field.bare
 
     @classmethod
@@ -99,12 +110,12 @@ class FlowMap(nn.Module):
                 raise ValueError(
                     f"{type(field).__name__} has no network to start from: pass one, network=MLP(2, times=2)"
                 )
-            return cls(network, field.path)
+            return cls(network, field.path, field.space.predicts or "velocity", space=field.space)
         if network is None:
             network = with_second_time(field.network, guidance, second_time, share=share, late_share=late_share)
         else:
             load_by_name(network, field.network)
-        student = cls(network, field.native, field.prediction, path=field.path)
+        student = cls(network, field.native, field.prediction, path=field.path, space=field.space)
         student.latents, student.text, student.class_names = field.latents, field.text, field.class_names
         student.moments, student.starts_from = field.moments, field.starts_from
         return student
@@ -120,7 +131,14 @@ class FlowMap(nn.Module):
             return checked(self.network(x, self.native.network_time(s), second, **cond), x, self.network)
         c = scaling(self.native, self.prediction, self.path, s)
         prediction = checked(self.network(expand(c.into, x) * x, c.time, second, **cond), x, self.network)
+        if self.prediction == "data":
+            prediction = self.space.inside(prediction)
         return expand(c.skip, x) * x + expand(c.out, x) * prediction
+
+    def end(self, x: Tensor, s: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """What the map points to, ``x + (1 - s) u(x, s, t)``, (B, ...), of a network that predicts data: its output."""
+        times = self.native.network_time(s), self.native.network_time(t)
+        return self.space.inside(checked(self.network(x, *times, **cond), x, self.network))
 
     if TYPE_CHECKING:
 
@@ -129,7 +147,7 @@ class FlowMap(nn.Module):
     def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, **cond: Any) -> Tensor:
         """``X_{s,t}(x)``, (B, ...); x itself, to the last bit, where s = t."""
         s, t = as_times(s, x), as_times(t, x)
-        return x + expand(t - s, x) * self.average_velocity(x, s, t, **cond)
+        return self.space.move(x, expand(t - s, x) * self.average_velocity(x, s, t, **cond))
 
     def velocity(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """u(x, t, t): the map's own velocity field."""

@@ -36,6 +36,11 @@ class Path:
     def has_latent(self) -> bool:
         return False
 
+    @property
+    def is_straight(self) -> bool:
+        """Whether it is ``t x1 + (1 - t) x0``, and nothing beside."""
+        return False
+
     def check_noise(self, what: str, way: str = "") -> None:
         """That x0 is normal noise, as ``what`` needs it; the ``way`` out where it is not.
 
@@ -170,6 +175,10 @@ class Linear(Path):
 
     def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return alpha / (alpha + sigma)
+
+    @property
+    def is_straight(self) -> bool:
+        return True
 
     def same_as(self, other: Path) -> bool:
         return isinstance(other, Linear)

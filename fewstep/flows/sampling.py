@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import shown, unknown
 from fewstep.common.randomness import Generators, normal
+from fewstep.flows.chains import sample_chain
 from fewstep.flows.fields import Guided, VelocityField, check_score, unguided
 from fewstep.flows.interpolants import DenoisedField, check_between, sample_between
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
 from fewstep.flows.signature import device_of
 from fewstep.flows.solvers import SOLVERS, integrate
+from fewstep.flows.spaces import Tokens
 from fewstep.flows.stochastic import Eps, check_sde, integrate_sde
 from fewstep.flows.times import GRIDS, gaussian_grid, step_grid
+from fewstep.flows.token_times import time_decided
 
 
 def sample(
@@ -50,9 +53,9 @@ def sample(
             ``sample_noise`` draws it sample by sample.
         steps: how many steps from t = 0 to t = 1.
         grid: uniform, shifted, quadratic; gaussian(c), the best for Gaussian data of deviation c (``gaussian_grid``; c
-            is 1 where it is not said, for latents and data that were normalised); the times themselves, rising from 0
-            to 1 (``fewstep.optimal_grid`` finds them); or native: equal steps of the schedule that a diffusion model
-            was trained on, which is where DDIM takes its own.
+            is 1 where it is not said, for latents and data that were normalised); tokens, at which rows of tokens are
+            decided evenly; native: equal steps of the schedule that a diffusion model was trained on, which is where
+            DDIM takes its own; or the times themselves, rising from 0 to 1 (``fewstep.optimal_grid`` finds them).
         solver: for fields: euler, midpoint, heun, adaptive. With ``eps`` euler (Euler-Maruyama), heun (weak order 2) or
             ancestral (DDPM's).
         gamma: for maps: 0 is deterministic, 1 is consistency sampling; see :func:`sample_map`. By default the map's
@@ -82,6 +85,9 @@ def sample(
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return model(x, t, **cond)
 
+    if model.chain:
+        generator = torch.default_generator if generator is None else generator
+        return sample_chain(model, noise, times, model.chain, generator=generator, **cond)
     if eps is not None and isinstance(model, DenoisedField):
         last = last_step or "euler"
         return sample_between(model, noise, times, eps, last_step=last, generator=generator, **cond)
@@ -90,7 +96,7 @@ def sample(
         return integrate_sde(velocity, noise, times, model.path, eps, solver, last_step=last, generator=generator)
     times = times.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
     with torch.no_grad():
-        return integrate(velocity, noise, times, solver, tolerance=tolerance)
+        return integrate(velocity, noise, times, solver, tolerance=tolerance, space=model.space)
 
 
 def sample_states(
@@ -108,7 +114,8 @@ def sample_states(
             if isinstance(model, FlowMap):
                 states.append(sample_map(model, states[-1], ends, **cond))
             else:
-                states.append(integrate(lambda x, t: model(x, t, **cond), states[-1], ends, solver))
+                x = states[-1]
+                states.append(integrate(lambda x, t: model(x, t, **cond), x, ends, solver, space=model.space))
     return torch.stack(states, dim=1)
 
 
@@ -239,10 +246,12 @@ def _times(grid: str | Tensor, steps: int, model: Any) -> Tensor:
             return times
         if grid.startswith("gaussian"):
             return gaussian_grid(steps, _deviation(grid, model), model.path)
+        if grid == "tokens" and isinstance(model.space, Tokens):
+            return time_decided(step_grid(steps), model.space.size)
         if grid == "optimal":
             raise ValueError("grid='optimal' is found first: grid=fewstep.optimal_grid(model, teacher, noise, steps)")
         if grid not in GRIDS:
-            raise unknown("step grid", grid, (*GRIDS, "gaussian", "native"))
+            raise unknown("step grid", grid, (*GRIDS, "gaussian", "native", "tokens"))
         return step_grid(steps, grid)
     if not isinstance(grid, Tensor):
         raise ValueError(f"grid={shown(grid)}: the times are a tensor, as in torch.tensor([0, 0.4, 1]), or a name")

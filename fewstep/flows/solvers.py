@@ -1,36 +1,39 @@
 """Solvers for ``dx/dt = v(x, t)``, for any callable velocity.
 
-A step is a function ``(velocity, x, t, t_next) -> x_next`` over times (B,); ``integrate`` walks it along a grid.
+A step is a function ``(velocity, x, t, t_next, space) -> x_next`` over times (B,); ``integrate`` walks it along a grid.
 """
 
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewstep.common.errors import unknown
 from fewstep.flows.broadcasting import expand
+from fewstep.flows.spaces import Euclid, Space
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
+EUCLID = Euclid()
 
 
-def euler_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+def euler_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, space: Space = EUCLID) -> Tensor:
     """First order, one call."""
-    return x + expand(t_next - t, x) * velocity(x, t)
+    return space.move(x, expand(t_next - t, x) * velocity(x, t))
 
 
-def midpoint_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+def midpoint_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, space: Space = EUCLID) -> Tensor:
     """Second order, two calls; never asks at the end of the step, so not at t = 1 either."""
     middle = (t + t_next) / 2
-    return x + expand(t_next - t, x) * velocity(euler_step(velocity, x, t, middle), middle)
+    return space.move(x, expand(t_next - t, x) * velocity(euler_step(velocity, x, t, middle, space), middle))
 
 
-def heun_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+def heun_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, space: Space = EUCLID) -> Tensor:
     """Second order, two calls: the trapezoidal rule with an Euler predictor (arXiv 2206.00364)."""
     here = velocity(x, t)
-    there = velocity(x + expand(t_next - t, x) * here, t_next)
-    return x + expand(t_next - t, x) * (here + there) / 2
+    there = velocity(space.move(x, expand(t_next - t, x) * here), t_next)
+    return space.move(x, expand(t_next - t, x) * (here + there) / 2)
 
 
 STEPS = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step}
@@ -38,7 +41,15 @@ SOLVERS = (*STEPS, "adaptive")
 LONGEST = 20_000  # steps of the adaptive solver, of which smooth velocities take some tens or hundreds
 
 
-def integrate(velocity: Velocity, x: Tensor, times: Tensor, solver: str = "heun", *, tolerance: float = 1e-6) -> Tensor:
+def integrate(
+    velocity: Velocity,
+    x: Tensor,
+    times: Tensor,
+    solver: str = "heun",
+    *,
+    tolerance: float = 1e-6,
+    space: Space = EUCLID,
+) -> Tensor:
     """The state at the last of ``times``, from ``x`` (B, ...) at the first.
 
     Args:
@@ -46,6 +57,7 @@ def integrate(velocity: Velocity, x: Tensor, times: Tensor, solver: str = "heun"
         times: the grid, 1-D and monotone in either direction; ``adaptive`` needs only its two ends.
         solver: euler, midpoint or heun, or adaptive (Dormand-Prince 5(4) of torchdiffeq, ``tolerance`` both
             relative and absolute).
+        space: how steps are taken; the adaptive solver, which adds them up, is brought into it at the end.
 
     Raises:
         ValueError: if the solver is not known, the grid has fewer than two times, or the adaptive solver finds no end.
@@ -66,11 +78,11 @@ def integrate(velocity: Velocity, x: Tensor, times: Tensor, solver: str = "heun"
                 f"the adaptive solver does not get from t = {float(ends[0]):g} to {float(ends[1]):g} at tolerance "
                 f"{tolerance:g} ({error}): the velocity jumps; take a larger tolerance, or heun"
             ) from None
-        return states[-1]
+        return space.move(states[-1], torch.zeros_like(x))
     if solver not in STEPS:
         raise unknown("solver", solver, SOLVERS)
     step = STEPS[solver]
     times = times.to(x.device)
     for t, t_next in pairwise(times):
-        x = step(velocity, x, t.expand(len(x)), t_next.expand(len(x)))
+        x = step(velocity, x, t.expand(len(x)), t_next.expand(len(x)), space)
     return x

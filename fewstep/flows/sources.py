@@ -1,13 +1,14 @@
-"""Where samples start at t = 0: from normal noise, or from the rows of a data set."""
+"""Where samples start at t = 0: from normal noise, from a box, or from the rows of a data set."""
 
 import json
 from functools import cached_property
+from math import log, pi
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fewstep.common.randomness import Generators, normal
+from fewstep.common.randomness import Generators, normal, uniform
 from fewstep.data.batch import Data
 from fewstep.data.between import draw_rows
 from fewstep.data.given import as_data
@@ -25,6 +26,31 @@ class Normal:
     def sample(self, shape: tuple[int, ...], generators: Generators) -> Tensor:
         """float32, (B, ...)."""
         return normal(torch.empty(shape), generators)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """The log of the density at x (B, ...), (B,)."""
+        return -0.5 * (x.square() + log(2 * pi)).flatten(1).sum(1)
+
+
+class Uniform:
+    """Uniform in a box: what reflected flow matching and flows on a torus start from.
+
+    Args:
+        low, high: the ends of every component.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+
+    def sample(self, shape: tuple[int, ...], generators: Generators) -> Tensor:
+        """float32, (B, ...)."""
+        return self.low + (self.high - self.low) * uniform(tuple(shape), generators)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """The log of the density at x (B, ...), (B,): minus infinity outside."""
+        is_inside = ((x >= self.low) & (x <= self.high)).flatten(1).all(1)
+        size = x[0].numel() * log(self.high - self.low)
+        return torch.where(is_inside, -size, -torch.inf).to(x.dtype)
 
 
 class RowsOf:
@@ -76,9 +102,9 @@ def source_facts(model: Any) -> dict[str, Any] | None:
 
 def _source_of(model: Any) -> Source:
     source: Source | None = getattr(model, "starts_from", None)
-    if source is None and model.path.two_sided:
+    if source is None and model.path.two_sided and model.space.source is None:
         raise ValueError(
             "this model goes from one data set to another, and its source is not known here: fewstep sample, reflow "
             "and diagnose take --source DATA; from Python, model.starts_from = RowsOf(fewstep.load_data(DATA))"
         )
-    return source or Normal()
+    return source or getattr(getattr(model, "space", None), "source", None) or Normal()

@@ -97,7 +97,7 @@ class Walk:
             return [by(end, t, torch.ones_like(t), **cond) for end in ends]
         legs = torch.linspace(float(t), 1, math.ceil(_LEGS * (1 - float(t))) + 1, dtype=torch.float64)
         legs = legs.to(ends[0].device, torch.promote_types(ends[0].dtype, torch.float32))
-        return [integrate(lambda x, t: by(x, t, **cond), end, legs, "heun") for end in ends]
+        return [integrate(lambda x, t: by(x, t, **cond), end, legs, "heun", space=by.space) for end in ends]
 
     def off(self, noise: Tensor, grid: Tensor, ends: Tensor | None, draw: Generators) -> Tensor:
         """How far the model's steps along a grid end from the reference: from ``ends``, or where these hang on the

@@ -9,11 +9,12 @@ from torch import Tensor
 from fewstep.common.errors import shown, unknown
 from fewstep.common.randomness import Generators, uniform
 from fewstep.flows.paths import Linear, Path
+from fewstep.flows.token_times import time_decided
 
 # How times are distributed, and the numbers of each where none are said.
 _NUMBERS: dict[str, tuple[float, ...]] = {
     "uniform": (), "logit-normal": (0.0, 1.0), "power": (1.0,), "mirrored-power": (1.0,), "gap": (0.0, 1.0),
-    "calls": (0.75,),
+    "calls": (0.75,), "tokens": (27.0, 0.75),
 }  # fmt: skip
 _CALLS = 4  # grids of 1, 2, 4, 8 steps
 DISTRIBUTIONS = tuple(_NUMBERS)
@@ -38,7 +39,7 @@ def read_times(distribution: str) -> tuple[str, tuple[float, ...]]:
         numbers = ()
     is_closed = bool(bracket) == rest.endswith(")")
     spread = numbers[-1] if numbers else 1.0  # a deviation, or a power
-    is_share = name != "calls" or spread <= 1
+    is_share = name not in ("calls", "tokens") or spread <= 1
     if (
         len(numbers) != len(wanted)
         or not is_closed
@@ -47,7 +48,7 @@ def read_times(distribution: str) -> tuple[str, tuple[float, ...]]:
         or not is_share
     ):
         way = f"{name}({', '.join(f'{number:g}' for number in wanted)})" if wanted else name
-        most = " and at most 1" if name == "calls" else ""
+        most = " and at most 1" if name in ("calls", "tokens") else ""
         raise ValueError(f"times {distribution!r}: say {way}, the last number above 0{most}")
     return name, numbers
 
@@ -60,7 +61,9 @@ def draw_times(rows: int, generators: Generators, distribution: str = "uniform")
       (arXiv 2403.03206); mean > 0 is towards data, and noise levels that are lognormal(m, d) are logit-normal(-m, d)
       on the linear path;
     * power(k): density ``(k + 1) t^k``, towards data; mirrored-power(k): the same towards noise;
-    * gap(mean, deviation), calls(share): say how intervals are drawn (:func:`draw_pairs`); single times are uniform.
+    * gap(mean, deviation), calls(share): say how intervals are drawn (:func:`draw_pairs`); single times are uniform;
+    * tokens(V, share): as calls(share), of times at which tokens of a vocabulary of V are decided evenly
+      (``fewstep.flows.token_times``).
 
     Raises:
         ValueError: if the distribution is not known.
@@ -74,6 +77,8 @@ def draw_times(rows: int, generators: Generators, distribution: str = "uniform")
             return u ** (1 / (numbers[0] + 1))
         case "mirrored-power":
             return 1 - (1 - u) ** (1 / (numbers[0] + 1))
+        case "tokens":
+            return time_decided(u, int(numbers[0]))
     return u
 
 
@@ -98,8 +103,12 @@ def draw_pairs(
             (Of two sorted uniform numbers, s is uniform on [0, 1 - (t - s)], and stays so.) Ends then go as far as
             the strip reaches.
     """
-    first, second = (draw_times(rows, generators, distribution) for _ in range(2))
     name, numbers = read_times(distribution)
+    if name == "tokens":
+        pairs = draw_pairs(rows, generators, f"calls({numbers[1]})", ends, longest)
+        s, t = (time_decided(times, int(numbers[0])) for times in pairs)
+        return s, t
+    first, second = (draw_times(rows, generators, distribution) for _ in range(2))
     if name == "gap":
         length = _logit_normal(first, *numbers)
         s = second * (1 - length)

@@ -46,4 +46,4 @@ def flow_of(field: VelocityField, x: Tensor, s: float, t: float, *, steps: int =
         return field.flow(x, s, t)
     legs = torch.linspace(s, t, math.ceil(steps * abs(t - s)) + 1, dtype=torch.float64)
     legs = legs.to(x.device, torch.promote_types(x.dtype, torch.float32))
-    return integrate(lambda x, t: field(x, t, **cond), x, legs, "heun")
+    return integrate(lambda x, t: field(x, t, **cond), x, legs, "heun", space=field.space)

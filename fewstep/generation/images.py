@@ -16,6 +16,7 @@ from fewstep.common.model_files import read_json
 from fewstep.evaluation.grids import image_grid
 from fewstep.evaluation.plots import points_figure
 from fewstep.evaluation.style import png
+from fewstep.flows.spaces import Space, Tokens
 from fewstep.generation.requests import Requests
 from fewstep.training.fingerprint import differences
 
@@ -25,7 +26,7 @@ FACTS, LINES = "samples.json", "samples.jsonl"
 _MAY_DIFFER = ("model",)
 
 
-def check_out(out: Path, shape: tuple[int, ...]) -> None:
+def check_out(out: Path, shape: tuple[int, ...], is_text: bool = False) -> None:
     """Refuse, before anything is drawn, a file that samples of this shape cannot be written to.
 
     Raises:
@@ -33,10 +34,17 @@ def check_out(out: Path, shape: tuple[int, ...]) -> None:
         FileExistsError: a folder with something in it that is not begun by fewstep, a file in the place of a folder, or
             a folder in that of a file.
     """
-    if out.suffix not in ("", ".png", ".npy", ".npz"):
+    if is_text and out.suffix not in (".txt", ".npy", ".npz"):
+        raise ValueError(f"--out {out}: samples of text are written as .txt, a line each, .npy or .npz")
+    if not is_text and out.suffix not in ("", ".png", ".npy", ".npz"):
         raise ValueError(f"--out {out}: samples are written as .png (a grid), .npy, .npz, or into a folder of PNGs")
     is_image = len(shape) == 3 and shape[0] in (1, 3)
-    if not is_image and not (shape == (2,) and out.suffix == ".png") and out.suffix not in (".npy", ".npz"):
+    if (
+        not is_text
+        and not is_image
+        and not (shape == (2,) and out.suffix == ".png")
+        and out.suffix not in (".npy", ".npz")
+    ):
         raise ValueError(f"--out {out}: samples of shape {shape} are no images, write them to a .npy or .npz file")
     is_folder = out.suffix == ""
     if not is_folder and out.is_dir():
@@ -50,9 +58,13 @@ def check_out(out: Path, shape: tuple[int, ...]) -> None:
         raise FileExistsError(f"--out {out}: the folder is not empty, and nothing in it is overwritten")
 
 
-def write(samples: Tensor, cond: Mapping[str, Tensor], out: Path) -> None:
-    """Samples (N, ...) to ``out``: a grid (.png), the numbers (.npy; .npz with conditions), or a folder of PNGs."""
-    if out.suffix in (".npy", ".npz"):
+def write(samples: Tensor, cond: Mapping[str, Tensor], out: Path, space: Space | None = None) -> None:
+    """Samples (N, ...) to ``out``: a grid (.png), the numbers (.npy; .npz with conditions), tokens of a ``space`` as a
+    line of text each (.txt), or a folder of PNGs."""
+    if out.suffix == ".txt" and isinstance(space, Tokens):
+        lines = [line.replace("\n", " ").replace("\r", " ") for line in space.text(samples)]
+        replace_file(out, "".join(f"{line}\n" for line in lines).encode())
+    elif out.suffix in (".npy", ".npz"):
         content = io.BytesIO()
         named: dict[str, Any] = {name: value.numpy() for name, value in {"data": samples, **cond}.items()}
         np.save(content, samples.numpy()) if out.suffix == ".npy" else np.savez(content, **named)

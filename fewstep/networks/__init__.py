@@ -1,5 +1,5 @@
-"""A small MLP, the families of diffusers as fields and as students, and a second time for networks of one's own. There
-is no U-Net or transformer of fewstep's own."""
+"""A small MLP, a transformer for rows of tokens, the families of diffusers as fields and as students, and a second time
+for networks of one's own. There is no network for images of fewstep's own."""
 
 from fewstep.networks.critics import ConvCritic, MLPCritic
 from fewstep.networks.families import (
@@ -19,6 +19,7 @@ from fewstep.networks.families.base import OfDiffusers, TwoTimeNetwork
 from fewstep.networks.mlp import MLP
 from fewstep.networks.noise_encoder import NoiseEncoder
 from fewstep.networks.second_time import SecondTime, sinusoidal
+from fewstep.networks.sequence import SequenceTransformer
 from fewstep.networks.students import gains_second_time, new_parts, with_second_time
 from fewstep.networks.two_times.base import SECOND_TIMES
 
@@ -37,6 +38,7 @@ __all__ = [
     "OfDiffusers",
     "PixArt",
     "SecondTime",
+    "SequenceTransformer",
     "TwoTimeNetwork",
     "TwoTimeUNet",
     "UNet",

@@ -16,6 +16,7 @@ from fewstep.objectives.interpolant import StochasticInterpolant
 from fewstep.objectives.itvm import ITVM
 from fewstep.objectives.lagrangian import LMD, LSD, TVM
 from fewstep.objectives.learned_noise import LearnedNoise
+from fewstep.objectives.markov_chain import MarkovChain
 from fewstep.objectives.mean_flow import AlphaFlow, MeanFlow
 from fewstep.objectives.progressive import PFMM, PSD, Shortcut, SplitMeanFlow
 from fewstep.objectives.teacher_critic import TeacherCritic
@@ -25,14 +26,14 @@ from fewstep.objectives.two_time import TwoTime
 _METHODS: tuple[type[Objective], ...] = (
     FlowMatching, ContrastiveFlowMatching, Denoising, ITVM, LMD, EMD, AYF, PFMM, ConsistencyDistillation, CTM, SCM,
     MeanFlow, ImprovedMeanFlow, AlphaFlow, FMM, LSD, ESD, PSD, TVM, Shortcut, SplitMeanFlow, ConsistencyTraining,
-    Corrected, Adversarial, Trajectory, StochasticInterpolant, LearnedNoise,
+    Corrected, Adversarial, Trajectory, StochasticInterpolant, LearnedNoise, MarkovChain,
 )  # fmt: skip
 OBJECTIVES: dict[str, type[Objective]] = {method.__name__: method for method in _METHODS}
 
 __all__ = [
     "AYF", "CTM", "EMD", "ESD", "FMM", "ITVM", "LMD", "LSD", "OBJECTIVES", "PFMM", "PSD", "SCM", "TVM", "Adversarial",
     "AlphaFlow", "ConsistencyDistillation", "ConsistencyTraining", "ContrastiveFlowMatching", "Corrected", "Denoising",
-    "Diffused", "Finishing", "FlowMatching", "ImprovedMeanFlow", "LearnedNoise", "Loss", "MeanFlow",
+    "Diffused", "Finishing", "FlowMatching", "ImprovedMeanFlow", "LearnedNoise", "Loss", "MarkovChain", "MeanFlow",
     "Objective", "Player", "Recentred", "Shortcut", "SplitMeanFlow", "StochasticInterpolant", "TeacherCritic",
     "Trajectory", "TwoTime",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from fewstep.data.batch import Batch, is_prior
 from fewstep.flows.fields import VelocityField, check_field
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
+from fewstep.flows.spaces import Euclid, Space, Tokens
 from fewstep.flows.times import read_times
 
 # Some rows of a batch: those of a slice, or these (n,).
@@ -78,7 +79,8 @@ class Objective(nn.Module):
     says that what it trains is a velocity field, not a flow map. ``needs_rows``: it learns from real rows, so a recipe
     whose teacher makes the data has none for it. ``uses_data``: it learns from the rows of a batch at all; else these
     only say the shape of a sample, and the conditions. ``around``: it stands around another objective, its ``base``;
-    this is the one that a recipe has there where it names none.
+    this is the one that a recipe has there where it names none. ``any_space``: all that it does with states are steps
+    in the student's space, so that it trains on a torus as in R^n (``fewstep.flows.spaces``).
     """
 
     ema: float | None = None
@@ -87,6 +89,7 @@ class Objective(nn.Module):
     needs_rows: bool = False
     uses_data: bool = True
     around: str | None = None
+    any_space: bool = False
     sources: tuple[str, ...] = ()
 
     def __init__(self, teacher: VelocityField | None = None) -> None:
@@ -169,15 +172,25 @@ class Objective(nn.Module):
                 f"the student is on {student.path}, the teacher on {self.teacher.path}: use teacher.on(student.path)"
             )
 
+    def check_space(self, student: Any) -> None:
+        """Raise if this objective cannot train where the student's samples live."""
+        space = space_of(student)
+        if space.source is not None and not self.any_space:
+            raise ValueError(
+                f"{type(self).__name__} is for R^n, and the student's samples live in a {type(space).__name__}: "
+                "FlowMatching, and for flow maps ITVM, PSD, SplitMeanFlow and Shortcut, train there"
+            )
+
     def check_data(self, data: Any, student: Any) -> None:
         """Raise, before anything is spent, if this objective cannot train this student on these data."""
+        self.check_space(student)
         if self.uses_data and is_prior(data):
             raise ValueError(
                 f"{type(self).__name__} learns from data, and data: prior has only a shape and conditions: name a data "
                 "set, or take a method that needs none, as LMD and ITVM with starts: prior"
             )
         brings, path = getattr(data, "brings_noise", False), getattr(student, "path", None)
-        if path is not None and path.two_sided and not brings:
+        if path is not None and path.two_sided and not brings and space_of(student).source is None:
             raise ValueError(
                 f"the student goes from one data set to another ({path}), and the data say nothing of the first: "
                 "source: NAME in a recipe, Between(data, source) from Python"
@@ -200,6 +213,11 @@ def check_velocity(teacher: VelocityField) -> None:
     Raises:
         ValueError: it is one.
     """
+    if teacher.chain:
+        raise ValueError(
+            f"the teacher is a {teacher.chain} Markov chain of tokens, which has no velocity: its samples can be data, "
+            "data: teacher, of a flow"
+        )
     if teacher.distilled:
         raise ValueError(
             f"the teacher is {teacher.distilled}. It predicts where a trajectory ends and is no velocity to distil: "
@@ -222,9 +240,19 @@ def check_options(method: str, times: str, **in_unit: float) -> None:
             raise ValueError(f"{method}'s {name} is {value}: it lies in [0, 1]")
 
 
-def noise_of(batch: Batch, generator: Generators) -> Tensor:
-    """The noise of each row: the batch's own where it is coupled, else drawn."""
-    return normal(batch.data, generator) if batch.noise is None else batch.noise
+def space_of(student: Any) -> Space:
+    """Where the samples of a student live."""
+    return getattr(student, "space", Euclid())
+
+
+def noise_of(batch: Batch, generator: Generators, space: Space | None = None) -> Tensor:
+    """The noise of each row: the batch's own where it is coupled, else drawn from the source of the space."""
+    if batch.noise is not None:
+        return batch.noise
+    source = None if space is None else space.source
+    return (
+        normal(batch.data, generator) if source is None else source.sample(batch.data.shape, generator).to(batch.data)
+    )
 
 
 def latent_of(path: Path, like: Tensor, generator: Generators) -> Tensor | None:
@@ -268,6 +296,17 @@ def _split(rows: int, chunk: int, shares: tuple[tuple[str, float], ...], device:
 def rows_of(cond: dict[str, Tensor], rows: Index) -> dict[str, Tensor]:
     """The conditions of some of the rows."""
     return {name: value[rows] for name, value in cond.items()}
+
+
+def in_tokens(objective: Any, student: Any) -> bool:
+    """Whether errors are the cross-entropy of tokens."""
+    is_possible = isinstance(space_of(student), Tokens) and objective.any_space
+    if objective.error_in == "tokens" and not is_possible:
+        name = type(objective).__name__
+        raise ValueError(
+            f"{name}'s error_in is tokens: that is for samples of tokens, and methods without a derivative"
+        )
+    return is_possible and objective.error_in in ("auto", "tokens")
 
 
 def squared_error(x: Tensor, y: Tensor) -> Tensor:

@@ -12,7 +12,17 @@ from fewstep.flows.change_of_path import scaling
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.paths import Path
 from fewstep.flows.times import draw_times
-from fewstep.objectives.base import Batch, Loss, Objective, check_options, latent_of, noise_of, squared_error
+from fewstep.objectives.base import (
+    Batch,
+    Loss,
+    Objective,
+    check_options,
+    in_tokens,
+    latent_of,
+    noise_of,
+    space_of,
+    squared_error,
+)
 from fewstep.objectives.two_time import ERRORS
 
 
@@ -24,12 +34,13 @@ class FlowMatching(Objective):
     Args:
         times: uniform, or logit-normal, which images prefer (arXiv 2403.03206), or see
             ``fewstep.flows.times.draw_times``.
-        error_in: velocity, data or auto, as in :class:`TwoTime`: the velocity of a network that predicts data is its
-            output over 1 - t, and the rows near t = 1 would drown all others.
+        error_in: velocity, data, tokens or auto, as in :class:`TwoTime`: the velocity of a network that predicts data
+            is its output over 1 - t, and the rows near t = 1 would drown all others.
     """
 
     sources = ("2210.02747", "2303.08797")
     trains_field = True
+    any_space = True
 
     def __init__(self, times: str = "uniform", error_in: str = "auto") -> None:
         super().__init__()
@@ -48,10 +59,14 @@ class FlowMatching(Objective):
         step: int = 0,
         generator: Generators,
     ) -> Loss:
-        noise = noise_of(batch, generator)
+        space = space_of(student)
+        noise = noise_of(batch, generator, space)
         t = as_times(draw_times(len(batch), generator, self.times), noise)
         latent = latent_of(student.path, noise, generator)
-        x, dx = student.path.sample(noise, batch.data, t, latent)
+        x, dx = space.between(student.path, noise, batch.data, t, latent)
+        if in_tokens(self, student):
+            error = space.error(student.end(x, t, t, **batch.cond), batch.data)
+            return Loss(error.mean(), {"tokens": error.mean().detach()}, {"tokens": t[:, None].expand(-1, 2)})
         velocity = student.velocity(x, t, **batch.cond)
         error = squared_error(velocity, dx)
         if self.error_in == "data" or (self.error_in == "auto" and getattr(student, "prediction", None) == "data"):
@@ -90,6 +105,7 @@ class ContrastiveFlowMatching(FlowMatching):
     """
 
     sources = ("2506.05350", "2210.02747")
+    any_space = False
 
     def __init__(
         self, weight: float = 0.05, times: str = "uniform", null: int | None = None, other_classes: bool = False

@@ -109,6 +109,7 @@ class ITVM(TwoTime):
         if not targets or min(targets.values()) < 0 or sum(targets.values()) == 0:
             raise ValueError("ITVM's shares of targets are not negative, and not all shares are 0")
         off = (1 - diagonal) / sum(targets.values())
+        self.any_space = not {"step", "derivative", "trajectory"} & {name for name, share in targets.items() if share}
         self.shares = {self.diagonal_term: diagonal, **{name: off * share for name, share in targets.items()}}
         self.ema = check_decay("ITVM", ema)
         self.middle, self.step_size, self.warmup = middle, step_size, warmup

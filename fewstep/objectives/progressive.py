@@ -35,6 +35,7 @@ class PSD(TwoTime):
     """
 
     term = "progressive"
+    any_space = True
     sources = ("2505.18825",)
 
     def __init__(
@@ -67,6 +68,7 @@ class SplitMeanFlow(TwoTime):
     """
 
     term = "split"
+    any_space = True
     sources = ("2507.16884",)
 
     def __init__(
@@ -99,6 +101,7 @@ class Shortcut(TwoTime):
     """
 
     term = "shortcut"
+    any_space = True
     sources = ("2410.12557",)
 
     def __init__(
@@ -127,7 +130,7 @@ class Shortcut(TwoTime):
         m = s + half
         is_step = half * self.finest < 1.5  # one step of the finest grid: along the velocity
         first = now.target.average_velocity(x, s, torch.where(is_step, s, m), **rows.cond)
-        near = x + expand(half, x) * first
+        near = student.space.move(x, expand(half, x) * first)
         second = now.target.average_velocity(near, m, torch.where(is_step, m, t), **rows.cond)
         return (first + second) / 2
 

@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, same_draws, uniform
 from fewstep.data.batch import Batch
-from fewstep.flows.broadcasting import as_times
+from fewstep.flows.broadcasting import as_times, expand
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.times import draw_pairs, draw_times
@@ -24,6 +24,7 @@ from fewstep.objectives.base import (
     Loss,
     Objective,
     check_options,
+    in_tokens,
     latent_of,
     noise_of,
     split_rows,
@@ -50,7 +51,7 @@ __all__ = [
     "warmed",
 ]
 
-ERRORS = ("auto", "velocity", "data")
+ERRORS = ("auto", "velocity", "data", "tokens")
 STARTS = ("data", "prior", "own")
 
 
@@ -72,7 +73,8 @@ class TwoTime(Objective):
         learned: weigh by ``exp(-w) error + w`` with a learned w(s, t) (arXiv 2505.18825, 2312.02696).
         error_in: ``velocity``; ``data``, the error of the data that u points to, ``x + (1 - s) u``, so a weight
             ``(1 - s)^2``; ``auto``, data for a network that predicts data, whose velocity near s = 1 is its output
-            over 1 - s and would drown all else, and velocity for all others.
+            over 1 - s and would drown all else, and velocity for all others; ``tokens``, their cross-entropy, which
+            ``auto`` takes where samples are tokens and the goals, of methods for ``any_space``, lie in the simplex.
         weights: of the diagonal term and of the others.
         jvp: how derivatives of the network are taken, see :func:`fewstep.objectives.derivative.derivative`.
         starts: which states the rows are at: ``data``, those of the path between noise and data; ``prior``, no data:
@@ -226,6 +228,10 @@ class TwoTime(Objective):
             if scattered := [index for index in parts.values() if isinstance(index, Tensor)]:
                 goal = torch.empty_like(goal).index_copy_(0, torch.cat(scattered), goal)  # in the order of the rows
         # One call for all rows; each goal was made of its own rows alone, so that no call is wasted.
+        if in_tokens(self, student):
+            end = rows.x + expand(1 - rows.s, rows.x) * goal
+            error = student.space.error(student.end(rows.x, rows.s, rows.t, **rows.cond), end)
+            return {name: error[index] for name, index in parts.items()}
         error = squared_error(student.average_velocity(rows.x, rows.s, rows.t, **rows.cond), goal)
         return {name: self._in_unit(error[index], student, some[name]) for name, index in parts.items()}
 
@@ -254,7 +260,7 @@ class TwoTime(Objective):
 
     def _draw(self, student: FlowMap, batch: Batch, generator: Generators, now: Now) -> tuple[Rows, dict[str, Index]]:
         """The rows of a batch, and which of them belong to which term."""
-        count, noise = len(batch), noise_of(batch, generator)
+        count, noise = len(batch), noise_of(batch, generator, student.space)
         shared = split_rows(count, self.shares, generator, noise.device)
         s, t = self.pairs(count, generator, now)
         start, fraction = self.starts(count, generator), uniform(count, generator)
@@ -265,7 +271,7 @@ class TwoTime(Objective):
             s = torch.zeros_like(s)
         s[diagonal] = t[diagonal] = start[diagonal]
         latent = latent_of(student.path, noise, generator)
-        x, dx = student.path.sample(noise, batch.data, s, latent)
+        x, dx = student.space.between(student.path, noise, batch.data, s, latent)
         rows = Rows("all", x, dx, s, t, noise, batch.data, fraction, cond, latent)
         if not self.from_data:
             rows = self._at_own_states(student, rows, diagonal)

@@ -9,13 +9,13 @@ import torch
 
 from fewstep.common.errors import is_out_of_memory, shortened
 from fewstep.common.randomness import generator
-from fewstep.data.batch import Data, has_classes
+from fewstep.data.batch import Data, has_classes, is_prior
 from fewstep.data.conditions import Dropped
 from fewstep.data.couplings import uncoupled
 from fewstep.flows.fields import Guided, NetworkField, VelocityField, unguided
 from fewstep.flows.signature import Model, classes_of, shape_of
 from fewstep.objectives.base import Objective
-from fewstep.runs.datasets import encoded_folder, encoded_shape, make_data, null_of, settled, source_of
+from fewstep.runs.datasets import encoded_folder, encoded_shape, make_data, null_of, settled, source_of, with_tokens
 from fewstep.runs.loading import start_of, teacher_of
 from fewstep.runs.objective import follows_teacher, make_objective, trains_map
 from fewstep.runs.recipe import Recipe
@@ -54,7 +54,7 @@ def build(recipe: Recipe, out: Path | None = None, fresh: bool = False) -> Built
     data, shape = None, encoded_shape(recipe.data, teacher)
     if shape is None:
         data = make_data(recipe, teacher, out, fresh)
-        shape = tuple(data.shape)
+        recipe, shape = with_tokens(recipe, data), tuple(data.shape)
     # Before the objective, which freezes the teacher that the student may be a copy of.
     student = make_student(recipe.student, shape, teacher, trains_map(recipe), recipe.seed, start_of(recipe.student))
     objective = make_objective(recipe, teacher)
@@ -63,6 +63,8 @@ def build(recipe: Recipe, out: Path | None = None, fresh: bool = False) -> Built
         data = make_data(recipe, teacher, out, fresh)
     student.starts_from = source_of(recipe, teacher)
     objective.check_data(data, student)
+    if data.size != 0 and not is_prior(data):
+        student.space.check(data.rows(torch.arange(min(data.size or 256, 256)), generator(0)).data)
     _check_fit("student", student, recipe.data.name, data)
     if recipe.drop is not None:
         _check_fit(

@@ -189,6 +189,15 @@ def settled(recipe: Recipe, teacher: VelocityField | None) -> Recipe:
     return recipe.model_copy(update={"data": data, "source": source, "evaluation": evaluation})
 
 
+def with_tokens(recipe: Recipe, data: Data) -> Recipe:
+    """The recipe, saying of data of text which tokens its student's samples are: by this a run is opened without it."""
+    symbols, student = getattr(data, "symbols", None), recipe.student
+    if symbols is None or student.space is not None:
+        return recipe
+    space = Named.model_validate({"name": "tokens", "symbols": list(symbols)})
+    return recipe.model_copy(update={"student": student.model_copy(update={"space": space})})
+
+
 def _pictures_for(model: Model, section: Named, is_auto: bool, where: str) -> Named:
     """A section of data, of images that nothing is said of with the options that a model takes them with."""
     # A latent model has its own way from images to latents, where their size is settled too.

@@ -110,6 +110,7 @@ def judge(
             has_classes(getattr(held_out, "cond", {})),
             has_edges=support_of(held_out, teacher) is not None,
             has_training=training is not None,
+            has_tokens=hasattr(held_out, "words"),
         )
     if metrics != () and (teacher is not None or extractor is not None or len(data.shape) != 3):
         with progress_bar("evaluating", quiet) as progress:

@@ -195,6 +195,9 @@ def _opened(path: str | Path) -> Trained:
         model.guidance = sampled_at(recipe)
     if isinstance(model, VelocityField):
         model.coupling = coupling_of(recipe)
+        model.chain = (
+            str(recipe.objective.options.get("kind", "masked")) if recipe.objective.name == "MarkovChain" else ""
+        )
     return Trained(model.eval().requires_grad_(False), recipe, shape, saved.step)
 
 

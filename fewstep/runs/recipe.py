@@ -13,7 +13,7 @@ Above = Annotated[float, Field(gt=0)]
 
 PATHS = ("linear", "trigonometric", "vp")
 BETWEEN = ("linear", "trigonometric", "encoding-decoding", "mirror")  # paths between two data sets
-NETWORKS = ("auto", "mlp", "unet")
+NETWORKS = ("auto", "mlp", "unet", "transformer")
 MADE = ("teacher", "prior")  # data that are no data set: samples of the teacher, and its shape and classes alone
 
 
@@ -144,7 +144,8 @@ class Student(Section):
     short = "network"
     network: str = Field(
         "auto",
-        description="auto (the teacher's), mlp, unet (diffusers' UNet2DModel), or FILE.py:FUNCTION or MODULE:FUNCTION "
+        description="auto (the teacher's), mlp, unet (diffusers' UNet2DModel), transformer (for rows of tokens), or "
+        "FILE.py:FUNCTION or MODULE:FUNCTION "
         "that returns a network: net(x, s, t) for a flow map, net(x, t) for a field",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of the network")
@@ -157,6 +158,11 @@ class Student(Section):
         default=None,
         description="linear, trigonometric or vp (between two data sets linear, trigonometric, encoding-decoding or "
         "mirror); else the teacher's, or linear",
+    )
+    space: Named | None = Field(
+        default=None,
+        description="where samples live: box (low, high), torus (period), tokens (symbols), product (parts); else R^n, "
+        "and tokens for data of text",
     )
     latent: Literal["none", "quadratic", "brownian", "sine"] | None = Field(
         default=None, description="noise on the way between two data sets (fewstep.Interpolant); else none"

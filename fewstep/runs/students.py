@@ -12,14 +12,16 @@ from fewstep.common.errors import refused
 from fewstep.common.model_files import check_numbers
 from fewstep.common.options import arguments, find_object
 from fewstep.common.trust import is_code
-from fewstep.flows.description import maker_of, set_maker
+from fewstep.flows.description import maker_of, set_maker, space_of
 from fewstep.flows.fields import NetworkField, VelocityField, unguided
 from fewstep.flows.interpolants import DenoisedField, Interpolant
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.flows.paths import Path as Trajectory
+from fewstep.flows.spaces import Space, Tokens
+from fewstep.flows.token_times import Deciding
 from fewstep.models.lora import add_lora
-from fewstep.networks import MLP, ConditionalUNet, OfDiffusers, UNet, gains_second_time
+from fewstep.networks import MLP, ConditionalUNet, OfDiffusers, SequenceTransformer, UNet, gains_second_time
 from fewstep.networks.configs import set_size, with_image
 from fewstep.runs.recipe import PATHS, Student
 from fewstep.runs.warm_start import started
@@ -29,9 +31,17 @@ _PATHS: dict[str, Callable[[], Trajectory]] = dict(zip(PATHS, (Linear, Trigonome
 
 def path_of(section: Student) -> Trajectory | None:
     """The path that a recipe asks for."""
-    if section.latent is not None:
-        return Interpolant(section.path or "linear", section.latent)
+    space = space_in(section)
+    if section.latent is not None or (space is not None and space.source is not None):
+        return Interpolant(section.path or "linear", section.latent or "none")
     return _PATHS[section.path]() if section.path else None
+
+
+def space_in(section: Student) -> Space | None:
+    """Where samples live, as a recipe says it; None where it says nothing."""
+    if section.space is None:
+        return None
+    return space_of({"name": section.space.name, "options": section.space.options}, "student.space")
 
 
 def make_student(
@@ -50,6 +60,8 @@ def make_student(
     Raises:
         ValueError: a network that does not fit the shape, options that are not known, weights that do not fit.
     """
+    if (space := space_in(section)) is not None and teacher is not None and space != teacher.space:
+        raise ValueError(f"student.space: a student lives where its teacher does, {teacher.space}: leave it out")
     if start is not None:
         model: FlowMap | VelocityField = started(start, section, shape, teacher, is_map)
     else:
@@ -143,6 +155,11 @@ def make_network(section: Student, shape: tuple[int, ...]) -> Any:
         with refused("student.options: diffusers cannot make a UNet2DModel of these"):
             network = UNet(UNet2DModel(**fitting))
         return network if section.image is None else with_image(network, section.image)
+    if section.network == "transformer":
+        if len(shape) != 2:
+            raise ValueError(f"student.network: transformer takes rows of tokens (L, V), the data has shape {shape}")
+        own = arguments("student.options", SequenceTransformer, options, given=("length", "tokens", "times"))
+        return SequenceTransformer(*shape, **own)
     function = find_object(section.network, nn.Module)
     fitting = arguments("student.options", function, options)
     with refused(f"student.options: {section.network} cannot be made of these"):
@@ -171,21 +188,24 @@ def _wrap(
 ) -> FlowMap | VelocityField:
     """The network as a map or a field, with the weights of ``start`` where there is one."""
     path = teacher.path if teacher is not None else path_of(section) or Linear()
-    native, prediction = path, section.prediction or "velocity"
-    if isinstance(network, UNet) and isinstance(path, Interpolant):
+    space = space_in(section) if teacher is None else teacher.space
+    native, prediction = path, section.prediction or (space and space.predicts) or "velocity"
+    if isinstance(space, Tokens) and isinstance(network, SequenceTransformer):
+        native = Deciding(space.size)
+    elif isinstance(network, UNet) and isinstance(path, Interpolant):
         native = replace(path, time_scale=1000.0)
     elif isinstance(network, UNet):
         # Timesteps and output as diffusers' flow-match models have them, so that an export is one of those.
         native, prediction = Reversed(1000.0), section.prediction or "flow"
     if start is not None:
         native, prediction = start.native, start.prediction
-    field = NetworkField(network, native, prediction, path=path)
+    field = NetworkField(network, native, prediction, path=path, space=space)
     try:
         if is_map and not gains_second_time(network):
             # A network of one's own comes with its second time.
-            return (
-                FlowMap(network, native, prediction, path=path) if start is None else FlowMap.from_field(start, network)
-            )
+            if start is not None:
+                return FlowMap.from_field(start, network)
+            return FlowMap(network, native, prediction, path=path, space=space)
         if start is not None:
             new, extra = network.load_state_dict(start.network.state_dict(), strict=False)
             # What it is told of guidance may be new.

@@ -184,6 +184,19 @@ def likely(field: fewstep.VelocityField, x: Tensor) -> Tensor:
     return fewstep.bits_per_dim(log_p, dims=784, level=1 / 127.5)
 
 
+def spaces(network: nn.Module, angles: Tensor) -> list[str]:
+    space = fewstep.Tokens(tuple("abc"))
+    exact: fewstep.VelocityField = fewstep.TokensField(torch.tensor([[0, 1]]), torch.ones(1), space)
+    text: fewstep.FlowMap = fewstep.FlowMap.from_field(exact, network)
+    field = fewstep.NetworkField(network, fewstep.Interpolant(), space=fewstep.Torus())
+    fewstep.fit(field, fewstep.FlowMatching(), angles, steps=20)
+    both = fewstep.Product(((fewstep.Euclid(), (3,)), (fewstep.Box(0, 1), (2,))))
+    start: Tensor = fewstep.Uniform(0, 1).log_prob(fewstep.Normal().sample((4, 5), torch.default_generator))
+    board = fewstep.BoxesInBoxField(torch.tensor([[[0.1, 0.4]]]), fewstep.Box(0, 1))
+    print(both.shape, start, board.inside(angles), fewstep.MarkovChain("uniform"))
+    return space.text(fewstep.sample(text, torch.randn(4, 2, 3), 1))
+
+
 def folders(out: Path) -> str:
     model: fewstep.VelocityField | fewstep.FlowMap = fewstep.load("./my-ddpm", device="cpu")
     if not isinstance(model, fewstep.FlowMap):

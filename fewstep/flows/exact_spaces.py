@@ -1,0 +1,171 @@
+"""Fields in closed form outside R^n: rows of tokens, and boxes within a box. (In R^n: ``fewstep.flows.exact``.)"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from fewstep.common.errors import shown
+from fewstep.flows.broadcasting import as_times, expand
+from fewstep.flows.exact import ExactField
+from fewstep.flows.interpolants import Interpolant
+from fewstep.flows.paths import Linear, Path
+from fewstep.flows.spaces import Box, Tokens
+
+_LATE = 0.995  # by then a row of tokens is decided
+
+
+class TokensField(ExactField):
+    """Data that are some rows of tokens with their probabilities: the flow of one-hot vectors from normal noise.
+
+    ``D_t(x) = sum_y softmax_y(log p(y) + t <x, E_y> / (1 - t)^2) E_y`` is the posterior mean, on the straight path
+    (a mixture of Gaussians of no width), and ``v = (D_t(x) - x) / (1 - t)``.
+
+    Args:
+        sequences: (K, L), whole numbers below V.
+        probabilities: (K,), positive; normalised here.
+        space: the vocabulary.
+
+    Raises:
+        ValueError: numbers beyond the vocabulary, or probabilities that are none.
+    """
+
+    space: Tokens  # pyright: ignore[reportIncompatibleVariableOverride]
+    states: Tensor
+    log_weights: Tensor
+
+    def __init__(self, sequences: Tensor, probabilities: Tensor, space: Tokens, path: Path | None = None) -> None:
+        super().__init__()
+        if len(sequences) != len(probabilities):
+            raise ValueError(f"{len(sequences)} sequences and {len(probabilities)} probabilities: one each is needed")
+        if not (probabilities > 0).all():
+            raise ValueError(f"the probability {float(probabilities.min()):g} of a sequence: leave it out")
+        if not (path is None or path.is_straight):
+            raise ValueError(f"a TokensField is on the straight path, not on {path}")
+        self.space, self.path = space, path or Linear()
+        self.register_buffer("states", space.encode(sequences).double())
+        self.register_buffer("log_weights", (probabilities / probabilities.sum()).double().log())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.states.shape[1:])
+
+    def end(self, x: Tensor, s: Tensor | float, t: Tensor | float | None = None, **cond: Any) -> Tensor:
+        """``D_s(x)``, the mean of the data given x at s, (B, L, V): the probabilities of tokens."""
+        s = as_times(s, x).double()
+        rate = (s / (1 - s).clamp(min=1e-9).square())[:, None]
+        states = self.states.flatten(1).double()
+        posterior = torch.softmax(self.log_weights.double() + rate * (x.double().flatten(1) @ states.T), dim=1)
+        return (posterior @ states).reshape(x.shape).to(x.dtype)
+
+    def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        t = as_times(t, x)
+        return (self.end(x, t) - x) / expand((1 - t).clamp(min=1e-6), x)
+
+    def flow(self, x: Tensor, s: float, t: float, *, tolerance: float = 1e-9) -> Tensor:
+        """``X_{s,t}(x)``; at t = 1 the tokens themselves, which are decided a little before."""
+        if t < 1:
+            return super().flow(x, s, t, tolerance=tolerance)
+        late = super().flow(x, s, max(s, _LATE), tolerance=max(tolerance, 1e-6))
+        return one_hot(self.end(late, max(s, _LATE)).argmax(-1), x.shape[-1]).to(x.dtype)
+
+    def data(self, count: int, generator: torch.Generator) -> Tensor:
+        """float32, (count, L, V)."""
+        rows = torch.multinomial(self.log_weights.exp(), count, replacement=True, generator=generator)
+        return self.states[rows].float()
+
+    def on(self, path: Path) -> "TokensField":
+        return (
+            self
+            if path.same_as(self.path)
+            else TokensField(self.states.argmax(-1), self.log_weights.exp(), self.space, path)
+        )
+
+
+class BoxesInBoxField(ExactField):
+    """Data uniform on boxes inside a box, and noise uniform in that box: a flow that never leaves it.
+
+    Given ``x = t y + (1 - t) z`` the data y is uniform on the part of each of its boxes from which a z in the box leads
+    to x; boxes weigh as the shares of them that this part is. All is exact, in float64.
+
+    Args:
+        boxes: (K, D, 2), the low and high end of each on each axis; they do not overlap.
+        space: the box around them.
+        weights: (K,), the probability of each; as large as their volumes if not given.
+        labels: (K,), the class of each from 0 on: ``class_labels`` (B,) then choose, and one beyond the last is all.
+
+    Raises:
+        ValueError: boxes that are none, or reach beyond the space.
+    """
+
+    space: Box  # pyright: ignore[reportIncompatibleVariableOverride]
+    boxes: Tensor
+    log_weights: Tensor
+    labels: Tensor | None
+
+    def __init__(
+        self,
+        boxes: Tensor,
+        space: Box,
+        weights: Tensor | None = None,
+        labels: Tensor | None = None,
+        path: Path | None = None,
+    ) -> None:
+        super().__init__()
+        if boxes.ndim != 3 or boxes.shape[2] != 2 or not (boxes[..., 1] > boxes[..., 0]).all():
+            raise ValueError(f"boxes (K, D, 2) with low < high are needed, not {shown(tuple(boxes.shape))}")
+        space.check(boxes)
+        self.space, self.path = space, path or Interpolant()
+        if not (self.path.is_straight and self.path.two_sided):
+            raise ValueError(f"noise in a box is on Interpolant(), not on {path}")
+        weights = (boxes[..., 1] - boxes[..., 0]).prod(1) if weights is None else weights
+        self.register_buffer("boxes", boxes.double())
+        self.register_buffer("log_weights", (weights / weights.sum()).double().log())
+        self.register_buffer("labels", labels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.boxes.shape[1],)
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are, and one for none; 0 without labels."""
+        return 0 if self.labels is None else int(self.labels.max()) + 2
+
+    def end(self, x: Tensor, s: Tensor | float, t: Tensor | float | None = None, **cond: Any) -> Tensor:
+        """The mean of the data given x at s, (B, D)."""
+        times = as_times(s, x).double().clamp(1e-9, 1 - 1e-9)[:, None, None]
+        low, high = self.boxes.unbind(-1)  # (K, D)
+        x64 = x.double()[:, None]
+        # From where a z of the box leads to x: no lower than this, and no higher.
+        first = torch.maximum(low, (x64 - (1 - times) * self.space.high) / times)
+        last = torch.minimum(high, (x64 - (1 - times) * self.space.low) / times)
+        share = (last - first) / (high - low)  # below 0 where no z does
+        log = torch.where(share > 0, share.clamp(min=1e-300).log(), 1e3 * (share - 1)).sum(-1) + self.log_weights
+        if self.labels is not None and "class_labels" in cond:
+            asked = cond["class_labels"][:, None].to(self.labels)
+            log = log.masked_fill((asked != self.labels) & (asked != self.classes - 1), -torch.inf)
+        posterior = torch.softmax(log, dim=1)[..., None]
+        middle = ((first + last) / 2).clamp(low, high)
+        return (posterior * middle).sum(1).to(x.dtype)
+
+    def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        t = as_times(t, x)
+        return (self.end(x, t, **cond) - x) / expand((1 - t).clamp(min=1e-9), x)
+
+    def data(self, count: int, generator: torch.Generator) -> Tensor:
+        """float32, (count, D)."""
+        rows = torch.multinomial(self.log_weights.exp(), count, replacement=True, generator=generator)
+        low, high = self.boxes[rows].unbind(-1)
+        return (low + (high - low) * torch.rand(low.shape, generator=generator, dtype=low.dtype)).float()
+
+    def inside(self, points: Tensor) -> Tensor:
+        """Whether each of points (N, D) lies where the data do, (N,)."""
+        x = points[:, None].to(self.boxes)
+        return ((x >= self.boxes[..., 0]) & (x <= self.boxes[..., 1])).all(-1).any(1)
+
+    def on(self, path: Path) -> "BoxesInBoxField":
+        if path.same_as(self.path):
+            return self
+        return BoxesInBoxField(self.boxes, self.space, self.log_weights.exp(), self.labels, path)

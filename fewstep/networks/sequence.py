@@ -17,7 +17,8 @@ class SequenceTransformer(nn.Module):
     the logits of tokens, (B, length, tokens).
 
     Rows are one-hot vectors with noise, so the first layer is linear: a convolution over the nearest places. In the
-    blocks every place sees every other. The times scale and shift each block's input (adaptive normalisation, arXiv 2212.09748).
+    blocks every place sees every other. The times scale and shift each block's input (adaptive normalisation,
+    arXiv 2212.09748).
 
     Args:
         length, tokens: of a row.

@@ -65,6 +65,7 @@ def text_file(path: str | Path, length: int = 32, split: str = "train", letters:
     """A text in UTF-8 as rows of characters.
 
     Args:
+        length: characters of a row.
         split: train, the first 95 % of it; test, the rest; or all.
         letters: a to z and the space alone, as text8 has them: capitals become small, accents go, everything else is
             a space. False takes every character that occurs, line ends among them.
@@ -84,7 +85,12 @@ def text_file(path: str | Path, length: int = 32, split: str = "train", letters:
 
 def python_topics(length: int = 32, split: str = "train", letters: bool = True) -> Text:
     """The reference that Python's ``help()`` prints, some 600,000 characters of English: a text that every Python has.
-    It differs a little from version to version. Options as those of a file."""
+    It differs a little from version to version.
+
+    Args:
+        length: characters of a row.
+        split, letters: as for a file.
+    """
     from pydoc_data.topics import topics
 
     return _split("\n".join(topics[name] for name in sorted(topics)), length, split, letters)

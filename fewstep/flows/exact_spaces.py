@@ -31,7 +31,6 @@ class TokensField(ExactField):
         ValueError: numbers beyond the vocabulary, or probabilities that are none.
     """
 
-    space: Tokens  # pyright: ignore[reportIncompatibleVariableOverride]
     states: Tensor
     log_weights: Tensor
 
@@ -43,7 +42,7 @@ class TokensField(ExactField):
             raise ValueError(f"the probability {float(probabilities.min()):g} of a sequence: leave it out")
         if not (path is None or path.is_straight):
             raise ValueError(f"a TokensField is on the straight path, not on {path}")
-        self.space, self.path = space, path or Linear()
+        self.space, self.vocabulary, self.path = space, space, path or Linear()
         self.register_buffer("states", space.encode(sequences).double())
         self.register_buffer("log_weights", (probabilities / probabilities.sum()).double().log())
 
@@ -79,7 +78,7 @@ class TokensField(ExactField):
         return (
             self
             if path.same_as(self.path)
-            else TokensField(self.states.argmax(-1), self.log_weights.exp(), self.space, path)
+            else TokensField(self.states.argmax(-1), self.log_weights.exp(), self.vocabulary, path)
         )
 
 
@@ -99,7 +98,6 @@ class BoxesInBoxField(ExactField):
         ValueError: boxes that are none, or reach beyond the space.
     """
 
-    space: Box  # pyright: ignore[reportIncompatibleVariableOverride]
     boxes: Tensor
     log_weights: Tensor
     labels: Tensor | None
@@ -116,7 +114,7 @@ class BoxesInBoxField(ExactField):
         if boxes.ndim != 3 or boxes.shape[2] != 2 or not (boxes[..., 1] > boxes[..., 0]).all():
             raise ValueError(f"boxes (K, D, 2) with low < high are needed, not {shown(tuple(boxes.shape))}")
         space.check(boxes)
-        self.space, self.path = space, path or Interpolant()
+        self.space, self.box, self.path = space, space, path or Interpolant()
         if not (self.path.is_straight and self.path.two_sided):
             raise ValueError(f"noise in a box is on Interpolant(), not on {path}")
         weights = (boxes[..., 1] - boxes[..., 0]).prod(1) if weights is None else weights
@@ -139,8 +137,8 @@ class BoxesInBoxField(ExactField):
         low, high = self.boxes.unbind(-1)  # (K, D)
         x64 = x.double()[:, None]
         # From where a z of the box leads to x: no lower than this, and no higher.
-        first = torch.maximum(low, (x64 - (1 - times) * self.space.high) / times)
-        last = torch.minimum(high, (x64 - (1 - times) * self.space.low) / times)
+        first = torch.maximum(low, (x64 - (1 - times) * self.box.high) / times)
+        last = torch.minimum(high, (x64 - (1 - times) * self.box.low) / times)
         share = (last - first) / (high - low)  # below 0 where no z does
         log = torch.where(share > 0, share.clamp(min=1e-300).log(), 1e3 * (share - 1)).sum(-1) + self.log_weights
         if self.labels is not None and "class_labels" in cond:
@@ -168,4 +166,4 @@ class BoxesInBoxField(ExactField):
     def on(self, path: Path) -> "BoxesInBoxField":
         if path.same_as(self.path):
             return self
-        return BoxesInBoxField(self.boxes, self.space, self.log_weights.exp(), self.labels, path)
+        return BoxesInBoxField(self.boxes, self.box, self.log_weights.exp(), self.labels, path)

@@ -1,5 +1,6 @@
-"""A small MLP, a transformer for rows of tokens, the families of diffusers as fields and as students, and a second time
-for networks of one's own. There is no network for images of fewstep's own."""
+"""An MLP, a transformer for tokens, the families of diffusers as fields and students, and a second time for one's own.
+
+There is no network for images of fewstep's own."""
 
 from fewstep.networks.critics import ConvCritic, MLPCritic
 from fewstep.networks.families import (

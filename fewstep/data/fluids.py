@@ -86,7 +86,11 @@ def vorticity(
     Args:
         task: what is known: ``super-resolution``, the means of squares of ``factor`` points, interpolated; or
             ``forecast``, the vorticity a time ``ahead`` before.
-        count: snapshots, eight of each flow. split: train or test, other flows.
+        count: snapshots, eight of each flow.
+        size: points a side.
+        factor: how many points a side are one, for super-resolution.
+        ahead: the time between both, for a forecast.
+        split: train or test, other flows.
         residual: what is learned is the difference from what is known (:class:`Residual`).
 
     Raises:

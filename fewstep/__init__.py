@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from fewstep.flows.steering import steer
     from fewstep.flows.step_grids import optimal_grid, step_errors
     from fewstep.flows.tabulated import Tabulated
+    from fewstep.generation.clusters import cluster
     from fewstep.models.adapter_files import load_adapter, save_adapter
     from fewstep.models.hub import push
     from fewstep.models.lora import add_lora, merge_lora
@@ -162,6 +163,7 @@ _HOMES = {
     "add_lora": "models.lora",
     "bits_per_dim": "flows.likelihood",
     "cite": "runs.cite",
+    "cluster": "generation.clusters",
     "compare": "evaluation.results",
     "compare_methods": "runs.compare",
     "convert": "runs.convert",
@@ -263,6 +265,7 @@ __all__ = [
     "add_lora",
     "bits_per_dim",
     "cite",
+    "cluster",
     "compare",
     "compare_methods",
     "convert",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fewstep.commands import (
     cite,
+    cluster,
     compare,
     convert,
     diagnose,
@@ -30,7 +31,8 @@ from fewstep.common.write_errors import NEVER_OF_READING, WriteError, write_erro
 
 # In the order of the help; train adds distill too.
 COMMANDS = (
-    train, plan, sample, edit, ui, evaluate, diagnose, compare, reflow, encode, export, push, convert, cite, recipes,
+    train, plan, sample, edit, ui, evaluate, diagnose, compare, reflow, encode, cluster, export, push, convert, cite,
+    recipes,
 )  # fmt: skip
 
 

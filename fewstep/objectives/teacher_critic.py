@@ -97,7 +97,7 @@ class TeacherCritic(nn.Module):
     def forward(self, x: Tensor, *, time: Tensor, noise: Tensor, **cond: Tensor) -> Tensor:
         field = self.field
         noised, _ = field.path.sample(noise, x, time)
-        with recording(field.network, self.layers, stop=True) as seen, suppress(_Enough):
+        with recording(field.network, self.layers, stop=True) as seen, suppress(Enough):
             field(noised, time, **{name: value for name, value in cond.items() if takes(field, name)})
         logits = [head(seen[name], time) for name, head in zip(self.layers, self.heads, strict=True)]
         return torch.stack(logits).mean(0)
@@ -121,7 +121,7 @@ class TeacherCritic(nn.Module):
                     f"with {', '.join(rows) or 'no conditions'} ({str(error).splitlines()[0][:120]}): give "
                     "TeacherCritic(teacher, shape=..., cond=...) rows that it takes"
                 ) from error
-            return {name: _tokens(value).shape[-1] for name, value in seen.items() if value.requires_grad}
+            return {name: tokens_of(value).shape[-1] for name, value in seen.items() if value.requires_grad}
 
 
 class _Head(nn.Module):
@@ -135,13 +135,13 @@ class _Head(nn.Module):
 
     def forward(self, features: Tensor, time: Tensor) -> Tensor:
         weight = self.first.weight
-        tokens = _tokens(features).to(weight.dtype)
+        tokens = tokens_of(features).to(weight.dtype)
         told = self.time(sinusoidal(time.to(weight.dtype), _FREQUENCIES, low=0.5, high=30.0))
         h = self.first(nn.functional.layer_norm(tokens, tokens.shape[-1:])) + told[:, None]
         return self.last(nn.functional.silu(h)).mean((1, 2))
 
 
-def _tokens(features: Tensor) -> Tensor:
+def tokens_of(features: Tensor) -> Tensor:
     """Features as (n, tokens, channels): of images (n, C, H, W), of tokens (n, T, C) as they are, of points (n, C)."""
     if features.ndim == 2:
         return features[:, None]
@@ -161,7 +161,7 @@ def blocks_of(network: nn.Module) -> list[str]:
     return list(entries(network, "")) or [name for name, _ in network.named_children()]
 
 
-class _Enough(Exception):  # noqa: N818
+class Enough(Exception):  # noqa: N818
     """The last of the layers has run."""
 
 
@@ -188,7 +188,7 @@ def recording(network: nn.Module, names: Sequence[str], stop: bool = False) -> I
             if tensors:
                 seen[name] = tensors[-1]
             if stop and len(seen) == len(names):
-                raise _Enough
+                raise Enough
 
         return keep
 

@@ -85,6 +85,13 @@ def steering(student: fewstep.FlowMap, field: fewstep.VelocityField, x: Tensor) 
     return images + kept + climbed.x + particles.x[particles.ancestors] * particles.log_weights.exp()
 
 
+def clusters(field: fewstep.VelocityField) -> Tensor:
+    found = fewstep.cluster(field, fewstep.load_data("digits"), 10, at=0.9, layer="mid_block")
+    print(found.layer, found.agreement, found.sizes.tolist())
+    labels: Tensor = found.labels
+    return labels
+
+
 def objectives(teacher: fewstep.VelocityField) -> dict[str, nn.Module]:
     with_teacher: list[Callable[[fewstep.VelocityField], nn.Module]] = [
         fewstep.AYF,

@@ -1,7 +1,7 @@
 """A results file of runs that were judged: what their quality.json say, one below the other.
 
     python benchmarks/of_runs.py finishing-mnist.json "before=runs/itvm" "finished=runs/finish" --title "MNIST" \\
-        --commands "fewstep distill ..." --notes "10,000 samples against the 10,000 test images."
+        --commands "fewstep distill ..." --commit b37e848 --notes "10,000 samples against the 10,000 test images."
 
 Each run is a label and a folder; all have been judged alike. Of the teacher, whose rows each run may have, those of the
 last run are taken. The file lies in benchmarks/results.
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN")
     parser.add_argument("--title", required=True)
     parser.add_argument("--commands", nargs="+", required=True, help="that made the runs")
+    parser.add_argument("--commit", required=True, help="that the runs were made at")
     parser.add_argument("--notes", nargs="*", default=[])
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
     args = parser.parse_args()
@@ -43,7 +44,7 @@ def main() -> None:
         parser.error(f"the runs were judged by {' and '.join(sorted(counts))} samples: judge them alike first")
     columns = [NAMES.get(name, name) for name in metrics]
     facts = here(seeds, args.notes)
-    facts["commands"] = args.commands
+    facts |= {"commands": args.commands, "commit": args.commit}
     formats = {name: FORMATS.get(name, "{:.3f}") for name in columns}
     write(FOLDER / args.out, title=args.title, columns=["model", "NFE", *columns], formats=formats, rows=rows, **facts)
 

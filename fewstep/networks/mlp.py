@@ -19,6 +19,8 @@ class MLP(nn.Module):
         classes: the number of classes for a ``class_labels`` condition (B,), 0 for none.
         guidance: takes the strength of guidance as a condition ``guidance`` (B,); 1, which is none, if it is not given.
             ``interval``: with the times between which it acts, (B, 3); all times, if they are not given.
+        vector: numbers in a condition ``vector`` (B, vector), 0 for none. NaN stands for a number that is not known, so
+            for none of them where it is not given: what guidance drops it for.
 
     Raises:
         ValueError: no layer, or more and wider ones than fit anywhere; when called with another number of times, or
@@ -33,17 +35,18 @@ class MLP(nn.Module):
         times: int = 1,
         classes: int = 0,
         guidance: bool | Literal["interval"] = False,
+        vector: int = 0,
     ) -> None:
         super().__init__()
         for name, number, least, most in (
             ("dim", dim, 1, _WIDEST), ("width", width, 1, _WIDEST), ("depth", depth, 1, 1000),
-            ("classes", classes, 0, _WIDEST),
+            ("classes", classes, 0, _WIDEST), ("vector", vector, 0, _WIDEST),
         ):  # fmt: skip
             if not least <= number <= most:
                 raise ValueError(f"an MLP with {name} {number}: {least} to {most:,} can be made")
         self.config = {
             "dim": dim, "width": width, "depth": depth, "times": times, "classes": classes, "guidance": guidance,
-        }  # fmt: skip
+        } | ({"vector": vector} if vector else {})  # fmt: skip
         self.input = nn.Linear(dim, width)
         self.time = nn.Linear(64, width)
         self.second_time = SecondTime(width) if times == 2 else None
@@ -52,9 +55,15 @@ class MLP(nn.Module):
         self.interval = nn.ModuleList(SecondTime(width) for _ in range(2 if guidance == "interval" else 0))
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
         self.output = nn.Linear(width, dim)
+        self.vector = nn.Linear(2 * vector, width) if vector else None  # the numbers, and which are not known
 
     def forward(
-        self, x: Tensor, *times: Tensor, class_labels: Tensor | None = None, guidance: Tensor | None = None
+        self,
+        x: Tensor,
+        *times: Tensor,
+        class_labels: Tensor | None = None,
+        guidance: Tensor | None = None,
+        vector: Tensor | None = None,
     ) -> Tensor:
         if len(times) != self.config["times"]:
             raise ValueError(f"an MLP with times={self.config['times']} was called with {len(times)}: make it to fit")
@@ -76,6 +85,13 @@ class MLP(nn.Module):
             if len(self.interval):
                 ends = ends or (torch.zeros_like(strength), torch.ones_like(strength))
                 h = h + self.interval[0](ends[0]) + self.interval[1](ends[1])
+        if (count := self.config.get("vector", 0)) or vector is not None:
+            told = x.new_full((len(x), count), torch.nan) if vector is None else vector.to(x)
+            if self.vector is None or told.shape != (len(x), count):
+                raise ValueError(
+                    f"vector of shape {tuple(told.shape)} for an MLP made with vector={count}: (B, {count}) is needed"
+                )
+            h = h + self.vector(torch.cat([told.nan_to_num(), told.isnan().to(x)], dim=1))
         for layer in self.hidden:
             h = layer(nn.functional.gelu(h))
         return self.output(nn.functional.gelu(h))

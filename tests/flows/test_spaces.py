@@ -1,11 +1,13 @@
 """Spaces: what a step, a way and a prediction are in each, held against closed forms in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import fewstep
 from fewstep.common.randomness import generator
 from fewstep.flows.exact_spaces import BoxesInBoxField, TokensField
 from fewstep.flows.fields import NetworkField
@@ -200,7 +202,8 @@ def test_angles_in_degrees_are_seen() -> None:
 def test_a_product_is_each_of_its_parts() -> None:
     space = Product(((Euclid(), (2, 3)), (Torus(), (4,)), (Tokens(5), (2, 5))))
     assert space.shape == (20,)
-    noise = space.source.sample((9, 20), generator(0))
+    source: Any = space.source
+    noise = source.sample((9, 20), generator(0))
     data = space.encode([torch.randn(9, 2, 3), torch.rand(9, 4), torch.randint(5, (9, 2))])
     x, dx = space.between(Interpolant(), noise, data, torch.full((9,), 0.4))
     parts = zip(space.parts, *(space.split(value) for value in (noise, data, x, dx)), strict=True)
@@ -211,7 +214,7 @@ def test_a_product_is_each_of_its_parts() -> None:
     assert space.decode(data)[2].shape == (9, 2)
     assert torch.equal(space.join(space.split(x)), x)
     assert space.split(space.move(x, 9 * dx))[1].abs().max() <= math.pi
-    log = space.source.log_prob(noise)
+    log = source.log_prob(noise)
     angles, rest = space.split(noise)[1], torch.cat([p.flatten(1) for p in space.split(noise)[::2]], 1)
     assert torch.allclose(log, Normal().log_prob(rest) + Uniform(-math.pi, math.pi).log_prob(angles), atol=1e-4)
     with pytest.raises(ValueError, match=r"the parts of this product have \(20,\)"):
@@ -249,3 +252,30 @@ def test_euclid_is_as_it_was_to_the_bit() -> None:
 def test_a_space_says_which_path_and_prediction_it_needs(space: object, path: object, kind: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         NetworkField(MLP(2), path, kind, space=space)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.takes_seconds
+def test_a_map_on_the_torus_reaches_both_arcs_in_one_call() -> None:
+    """Two arcs, one of them across the cut: ITVM of a learned velocity puts most angles there in one call, where an
+    Euler step, which goes to the mean of two ways, puts few."""
+    space, draw = Torus(), generator(0)
+    centres = torch.tensor([3.1, 0.5])
+    which = torch.randint(2, (20_000, 1), generator=draw)
+    data = space.wrap(centres[which] + 0.2 * torch.randn(20_000, 1, generator=draw))
+    space.check(data)
+    torch.manual_seed(0)
+    field = NetworkField(MLP(1, width=64, depth=3), Interpolant(), space=space)
+    options = {"steps": 400, "batch": 256, "quiet": True, "device": "cpu"}
+    fewstep.fit(field, fewstep.FlowMatching(), data, lr=5e-3, **options)
+    student = FlowMap.from_field(field)
+    fewstep.fit(student, fewstep.ITVM(field), data, lr=3e-3, **options)
+
+    def near(x: Tensor) -> float:
+        assert x.abs().max() <= math.pi
+        return float((space.wrap(x - centres).abs() < 0.6).any(1).double().mean())
+
+    noise = starting_points(student, (4000, 1), generator(1))
+    assert near(sample(field, noise, 1)) < 0.4
+    assert near(sample(student, noise, 1)) > 0.8
+    with pytest.raises(ValueError, match=r"LSD is for R\^n, and the student's samples live in a Torus"):
+        fewstep.LSD().check_data(data, student)

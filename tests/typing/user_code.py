@@ -87,7 +87,7 @@ def steering(student: fewstep.FlowMap, field: fewstep.VelocityField, x: Tensor) 
 
 def clusters(field: fewstep.VelocityField) -> Tensor:
     found = fewstep.cluster(field, fewstep.load_data("digits"), 10, at=0.9, layer="mid_block")
-    print(found.layer, found.agreement, found.sizes.tolist())
+    print(found.layer, found.agreement, found.sizes.sum())
     labels: Tensor = found.labels
     return labels
 

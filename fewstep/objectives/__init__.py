@@ -6,6 +6,7 @@ from fewstep.objectives.base import Loss, Objective, Player
 from fewstep.objectives.consistency import CTM, ConsistencyDistillation, ConsistencyTraining
 from fewstep.objectives.corrected import Corrected
 from fewstep.objectives.denoising import Denoising
+from fewstep.objectives.diff_tuning import DiffTuning
 from fewstep.objectives.diffused import Diffused
 from fewstep.objectives.direct import FMM
 from fewstep.objectives.eulerian import EMD, ESD
@@ -27,13 +28,14 @@ _METHODS: tuple[type[Objective], ...] = (
     FlowMatching, ContrastiveFlowMatching, Denoising, ITVM, LMD, EMD, AYF, PFMM, ConsistencyDistillation, CTM, SCM,
     MeanFlow, ImprovedMeanFlow, AlphaFlow, FMM, LSD, ESD, PSD, TVM, Shortcut, SplitMeanFlow, ConsistencyTraining,
     Corrected, Adversarial, Trajectory, StochasticInterpolant, LearnedNoise, MarkovChain,
+    DiffTuning,
 )  # fmt: skip
 OBJECTIVES: dict[str, type[Objective]] = {method.__name__: method for method in _METHODS}
 
 __all__ = [
     "AYF", "CTM", "EMD", "ESD", "FMM", "ITVM", "LMD", "LSD", "OBJECTIVES", "PFMM", "PSD", "SCM", "TVM", "Adversarial",
     "AlphaFlow", "ConsistencyDistillation", "ConsistencyTraining", "ContrastiveFlowMatching", "Corrected", "Denoising",
-    "Diffused", "Finishing", "FlowMatching", "ImprovedMeanFlow", "LearnedNoise", "Loss", "MarkovChain", "MeanFlow",
-    "Objective", "Player", "Recentred", "Shortcut", "SplitMeanFlow", "StochasticInterpolant", "TeacherCritic",
-    "Trajectory", "TwoTime",
+    "DiffTuning", "Diffused", "Finishing", "FlowMatching", "ImprovedMeanFlow", "LearnedNoise", "Loss", "MarkovChain",
+    "MeanFlow", "Objective", "Player", "Recentred", "Shortcut", "SplitMeanFlow", "StochasticInterpolant",
+    "TeacherCritic", "Trajectory", "TwoTime",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 
 AT_MOST: dict[str, float] = {
     "steps": 2, "num_inference_steps": 2, "count": 8, "batch": 8, "chunk": 4, "accumulate": 1, "size": 16, "rank": 2,
-    "seconds": 0.02, "train_steps": 2, "nproc_per_node": 2, "states": 1,
+    "seconds": 0.02, "train_steps": 2, "nproc_per_node": 2, "states": 1, "samples": 8,
 }  # fmt: skip
 _TRAINING = (
     "--steps", "2", "--training.batch", "8", "--training.chunk", "4", "--training.accumulate", "1",

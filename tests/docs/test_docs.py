@@ -6,7 +6,8 @@ from fewstep.objectives import OBJECTIVES
 
 NUMBERS = {
     17: "seventeen", 18: "eighteen", 19: "nineteen", 20: "twenty", 21: "twenty-one", 22: "twenty-two",
-    23: "twenty-three", 24: "twenty-four", 25: "twenty-five", 26: "twenty-six", 27: "twenty-seven", 28: "twenty-eight",
+    23: "twenty-three", 24: "twenty-four", 25: "twenty-five", 26: "twenty-six", 27: "twenty-seven",
+    28: "twenty-eight", 29: "twenty-nine", 30: "thirty",
 }  # fmt: skip
 
 

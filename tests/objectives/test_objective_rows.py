@@ -35,6 +35,7 @@ from fewstep.objectives import (
     PSD,
     AlphaFlow,
     Denoising,
+    DiffTuning,
     MarkovChain,
     StochasticInterpolant,
 )  # fmt: skip
@@ -234,10 +235,10 @@ def test_the_first_round_of_pfmm_is_the_teachers():
 
 
 def test_every_method_is_in_these_tests(gaussian: GaussianField):
-    # Denoising trains no map, and no velocity: tests/objectives/test_denoising.py.
+    # Denoising trains no map, and no velocity, DiffTuning no map: test_denoising.py, test_diff_tuning.py.
     # What stands around another: test_finishing.py and test_learned_noise.py. Two heads: flows/test_interpolants.py.
     # Chains: flows/test_chains.py.
-    alone = {Denoising, MarkovChain, StochasticInterpolant}
+    alone = {Denoising, DiffTuning, MarkovChain, StochasticInterpolant}
     methods = {method for method in OBJECTIVES.values() if not method.around} - alone
     assert {type(make(gaussian)) for make in ALL.values()} == methods
     assert all(make(gaussian).sources for make in ALL.values())

@@ -29,6 +29,7 @@ def test_every_recipe_that_comes_along_is_valid_and_reads_back_the_same(name: st
     overrides = {
         "distill": {"teacher": "checkerboard", "student": "mlp"},
         "finetune": {"teacher": "checkerboard", "data": "checkerboard"},
+        "diff-tuning": {"teacher": "checkerboard", "data": "checkerboard"},
     }.get(name, {})
     recipe = load_recipe(name, overrides)
     assert recipe.name == name

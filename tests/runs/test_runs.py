@@ -430,6 +430,13 @@ def test_every_recipe_runs_shortened(
     needed = {
         "distill": {"teacher": str(teacher_run), "student": "mlp"},
         "finetune": {"teacher": str(teacher_run), "data": "digits"},
+        "diff-tuning": {
+            "teacher": str(teacher_run),
+            "data": "digits",
+            "objective.samples": "4",
+            "objective.steps": "1",
+            "objective.null.class_labels": "9",
+        },
     }.get(name, {})
     if name in TWINS:
         needed = _twin(TWINS[name], tmp_path)
@@ -450,7 +457,7 @@ def test_every_recipe_runs_shortened(
             overrides |= {"teacher": str(teacher_run)}
         if recipe.teacher.guidance is not None and recipe.teacher.guidance.weak is not None:
             overrides |= {"teacher.guidance.weak": str(teacher_run)}
-    overrides |= needed if name == "finetune" or name in TWINS else {}
+    overrides |= needed if name in ("finetune", "diff-tuning", *TWINS) else {}
     if name in TWINS:  # no evaluation: images are drawn of prompts, by encoders of six letters
         overrides |= {"evaluation.count": "0", "training.accumulate": "1", "training.precision": "float32"}
     if recipe.data.name == "teacher":

@@ -117,6 +117,7 @@ def objectives(teacher: fewstep.VelocityField) -> dict[str, nn.Module]:
         fewstep.ConsistencyTraining,
         fewstep.ContrastiveFlowMatching,
         fewstep.Denoising,
+        fewstep.DiffTuning,
         fewstep.FlowMatching,
         fewstep.FMM,
     ]

@@ -117,7 +117,8 @@ def judged(way: str, seed: int, samples: Tensor, judge: Any, real: FeatureStatis
 
 def table(folder: Path, out: Path) -> None:
     rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    cells = [[way, *(spread([row[key] for row in rows if row["way"] == way]) for key in METRICS)] for way in WAYS]
+    ways = [way for way in WAYS if any(row["way"] == way for row in rows)]
+    cells = [[way, *(spread([row[key] for row in rows if row["way"] == way]) for key in METRICS)] for way in ways]
     write(
         out,
         title="Diff-Tuning: a Fashion-MNIST teacher fine-tuned to 2000 digits",
@@ -141,7 +142,7 @@ def picture(folder: Path, file: Path) -> None:
     of = {row["way"]: row for row in rows}
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.1), layout="constrained")
     before = torch.tensor(of["before"]["fashion curve"])
-    for way in WAYS[1:]:
+    for way in (way for way in WAYS[1:] if way in of):
         axes[0].plot(TIMES, torch.tensor(of[way]["fashion curve"]) / before, label=way)
     axes[0].set_title("Fashion-MNIST: loss after / before", fontsize=10)
     axes[0].axhline(1, color="grey", lw=0.7)

@@ -46,7 +46,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fewstep.data.text import TEXTS
+    from fewstep.common.reading import TEXTS
     from fewstep.runs.recipes import load_recipe
 
     overrides = dict(args.overrides)

@@ -11,6 +11,8 @@ from typing import Any
 
 from fewstep.common.errors import briefly
 
+TEXTS = (".txt", ".md", ".rst")  # the suffixes of files that are texts
+
 # How files in other encodings begin; those of UTF-32 first, since its mark begins with that of UTF-16.
 _MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _KINDS = {

@@ -11,7 +11,7 @@ from typing import Any
 
 from fewstep.common import errors
 from fewstep.common.options import arguments
-from fewstep.common.reading import no_file
+from fewstep.common.reading import TEXTS, no_file
 from fewstep.data import encoded, files, fluids, tables, text, toy
 from fewstep.data import images as pictures
 from fewstep.data.arrays import ArrayData
@@ -118,7 +118,7 @@ def _loader_of(path: Path) -> Callable[..., Any]:
             return files.npy
         if "idx" in path.name:
             return files.idx
-        if path.suffix in text.TEXTS:
+        if path.suffix in TEXTS:
             return text.text_file
         if path.suffix == ".tar":
             raise ValueError(f"{path}: webdataset shards are for latent models, which they are encoded for")

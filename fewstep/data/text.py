@@ -13,7 +13,6 @@ from fewstep.common.reading import check_memory
 from fewstep.data.batch import Batch
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz"
-TEXTS = (".txt", ".md", ".rst")  # files that are texts
 _HELD_OUT = 0.05  # of the text, at its end
 _MOST = 4096  # characters that are different
 

@@ -41,7 +41,8 @@ class DiffTuning(Objective):
         null: the conditions that stand for none, such as ``{"class_labels": 10}``; samples are trained with these.
         retain: ``samples``; or ``velocity``: the goal on them is the velocity of the model as it began, under the
             classes that they were drawn with. That has no noise in it, and costs a copy and a call on these rows.
-        steps: see samples. seed: decides them.
+        steps: of Heun, that draw the samples.
+        seed: decides them.
 
     Raises:
         ValueError: an option out of its range, a model with classes and no null, samples of another shape.

@@ -192,9 +192,9 @@ def test_unknown_names_paths_and_options(tmp_path):
         load_data("digits", flpi=True)
     with pytest.raises(ValueError, match="'checkerboard' takes no options, got 'size'"):
         load_data("checkerboard", size=3)
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"notes\.txt is no file of data"):
-        load_data(tmp_path / "notes.txt")
+    (tmp_path / "notes.doc").write_text("x")
+    with pytest.raises(ValueError, match=r"notes\.doc is no file of data"):
+        load_data(tmp_path / "notes.doc")
     with pytest.raises(ValueError, match=r"option of .* 'path'"):
         load_data(tmp_path, path="elsewhere")
 

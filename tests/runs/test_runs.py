@@ -253,7 +253,7 @@ def test_networks_teachers_and_methods_of_ones_own(tmp_path: Path) -> None:
         (POINTS, {"data": "digits"}, "mlp takes points"),
         (IMAGES, {"data": "checkerboard"}, "unet takes images"),
         (POINTS, {"data": "digts"}, "unknown data set 'digts': did you mean 'digits'"),
-        (POINTS, {"data": "photos"}, "two-moons; and nothing is at that path here"),
+        (POINTS, {"data": "photos"}, "vorticity; and nothing is at that path here"),
         (POINTS, {"teacher": "my-ddpm"}, "spiral; and nothing is at that path here"),
         (POINTS, {"teacher": "chekerboard"}, "unknown teacher 'chekerboard': did you mean 'checkerboard'"),
         (POINTS, {"teacher": "fewstep:nothing"}, "unknown packaged model 'nothing'"),
@@ -455,6 +455,13 @@ def test_every_recipe_runs_shortened(
         overrides |= {"evaluation.teacher_steps": "[2]"}
         if recipe.teacher.source.startswith("runs/") or name == "distill":
             overrides |= {"teacher": str(teacher_run)}
+        if name == "text-itvm":
+            small = {"student.options": "{width: 16, depth: 1, heads: 2}", "steps": "1", "evaluation.count": "0"}
+            run(
+                load_recipe("text-teacher", {**small, "training.batch": "8", "training.quiet": "true"}),
+                tmp_path / "text",
+            )
+            overrides |= {"teacher": str(tmp_path / "text")}
         if recipe.teacher.guidance is not None and recipe.teacher.guidance.weak is not None:
             overrides |= {"teacher.guidance.weak": str(teacher_run)}
     overrides |= needed if name in ("finetune", "diff-tuning", *TWINS) else {}

@@ -6,6 +6,7 @@ gives the rates of the way back: a token jumps with the rate ``1 / (1 - t)`` to 
 token jumps by itself, so a chain of few steps knows no more than the product of its marginals at a time.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def sample_chain(field: Any, noise: Tensor, times: Tensor, kind: str, *, generat
         kind: masked, where a token once there stays, or uniform.
     """
     x = chain_noise(kind, noise)
-    for s, t in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+    for s, t in pairwise(times.tolist()):
         at = torch.full((len(x),), s, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         chances = field.end(x, at, at, **cond).double()
         u = uniform((*x.shape[:-1], 2), generator, torch.float64).to(x.device)

@@ -47,6 +47,16 @@ class ExactField(VelocityField):
         raise NotImplementedError
 
 
+def check_boxes(boxes: Tensor) -> None:
+    """That boxes are (K, D, 2), the low and high end of each on each axis.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if boxes.ndim != 3 or boxes.shape[2] != 2 or not (boxes[..., 1] > boxes[..., 0]).all():
+        raise ValueError(f"boxes (K, D, 2) with low < high are needed, not shape {tuple(boxes.shape)}")
+
+
 def _columns(path: Path, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(alpha, sigma, alpha_dot, sigma sigma_dot) at t (B,), each (B, 1)."""
     return path.alpha(t)[:, None], path.sigma(t)[:, None], path.alpha_dot(t)[:, None], path.noise_rate(t)[:, None]
@@ -166,8 +176,7 @@ class BoxesField(ExactField):
 
     def __init__(self, boxes: Tensor, path: Path | None = None) -> None:
         super().__init__()
-        if boxes.ndim != 3 or boxes.shape[2] != 2 or not (boxes[..., 1] > boxes[..., 0]).all():
-            raise ValueError(f"boxes (K, D, 2) with low < high are needed, not shape {tuple(boxes.shape)}")
+        check_boxes(boxes)
         self.register_buffer("boxes", boxes.double())
         # The boxes of a board share their sides: the Gaussian integrals are taken once for each distinct side.
         self._sides = [self.boxes[:, axis].unique(dim=0, return_inverse=True) for axis in range(boxes.shape[1])]

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from fewstep.common.errors import shown
+from fewstep.data.densities import Boxes
 from fewstep.flows.broadcasting import as_times, expand
-from fewstep.flows.exact import ExactField
+from fewstep.flows.exact import ExactField, check_boxes
 from fewstep.flows.interpolants import Interpolant
 from fewstep.flows.paths import Linear, Path
 from fewstep.flows.spaces import Box, Tokens
@@ -111,8 +111,7 @@ class BoxesInBoxField(ExactField):
         path: Path | None = None,
     ) -> None:
         super().__init__()
-        if boxes.ndim != 3 or boxes.shape[2] != 2 or not (boxes[..., 1] > boxes[..., 0]).all():
-            raise ValueError(f"boxes (K, D, 2) with low < high are needed, not {shown(tuple(boxes.shape))}")
+        check_boxes(boxes)
         space.check(boxes)
         self.space, self.box, self.path = space, space, path or Interpolant()
         if not (self.path.is_straight and self.path.two_sided):
@@ -160,8 +159,7 @@ class BoxesInBoxField(ExactField):
 
     def inside(self, points: Tensor) -> Tensor:
         """Whether each of points (N, D) lies where the data do, (N,)."""
-        x = points[:, None].to(self.boxes)
-        return ((x >= self.boxes[..., 0]) & (x <= self.boxes[..., 1])).all(-1).any(1)
+        return Boxes(self.boxes).inside(points)
 
     def on(self, path: Path) -> "BoxesInBoxField":
         if path.same_as(self.path):

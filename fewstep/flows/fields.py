@@ -180,10 +180,10 @@ def _check_two_sided(native: Path, path: Path, prediction: str) -> None:
     """That a network of a path between two data sets is asked for what it can say: the velocity on that path."""
     if not native.same_as(path):
         raise ValueError(f"a network on {native} is no velocity on {path}: between two data sets no path is another")
-    if prediction not in ("velocity", "flow", *(() if path.has_latent else ("data",))):
+    if prediction not in ("velocity", "flow", *(("data",) if path.is_straight else ())):
         raise ValueError(
             f"prediction {prediction!r} on {path}: a network between two data sets predicts the velocity, its "
-            "negative, flow, or where there is no latent the data"
+            "negative, flow, or on the straight path the data"
         )
 
 

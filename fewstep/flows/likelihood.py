@@ -21,8 +21,11 @@ from fewstep.flows.fields import VelocityField, check_score, check_velocity
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import placed
 from fewstep.flows.solvers import SOLVERS, Velocity, integrate
+from fewstep.flows.sources import Normal
 from fewstep.flows.stochastic import Eps, strength
 from fewstep.flows.times import step_grid
+
+normal_log_prob = Normal().log_prob  # log N(x; 0, I) of each row
 
 METHODS = ("ode", "sde", "map")
 _LARGEST = 4096  # numbers in a sample whose Jacobian is taken whole
@@ -105,12 +108,6 @@ def bits_per_dim(log_p: Tensor, dims: int, level: float = 1 / 127.5) -> Tensor:
     if dims < 1 or not 0 < level < math.inf:
         raise ValueError(f"bits a dimension need one number or more and a level above 0, not {dims} and {level}")
     return -log_p / (dims * math.log(2)) - math.log2(level)
-
-
-def normal_log_prob(x: Tensor) -> Tensor:
-    """``log N(x; 0, I)`` of each row (B, ...), (B,)."""
-    x = x.flatten(1)
-    return -0.5 * x.square().sum(1) - 0.5 * x.shape[1] * math.log(2 * math.pi)
 
 
 def divergence(

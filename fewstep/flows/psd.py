@@ -140,7 +140,7 @@ class PSDField(ExactField):
                 torch.where(is_left, low[:, axis], middle),
             )
             whole = torch.where(is_left, left, whole - left)
-        within = uniform(count * low.shape[1], generator).reshape(low.shape).to(low)
+        within = uniform(tuple(low.shape), generator).to(low)
         return low + within * (high - low)
 
     def on(self, path: Path) -> "PSDField":

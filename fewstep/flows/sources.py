@@ -29,7 +29,8 @@ class Normal:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """The log of the density at x (B, ...), (B,)."""
-        return -0.5 * (x.square() + log(2 * pi)).flatten(1).sum(1)
+        x = x.flatten(1)
+        return -0.5 * x.square().sum(1) - 0.5 * x.shape[1] * log(2 * pi)
 
 
 class Uniform:

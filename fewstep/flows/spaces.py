@@ -49,11 +49,6 @@ class Space:
         """What a network says of the data, brought to where data can be."""
         return prediction
 
-    def error(self, prediction: Tensor, goal: Tensor) -> Tensor:
-        """How far a prediction of data is from the goal, (B,): the mean squared difference."""
-        dtype = torch.promote_types(prediction.dtype, torch.float32)
-        return (prediction.to(dtype) - goal.to(dtype)).square().flatten(1).mean(1)
-
     def encode(self, data: Any) -> Tensor:
         """Data as states."""
         return torch.as_tensor(data)

@@ -298,15 +298,16 @@ def rows_of(cond: dict[str, Tensor], rows: Index) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in cond.items()}
 
 
-def in_tokens(objective: Any, student: Any) -> bool:
-    """Whether errors are the cross-entropy of tokens."""
-    is_possible = isinstance(space_of(student), Tokens) and objective.any_space
-    if objective.error_in == "tokens" and not is_possible:
+def tokens_of(objective: Any, student: Any) -> Tokens | None:
+    """The tokens that errors are the cross-entropy of; None where errors are squared."""
+    space = space_of(student)
+    tokens = space if isinstance(space, Tokens) and objective.any_space else None
+    if objective.error_in == "tokens" and tokens is None:
         name = type(objective).__name__
         raise ValueError(
             f"{name}'s error_in is tokens: that is for samples of tokens, and methods without a derivative"
         )
-    return is_possible and objective.error_in in ("auto", "tokens")
+    return tokens if objective.error_in in ("auto", "tokens") else None
 
 
 def squared_error(x: Tensor, y: Tensor) -> Tensor:

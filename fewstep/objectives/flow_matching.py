@@ -17,11 +17,11 @@ from fewstep.objectives.base import (
     Loss,
     Objective,
     check_options,
-    in_tokens,
     latent_of,
     noise_of,
     space_of,
     squared_error,
+    tokens_of,
 )
 from fewstep.objectives.two_time import ERRORS
 
@@ -64,9 +64,9 @@ class FlowMatching(Objective):
         t = as_times(draw_times(len(batch), generator, self.times), noise)
         latent = latent_of(student.path, noise, generator)
         x, dx = space.between(student.path, noise, batch.data, t, latent)
-        if in_tokens(self, student):
-            error = space.error(student.end(x, t, t, **batch.cond), batch.data)
-            return Loss(error.mean(), {"tokens": error.mean().detach()}, {"tokens": t[:, None].expand(-1, 2)})
+        if (tokens := tokens_of(self, student)) is not None:
+            loss = tokens.error(student.end(x, t, t, **batch.cond), batch.data).mean()
+            return Loss(loss, {"tokens": loss.detach()}, {"tokens": t[:, None].expand(-1, 2)})
         velocity = student.velocity(x, t, **batch.cond)
         error = squared_error(velocity, dx)
         if self.error_in == "data" or (self.error_in == "auto" and getattr(student, "prediction", None) == "data"):

@@ -24,11 +24,11 @@ from fewstep.objectives.base import (
     Loss,
     Objective,
     check_options,
-    in_tokens,
     latent_of,
     noise_of,
     split_rows,
     squared_error,
+    tokens_of,
 )
 from fewstep.objectives.compositions import near_the_end, step_velocity, through_middle
 from fewstep.objectives.derivative import MODES, derivative, time_derivative
@@ -228,9 +228,9 @@ class TwoTime(Objective):
             if scattered := [index for index in parts.values() if isinstance(index, Tensor)]:
                 goal = torch.empty_like(goal).index_copy_(0, torch.cat(scattered), goal)  # in the order of the rows
         # One call for all rows; each goal was made of its own rows alone, so that no call is wasted.
-        if in_tokens(self, student):
+        if (tokens := tokens_of(self, student)) is not None:
             end = rows.x + expand(1 - rows.s, rows.x) * goal
-            error = student.space.error(student.end(rows.x, rows.s, rows.t, **rows.cond), end)
+            error = tokens.error(student.end(rows.x, rows.s, rows.t, **rows.cond), end)
             return {name: error[index] for name, index in parts.items()}
         error = squared_error(student.average_velocity(rows.x, rows.s, rows.t, **rows.cond), goal)
         return {name: self._in_unit(error[index], student, some[name]) for name, index in parts.items()}

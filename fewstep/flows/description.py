@@ -36,6 +36,7 @@ from fewstep.networks import (
     FAMILIES,
     MLP,
     STUDENTS,
+    ContinuousUNet,
     OfDiffusers,
     SequenceTransformer,
     two_time_model,
@@ -47,7 +48,7 @@ _MAKER, _WHERE = "_made_by", "the description of a model"
 _SAID_OF_OWN = ("name", "options", "told_guidance")
 _CONFIG = "its {name} cannot be made anew from its config, the mapping network.config of what its class takes"
 # The networks of fewstep's own.
-NETWORKS: dict[str, type[nn.Module]] = {"MLP": MLP, "SequenceTransformer": SequenceTransformer}
+NETWORKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (ContinuousUNet, MLP, SequenceTransformer)}
 _TRAJECTORIES: dict[str, type[Any]] = {
     c.__name__: c
     for c in (

@@ -1,7 +1,8 @@
-"""An MLP, a transformer for tokens, the families of diffusers as fields and students, and a second time for one's own.
+"""An MLP, a transformer for tokens, a continuous U-Net, the families of diffusers, and a second time for one's own.
 
-There is no network for images of fewstep's own."""
+For images take a network of diffusers': the continuous U-Net is there to compare with."""
 
+from fewstep.networks.continuous import ContinuousUNet
 from fewstep.networks.critics import ConvCritic, MLPCritic
 from fewstep.networks.families import (
     FAMILIES,
@@ -31,6 +32,7 @@ __all__ = [
     "SECOND_TIMES",
     "STUDENTS",
     "ConditionalUNet",
+    "ContinuousUNet",
     "ConvCritic",
     "DiT",
     "Flux",

@@ -151,6 +151,8 @@ def _recipe(recipe: Recipe) -> Iterator[Use]:
         yield "2106.09685", "the adapter that trains in the place of the weights (LoRA)"
     if recipe.student.image is not None:
         yield "2211.09800", "the image beside the state"
+    if recipe.student.network == "continuous":
+        yield "2310.20092", "the continuous U-Net"
     if recipe.coupling != "independent":
         yield "2302.00482", "the optimal-transport coupling"
     if (Path(recipe.data.name).expanduser() / FACTS).is_file():

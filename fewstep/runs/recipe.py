@@ -13,7 +13,7 @@ Above = Annotated[float, Field(gt=0)]
 
 PATHS = ("linear", "trigonometric", "vp")
 BETWEEN = ("linear", "trigonometric", "encoding-decoding", "mirror")  # paths between two data sets
-NETWORKS = ("auto", "mlp", "unet", "transformer")
+NETWORKS = ("auto", "mlp", "unet", "transformer", "continuous")
 MADE = ("teacher", "prior")  # data that are no data set: samples of the teacher, and its shape and classes alone
 
 
@@ -144,9 +144,9 @@ class Student(Section):
     short = "network"
     network: str = Field(
         "auto",
-        description="auto (the teacher's), mlp, unet (diffusers' UNet2DModel), transformer (for rows of tokens), or "
-        "FILE.py:FUNCTION or MODULE:FUNCTION "
-        "that returns a network: net(x, s, t) for a flow map, net(x, t) for a field",
+        description="auto (the teacher's), mlp, unet (diffusers' UNet2DModel), transformer (for rows of tokens), "
+        "continuous (a U-Net of differential equations), or FILE.py:FUNCTION or MODULE:FUNCTION that returns a "
+        "network: net(x, s, t) for a flow map, net(x, t) for a field",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of the network")
     kind: Literal["map", "field", "denoised"] | None = Field(

@@ -21,7 +21,15 @@ from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.spaces import Space, Tokens
 from fewstep.flows.token_times import Deciding
 from fewstep.models.lora import add_lora
-from fewstep.networks import MLP, ConditionalUNet, OfDiffusers, SequenceTransformer, UNet, gains_second_time
+from fewstep.networks import (
+    MLP,
+    ConditionalUNet,
+    ContinuousUNet,
+    OfDiffusers,
+    SequenceTransformer,
+    UNet,
+    gains_second_time,
+)
 from fewstep.networks.configs import set_size, with_image
 from fewstep.runs.recipe import PATHS, Student
 from fewstep.runs.warm_start import started
@@ -160,6 +168,11 @@ def make_network(section: Student, shape: tuple[int, ...]) -> Any:
             raise ValueError(f"student.network: transformer takes rows of tokens (L, V), the data has shape {shape}")
         own = arguments("student.options", SequenceTransformer, options, given=("length", "tokens", "times"))
         return SequenceTransformer(*shape, **own)
+    if section.network == "continuous":
+        if len(shape) != 3:
+            raise ValueError(f"student.network: continuous takes images (C, H, W), the data has shape {shape}")
+        own = arguments("student.options", ContinuousUNet, options, given=("shape", "times"))
+        return ContinuousUNet((shape[0], shape[1], shape[2]), **own)
     function = find_object(section.network, nn.Module)
     fitting = arguments("student.options", function, options)
     with refused(f"student.options: {section.network} cannot be made of these"):

@@ -233,17 +233,17 @@ def check_velocity(field: VelocityField, what: str) -> None:
     """That a field is a velocity.
 
     Raises:
-        ValueError: it was distilled for a few steps; says into what.
+        ValueError: it is a chain, or was distilled for a few steps; says into what.
     """
     if field.chain:
         raise ValueError(
-            f"{what} needs a velocity, and the model is a {field.chain} Markov chain of tokens: train a flow "
-            "(FlowMatching), on samples of the chain if these are wanted"
+            f"{what} needs a velocity, and the model is a {field.chain} Markov chain of tokens, which has none: "
+            "train a flow (FlowMatching); samples of the chain can be its data, data: teacher"
         )
     if field.distilled:
         raise ValueError(
-            f"{what} needs a velocity, and the model is {field.distilled}: take the model that it was made from, or "
-            "say field.distilled = ''"
+            f"{what} needs a velocity, and the model is {field.distilled}, which predicts where a trajectory ends: "
+            "take the model that it was made from, or say teacher.distilled: true (Python: field.distilled = '')"
         )
 
 

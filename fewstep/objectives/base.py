@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.common.randomness import Generators, chunk_rows, normal
 from fewstep.data.batch import Batch, is_prior
-from fewstep.flows.fields import VelocityField, check_field
+from fewstep.flows.fields import VelocityField, check_field, check_velocity
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
 from fewstep.flows.spaces import Euclid, Space, Tokens
@@ -96,7 +96,7 @@ class Objective(nn.Module):
         super().__init__()
         if teacher is not None:
             check_field(teacher, f"the teacher of {type(self).__name__}")
-            check_velocity(teacher)
+            check_velocity(teacher, type(self).__name__)
         # In a tuple, nn.Module does not see it: the teacher is neither trained nor checkpointed with the objective.
         self._teacher = (teacher.eval().requires_grad_(False),) if teacher is not None else ()
 
@@ -174,7 +174,7 @@ class Objective(nn.Module):
 
     def check_space(self, student: Any) -> None:
         """Raise if this objective cannot train where the student's samples live."""
-        space = space_of(student)
+        space = student_space(student)
         if space.source is not None and not self.any_space:
             raise ValueError(
                 f"{type(self).__name__} is for R^n, and the student's samples live in a {type(space).__name__}: "
@@ -190,7 +190,7 @@ class Objective(nn.Module):
                 "set, or take a method that needs none, as LMD and ITVM with starts: prior"
             )
         brings, path = getattr(data, "brings_noise", False), getattr(student, "path", None)
-        if path is not None and path.two_sided and not brings and space_of(student).source is None:
+        if path is not None and path.two_sided and not brings and student_space(student).source is None:
             raise ValueError(
                 f"the student goes from one data set to another ({path}), and the data say nothing of the first: "
                 "source: NAME in a recipe, Between(data, source) from Python"
@@ -205,24 +205,6 @@ class Objective(nn.Module):
                 f"the data come from another data set, and the student is on {path}, which starts from normal noise: "
                 "the path between two data sets is Interpolant(), or in a recipe without a teacher source: NAME"
             )
-
-
-def check_velocity(teacher: VelocityField) -> None:
-    """That a teacher is no model that was distilled for a few steps.
-
-    Raises:
-        ValueError: it is one.
-    """
-    if teacher.chain:
-        raise ValueError(
-            f"the teacher is a {teacher.chain} Markov chain of tokens, which has no velocity: its samples can be data, "
-            "data: teacher, of a flow"
-        )
-    if teacher.distilled:
-        raise ValueError(
-            f"the teacher is {teacher.distilled}. It predicts where a trajectory ends and is no velocity to distil: "
-            "take the model that it was made from, or say teacher.distilled: true (from Python: teacher.distilled = '')"
-        )
 
 
 def check_decay(method: str, ema: float) -> float:
@@ -240,7 +222,7 @@ def check_options(method: str, times: str, **in_unit: float) -> None:
             raise ValueError(f"{method}'s {name} is {value}: it lies in [0, 1]")
 
 
-def space_of(student: Any) -> Space:
+def student_space(student: Any) -> Space:
     """Where the samples of a student live."""
     return getattr(student, "space", Euclid())
 
@@ -300,7 +282,7 @@ def rows_of(cond: dict[str, Tensor], rows: Index) -> dict[str, Tensor]:
 
 def tokens_of(objective: Any, student: Any) -> Tokens | None:
     """The tokens that errors are the cross-entropy of; None where errors are squared."""
-    space = space_of(student)
+    space = student_space(student)
     tokens = space if isinstance(space, Tokens) and objective.any_space else None
     if objective.error_in == "tokens" and tokens is None:
         name = type(objective).__name__

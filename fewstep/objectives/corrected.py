@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import unknown
 from fewstep.flows.broadcasting import expand
-from fewstep.flows.fields import Guided, VelocityField
+from fewstep.flows.fields import Guided, VelocityField, check_velocity
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.times import read_times
-from fewstep.objectives.base import Objective, check_velocity, squared_error
+from fewstep.objectives.base import Objective, squared_error
 from fewstep.objectives.finishing import Finishing, Judged, Made
 
 FAKES, REALS = ("copy", "same"), ("teacher", "diagonal")
@@ -101,7 +101,7 @@ class Corrected(Finishing):
         if real == "diagonal" and (guidance_scale, interval) != (None, None):
             raise ValueError("Corrected's guidance_scale and interval are of a teacher, and real is 'diagonal'")
         if self.has_teacher:
-            check_velocity(self.teacher)
+            check_velocity(self.teacher, "Corrected")
         self.times, self.normalize, self.kind = times, normalize, fake if isinstance(fake, str) else "given"
         self.guidance_scale, self.interval = guidance_scale, interval
         # In a tuple, nn.Module does not see it: these are the teacher's own weights.

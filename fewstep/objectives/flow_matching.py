@@ -19,8 +19,8 @@ from fewstep.objectives.base import (
     check_options,
     latent_of,
     noise_of,
-    space_of,
     squared_error,
+    student_space,
     tokens_of,
 )
 from fewstep.objectives.two_time import ERRORS
@@ -59,7 +59,7 @@ class FlowMatching(Objective):
         step: int = 0,
         generator: Generators,
     ) -> Loss:
-        space = space_of(student)
+        space = student_space(student)
         noise = noise_of(batch, generator, space)
         t = as_times(draw_times(len(batch), generator, self.times), noise)
         latent = latent_of(student.path, noise, generator)

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.flows.exact import CheckerboardField, eight_gaussians, spiral
-from fewstep.flows.fields import Guided, VelocityField
+from fewstep.flows.fields import Guided, VelocityField, check_velocity
 from fewstep.flows.psd import orbital
 from fewstep.flows.signature import takes
-from fewstep.objectives.base import check_velocity
 from fewstep.runs.objective import follows_teacher
 from fewstep.runs.recipe import Recipe, Teacher
 
@@ -59,7 +58,7 @@ def check_teacher(recipe: Recipe, teacher: VelocityField) -> None:
     if recipe.teacher is not None and recipe.teacher.distilled:
         teacher.distilled = ""
     if follows_teacher(recipe):
-        check_velocity(teacher)
+        check_velocity(teacher, recipe.objective.name)
 
 
 def check_embedded(source: str, field: VelocityField) -> None:

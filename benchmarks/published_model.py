@@ -21,7 +21,7 @@ from fewstep import FlowMatching, evaluate, fit, load_data, sample
 from fewstep.common.randomness import sample_generators
 from fewstep.data import Dropped, Pairs
 from fewstep.evaluation.extractor import trained_classifier
-from fewstep.flows.fields import Guided
+from fewstep.flows.guided import Guided
 from fewstep.flows.sampling import sample_noise
 from fewstep.generation.reflow import make_pairs
 

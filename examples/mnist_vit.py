@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fewstep.flows.fields import Guided, NetworkField, VelocityField
+from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.guided import Guided
 from fewstep.flows.paths import Linear
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.networks import SecondTime

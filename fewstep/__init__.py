@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from fewstep.flows.editing import flow_edit, invert, resume, sdedit
     from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField
     from fewstep.flows.exact_spaces import BoxesInBoxField, TokensField
-    from fewstep.flows.fields import DiffusionField, Guided, NetworkField, VelocityField
+    from fewstep.flows.fields import DiffusionField, NetworkField, VelocityField
+    from fewstep.flows.guided import Guided
     from fewstep.flows.interpolants import DenoisedField, Interpolant
     from fewstep.flows.likelihood import bits_per_dim, log_likelihood
     from fewstep.flows.maps import FlowMap
@@ -34,11 +35,12 @@ if TYPE_CHECKING:
     from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
     from fewstep.flows.population import Particles
     from fewstep.flows.priors import irfds, rfds, rfds_rev
+    from fewstep.flows.products import Product
     from fewstep.flows.psd import PSDField
     from fewstep.flows.rewards import Reward
     from fewstep.flows.sampling import sample
     from fewstep.flows.sources import Normal, RowsOf, Uniform
-    from fewstep.flows.spaces import Box, Euclid, Product, Tokens, Torus
+    from fewstep.flows.spaces import Box, Euclid, Tokens, Torus
     from fewstep.flows.steering import steer
     from fewstep.flows.step_grids import optimal_grid, step_errors
     from fewstep.flows.tabulated import Tabulated
@@ -123,7 +125,7 @@ _HOMES = {
     "FlowMap": "flows.maps",
     "FlowMatching": "objectives",
     "GaussianField": "flows.exact",
-    "Guided": "flows.fields",
+    "Guided": "flows.guided",
     "ITVM": "objectives",
     "ImprovedMeanFlow": "objectives",
     "Interpolant": "flows.interpolants",
@@ -141,7 +143,7 @@ _HOMES = {
     "PSD": "objectives",
     "PSDField": "flows.psd",
     "Particles": "flows.population",
-    "Product": "flows.spaces",
+    "Product": "flows.products",
     "Recentred": "objectives",
     "Residual": "data",
     "Reward": "flows.rewards",

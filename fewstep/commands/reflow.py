@@ -46,7 +46,8 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from fewstep.common.distributed import environment
-    from fewstep.flows.fields import Guided, NetworkField, unguided
+    from fewstep.flows.fields import NetworkField
+    from fewstep.flows.guided import Guided, unguided
     from fewstep.flows.maps import FlowMap
     from fewstep.flows.signature import image_channels, shape_of, takes
     from fewstep.generation.reflow import make_pairs

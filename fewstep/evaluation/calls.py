@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fewstep.flows.fields import Guided, NetworkField, VelocityField
+from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.objectives import Objective
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fewstep.common.errors import shown
 from fewstep.flows.broadcasting import as_times, expand
-from fewstep.flows.fields import VelocityField, moved
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.guided import moved
 from fewstep.flows.paths import Path
 
 

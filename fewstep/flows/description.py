@@ -29,7 +29,8 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Forward, Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.preconditioned import Preconditioned
-from fewstep.flows.spaces import Box, Euclid, Product, Space, Tokens, Torus
+from fewstep.flows.products import Product
+from fewstep.flows.spaces import Box, Euclid, Space, Tokens, Torus
 from fewstep.flows.tabulated import Tabulated
 from fewstep.flows.token_times import Deciding
 from fewstep.networks import (

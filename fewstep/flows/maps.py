@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fewstep.flows.broadcasting import as_times, expand
 from fewstep.flows.change_of_path import scaling
-from fewstep.flows.fields import NetworkField, VelocityField, check_field, checked, unguided
+from fewstep.flows.fields import NetworkField, VelocityField, check_field, checked
+from fewstep.flows.guided import unguided
 from fewstep.flows.paths import Path
 from fewstep.flows.sources import Source
 from fewstep.flows.spaces import Euclid, Space

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from fewstep.common.errors import shown
 from fewstep.flows.broadcasting import as_times
-from fewstep.flows.fields import Guided, VelocityField, check_field, replaced
+from fewstep.flows.fields import VelocityField, check_field
+from fewstep.flows.guided import Guided, replaced
 from fewstep.flows.kernels import Cond, sde_step
 from fewstep.flows.stochastic import Eps, Place, places_along
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fewstep.common.randomness import Generators, normal, uniform
 from fewstep.flows.broadcasting import expand
-from fewstep.flows.fields import VelocityField, unguided
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.guided import unguided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear
 from fewstep.flows.sampling import placed

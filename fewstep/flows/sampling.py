@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fewstep.common.errors import shown, unknown
 from fewstep.common.randomness import Generators, normal
 from fewstep.flows.chains import sample_chain
-from fewstep.flows.fields import Guided, VelocityField, check_score, unguided
+from fewstep.flows.fields import VelocityField, check_score
+from fewstep.flows.guided import Guided, unguided
 from fewstep.flows.interpolants import DenoisedField, check_between, sample_between
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path

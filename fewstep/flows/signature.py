@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.flows.fields import VelocityField, unguided
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.guided import unguided
 from fewstep.flows.maps import FlowMap
 from fewstep.networks import MLP, OfDiffusers
 from fewstep.pipelines.arguments import side_step

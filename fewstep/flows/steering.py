@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fewstep.common.errors import shown
 from fewstep.common.randomness import Generators, normal
-from fewstep.flows.fields import VelocityField, check_score, unguided
+from fewstep.flows.fields import VelocityField, check_score
+from fewstep.flows.guided import unguided
 from fewstep.flows.kernels import FieldKernel, Kernel, MapKernel
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.mixed import Mixed, MixedWalk

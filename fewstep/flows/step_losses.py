@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fewstep.common.errors import shown
 from fewstep.common.randomness import Generators, normal
-from fewstep.flows.fields import Guided, VelocityField
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
 from fewstep.flows.sampling import beyond, check_options, placed

@@ -17,7 +17,8 @@ from fewstep.common.errors import unknown
 from fewstep.common.randomness import generator
 from fewstep.data.batch import Data
 from fewstep.data.couplings import uncoupled
-from fewstep.flows.fields import NetworkField, VelocityField, unguided
+from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.guided import unguided
 from fewstep.flows.signature import classes_of, device_of, needed_conditions
 from fewstep.generation.images import write
 from fewstep.objectives.teacher_critic import Enough, blocks_of, recording, tokens_of

@@ -17,7 +17,8 @@ from fewstep.common.reading import check_memory, no_file
 from fewstep.data.decode import decode, size_of
 from fewstep.data.listing import open_folder
 from fewstep.flows.editing import check_edit, flow_edit, invert, resume, sdedit
-from fewstep.flows.fields import Guided, VelocityField
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.guided import Guided
 from fewstep.flows.signature import Model, device_of, takes
 from fewstep.generation.drawing import check_finite, check_strength, finished, labels_of, settled
 from fewstep.generation.requests import Encoded, Requests

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fewstep.common.errors import shown
 from fewstep.common.model_files import read_json
-from fewstep.flows.fields import DiffusionField, unguided
+from fewstep.flows.fields import DiffusionField
+from fewstep.flows.guided import unguided
 from fewstep.latents.prompts import TEXT_CONDITIONS
 from fewstep.models.diffusers_configs import look_into
 from fewstep.networks import OfDiffusers

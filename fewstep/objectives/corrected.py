@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import unknown
 from fewstep.flows.broadcasting import expand
-from fewstep.flows.fields import Guided, VelocityField, check_velocity
+from fewstep.flows.fields import VelocityField, check_velocity
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.times import read_times
 from fewstep.objectives.base import Objective, squared_error

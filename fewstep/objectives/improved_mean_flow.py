@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fewstep.common.randomness import Generators, uniform
 from fewstep.data.batch import Batch
 from fewstep.flows.broadcasting import expand
-from fewstep.flows.fields import Guided, VelocityField
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import takes
 from fewstep.objectives.base import Index, check_options, squared_error

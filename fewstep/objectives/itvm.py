@@ -9,7 +9,8 @@ from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, chunk_rows
 from fewstep.data.batch import Batch
 from fewstep.flows.broadcasting import expand
-from fewstep.flows.fields import NetworkField, VelocityField, unguided
+from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.guided import unguided
 from fewstep.flows.maps import FlowMap
 from fewstep.objectives.base import Index, check_decay, check_options
 from fewstep.objectives.compositions import near_the_end, through_middle

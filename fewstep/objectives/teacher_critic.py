@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, normal, uniform
-from fewstep.flows.fields import NetworkField, VelocityField, unguided
+from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.guided import unguided
 from fewstep.flows.signature import blank_conditions, device_of, shape_of, takes
 from fewstep.networks import sinusoidal
 

@@ -11,7 +11,8 @@ from fewstep.common.randomness import generator
 from fewstep.common.trust import is_code
 from fewstep.data import encoded, load_data, pairs
 from fewstep.data.decode import check_side
-from fewstep.flows.fields import VelocityField, unguided
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.guided import unguided
 from fewstep.flows.signature import classes_of, image_channels, shape_at, shape_of
 from fewstep.latents.prompts import SIZES
 from fewstep.latents.vae import Latents

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fewstep.evaluation.grids import image_grid
 from fewstep.evaluation.style import COLOURS, png
-from fewstep.flows.fields import Guided, VelocityField
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import Model, classes_of, shape_of, takes
 from fewstep.generation.drawing import draw

@@ -12,7 +12,8 @@ from fewstep.common.randomness import generator
 from fewstep.data.batch import Data, has_classes, is_prior
 from fewstep.data.conditions import Dropped
 from fewstep.data.couplings import uncoupled
-from fewstep.flows.fields import Guided, NetworkField, VelocityField, unguided
+from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.guided import Guided, unguided
 from fewstep.flows.signature import Model, classes_of, shape_of
 from fewstep.flows.spaces import Euclid
 from fewstep.objectives.base import Objective

@@ -21,7 +21,8 @@ from fewstep.data.couplings import Coupled
 from fewstep.data.decode import check_side
 from fewstep.data.sources import is_pictures
 from fewstep.data.texts import NULL, read_null
-from fewstep.flows.fields import VelocityField, unguided
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.guided import unguided
 from fewstep.flows.signature import Model, classes_of, image_channels, needed_conditions, shape_at, shape_of, takes
 from fewstep.flows.sources import RowsOf
 from fewstep.generation.encoding import check_model, encoded_once

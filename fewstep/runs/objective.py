@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 from fewstep.data import FACTS
-from fewstep.flows.fields import NetworkField, VelocityField, unguided
+from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.guided import unguided
 from fewstep.flows.maps import FlowMap
 from fewstep.models.lora import add_lora
 from fewstep.objectives import OBJECTIVES

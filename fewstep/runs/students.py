@@ -13,7 +13,8 @@ from fewstep.common.model_files import check_numbers
 from fewstep.common.options import arguments, find_object
 from fewstep.common.trust import is_code
 from fewstep.flows.description import maker_of, set_maker, space_of
-from fewstep.flows.fields import NetworkField, VelocityField, unguided
+from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.guided import unguided
 from fewstep.flows.interpolants import DenoisedField, Interpolant
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed, Trigonometric, VariancePreserving

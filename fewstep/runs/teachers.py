@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.flows.exact import CheckerboardField, eight_gaussians, spiral
-from fewstep.flows.fields import Guided, VelocityField, check_velocity
+from fewstep.flows.fields import VelocityField, check_velocity
+from fewstep.flows.guided import Guided
 from fewstep.flows.psd import orbital
 from fewstep.flows.signature import takes
 from fewstep.runs.objective import follows_teacher

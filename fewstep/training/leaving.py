@@ -16,7 +16,8 @@ from fewstep.common.version import __version__
 from fewstep.data.batch import Data
 from fewstep.data.given import Around
 from fewstep.flows.description import check_description, code_named, describe, made_again
-from fewstep.flows.fields import Guided, VelocityField, unguided
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.guided import Guided, unguided
 from fewstep.flows.maps import FlowMap
 from fewstep.objectives.base import Objective
 from fewstep.training.folder import write_recipe

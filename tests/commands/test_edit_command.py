@@ -13,7 +13,7 @@ from toys.unet import tiny_field, tiny_student
 import fewstep
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
-from fewstep.flows.fields import Guided
+from fewstep.flows.guided import Guided
 from fewstep.generation import edits
 from fewstep.generation.edits import Told, picture_files, read_pictures, settle, units_of
 

@@ -19,7 +19,8 @@ import fewstep
 from fewstep.cli import main
 from fewstep.common.console import progress_bar
 from fewstep.flows import signature
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.generation import drawing
 from fewstep.generation.drawing import draw

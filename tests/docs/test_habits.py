@@ -76,3 +76,8 @@ def test_everybody_who_gets_all_gets_every_extra_that_runs() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     [everything] = extras.pop("all")
     assert set(re.findall(r"\w+", everything.split("[")[1])) == extras.keys() - {"dev", "docs"}
+
+
+def test_files_are_of_about_300_lines() -> None:
+    lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in (ROOT / "fewstep").rglob("*.py")}
+    assert {name: count for name, count in lines.items() if count > 350} == {}

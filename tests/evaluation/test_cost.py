@@ -10,7 +10,8 @@ from fewstep.data.batch import Batch
 from fewstep.evaluation.calls import UNITS, Counts
 from fewstep.evaluation.cost import Cost, compare_costs, expected_cost, probes, step_cost, unit_costs
 from fewstep.evaluation.memory import Allocations
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, LMD, PFMM, FlowMatching, Loss

@@ -19,7 +19,8 @@ from fewstep.evaluation.measure import ENDS
 from fewstep.evaluation.points import error_quantiles, outside, rmse, sliced_wasserstein
 from fewstep.evaluation.results import Evaluation, alike, compare
 from fewstep.flows.exact import CheckerboardField, GaussianField, eight_gaussians
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.networks import MLP

@@ -11,7 +11,8 @@ from fewstep.common.randomness import generator, normal, sample_generators
 from fewstep.flows.controlled import Controlled
 from fewstep.flows.editing import flow_edit, invert, resume, sdedit
 from fewstep.flows.exact import CheckerboardField, GaussianField, eight_gaussians
-from fewstep.flows.fields import Guided, NetworkField, VelocityField
+from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Trigonometric
 from fewstep.flows.sampling import count_calls, sample

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from fewstep.flows.exact import GaussianField, MixtureField
-from fewstep.flows.fields import DiffusionField, Guided, NetworkField, VelocityField, schedule_of
+from fewstep.flows.fields import DiffusionField, NetworkField, VelocityField, schedule_of
+from fewstep.flows.guided import Guided
 from fewstep.flows.paths import Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.flows.predictions import KINDS
 from fewstep.flows.solvers import integrate

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fewstep.flows.exact import CheckerboardField
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap, load_by_name
 from fewstep.flows.paths import Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.flows.predictions import KINDS

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fewstep.common.randomness import generator
 from fewstep.flows.exact import ExactField, GaussianField, MixtureField
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.kernels import sde_step
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.mixed import Mixed, MixedWalk

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import fewstep
 from fewstep.common.randomness import generator, normal, sample_generators, uniform
 from fewstep.flows.exact import GaussianField
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Trigonometric
 from fewstep.flows.priors import irfds, rfds, rfds_rev

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fewstep.common.randomness import generator, normal, sample_generators
 from fewstep.flows.exact import CheckerboardField, GaussianField
-from fewstep.flows.fields import DiffusionField, Guided, NetworkField
+from fewstep.flows.fields import DiffusionField, NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
 from fewstep.flows.sampling import count_calls, sample, sample_noise

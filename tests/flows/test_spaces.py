@@ -14,10 +14,11 @@ from fewstep.flows.fields import NetworkField
 from fewstep.flows.interpolants import Interpolant
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Trigonometric
+from fewstep.flows.products import Product
 from fewstep.flows.sampling import sample
 from fewstep.flows.solvers import integrate
 from fewstep.flows.sources import Normal, Uniform, starting_points
-from fewstep.flows.spaces import Box, Euclid, Product, Tokens, Torus
+from fewstep.flows.spaces import Box, Euclid, Tokens, Torus
 from fewstep.networks import MLP
 
 F64 = torch.float64

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fewstep.common.randomness import generator
 from fewstep.flows.exact import GaussianField, eight_gaussians
-from fewstep.flows.fields import Guided, NetworkField, VelocityField
+from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Trigonometric
 from fewstep.flows.sampling import count_calls, sample

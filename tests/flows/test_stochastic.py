@@ -9,7 +9,8 @@ from torch import nn
 
 from fewstep.common.randomness import generator, sample_generators
 from fewstep.flows.exact import GaussianField
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
 from fewstep.flows.sampling import check_options, count_calls, sample, sample_noise

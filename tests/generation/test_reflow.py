@@ -15,7 +15,8 @@ from fewstep.common.randomness import generator, sample_generators
 from fewstep.data import Data, Pairs, load_data
 from fewstep.data.couplings import Coupled
 from fewstep.flows.exact import GaussianField, eight_gaussians
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.identity import identity
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample_noise

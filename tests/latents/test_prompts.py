@@ -14,7 +14,8 @@ from toys.families import tiny_pipeline
 
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
-from fewstep.flows.fields import DiffusionField, Guided
+from fewstep.flows.fields import DiffusionField
+from fewstep.flows.guided import Guided
 from fewstep.flows.sampling import sample, sample_noise
 from fewstep.flows.solvers import integrate
 from fewstep.generation.drawing import draw

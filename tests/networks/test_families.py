@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from toys.families import MODELS, conditions, tiny_model
 from toys.unet import tiny_student, tiny_unet
 
-from fewstep.flows.fields import DiffusionField, Guided, NetworkField
+from fewstep.flows.fields import DiffusionField, NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, VariancePreserving
 from fewstep.flows.signature import classes_of, shape_of

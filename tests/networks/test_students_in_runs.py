@@ -12,7 +12,8 @@ from toys.students import NAMES, S, T, field_of, loud, network, rows
 from fewstep.common.randomness import generator
 from fewstep.data import ArrayData
 from fewstep.data.batch import Batch
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample
 from fewstep.models.adapter_files import load_adapter, save_adapter

@@ -11,7 +11,7 @@ from toys.gaussian import GaussianAverageVelocity
 from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch
 from fewstep.flows.exact import GaussianField, eight_gaussians
-from fewstep.flows.fields import Guided
+from fewstep.flows.guided import Guided
 from fewstep.flows.interpolants import Interpolant
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Path, Trigonometric

@@ -14,7 +14,8 @@ from fewstep.data import ArrayData
 from fewstep.data.batch import Batch
 from fewstep.evaluation.points import rmse
 from fewstep.flows.exact import GaussianField, MixtureField
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import count_calls, sample
 from fewstep.networks import MLP

@@ -5,7 +5,7 @@ import torch
 
 from fewstep.cli import main
 from fewstep.flows.exact import eight_gaussians
-from fewstep.flows.fields import Guided
+from fewstep.flows.guided import Guided
 from fewstep.networks import MLP
 from fewstep.runs.loading import load_run
 from fewstep.runs.recipes import load_recipe

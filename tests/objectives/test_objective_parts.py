@@ -15,7 +15,8 @@ from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch
 from fewstep.flows import exact
 from fewstep.flows.exact import GaussianField
-from fewstep.flows.fields import Guided, VelocityField
+from fewstep.flows.fields import VelocityField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Trigonometric
 from fewstep.flows.times import draw_pairs

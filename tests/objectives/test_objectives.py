@@ -25,7 +25,8 @@ from toys.objectives import (
 from fewstep.data.batch import Batch
 from fewstep.flows.broadcasting import expand
 from fewstep.flows.exact import ExactField, GaussianField
-from fewstep.flows.fields import Guided, NetworkField, VelocityField
+from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.networks import MLP
 from fewstep.objectives import EMD, ITVM, LMD, FlowMatching, Objective

@@ -9,7 +9,8 @@ from toys.students import NAMES, field_of, rows
 
 from fewstep.common.randomness import generator
 from fewstep.flows.exact import GaussianField
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.interpolants import Interpolant
 from fewstep.networks import MLP
 from fewstep.objectives.teacher_critic import TeacherCritic, blocks_of

@@ -23,7 +23,8 @@ from fewstep.common.randomness import generator
 from fewstep.data import encoded, pairs
 from fewstep.data.batch import Batch
 from fewstep.evaluation.cost import step_cost
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.models.lora import add_lora
 from fewstep.models.weightless import LONGEST, META, text_conditions

@@ -29,7 +29,8 @@ import fewstep
 from fewstep.cli import main, make_parser
 from fewstep.common.randomness import sample_generators
 from fewstep.evaluation.grids import image_grid
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample_noise
 from fewstep.generation.drawing import draw

@@ -27,7 +27,8 @@ from toys.unet import conditions, tiny_field, tiny_unet
 import fewstep
 from fewstep.cli import main
 from fewstep.flows.change_of_path import scaling
-from fewstep.flows.fields import DiffusionField, Guided
+from fewstep.flows.fields import DiffusionField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear
 from fewstep.flows.paths import Path as Trajectory

@@ -17,7 +17,8 @@ from toys.unet import conditions, tiny_field, tiny_student, tiny_unet
 
 from fewstep.cli import main
 from fewstep.flows.exact import CheckerboardField
-from fewstep.flows.fields import DiffusionField, Guided, NetworkField
+from fewstep.flows.fields import DiffusionField, NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.paths import Linear, Reversed, Trigonometric
 from fewstep.flows.sampling import sample
 from fewstep.latents.vae import Latents

@@ -17,7 +17,8 @@ from toys.unet import conditions, tiny_field, tiny_student, tiny_unet
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
 from fewstep.flows.exact import CheckerboardField
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed, Trigonometric
 from fewstep.flows.sampling import sample, sample_noise

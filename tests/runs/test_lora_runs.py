@@ -8,7 +8,7 @@ from toys.adapters import adapted, call, images, points, quick, trained
 from toys.unet import tiny_unet
 
 from fewstep.common.errors import TrainingError
-from fewstep.flows.fields import Guided
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.models.adapter_files import load_adapter, save_adapter
 from fewstep.models.lora import add_lora, has_lora

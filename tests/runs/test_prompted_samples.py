@@ -16,7 +16,7 @@ from fewstep.common.randomness import generator
 from fewstep.data import Pairs, load_data
 from fewstep.data.couplings import uncoupled
 from fewstep.evaluation import evaluate as evaluation
-from fewstep.flows.fields import Guided
+from fewstep.flows.guided import Guided
 from fewstep.generation.drawing import draw
 from fewstep.generation.reflow import make_pairs
 from fewstep.generation.teacher_samples import PromptedSamples

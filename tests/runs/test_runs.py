@@ -17,7 +17,8 @@ from fewstep.evaluation import evaluate as evaluation
 from fewstep.evaluation.extractor import SmallClassifier
 from fewstep.evaluation.results import Evaluation
 from fewstep.flows.exact import CheckerboardField
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, VariancePreserving
 from fewstep.flows.signature import classes_of, shape_of

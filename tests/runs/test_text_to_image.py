@@ -21,7 +21,7 @@ from fewstep.data.arrays import ArrayData
 from fewstep.data.conditions import Dropped
 from fewstep.data.couplings import uncoupled
 from fewstep.evaluation import evaluate as evaluation
-from fewstep.flows.fields import Guided
+from fewstep.flows.guided import Guided
 from fewstep.flows.sampling import sample_noise
 from fewstep.generation import encoding
 from fewstep.generation.reflow import make_pairs

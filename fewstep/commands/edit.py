@@ -122,16 +122,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _classes(model: Any, flag: str, text: str | None) -> list[int]:
-    """Classes by number or name, with commas between."""
-    from fewstep.generation.requests import class_names, class_numbers, is_number
+    """The numbers of the classes of a flag."""
+    from fewstep.generation.requests import class_names, class_numbers, class_words
 
-    words = [] if text is None else [word.strip() for word in text.split(",")]
-    if not all(words):
-        raise ValueError(f"{flag} {text}: classes with commas between are needed, such as 3,cat")
-    names = class_names(model)
-    if text is not None and text.strip() in names:  # whose name may have a comma in it
-        return [names[text.strip()]]
-    return class_numbers(words, names if not all(map(is_number, words)) else {})
+    return class_numbers(class_words(flag, text), class_names(model))
 
 
 def _names(files: list[Path]) -> list[str]:

@@ -242,15 +242,13 @@ def _optimal(
 
 def _requests(args: argparse.Namespace, model: Any) -> Any:
     """Which samples are asked for."""
-    from fewstep.generation.requests import Requests, class_names, class_numbers, is_number, read_lines
+    from fewstep.generation.requests import Requests, class_names, class_numbers, class_words, is_number, read_lines
 
     seeds = numbers("--seeds", args.seeds) if args.seeds else []
     if seeds and (args.seed is not None or args.first or args.count is not None):
         raise ValueError("--seeds draws the first sample of each: leave out --seed, --first and --count")
-    first, prompts, labels, noise = args.first, args.prompt or [], [], [(seed, 0) for seed in seeds]
-    labels = [] if args.labels is None else [word.strip() for word in args.labels.split(",")]
-    if not all(labels):
-        raise ValueError(f"--labels {args.labels}: classes with commas between are needed, such as 3,cat")
+    first, prompts, noise = args.first, args.prompt or [], [(seed, 0) for seed in seeds]
+    labels = class_words("--labels", args.labels)
     known = len(seeds) or None
     if args.prompts:
         lines = read_lines(args.prompts)

@@ -25,7 +25,7 @@ from fewstep.flows.signature import device_of
 from fewstep.flows.solvers import SOLVERS, integrate
 from fewstep.flows.spaces import Tokens
 from fewstep.flows.stochastic import Eps, check_sde, integrate_sde
-from fewstep.flows.times import GRIDS, gaussian_grid, step_grid
+from fewstep.flows.times import GRIDS, check_grid, gaussian_grid, step_grid
 from fewstep.flows.token_times import time_decided
 
 
@@ -256,8 +256,7 @@ def _times(grid: str | Tensor, steps: int, model: Any) -> Tensor:
         return step_grid(steps, grid)
     if not isinstance(grid, Tensor):
         raise ValueError(f"grid={shown(grid)}: the times are a tensor, as in torch.tensor([0, 0.4, 1]), or a name")
-    if grid.ndim != 1 or len(grid) < 2 or not (grid.diff() > 0).all() or grid[0] != 0 or grid[-1] != 1:
-        raise ValueError(f"a grid of times rises from 0 to 1, this one is {grid.tolist()}")
+    check_grid("the times of a grid", grid)
     return grid
 
 

@@ -18,7 +18,7 @@ from fewstep.flows.paths import Path
 from fewstep.flows.sampling import beyond, check_options, placed
 from fewstep.flows.signature import takes
 from fewstep.flows.solvers import STEPS, integrate
-from fewstep.flows.times import step_grid
+from fewstep.flows.times import check_grid, step_grid
 from fewstep.flows.trajectories import flow_of, states_of
 
 COSTS = ("propagated", "local", "deviation")
@@ -40,8 +40,7 @@ def candidate_times(candidates: int | Tensor) -> Tensor:
             raise ValueError(f"candidates is {candidates}: at least as many as steps are needed, such as 24")
         return step_grid(candidates)
     at = candidates.detach().double().cpu()
-    if at.ndim != 1 or len(at) < 2 or not (at.diff() > 0).all() or at[0] != 0 or at[-1] != 1:
-        raise ValueError(f"candidate times rise from 0 to 1, these are {at.tolist()}")
+    check_grid("candidate times", at)
     return at
 
 

@@ -154,6 +154,16 @@ def gaussian_grid(steps: int, std: float = 1.0, path: Path | None = None) -> Ten
     return times
 
 
+def check_grid(what: str, times: Tensor) -> None:
+    """That these are the times of steps: two at least, rising from 0 to 1.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if times.ndim != 1 or len(times) < 2 or not (times.diff() > 0).all() or times[0] != 0 or times[-1] != 1:
+        raise ValueError(f"{what} rise from 0 to 1, these are {shown(times.tolist())}")
+
+
 def step_grid(steps: int, kind: str = "uniform", shift: float = 3.0) -> Tensor:
     """``steps + 1`` times from 0 to 1, float64.
 

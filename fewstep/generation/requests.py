@@ -128,6 +128,18 @@ def prompt_flags(prompts: Sequence[str]) -> list[str]:
     return ["--prompt", *prompts] if prompts else []
 
 
+def class_words(flag: str, text: str | None) -> list[str]:
+    """The classes of a flag, by number or name with commas between; none where it is not given.
+
+    Raises:
+        ValueError: nothing between two commas, or beside one.
+    """
+    words = [] if text is None else [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise ValueError(f"{flag} {text}: classes with commas between are needed, such as 3,cat")
+    return words
+
+
 def class_numbers(words: Sequence[int | str], names: Mapping[str, int]) -> list[int]:
     """Classes by number or name as numbers.
 

@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from fewstep.common.reading import parse_json, read_text
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.signature import Model
 from fewstep.flows.step_grids import FoundGrid, beside_uniform, check_steps, step_errors
-from fewstep.flows.times import step_grid
+from fewstep.flows.times import check_grid, step_grid
 from fewstep.generation.drawing import one_batch
 from fewstep.generation.requests import Requests
 from fewstep.training.run_files import STEP_GRIDS
@@ -39,8 +39,7 @@ class _Grid(BaseModel):
     @field_validator("times")
     @classmethod
     def _rising(cls, times: list[float]) -> list[float]:
-        if len(times) < 2 or times[0] != 0 or times[-1] != 1 or any(s >= t for s, t in pairwise(times)):
-            raise ValueError("times rise from 0 to 1")
+        check_grid("times", torch.tensor(times, dtype=torch.float64))
         return times
 
 

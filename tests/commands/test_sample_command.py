@@ -220,6 +220,9 @@ def test_classes_by_name_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with np.load("a.npz") as kept:
         assert kept["class_labels"].tolist() == [1, 0, 1]
     capsys.readouterr()
+    for flags in (["sample", "runs/own", "--labels"], ["edit", "runs/own", "pets/cat/0.png", "--label"]):
+        assert main([*flags, "dog,,cat", "--out", "b.npz"]) == 2
+        assert f"{flags[-1]} dog,,cat: classes with commas between are needed" in capsys.readouterr().err
     assert main([*words, "--labels", "dgo"]) == 2
     assert "unknown class 'dgo': did you mean 'dog'? Known: cat, dog" in capsys.readouterr().err
 

@@ -280,7 +280,7 @@ def test_errors(gaussian, gaussian_map, points):
         with pytest.raises(ValueError, match="unknown step grid 'shited': did you mean 'shifted'"):
             sample(model, points, 2, grid="shited")
         for grid in ([0.0, 0.5], [0.1, 1.0], [0.0, 0.6, 0.5, 1.0], [0.0, 0.5, 0.5, 1.0], [0.0], [[0.0, 1.0]]):
-            with pytest.raises(ValueError, match="a grid of times rises from 0 to 1, this one is"):
+            with pytest.raises(ValueError, match="the times of a grid rise from 0 to 1, these are"):
                 sample(model, points, grid=torch.tensor(grid))
         with pytest.raises(ValueError, match=r"grid=\[0, 1\]: the times are a tensor"):
             sample(model, points, grid=[0, 1])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from toys.times import GAP, N, gap
 
 from fewstep.common.randomness import generator
-from fewstep.flows.times import DISTRIBUTIONS, GRIDS, draw_pairs, draw_times, step_grid
+from fewstep.flows.times import DISTRIBUTIONS, GRIDS, check_grid, draw_pairs, draw_times, step_grid
 
 
 def test_uniform_times():
@@ -155,3 +155,18 @@ def test_pairs_whose_length_is_drawn_first(longest):
 def test_numbers_that_a_distribution_does_not_have(said):
     with pytest.raises(ValueError, match=r"times .* say "):
         draw_times(4, generator(0), said)
+
+
+def test_one_check_of_times_serves_grids_candidates_and_what_is_kept():
+    for wrong in (
+        [0.0, 0.5],
+        [0.1, 1.0],
+        [0.0, 0.6, 0.5, 1.0],
+        [0.0, 0.5, 0.5, 1.0],
+        [0.0],
+        [[0.0, 1.0]],
+        [0, torch.nan, 1],
+    ):
+        with pytest.raises(ValueError, match="these times rise from 0 to 1, these are "):
+            check_grid("these times", torch.tensor(wrong))
+    check_grid("these times", torch.tensor([0.0, 0.2, 1.0]))

@@ -21,7 +21,7 @@ from fewstep.flows.guided import Guided, unguided
 from fewstep.flows.interpolants import DenoisedField, check_between, sample_between
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
-from fewstep.flows.signature import device_of
+from fewstep.flows.signature import check_call, device_of
 from fewstep.flows.solvers import SOLVERS, integrate
 from fewstep.flows.spaces import Tokens
 from fewstep.flows.stochastic import Eps, check_sde, integrate_sde
@@ -124,7 +124,7 @@ def placed(model: FlowMap | VelocityField, noise: Tensor, cond: dict[str, Any]) 
     """Noise and conditions where the model is, the strength of guidance among them for a map that takes one.
 
     Raises:
-        ValueError: a condition of more or fewer rows than the noise.
+        ValueError: a condition of more or fewer rows than the noise, or what :func:`check_call` refuses.
     """
     for name, value in cond.items():
         if isinstance(value, Tensor) and value.ndim and len(value) != len(noise):
@@ -136,6 +136,7 @@ def placed(model: FlowMap | VelocityField, noise: Tensor, cond: dict[str, Any]) 
     cond = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in cond.items()}
     if isinstance(model, FlowMap) and model.guidance is not None and "guidance" not in cond:
         cond["guidance"] = noise.new_full((len(noise),), model.guidance)
+    check_call(model, noise, cond)
     return noise, cond
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.flows.fields import VelocityField
-from fewstep.flows.guided import unguided
+from fewstep.common.errors import unknown
+from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.guided import Guided, unguided
 from fewstep.flows.maps import FlowMap
-from fewstep.networks import MLP, OfDiffusers
+from fewstep.networks import MLP, ContinuousUNet, OfDiffusers, SequenceTransformer
 from fewstep.pipelines.arguments import side_step
 
 Model = FlowMap | VelocityField
@@ -136,6 +137,51 @@ def network_of(model: Model) -> Any:
     return getattr(model, "network", model)
 
 
+def check_call(model: Model, x: Tensor, cond: Mapping[str, Any]) -> None:
+    """That a model can be called at x (B, ...) with these conditions, as far as its network says.
+
+    Raises:
+        ValueError: states of another type of number than the weights of a network that does not turn them into its own,
+            or a condition that the network does not take.
+    """
+    inner, told = network_of(model), type(network_of(model)).__name__
+    if type(unguided(model)).forward not in (FlowMap.forward, NetworkField.forward):
+        return  # a class of one's own, which may hand on what it likes
+    weights, is_cast = _first_weights(inner), x.is_meta or torch.is_autocast_enabled(x.device.type)
+    if weights is not None and weights.is_floating_point() and x.dtype != weights.dtype and not is_cast:
+        given, own = (str(dtype).removeprefix("torch.") for dtype in (x.dtype, weights.dtype))
+        raise ValueError(f"states of {given} for a {told} with weights of {own}: start from x.to(torch.{own})")
+    for name in cond:
+        is_strength = name == "guidance" and (isinstance(model, Guided) or name in _taken(inner))
+        if not is_strength and not takes(model, name):
+            raise unknown("condition", name, [known for known in _conditions_of(model) if takes(model, known)])
+
+
+def _first_weights(network: Any) -> Tensor | None:
+    """The weights of the layer that sees the state, of a network that is known to hand it over as it is."""
+    if "forward" in vars(network):  # placed in half precision, which turns what comes in
+        return None
+    if isinstance(network, OfDiffusers):
+        return getattr(network.model.get_submodule(network.first), "weight", None)
+    if isinstance(network, MLP | SequenceTransformer | ContinuousUNet):
+        return getattr(network.input, "weight", None)
+    return None
+
+
+def _taken(network: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(network.forward).parameters
+
+
+def _conditions_of(model: Model) -> list[str]:
+    """The names that the forward of a model's network has after the state and the times."""
+    kinds, leading = inspect.Parameter, 3 if isinstance(model, FlowMap) else 2
+    found = list(_taken(network_of(model)).values())
+    places = [p.kind for p in found]
+    if kinds.VAR_POSITIONAL in places:  # net(x, *times, ...)
+        leading = places.index(kinds.VAR_POSITIONAL)
+    return [p.name for p in found[leading:] if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
+
+
 def takes(model: Model, name: str) -> bool:
     """Whether a condition of this name may be given to a model."""
     inner = network_of(model)
@@ -143,5 +189,5 @@ def takes(model: Model, name: str) -> bool:
         return inner.image_channels > 0
     if name == "guidance" and not getattr(inner, "takes_guidance", True):
         return False
-    taken = inspect.signature(inner.forward).parameters
+    taken = _taken(inner)
     return name in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fewstep
 from fewstep.common.randomness import generator, normal, sample_generators
 from fewstep.flows.exact import CheckerboardField, GaussianField
 from fewstep.flows.fields import DiffusionField, NetworkField
@@ -286,6 +287,18 @@ def test_errors(gaussian, gaussian_map, points):
             sample(model, points, grid=[0, 1])
         with pytest.raises(ValueError, match=rf"the condition 'labels' has 2 rows, the noise {len(points)}: one each"):
             sample(model, points, labels=torch.zeros(2))
+    for model in (NetworkField(MLP(2, width=8)), FlowMap(MLP(2, width=8, times=2))):
+        with pytest.raises(ValueError, match=r"states of float64 for a MLP with weights of float32: start from x\.to"):
+            sample(model, points.double())
+        with pytest.raises(ValueError, match="unknown condition 'lables': did you mean 'class_labels'"):
+            sample(model, points.float(), lables=torch.zeros(len(points)))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert sample(model, points.float()).isfinite().all()
+    unet = fewstep.load("fewstep:fashion-mnist")
+    with pytest.raises(ValueError, match=r"unknown condition 'guidance': Known: class_labels$"):
+        sample(unet, torch.randn(2, 1, 28, 28), class_labels=torch.arange(2), guidance=torch.ones(2))
+    with pytest.raises(ValueError, match="states of float64 for a UNet with weights of float32"):
+        sample(unet, torch.randn(2, 1, 28, 28).double(), class_labels=torch.arange(2))
     with pytest.raises(ValueError, match="unknown solver 'rk4'"):
         sample(gaussian, points, solver="rk4")
     with pytest.raises(ValueError, match="takes its steps itself: solver='heun' is for velocity fields"):

@@ -26,7 +26,7 @@ from fewstep.models.converted import is_converted, load_converted
 from fewstep.models.diffusers_configs import look_into
 from fewstep.models.diffusers_pipeline import field_of_pipeline, hub_files, lack_weights, load_field
 from fewstep.models.manifests import Diffusion, read_map_index, read_timesteps
-from fewstep.models.writing import check_text, moments_in
+from fewstep.models.writing import check_text, knowing
 from fewstep.networks import FAMILIES, STUDENTS
 from fewstep.training.run_files import is_run
 
@@ -50,7 +50,7 @@ def load_folder(source: Any, *, trust: bool = False, variant: str | None = None)
         model = load_converted(folder)
     else:
         model = load_field(folder, variant)
-    model.moments = moments_in(folder) or model.moments
+    knowing(model, folder)
     model.source = str(folder.resolve()) if Path(source).expanduser().is_dir() else str(source)
     return model.eval()
 

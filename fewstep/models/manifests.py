@@ -17,6 +17,8 @@ class Mark(Said):
     """``fewstep.json``: the mark of a folder that fewstep wrote."""
 
     moments: tuple[Finite, Above] | None = None
+    coupling: Annotated[str, Field(max_length=100)] = ""
+    chain: Literal["", "masked", "uniform"] = ""
 
 
 class Diffusion(Said):

@@ -117,7 +117,7 @@ def card(model: Any, name: str, origin: Origin = Origin(), no_pipeline: str = ""
         name=name,
         what=what,
         code=code or (_pipeline_code(model, name) if is_map and is_of_diffusers else fewstep_code(model, name)),
-        note=no_pipeline + _units(model),
+        note=no_pipeline + _units(model) + _coupled(model),
         method=_method(origin),
         quality=_quality(origin),
         citation=f"\n## Citation\n\n```bibtex\n{origin.citation.strip()}\n```\n" if origin.citation else "",
@@ -134,6 +134,15 @@ def _units(model: Any) -> str:
     return (
         f"\nThe data were brought to mean 0 and standard deviation 1. In their units samples{which} are `samples * "
         f"{std!r} + {mean!r}`: `fewstep sample` gives them, and the code above does not.\n"
+    )
+
+
+def _coupled(model: Any) -> str:
+    if not getattr(model, "coupling", ""):
+        return ""
+    return (
+        f"\nNoise and data were not independent in training (coupling: {model.coupling}), so the velocity tells no "
+        "score: sample its ODE, not an SDE.\n"
     )
 
 

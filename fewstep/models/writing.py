@@ -23,6 +23,7 @@ from fewstep.common.options import read_yaml
 from fewstep.common.reading import parse_json, read_text
 from fewstep.common.received import copy_file, is_place
 from fewstep.common.version import __version__
+from fewstep.flows.fields import VelocityField
 from fewstep.latents.prompts import Prompts, encoder_class, text_parts
 from fewstep.latents.vae import Latents
 from fewstep.models.manifests import read_mark
@@ -94,20 +95,32 @@ def _needed_by(source: Any) -> list[tuple[str, Path]]:
 
 
 @contextmanager
-def aside(folder: Path, moments: tuple[float, float] | None = None) -> Iterator[Path]:
+def aside(folder: Path, model: Any = None) -> Iterator[Path]:
     """A new folder that takes the place of ``folder`` at the end (``replace_folder``), with the mark of fewstep in it.
 
     Args:
-        moments: of the model that is written (``VelocityField.moments``); they are kept beside the mark.
+        model: what is written. What its weights do not say is kept beside the mark: the moments of its data, and of a
+            field the coupling that it was trained with and the chain that it is (``VelocityField``).
     """
     with replace_folder(folder) as part:
-        write_json(part / MARK, {"_fewstep_version": __version__, "moments": moments})
+        known = {name: getattr(model, name, "") for name in ("coupling", "chain")}
+        moments = {"moments": getattr(model, "moments", None)}
+        write_json(part / MARK, {"_fewstep_version": __version__, **moments, **{k: v for k, v in known.items() if v}})
         yield part
 
 
 def moments_in(folder: Path) -> tuple[float, float] | None:
     """The moments that :func:`aside` kept."""
     return read_mark(folder).moments
+
+
+def knowing(model: Any, folder: Path) -> Any:
+    """The model of a folder, with what :func:`aside` kept of it."""
+    mark = read_mark(folder)
+    model.moments = mark.moments or model.moments
+    if isinstance(model, VelocityField):
+        model.coupling, model.chain = mark.coupling or model.coupling, mark.chain or model.chain
+    return model
 
 
 def save_part(part: Any, folder: Path) -> None:

@@ -94,7 +94,7 @@ def convert(
             field.to(home)
     picture = None if grid is None else "conversion.png"
     conversion = Conversion(folder, **facts, agreement=agreement, picture=picture)
-    with aside(folder, field.moments) as part:
+    with aside(folder, field) as part:
         write_folder(field, conversion, part)
         if grid is not None:
             replace_file(part / "conversion.png", grid)

@@ -60,7 +60,7 @@ def export(
     check_target(folder, overwrite, model)
     if adapter:
         model = open_run(model, trust=trust).model if isinstance(model, str | Path) else model
-        with aside(folder, model.moments) as part:
+        with aside(folder, model) as part:
             save_adapter(model, part)  # pyright: ignore[reportArgumentType]
         return folder
     run = None
@@ -70,7 +70,7 @@ def export(
     if has_lora(model):
         model = merge_lora(model)
     write = writer_of(model)
-    with aside(folder, model.moments) as part:
+    with aside(folder, model) as part:
         code = (write(model, part) or "").replace("{name}", folder.name)
         origin = origin_of(model, run, part)  # pyright: ignore[reportArgumentType]
         origin = replace(origin, method=method or origin.method, quality=quality or origin.quality)

@@ -97,7 +97,7 @@ def export_program(
     model = merge_lora(model) if has_lora(model) else deepcopy(model)
     model = model.cpu().float().eval().requires_grad_(False)
     program = Bare(model, example_conditions(model, conditions))
-    with aside(folder, model.moments) as part:
+    with aside(folder, model) as part:
         traced = _traced(program)
         run, largest = (_write_torch if format == "torch" else _write_onnx)(traced, part / FORMATS[format])
         difference = _difference(program, run)

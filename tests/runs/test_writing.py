@@ -20,7 +20,7 @@ from fewstep.flows.sampling import sample
 from fewstep.generation.drawing import draw
 from fewstep.models.lora import add_lora
 from fewstep.models.writing import MARK, check_target
-from fewstep.networks import MLP
+from fewstep.networks import MLP, SequenceTransformer
 from fewstep.playground.shown import Playground, Wish
 from fewstep.runs.loading import open_run
 from fewstep.runs.recipes import load_recipe
@@ -187,3 +187,30 @@ def test_the_units_of_a_model_of_diffusers(tmp_path: Path) -> None:
     field.moments = (7.0, 0.5)
     fewstep.convert(field, tmp_path / "flow", check=False)
     assert fewstep.load(tmp_path / "flow").moments == (7.0, 0.5)
+
+
+def test_an_export_knows_how_noise_and_data_were_paired(tmp_path: Path) -> None:
+    recipe = {"name": "x", "data": "checkerboard", "objective": "FlowMatching", "coupling": "ot", **SHORT}
+    student = {"network": "mlp", "options": {"width": 8, "depth": 2}}
+    run(load_recipe({**recipe, "student": student}), tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "once")]) == 0
+    fewstep.export(fewstep.load(tmp_path / "once"), tmp_path / "twice")
+    for folder in ("run", "once", "twice"):
+        field = fewstep.load(tmp_path / folder)
+        with pytest.raises(ValueError, match=r"independent of the data, .* the coupling 'ot'"):
+            fewstep.sample(field, torch.randn(2, 2), 4, eps="kappa")
+    assert "(coupling: ot)" in (tmp_path / "twice" / "README.md").read_text()
+    (tmp_path / "once" / "fewstep.json").write_text('{"coupling": 3}')
+    with pytest.raises(ValueError, match=r"fewstep\.json is not as fewstep writes it, coupling is 3"):
+        fewstep.load(tmp_path / "once")
+
+
+def test_an_export_of_a_chain_is_a_chain(tmp_path: Path) -> None:
+    network = SequenceTransformer(3, 3, width=16, depth=1, heads=2)
+    field = fewstep.NetworkField(network, prediction="data", space=fewstep.Tokens(3))
+    field.chain = "uniform"
+    again = fewstep.load(fewstep.export(field, tmp_path / "chain"))
+    noise = torch.randn(4, 3, 3)
+    drawn = [fewstep.sample(one, noise, 3, generator=torch.Generator().manual_seed(1)) for one in (field, again)]  # pyright: ignore[reportArgumentType]
+    assert torch.equal(*drawn)
+    assert torch.equal(drawn[0].sum(-1), torch.ones(4, 3))  # one-hot, as a chain's samples are

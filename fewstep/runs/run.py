@@ -1,5 +1,6 @@
 """Whole runs: from a recipe to a trained model in its folder, and from the folder back to the model."""
 
+import signal
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from fewstep.runs.judge import judge, prepare
 from fewstep.runs.loading import Trained, open_run, recipe_of, teacher_of
 from fewstep.runs.previews import Watch
 from fewstep.runs.recipe import Recipe
-from fewstep.training import checkpoints, fingerprint, folder
+from fewstep.training import checkpoints, fingerprint, folder, interrupt
 from fewstep.training.fit import fit
 from fewstep.training.leaving import check_from_recipe
 from fewstep.training.run import Result
@@ -64,22 +65,24 @@ def _run(recipe: Recipe, out: Path, fresh: bool, is_main: bool) -> Finished:
     if built.teacher is not None:  # an objective without a teacher would leave it where it is
         built.teacher.to(distributed.choose_device(recipe.training.device, distributed.environment()))
     watch = Watch(recipe, uncoupled(built.data), built.teacher, out)
-    result = fit(
-        built.student,
-        built.objective,
-        built.data,
-        seed=recipe.seed,
-        out=out,
-        callbacks=[watch],
-        fingerprint=recipe.fingerprint(),
-        resume=not fresh,
-        **recipe.training.model_dump(),
-    )
+    with interrupt.catch(signal.SIGTERM):  # which ends the process once the run is whole, not before
+        result = fit(
+            built.student,
+            built.objective,
+            built.data,
+            seed=recipe.seed,
+            out=out,
+            callbacks=[watch],
+            fingerprint=recipe.fingerprint(),
+            resume=not fresh,
+            **recipe.training.model_dump(),
+        )
+        if is_main:
+            # Only now: one that went on may have got other steps, and `fit` has seen that it is the same run.
+            _write_recipe(out, recipe)
+            watch.draw(result.ema, result.step)
     if not is_main:
         return Finished(result, None)
-    # Only now: one that went on may have got other steps, and `fit` has seen that it is the same run.
-    _write_recipe(out, recipe)
-    watch.draw(result.ema, result.step)
     if result.stopped == "interrupted" or recipe.evaluation.count == 0:
         return Finished(result, None)
     model = cast(Model, result.ema)

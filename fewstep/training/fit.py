@@ -172,12 +172,11 @@ def fit(
     if out is not None:
         folder.open_run(out, identity, resume)
 
-    with ExitStack() as stack:
+    with interrupt.catch() as signal, ExitStack() as stack:
         if out is not None and world.is_main:
             stack.enter_context(owned(out, "trained"))
         stack.enter_context(distributed.join(world, device))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        signal = stack.enter_context(interrupt.catch())
         world.barrier()  # from here on nobody else changes the folder
         found = None if out is None else folder.open_run(out, identity, resume)
         world.barrier()  # all have looked at it before the main process changes it

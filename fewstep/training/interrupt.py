@@ -1,4 +1,7 @@
-"""A clean stop on Ctrl-C or SIGTERM: the step is finished and a checkpoint written."""
+"""A clean stop on Ctrl-C or SIGTERM: the step is finished and a checkpoint written.
+
+After Ctrl-C the call returns. SIGTERM is how a cluster or a system ends a process: once all is written it is sent
+again, and does what it does without fewstep, which is to end the process if no handler was set."""
 
 import os
 import signal
@@ -13,27 +16,32 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.asked = False
+        self.terminated = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
+        self.terminated |= number == signal.SIGTERM
         if number == signal.SIGINT:
             # Not through sys.stderr, which this may have interrupted in the middle of a write.
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
 
 @contextmanager
-def catch() -> Iterator[Interrupt]:
-    """Catch SIGINT and SIGTERM within; a second SIGINT raises KeyboardInterrupt. Only in the main thread: elsewhere
-    Python allows no handlers, and the signals keep their old meaning."""
+def catch(*numbers: int) -> Iterator[Interrupt]:
+    """Catch these signals within, SIGINT and SIGTERM if none is said; a second SIGINT raises KeyboardInterrupt. A
+    SIGTERM is sent again at the end, unless that is an error. Only in the main thread: elsewhere Python allows no
+    handlers, and the signals keep their old meaning."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupt) for number in numbers or (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupt
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if interrupt.terminated:
+        signal.raise_signal(signal.SIGTERM)

@@ -116,7 +116,8 @@ class Result(Generic[Model]):
     """What a training came to.
 
     ``ema`` holds the averaged weights (the student itself where ``ema=None``): the ones to use. ``losses`` are the
-    means last logged. ``stopped`` says why: all steps done, the time used up, or Ctrl-C / SIGTERM.
+    means last logged. ``stopped`` says why: all steps done, the time used up, or Ctrl-C (or a SIGTERM that a handler of
+    the script's own takes: without one it ends the process, once the checkpoint is written).
     """
 
     student: Model

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from toys.places import ROOT
 from toys.training import Broken, Student, lines, train, weights
 
 from fewstep.common.errors import TrainingError
@@ -79,12 +82,66 @@ def test_a_signal_stops_cleanly_with_a_checkpoint(tmp_path, number):
         if run.step == 7:
             os.kill(os.getpid(), number)
 
+    heard = []
+    own = signal.signal(signal.SIGTERM, lambda *_: heard.append(sorted(p.name for p in tmp_path.rglob("step-*"))))
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    stopped = train(tmp_path, callbacks=[press])
-    assert (stopped.stopped, stopped.step) == ("interrupted", 7)
-    assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000007"]
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    try:
+        stopped = train(tmp_path, callbacks=[press])
+        assert (stopped.stopped, stopped.step) == ("interrupted", 7)
+        assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000007"]
+        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+        # SIGTERM comes through, after all is written; Ctrl-C is answered by the stop.
+        assert heard == ([["step-00000007"]] if number == signal.SIGTERM else [])
+    finally:
+        signal.signal(signal.SIGTERM, own)
     assert torch.equal(weights(train(tmp_path)), weights(train()))
+
+
+SCRIPT = """
+import os, signal, sys
+import torch, fewstep
+from fewstep.networks import MLP
+
+def press(run):
+    if run.step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+fewstep.fit(
+    fewstep.NetworkField(MLP(2, width=8, depth=2)), fewstep.FlowMatching(), torch.randn(64, 2), steps=9, batch=8,
+    out=sys.argv[1], callbacks=[press], device="cpu",
+)
+print("the script went on")
+"""
+COMMAND = """
+import os, signal, sys
+from fewstep.cli import main
+from fewstep.training import fit
+
+update = fit.update
+
+def pressing(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return update(*args)
+
+fit.update = pressing
+words = "train checkerboard-itvm --objective FlowMatching --steps 9 --evaluation.count 4".split()
+few = ["--training.batch", "16", "--training.chunk", "16"]
+print("went on with", main([*words, *few, "--out", sys.argv[1]]))
+"""
+
+
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize("script", [SCRIPT, COMMAND])
+def test_sigterm_ends_the_process_once_the_run_is_whole(tmp_path, script):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "run")], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == -signal.SIGTERM, done.stderr[-2000:]
+    assert "went on" not in done.stdout
+    assert "stopped as asked" in done.stderr
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):

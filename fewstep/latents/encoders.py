@@ -18,7 +18,7 @@ from fewstep.data.shards import read_shard
 from fewstep.latents.prompts import Prompts, text_parts
 from fewstep.latents.vae import Latents
 
-_TEXT_FILES = ("*.json", "*.txt", "*.model")
+_TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 # Keys of a config.json that say where it is from and by what it was written, not what the model is.
 _NOT_THE_MODEL = ("transformers_version", "torch_dtype", "dtype", "architectures", "name_or_path")
 

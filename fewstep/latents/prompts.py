@@ -28,7 +28,7 @@ class Prompts:
     """The text encoders of a pipeline's folder, loaded when they are first needed; copies of a model share them.
 
     Args:
-        folder: of a Stable Diffusion 1, 2, XL or 3, PixArt or Flux pipeline.
+        folder: of a pipeline in ``RETURNED``: Stable Diffusion, Flux, Qwen-Image and others.
         dtype: of the encoders and of what they give.
         variant: of the encoders' weights, such as fp16, where they are there (see ``model_files.variant_in``).
 
@@ -77,25 +77,28 @@ class Prompts:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts are a list of texts, such as ['a cat'], not {prompts!r}")
         device = torch.device(device)
+        return {**self._encode(list(prompts), device), **self._sizes(size, len(prompts), device)}
+
+    def _encode(self, prompts: list[str] | None, device: torch.device) -> dict[str, Tensor]:
         for part in self._encoders.values():
             if isinstance(part, torch.nn.Module):
                 part.to(device, self.dtype)
         parts = {"transformer": _Transformer(self._model_config), **self._encoders}
         with refused(f"the text encoders in {self.folder} cannot encode prompts", "fetch them again"):
-            cond = encode(self._class, parts, list(prompts), device)
-        return {**cond, **self._sizes(size, len(prompts), device)}
+            return encode(self._class, parts, prompts, device)
 
+    @torch.no_grad()
     def null(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The conditions of no prompt, one sample's, as the pipeline takes them for guidance where no negative prompt
         is given.
 
         >>> guided = fewstep.Guided(field, 7.5, null=field.text.null())
         """
-        cond = {name: value[0] for name, value in self.encode([""], device=device).items()}
+        cond = {name: value[0] for name, value in self._encode(None, torch.device(device)).items()}
         if self._class == "StableDiffusionXLPipeline" and self.index.get("force_zeros_for_empty_prompt", True):
             cond |= {name: torch.zeros_like(cond[name]) for name in ("encoder_hidden_states", "text_embeds")}
         # The size of the image is no matter of guidance: it stays what each call says.
-        return {name: value for name, value in cond.items() if name not in SIZES}
+        return cond
 
     def _sizes(self, size: tuple[int, int] | None, rows: int, device: torch.device) -> dict[str, Tensor]:
         """What the model is told of the image: uncropped, of the size that is wanted."""
@@ -158,7 +161,9 @@ def _is_told_sizes(config: dict[str, Any]) -> bool:
 # The classes of transformers that the pipelines of ``RETURNED`` have, and no others: one may name any.
 _ENCODERS = {
     *("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "UMT5EncoderModel"),
-    *(f"{kind}Tokenizer{fast}" for kind in ("CLIP", "T5") for fast in ("", "Fast")),
+    *("Gemma2Model", "Mistral3ForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+    *("Qwen3ForCausalLM", "Qwen3Model", "ByT5Tokenizer", "PixtralProcessor"),
+    *(f"{kind}Tokenizer{fast}" for kind in ("CLIP", "Gemma", "Llama", "Qwen2", "T5") for fast in ("", "Fast")),
 }
 # Keys of their configs by which transformers finds code in the folder, or kernels on the hub.
 _NAMES_CODE = ("auto_map", "attn_implementation", "_attn_implementation")

@@ -11,8 +11,19 @@ from torch import Tensor
 from fewstep.common.errors import shown, unknown
 from fewstep.common.model_files import check_weights, load_weights, read_json
 from fewstep.networks import FAMILIES
+from fewstep.pipelines.latent_images import decode, encode
 
-KNOWN_VAES = ("AutoencoderKL", "AutoencoderKLWan", "AutoencoderTiny", "VQModel")
+KNOWN_VAES = (
+    "AutoencoderDC",
+    "AutoencoderKL",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanImage",
+    "AutoencoderKLLTXVideo",
+    "AutoencoderKLQwenImage",
+    "AutoencoderKLWan",
+    "AutoencoderTiny",
+    "VQModel",
+)
 # Where pipelines have their VAE.
 VAE_FOLDERS = ("vae", "vqvae", "movq")
 # Images in one call of the decoder: its activations are large, those of the model it decodes for are not.
@@ -26,8 +37,7 @@ class Latents:
     The VAE is loaded when it is first needed, and goes where the tensors are. Copies of a model share it.
 
     Args:
-        source: the folder of a VAE, of a pipeline with one, or the VAE itself: diffusers' ``AutoencoderKL``,
-            ``AutoencoderTiny`` or ``VQModel``, or of videos ``AutoencoderKLWan``.
+        source: the folder of a VAE, of a pipeline with one, or the VAE itself, of a class in ``KNOWN_VAES``.
         variant: of the weights in the folder, such as fp16, where they are there (see ``model_files.variant_in``).
 
     Raises:
@@ -49,26 +59,10 @@ class Latents:
             self.vae = source.eval().requires_grad_(False)
         if self._class not in KNOWN_VAES:
             raise unknown("VAE", self._class, KNOWN_VAES)
-        self.is_video = self._class == "AutoencoderKLWan"
-        # Kandinsky's has neither a scale nor, for what a model made, a codebook.
-        self._is_movq = config.get("norm_type") == "spatial"
-        # How many frames of a video, after the first, are one of its latents.
-        self._frames = 1
-        if self.is_video:
-            self.channels = _number(config, "z_dim", 16)
-            self.image_channels = _number(config, "in_channels", 3) // _number(config, "patch_size", 1) ** 2
-            self.factor = _number(config, "scale_factor_spatial", 8)
-            self._frames = _number(config, "scale_factor_temporal", 4)
-            return
-        self.channels = _number(config, "latent_channels", 4 if self._class != "VQModel" else 3)
-        self.image_channels = _number(config, "in_channels", 3)
-        levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (64,)
-        if not isinstance(levels, list | tuple):
-            raise ValueError(
-                f"the config of this {self._class} has the block_out_channels {shown(levels)}, and a list is needed"
-            )
-        # How many pixels of an image are one of its latents, along each side.
-        self.factor = 2 ** (len(levels) - 1)
+        self.is_video = self._class in ("AutoencoderKLWan", "AutoencoderKLLTXVideo")
+        # Channels of its latents and images; how many pixels of an image are one of its latents, along each side; and
+        # how many frames of a video, after the first.
+        self.channels, self.image_channels, self.factor, self._frames = _sizes(self._class, config)
 
     @cached_property
     def vae(self) -> Any:
@@ -128,14 +122,7 @@ class Latents:
             ValueError: images that the VAE does not take.
         """
         self.shape_of(tuple(images.shape[1:]))
-        vae = self.vae.to(images.device)
-        encoded = vae.encode(images.to(vae.dtype))
-        if not hasattr(encoded, "latent_dist"):
-            z = encoded.latents
-        else:
-            z = encoded.latent_dist.mode() if generator is None else encoded.latent_dist.sample(generator)
-        shift, scale = self._scaling(z)
-        return ((z - shift) * scale).to(images.dtype)
+        return encode(self.vae.to(images.device), images, generator).to(images.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         """The images (B, C, H, W) in [-1, 1] of latents (B, c, h, w); with their gradient, where latents need one.
@@ -146,25 +133,36 @@ class Latents:
         if latents.ndim != 4 + self.is_video or latents.shape[1] != self.channels:
             axes = "f, h, w" if self.is_video else "h, w"
             raise ValueError(f"latents of shape {tuple(latents.shape)}: this VAE decodes (B, {self.channels}, {axes})")
-        vae = self.vae.to(latents.device)
-        shift, scale = self._scaling(latents)
-        options = {"force_not_quantize": True} if self._is_movq else {}
         at_once = 1 if self.is_video else _AT_ONCE
-        parts = [vae.decode((part / scale + shift).to(vae.dtype), **options).sample for part in latents.split(at_once)]
-        return torch.cat(parts).clamp(-1, 1).to(latents.dtype)
+        return decode(self.vae.to(latents.device), latents, at_once).to(latents.dtype)
 
-    def _scaling(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """What is taken from a VAE's own latents, and what the rest is multiplied by, for the units of the model."""
-        config = self.vae.config
-        if self._is_movq:
-            return 0.0, 1.0
-        scale = config.get("scaling_factor", 1.0)
-        mean, deviation = config.get("latents_mean"), config.get("latents_std")
-        if mean is None or deviation is None:
-            return config.get("shift_factor") or 0.0, scale
-        each = (1, -1, *[1] * (z.ndim - 2))
-        mean, deviation = (torch.tensor(value, device=z.device).reshape(each) for value in (mean, deviation))
-        return mean, scale / deviation
+
+def _sizes(kind: str, config: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """Of a VAE of this class: channels of its latents and of its images, pixels of a latent along a side, and frames.
+
+    Raises:
+        ValueError: its config does not say them.
+    """
+    if kind == "AutoencoderKLWan":
+        sides = _number(config, "scale_factor_spatial", 8), _number(config, "scale_factor_temporal", 4)
+        images = _number(config, "in_channels", 3) // _number(config, "patch_size", 1) ** 2
+        return _number(config, "z_dim", 16), images, *sides
+    if kind == "AutoencoderKLQwenImage":
+        halves = config.get("temperal_downsample", (False, True, True))
+        return _number(config, "z_dim", 16), _number(config, "input_channels", 3), 2 ** len(halves), 1
+    if kind == "AutoencoderKLLTXVideo":
+        halves = 2 ** sum(config.get("spatio_temporal_scaling", (True, True, True, False)))
+        sides = _number(config, "patch_size", 4) * halves, _number(config, "patch_size_t", 1) * halves
+        return _number(config, "latent_channels", 128), _number(config, "in_channels", 3), *sides
+    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (64,)
+    if not isinstance(levels, list | tuple):
+        raise ValueError(f"the config of this {kind} has the block_out_channels {shown(levels)}, and a list is needed")
+    factor = _number(config, "spatial_compression_ratio", 2 ** (len(levels) - 1))
+    channels = _number(
+        config, "latent_channels", {"VQModel": 3, "AutoencoderDC": 32, "AutoencoderKLFlux2": 32}.get(kind, 4)
+    )
+    patch = 2 if kind == "AutoencoderKLFlux2" else 1  # the model sees 2 x 2 patches of its latents
+    return channels * patch**2, _number(config, "in_channels", 3), factor * patch, 1
 
 
 def _number(config: Mapping[str, Any], key: str, usual: int) -> int:

@@ -18,6 +18,7 @@ from fewstep.latents.prompts import Prompts, knows_prompts
 from fewstep.latents.vae import VAE_FOLDERS, Latents
 from fewstep.models.distilled import distilled_as
 from fewstep.networks import FAMILIES
+from fewstep.networks.channels import given_channels
 from fewstep.pipelines.arguments import side_step
 
 BY_HAND = "wrap it by hand: DiffusionField(network, scheduler), or NetworkField(network, path, prediction)"
@@ -128,7 +129,7 @@ def _state_channels(model: Path, config: dict[str, Any], scheduler: Any, latents
         ValueError: a model that is not made for it.
     """
     name, takes = config["_class_name"], config["in_channels"]
-    gives = config["out_channels"] or takes
+    gives = given_channels(config)
     is_learned = str(scheduler.config.get("variance_type")).startswith("learned")
     usual = gives // 2 if is_learned and gives % 2 == 0 else min(takes, gives)
     state = usual if latents is None else latents.channels * patch

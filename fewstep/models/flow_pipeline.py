@@ -35,7 +35,16 @@ _PIPELINES = {
     "PixArtTransformer2DModel": "PixArtAlphaPipeline",
     "SD3Transformer2DModel": "StableDiffusion3Pipeline",
     "FluxTransformer2DModel": "FluxPipeline",
+    "Flux2Transformer2DModel": "Flux2Pipeline",
+    "QwenImageTransformer2DModel": "QwenImagePipeline",
+    "ZImageTransformer2DModel": "ZImagePipeline",
+    "SanaTransformer2DModel": "SanaPipeline",
+    "AuraFlowTransformer2DModel": "AuraFlowPipeline",
+    "Lumina2Transformer2DModel": "Lumina2Pipeline",
+    "ChromaTransformer2DModel": "ChromaPipeline",
+    "HunyuanImageTransformer2DModel": "HunyuanImagePipeline",
     "WanTransformer3DModel": "WanPipeline",
+    "LTXVideoTransformer3DModel": "LTXPipeline",
 }
 _CODE = "flow_model"
 

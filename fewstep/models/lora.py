@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 Model = TypeVar("Model", bound=nn.Module)
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
 # Their fast paths compute with the weights of the layers inside, past any adapter around these.
 _CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -42,9 +42,9 @@ def add_lora(
         alpha: the adapter is scaled by ``alpha / rank``; the rank if not given, that is by 1.
         targets: the layers to adapt, by (the end of) their names, or one regular expression for whole names, as peft
             takes them. If not given: the attention projections ``to_q, to_k, to_v, to_out.0`` of large diffusers models
-            (transformers, ``UNet2DConditionModel``), as diffusers' own scripts do, and the first layer where it takes
-            an image beside the state; every linear layer and convolution of a ``UNet2DModel``, which has hardly any
-            attention, and of any other network.
+            (transformers, ``UNet2DConditionModel``), as diffusers' own scripts do, ``to_qkv_mlp_proj`` of Flux.2's
+            single blocks, and the first layer where it takes an image beside the state; every linear layer and
+            convolution of a ``UNet2DModel``, which has hardly any attention, and of any other network.
         dropout: of the adapter's input while training.
 
     Raises:

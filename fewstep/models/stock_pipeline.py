@@ -19,7 +19,7 @@ from fewstep.models.writing import (
     write_json,
     write_vae,
 )
-from fewstep.networks import SD3, Flux, Wan
+from fewstep.networks import ConditionalUNet, DiT, PixArt
 
 _CODE = """\
 import torch
@@ -36,7 +36,8 @@ def check_stock(field: NetworkField) -> None:
         ValueError: it has none.
     """
     is_flow = isinstance(field.native, Reversed) and field.prediction == "flow"
-    if not isinstance(field, DiffusionField) and not (is_flow and isinstance(field.network, SD3 | Flux | Wan)):
+    is_of_flows = not isinstance(field.network, ConditionalUNet | DiT | PixArt)
+    if not isinstance(field, DiffusionField) and not (is_flow and is_of_flows):
         raise ValueError(
             f"a {type(field.network).__name__} that predicts {field.prediction} on {field.native} has no pipeline in "
             "diffusers: `fewstep convert MODEL --out FOLDER` writes it with the code that it needs"

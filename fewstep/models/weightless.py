@@ -19,22 +19,41 @@ from fewstep.models.diffusers_configs import look_into
 from fewstep.networks import OfDiffusers
 
 META = torch.device("meta")
-# Tokens that the pipelines with a T5 cut a prompt to (the default of ``encode_prompt``).
+# Tokens that the pipelines with a large encoder cut a prompt to (the default of ``encode_prompt``).
 LONGEST = {
+    "AuraFlowPipeline": 256,
+    "ChromaPipeline": 512,
+    "Flux2KleinPipeline": 512,
+    "Flux2Pipeline": 512,
     "FluxPipeline": 512,
+    "HunyuanImagePipeline": 1000,
+    "LTXPipeline": 128,
+    "Lumina2Pipeline": 256,
     "PixArtAlphaPipeline": 120,
     "PixArtSigmaPipeline": 300,
+    "QwenImagePipeline": 512,
+    "SanaPipeline": 300,
     "StableDiffusion3Pipeline": 256,
     "WanPipeline": 226,
+    "ZImagePipeline": 512,
 }
 _MOST_TOKENS = 1 << 16
 # Tokens of a prompt, where no pipeline says how many its encoders make; of Stable Diffusion 3, of CLIP and T5 together.
 _TOKENS = {
+    "AuraFlowTransformer2DModel": 256,
+    "ChromaTransformer2DModel": 512,
+    "Flux2Transformer2DModel": 512,
     "FluxTransformer2DModel": 512,
+    "HunyuanImageTransformer2DModel": 1000,
+    "LTXVideoTransformer3DModel": 128,
+    "Lumina2Transformer2DModel": 256,
     "PixArtTransformer2DModel": 120,
+    "QwenImageTransformer2DModel": 512,
     "SD3Transformer2DModel": 333,
+    "SanaTransformer2DModel": 300,
     "UNet2DConditionModel": 77,
     "WanTransformer3DModel": 226,
+    "ZImageTransformer2DModel": 512,
 }
 
 

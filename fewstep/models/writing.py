@@ -33,10 +33,10 @@ from fewstep.training.run_files import RECIPE
 MARK = "fewstep.json"
 # The weights of a text encoder of transformers, whole or in pieces.
 ENCODER_FILES = weight_files(ENCODER_WEIGHTS)
-# What of a pipeline's part is copied: nothing that can run code when it is opened, and of weights the plain
-# ones (of variants see `copy_part`).
+# What of a pipeline's part is copied: nothing that can run code when it is opened (of a tokenizer's template of chats
+# transformers makes text in a sandbox), and of weights the plain ones (of variants see `copy_part`).
 PART_FILES = ("config.json", "*_config.json", "*tokens*.json", "vocab.json", "tokenizer.json", "*.txt", "*.model")
-PART_FILES += ("*.safetensors.index.json", *WEIGHT_FILES, *ENCODER_FILES)
+PART_FILES += ("chat_template.jinja", "chat_template.json", "*.safetensors.index.json", *WEIGHT_FILES, *ENCODER_FILES)
 
 
 def check_target(folder: Path, overwrite: bool, source: Any = None) -> None:

@@ -9,11 +9,22 @@ import torch
 from torch import Tensor
 
 
+def patch_of(config: Any) -> int:
+    """How many numbers of one channel of the state are channels of their own to the network: Flux, Chroma and
+    Qwen-Image see 2 x 2 patches. Flux.2's VAE makes them, and they are channels of the state."""
+    return 4 if "axes_dims_rope" in config and "timestep_guidance_channels" not in config else 1
+
+
+def given_channels(config: Any) -> int:
+    """How many channels a model gives, counted as those that it takes."""
+    gives = config.get("out_channels") or config["in_channels"]
+    return 4 * gives if "zero_cond_t" in config else gives  # Qwen-Image counts those of patches on one side alone
+
+
 def state_channels(config: Any) -> int:
     """How many channels the state of a model has. An image may go in beside it, and a variance come out behind it: what
     is there of both is said as ``_state_channels`` where the numbers alone would not tell."""
-    takes = config["in_channels"]
-    return config.get("_state_channels") or min(takes, config["out_channels"] or takes)
+    return (config.get("_state_channels") or min(config["in_channels"], given_channels(config))) // patch_of(config)
 
 
 def beside(model: Any, x: Tensor, image: Tensor | None, patch: int = 1) -> Tensor:

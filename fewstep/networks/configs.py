@@ -35,6 +35,8 @@ def with_image(network: Any, channels: int) -> Any:
         raise ValueError(f"image is {channels!r}: how many channels it has is needed, such as 3")
     if taken := network.image_channels:
         raise ValueError(f"this {type(teacher).__name__} takes an image of {taken} channels already: leave image out")
+    if not network.first:
+        raise ValueError(f"a {type(teacher).__name__} has no layer that takes an image beside the state")
     own = teacher.config["in_channels"]
     wide = {"in_channels": own + network.patch * channels, "out_channels": teacher.config["out_channels"] or own}
     with torch.random.fork_rng([]):
@@ -44,7 +46,7 @@ def with_image(network: Any, channels: int) -> Any:
     model.register_to_config(_state_channels=network.patch * network.channels)
     weights, name = teacher.state_dict(), f"{network.first}.weight"
     first = weights[name].new_zeros(model.state_dict()[name].shape)
-    first[:, :own] = weights[name]
+    first[:, : weights[name].shape[1]] = weights[name]
     torch.nn.Module.to(model, next(network.parameters())).load_state_dict({**weights, name: first})
     widened = type(network)(model)
     if hasattr(network, "size"):

@@ -123,20 +123,30 @@ def _take_weights(model: Any, teacher: Any, share: bool) -> None:
         if buffer.is_meta:  # those that are not saved
             above, _, last = name.rpartition(".")
             setattr(model.get_submodule(above), last, own(buffers[name]))
+    _take_tables(model, teacher)
     for new, like in new_parts(model):
         start = {name: like[name].detach().clone() for name in new.state_dict()}
         new.load_state_dict(start, assign=True)
         nn.init.zeros_(new.linear_2.weight)
-        nn.init.zeros_(new.linear_2.bias)
+        if new.linear_2.bias is not None:
+            nn.init.zeros_(new.linear_2.bias)
+
+
+def _take_tables(model: Any, teacher: Any) -> None:
+    """Give a new model the tables of frequencies of its teacher that are neither weights nor buffers."""
+    parts = dict(teacher.named_modules())
+    for name, part in model.named_modules():
+        for key, value in list(vars(part).items()):
+            held = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(entry, Tensor) and entry.is_meta for entry in held):
+                setattr(part, key, getattr(parts[name], key))
 
 
 def new_parts(model: Any) -> list[tuple[Any, dict[str, Tensor]]]:
     """The embeddings that the model of a student has and that of its teacher has not, each with the weights of the one
     beside it."""
-    from fewstep.networks.two_times.rows import LabelAndTimes, RowEmbedding
-
     if not hasattr(model, "predict"):  # of diffusers' own class
         return [(model.class_embedding, model.time_embedding.state_dict())]
     module: Any = model
-    parts = [part for part in module.modules() if isinstance(part, LabelAndTimes | RowEmbedding)]
+    parts = [part for part in module.modules() if hasattr(part, "like")]  # see fewstep.networks.two_times.rows
     return [(new, part.like) for part in parts for new in part.new]

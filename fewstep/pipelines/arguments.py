@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..networks.channels import patch_of
+
 
 def check_whole(name: str, value: Any) -> None:
     """That a number is whole, and not below 1."""
@@ -102,11 +104,6 @@ def check_image(image: Any, wanted: tuple[int, ...]) -> None:
         raise ValueError(f"image {found}, this model needs {wanted}")
 
 
-def patch_of(config: Any) -> int:
-    """How many numbers of one channel of the state are channels of their own to the network: a Flux packs 2 x 2."""
-    return 4 if "axes_dims_rope" in config else 1
-
-
 def _is_dit(config: Any) -> bool:
     return config.get("norm_type") == "ada_norm_zero"
 
@@ -116,5 +113,5 @@ def side_step(config: Any) -> int:
     U-Nets of text pad what they halve."""
     if "block_out_channels" in config:
         return 1 if "cross_attention_dim" in config else 2 ** (len(config["block_out_channels"]) - 1)
-    patch = 2 if "axes_dims_rope" in config else config.get("patch_size") or 1
+    patch = 2 if patch_of(config) > 1 else config.get("patch_size") or config.get("all_patch_size") or 1
     return patch if isinstance(patch, int) else patch[-1]

@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, ImagePip
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..networks.channels import patch_of, state_channels
 from ..networks.stock_time import takes_any_type
 from .arguments import (
     check_image,
@@ -33,7 +34,6 @@ from .arguments import (
     check_whole,
     count_of,
     numbers,
-    patch_of,
     sizes_of,
 )
 from .latent_images import decode, factor_of
@@ -114,10 +114,7 @@ class FlowMapPipeline(DiffusionPipeline):
         steps = len(self._diffusion.get("log_ratios", [])) + bool(self._diffusion.get("ends_in_noise"))
         self._last = steps - 1 if steps else scheduler.config["num_train_timesteps"]
         # The state's channels; behind them an image goes in where more do, and a variance may come out.
-        config = self.network.config
-        takes, gives = config["in_channels"], config["out_channels"]
-        stated = config.get("_state_channels") or min(takes, gives or takes)
-        self._channels = shape[0] if shape else stated // patch_of(config)
+        self._channels = shape[0] if shape else state_channels(self.network.config)
         self._factor = factor or factor_of(vae)
         if not hasattr(self.network, "predict"):
             takes_any_type(self.network)

@@ -7,23 +7,41 @@ encoders.
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 
+_TEXT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
 # What `encode_prompt` of a pipeline returns, in its order, as conditions of the network; None for what is not needed.
 RETURNED: dict[str, tuple[str | None, ...]] = {
-    "FluxPipeline": ("encoder_hidden_states", "pooled_projections", None),
-    "PixArtAlphaPipeline": ("encoder_hidden_states", "encoder_attention_mask", None, None),
-    "PixArtSigmaPipeline": ("encoder_hidden_states", "encoder_attention_mask", None, None),
-    "StableDiffusion3Pipeline": ("encoder_hidden_states", None, "pooled_projections", None),
-    "StableDiffusionPipeline": ("encoder_hidden_states", None),
-    "StableDiffusionXLPipeline": ("encoder_hidden_states", None, "text_embeds", None),
+    "AuraFlowPipeline": (_TEXT, None, None, None),
+    "ChromaPipeline": (_TEXT, None, _MASK, None, None, None),
+    "Flux2KleinPipeline": (_TEXT, None),
+    "Flux2Pipeline": (_TEXT, None),
+    "FluxPipeline": (_TEXT, "pooled_projections", None),
+    "HunyuanImagePipeline": (_TEXT, _MASK, f"{_TEXT}_2", f"{_MASK}_2"),
+    "LTXPipeline": (_TEXT, _MASK, None, None),
+    "Lumina2Pipeline": (_TEXT, _MASK, None, None),
+    "PixArtAlphaPipeline": (_TEXT, _MASK, None, None),
+    "PixArtSigmaPipeline": (_TEXT, _MASK, None, None),
+    "QwenImagePipeline": (_TEXT, f"{_TEXT}_mask"),
+    "SanaPipeline": (_TEXT, _MASK, None, None),
+    "StableDiffusion3Pipeline": (_TEXT, None, "pooled_projections", None),
+    "StableDiffusionPipeline": (_TEXT, None),
+    "StableDiffusionXLPipeline": (_TEXT, None, "text_embeds", None),
+    "WanPipeline": (_TEXT, None),
+    "ZImagePipeline": (_TEXT, _MASK),
 }
+# Those that encode no prompt otherwise than an empty one, and those whose prompts are as long as they are: here all are
+# brought to so many tokens, and a mask says which count.
+_OWN_NULL = ("Lumina2Pipeline", "SanaPipeline")
+_PADDED = {"QwenImagePipeline": 512, "ZImagePipeline": 512}
 # The parts that encode, by their names in every pipeline.
 ENCODERS = [f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
 
 
-def encode(pipeline: str, parts: dict[str, Any], prompts: list[str], device: Any) -> dict[str, Tensor]:
-    """The conditions of prompts, a row each, as the pipeline of this name makes them of these parts."""
+def encode(pipeline: str, parts: dict[str, Any], prompts: list[str] | None, device: Any) -> dict[str, Tensor]:
+    """The conditions of prompts, a row each, as the pipeline of this name makes them of these parts; for None one row,
+    of no prompt, as it takes them for guidance."""
     import diffusers  # here, as the table above is read where nothing is encoded
 
     kind = getattr(diffusers, pipeline)
@@ -31,8 +49,27 @@ def encode(pipeline: str, parts: dict[str, Any], prompts: list[str], device: Any
     own = {p.name: parts.get(p.name) for p in taken if p.default is p.empty and p.name != "self"}
     safety = {"requires_safety_checker": False} if "safety_checker" in own else {}
     made = kind(**{**own, **safety, "scheduler": None})
-    options = {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False}
-    known = inspect.signature(kind.encode_prompt).parameters
-    options = {key: value for key, value in options.items() if key in known}
-    returned = made.encode_prompt(prompts, device=device, num_images_per_prompt=1, **options)
-    return {key: value for key, value in zip(RETURNED[pipeline], returned, strict=True) if key is not None}
+    texts, is_own = prompts or [""], prompts is None and pipeline in _OWN_NULL
+    options: dict[str, Any] = {"prompt_2": None, "prompt_3": None, "batch_size": len(texts)}
+    options |= {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": is_own}
+    called, known = inspect.signature(kind.__call__).parameters, inspect.signature(kind.encode_prompt).parameters
+    told = ("max_sequence_length", "complex_human_instruction", "system_prompt")
+    options |= {name: called[name].default for name in told if name in called}
+    returned = made.encode_prompt(list(texts), **{key: value for key, value in options.items() if key in known})
+    names = RETURNED[pipeline]
+    if is_own:
+        returned = returned[2:]
+    if pipeline in _PADDED:
+        returned = _padded(*returned, length=_PADDED[pipeline])
+    return {key: value for key, value in zip(names, returned, strict=False) if key is not None}
+
+
+def _padded(text: Any, mask: Any, length: int) -> tuple[Tensor, Tensor]:
+    """Prompts (B, tokens, D), or a list of them, in as many tokens, and which of these count."""
+    rows = list(text)
+    if mask is not None and isinstance(text, Tensor):
+        rows = [one[keep.bool()] for one, keep in zip(text, mask, strict=True)]
+    room = [one.new_zeros(length - len(one), one.shape[1]) for one in rows]
+    counts = torch.tensor([len(one) for one in rows], device=rows[0].device)
+    masks = (torch.arange(length, device=counts.device) < counts[:, None]).long()
+    return torch.stack([torch.cat(pair) for pair in zip(rows, room, strict=True)]), masks

@@ -1,6 +1,7 @@
 """Prompts: what a pipeline's own encoders make of them, and samples of a whole text pipeline."""
 
 import importlib.util
+import inspect
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import SanaPipeline
 from torch import Tensor
 from toys.families import tiny_pipeline
 
@@ -23,7 +25,9 @@ from fewstep.latents.prompts import Prompts, knows_prompts
 from fewstep.runs.loading import load
 
 TEXTS = ["a cat", "a dog"]
+SANA_ASKS = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 NAMES = ["sd", "sdxl", "pixart", "sd3", "sd3 without", "flux"]
+NAMES += ["flux2", "qwenimage", "z-image", "sana", "auraflow", "lumina2", "chroma", "hunyuanimage"]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,31 @@ def expected(name: str, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
             text, mask, _, _ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False)
             size = {"resolution": torch.full((rows, 2), 16.0), "aspect_ratio": torch.ones(rows, 1)}
             return {"encoder_hidden_states": text, "encoder_attention_mask": mask, **size}
+        case "flux2":
+            return {"encoder_hidden_states": pipeline.encode_prompt(texts)[0]}
+        case "qwenimage" | "z-image":
+            found = pipeline.encode_prompt(list(texts), "cpu")[0]
+            if name == "qwenimage":
+                lengths = pipeline.encode_prompt(list(texts), "cpu")[1]
+                lengths = [found.shape[1]] * rows if lengths is None else lengths.sum(1).tolist()
+                found = [one[: int(k)] for one, k in zip(found, lengths, strict=False)]
+            text = torch.zeros(rows, 512, 32)
+            mask = torch.zeros(rows, 512, dtype=torch.long)
+            for k, one in enumerate(found):
+                text[k, : len(one)], mask[k, : len(one)] = one, 1
+            key = "encoder_hidden_states_mask" if name == "qwenimage" else "encoder_attention_mask"
+            return {"encoder_hidden_states": text, key: mask}
+        case "sana" | "lumina2" | "chroma":
+            options = {"complex_human_instruction": SANA_ASKS} if name == "sana" else {}
+            made = pipeline.encode_prompt(list(texts), do_classifier_free_guidance=False, device="cpu", **options)
+            return {"encoder_hidden_states": made[0], "encoder_attention_mask": made[2 if name == "chroma" else 1]}
+        case "auraflow":
+            text, *_ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False)
+            return {"encoder_hidden_states": text}
+        case "hunyuanimage":
+            text, mask, glyphs, shown = pipeline.encode_prompt(texts, batch_size=rows)
+            own = {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+            return {**own, "encoder_hidden_states_2": glyphs, "encoder_attention_mask_2": shown}
         case "flux":
             text, pooled, _ = pipeline.encode_prompt(texts, None)
         case _:

@@ -24,6 +24,7 @@ from fewstep.runs.export import export
 from fewstep.runs.loading import load
 
 NAMES = ["sd", "sdxl", "pixart", "sd3", "sd3 without", "flux"]
+NAMES += ["flux2", "qwenimage", "z-image", "sana", "auraflow", "lumina2", "chroma", "hunyuanimage"]
 PROMPTS = ["cat", "a dog", "cat"]
 
 
@@ -38,7 +39,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def text_map(source: Path, **options: Any) -> FlowMap:
     field: Any = load(source)
-    if source.name == "flux":
+    if hasattr(field.network, "size"):
         field.network.size = 8
     return speak(FlowMap.from_field(field, **options))
 
@@ -61,7 +62,7 @@ def test_the_pictures_of_prompts(name: str, sources: Path, tmp_path: Path, monke
     # One prompt for all; and conditions made beforehand, which need no encoders.
     one = pipe("cat", batch_size=3, generator=sample_generators(7, range(3)), **asked).images
     torch.testing.assert_close(one[[0, 2]], expected[[0, 2]], atol=1e-5, rtol=0)
-    assert (one[1] - expected[1]).abs().max() > 1e-4
+    assert (one[1] - expected[1]).abs().max() > 2e-5
     assert student.text is not None
     given = pipe(generator=sample_generators(7, range(3)), **asked, **student.text.encode(PROMPTS)).images
     torch.testing.assert_close(given, expected, atol=1e-5, rtol=0)

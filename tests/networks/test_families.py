@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline, UNet2DModel
+from diffusers import (
+    ChromaPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+    UNet2DModel,
+)
 from torch import Tensor, nn
 from toys.families import MODELS, conditions, tiny_model
 from toys.unet import tiny_student, tiny_unet
@@ -15,10 +23,12 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, VariancePreserving
 from fewstep.flows.signature import classes_of, shape_of
 from fewstep.generation.drawing import draw
-from fewstep.networks import FAMILIES, SD3, ConditionalUNet, DiT, Flux, PixArt, TwoTimeUNet, UNet
-from fewstep.networks.two_times.flux import pack, unpack
+from fewstep.networks import FAMILIES, ConditionalUNet, DiT, Flux, PixArt, TwoTimeUNet, UNet
+from fewstep.networks.two_times.patches import pack, unpack
 
 NAMES = list(MODELS)
+# Of the latents, where the config says none.
+SIDES = {"flux": 128, "qwenimage": 128, "chroma": 128, "z-image": 128, "flux2": 64, "hunyuanimage": 64}
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 TIME = torch.tensor([10.0, 700.5])
 
@@ -45,6 +55,56 @@ def bare(name: str, model: Any, x: Tensor, time: Tensor, cond: dict[str, Tensor]
         case "sd3":
             pooled = cond["pooled_projections"]
             return model(x, timestep=time, encoder_hidden_states=text, pooled_projections=pooled).sample
+        case "qwenimage":
+            rows, channels, height, width = x.shape
+            output = model(
+                hidden_states=QwenImagePipeline._pack_latents(x[:, :, None], rows, channels, height, width),
+                timestep=time / 1000,
+                encoder_hidden_states=text,
+                encoder_hidden_states_mask=cond["encoder_hidden_states_mask"],
+                img_shapes=[[(1, height // 2, width // 2)]] * rows,
+            ).sample
+            return QwenImagePipeline._unpack_latents(output, 8 * height, 8 * width, 8)[:, :, 0]
+        case "flux2":
+            ids = Flux2Pipeline._prepare_latent_ids(x)
+            output = model(
+                hidden_states=Flux2Pipeline._pack_latents(x),
+                timestep=time / 1000,
+                encoder_hidden_states=text,
+                txt_ids=Flux2Pipeline._prepare_text_ids(text),  # pyright: ignore[reportArgumentType]
+                img_ids=ids,
+                guidance=cond.get("guidance"),
+            ).sample
+            return torch.as_tensor(Flux2Pipeline._unpack_latents_with_ids(output, ids))
+        case "z-image":
+            assert text is not None
+            lengths = cond["encoder_attention_mask"].sum(1)
+            prompts = [row[:length] for row, length in zip(text, lengths, strict=True)]
+            output = model(list(x.unsqueeze(2).unbind(0)), (1000 - time) / 1000, prompts, return_dict=False)[0]
+            return -torch.stack([one.float() for one in output]).squeeze(2)
+        case "sana":
+            return model(x, encoder_hidden_states=text, timestep=time * model.config.timestep_scale,
+                         encoder_attention_mask=cond["encoder_attention_mask"]).sample  # fmt: skip
+        case "auraflow":
+            return model(x, encoder_hidden_states=text, timestep=time / 1000).sample
+        case "lumina2":
+            mask = cond["encoder_attention_mask"].bool()
+            return -model(x, 1 - time / 1000, text, mask).sample
+        case "chroma":
+            rows, channels, height, width = x.shape
+            assert text is not None
+            mask = torch.cat([cond["encoder_attention_mask"].to(x), torch.ones(rows, height * width // 4)], dim=1)
+            output = model(
+                hidden_states=ChromaPipeline._pack_latents(x, rows, channels, height, width),
+                timestep=time / 1000,
+                encoder_hidden_states=text,
+                txt_ids=torch.zeros(text.shape[1], 3),
+                img_ids=ChromaPipeline._prepare_latent_image_ids(rows, height // 2, width // 2, "cpu", x.dtype),
+                attention_mask=mask,
+            ).sample
+            return ChromaPipeline._unpack_latents(output, 8 * height, 8 * width, 8)
+        case "hunyuanimage":
+            return model(x, timestep=time, **cond).sample
         case _:
             rows, channels, height, width = x.shape
             assert text is not None
@@ -75,12 +135,14 @@ def test_a_wrapped_model_is_what_its_pipeline_calls(name: str, models: dict[str,
 @pytest.mark.parametrize("name", NAMES)
 def test_a_field_of_each_family_is_finite_and_says_what_it_makes(name: str, models: dict[str, Any]) -> None:
     network = FAMILIES[MODELS[name][0]](models[name])
-    scheduler: Any = FlowMatchEulerDiscreteScheduler() if name in ("sd3", "flux") else DDPMScheduler()
+    is_diffusion = name in ("sd", "sdxl", "dit", "pixart")
+    scheduler: Any = DDPMScheduler() if is_diffusion else FlowMatchEulerDiscreteScheduler()
     field = DiffusionField(network, scheduler)
     with torch.no_grad():
         for time in (0.0, 0.5, 1.0):
             assert field(X, time, **conditions(name)).isfinite().all()
-    assert shape_of(field) == ((4, 128, 128) if name == "flux" else (4, 8, 8))
+    side = SIDES.get(name, 8)
+    assert shape_of(field) == (4, side, side)
     assert classes_of(field) == (5 if name == "dit" else 0)
 
 
@@ -110,7 +172,7 @@ def test_flux_takes_guidance_where_it_was_distilled_to(models: dict[str, Any]) -
 @pytest.mark.parametrize("name", NAMES)
 def test_a_condition_that_is_missing_is_named(name: str, models: dict[str, Any]) -> None:
     network = FAMILIES[MODELS[name][0]](models[name])
-    for key in conditions(name):
+    for key in network.needed:
         others = {other: value for other, value in conditions(name).items() if other != key}
         with pytest.raises(ValueError, match=f"{MODELS[name][0]} needs the condition {key}"):
             network(X, TIME, **others)
@@ -186,7 +248,7 @@ def test_a_network_of_ones_own_says_its_shape_and_classes() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bare_model_of_diffusers_is_refused_with_the_name_of_its_wrapper(name: str, models: dict[str, Any]) -> None:
-    wrapper = {"dit": DiT, "pixart": PixArt, "sd3": SD3, "flux": Flux}.get(name, ConditionalUNet).__name__
+    wrapper = FAMILIES[MODELS[name][0]].__name__
     with pytest.raises(ValueError, match=rf"{MODELS[name][0]}.*wrap it first, fewstep\.networks\.{wrapper}\(model\)"):
         DiffusionField(models[name], DDPMScheduler())
 

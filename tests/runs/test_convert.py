@@ -38,7 +38,7 @@ from fewstep.flows.tabulated import Tabulated
 from fewstep.models.export import diffusion_of
 from fewstep.networks import UNet, flow_model
 from fewstep.networks.configs import public_config
-from fewstep.networks.two_times.flux import pack
+from fewstep.networks.two_times.patches import pack
 from fewstep.runs.convert import convert
 from fewstep.runs.loading import load
 

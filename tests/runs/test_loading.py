@@ -104,7 +104,10 @@ def test_a_flow_match_folder_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("layout", ["folders", "bare"])
 def test_each_family(name: str, layout: str, tmp_path: Path) -> None:
-    model, scheduler = tiny_model(name), FlowMatchEulerDiscreteScheduler() if name in ("sd3", "flux") else ddim()
+    model, scheduler = (
+        tiny_model(name),
+        ddim() if name in ("sd", "sdxl", "dit", "pixart") else FlowMatchEulerDiscreteScheduler(),
+    )
     part = "unet" if name.startswith("sd") and name != "sd3" else "transformer"
     model.save_pretrained(tmp_path / part if layout == "folders" else tmp_path)
     scheduler.save_pretrained(tmp_path / "scheduler" if layout == "folders" else tmp_path)
@@ -248,7 +251,7 @@ def test_a_model_that_is_not_known(tmp_path: Path) -> None:
     folder = write(tmp_path / "model")
     for name in ("UVit2DModel", "Transformer2DModel"):
         edit(folder / "unet" / "config.json", _class_name=name)
-        says = rf"is a {name}, and fewstep.load knows DiT.*DiffusionField\(network, scheduler\).*NetworkField"
+        says = rf"is a {name}, and fewstep.load knows .*DiT.*DiffusionField\(network, scheduler\).*NetworkField"
         with pytest.raises(ValueError, match=says):
             load(folder)
     edit(folder / "unet" / "config.json", _class_name="UNet2DModel", time_embedding_type="fourier")
@@ -287,10 +290,8 @@ def test_a_vae_that_does_not_belong_to_the_model(tmp_path: Path) -> None:
     ):
         load(tmp_path)
     (tmp_path / "away").rename(weights)
-    edit(vae / "config.json", _class_name="AutoencoderDC")
-    with pytest.raises(
-        ValueError, match=r"unknown VAE 'AutoencoderDC'.*Known: AutoencoderKL, AutoencoderKLWan, AutoencoderTiny"
-    ):
+    edit(vae / "config.json", _class_name="AutoencoderOobleck")
+    with pytest.raises(ValueError, match=r"unknown VAE 'AutoencoderOobleck'.*Known: AutoencoderDC, AutoencoderKL, "):
         load(tmp_path)
     tiny_vae(latent_channels=3).save_pretrained(vae)
     says = r"DiTTransformer2DModel in .*transformer is for 4 channels, and the VAE in .*vae has latents of 3"

@@ -23,11 +23,9 @@ from toys.unet import conditions
 def family_field(name: str, **options: Any) -> DiffusionField:
     """A field of the tiny twin of a family, with latents of 4 x 8 x 8, on the schedule that its kind has."""
     network = FAMILIES[MODELS[name][0]](tiny_model(name, **options))
-    if name == "flux":
+    if hasattr(network, "size"):
         network.size = 8
-    if name == "wan":
-        network.size = (2, 8, 8)
-    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0) if name in IS_FLOW else DDPMScheduler()
+    scheduler: Any = DDPMScheduler() if name in DIFFUSIONS else FlowMatchEulerDiscreteScheduler(shift=3.0)
     return DiffusionField(network, scheduler)
 
 
@@ -56,7 +54,7 @@ def pipeline(folder: Path) -> Any:
     return pipe
 
 
-IS_FLOW = ("sd3", "flux", "wan")
+DIFFUSIONS = ("sd", "sdxl", "dit", "pixart")
 
 
 def pixels(student: FlowMap, steps: int, gamma: float = 0.0, classes: int | None = None) -> Tensor:

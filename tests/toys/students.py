@@ -12,7 +12,7 @@ from fewstep.networks import FAMILIES
 from toys.families import MODELS, conditions, made, tiny_model
 from toys.unet import tiny_unet
 
-NAMES = ["unet", "unet of classes", *MODELS, "pixart of one size", "flux told", "wan"]
+NAMES = ["unet", "unet of classes", *MODELS, "pixart of one size", "flux told", "flux2 told", "wan", "ltx"]
 
 
 def network(name: str) -> Any:
@@ -22,12 +22,17 @@ def network(name: str) -> Any:
             model: Any = tiny_unet(classes=5 if "classes" in name else None, in_channels=4, out_channels=4)
         case "pixart of one size":
             model = tiny_model("pixart", use_additional_conditions=False, num_layers=3)
-        case "flux told":
-            model = tiny_model("flux", guidance_embeds=True)
+        case "flux told" | "flux2 told":
+            model = tiny_model(name.split(" ")[0], guidance_embeds=True)
         case "wan":
             model = made(
                 diffusers.WanTransformer3DModel, num_attention_heads=2, attention_head_dim=12, in_channels=4,
                 out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=3, rope_max_seq_len=32,
+            )  # fmt: skip
+        case "ltx":
+            model = made(
+                diffusers.LTXVideoTransformer3DModel, num_attention_heads=2, attention_head_dim=8, in_channels=4,
+                out_channels=4, cross_attention_dim=16, caption_channels=16, num_layers=3,
             )  # fmt: skip
         case _:
             model = tiny_model(name)
@@ -37,13 +42,14 @@ def network(name: str) -> Any:
 def rows(name: str, count: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
     """A state and its conditions."""
     draw = torch.Generator().manual_seed(5)
-    shape = (4, 3, 8, 8) if name == "wan" else (4, 8, 8)
+    shape = (4, 3, 8, 8) if name in ("wan", "ltx") else (4, 8, 8)
     known = {"unet": {}, "unet of classes": {"class_labels": torch.arange(count) % 5}}
-    known["wan"] = {"encoder_hidden_states": torch.randn(count, 8, 16, generator=draw)}
+    prompt = {"encoder_hidden_states": torch.randn(count, 8, 16, generator=draw)}
+    known |= {"wan": prompt, "ltx": prompt}
     cond = known[name] if name in known else conditions(name.split(" ")[0], count)
     if name == "pixart of one size":
         cond = {"encoder_hidden_states": cond["encoder_hidden_states"]}
-    if name == "flux told":
+    if name.endswith(" told"):
         cond["guidance"] = torch.tensor([3.5, 1.0])[:count]
     return torch.randn(count, *shape, generator=draw), cond
 

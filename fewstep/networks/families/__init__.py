@@ -11,24 +11,42 @@ that an export carries; and a line below.
 
 from typing import Any
 
+from fewstep.networks.families.auraflow import AuraFlow, TwoTimeAuraFlow
+from fewstep.networks.families.chroma import Chroma, TwoTimeChroma
 from fewstep.networks.families.dit import DiT, TwoTimeDiT
 from fewstep.networks.families.flux import Flux, TwoTimeFlux
+from fewstep.networks.families.flux2 import Flux2, TwoTimeFlux2
+from fewstep.networks.families.hunyuanimage import HunyuanImage, TwoTimeHunyuanImage
+from fewstep.networks.families.ltx import LTX, TwoTimeLTX
+from fewstep.networks.families.lumina2 import Lumina2, TwoTimeLumina2
 from fewstep.networks.families.pixart import PixArt, TwoTimePixArt
+from fewstep.networks.families.qwenimage import QwenImage, TwoTimeQwenImage
+from fewstep.networks.families.sana import Sana, TwoTimeSana
 from fewstep.networks.families.sd3 import SD3, TwoTimeSD3
 from fewstep.networks.families.unet2d import TwoTimeUNet, UNet
 from fewstep.networks.families.unet2d_condition import ConditionalUNet, TwoTimeConditionalUNet
 from fewstep.networks.families.wan import TwoTimeWan, Wan
+from fewstep.networks.families.z_image import TwoTimeZImage, ZImage
 from fewstep.networks.two_times import code_of
 
 # The class in diffusers, and what wraps it: as a field, and with a second time as a flow map.
 _BOTH: dict[str, tuple[type[Any], type[Any]]] = {
+    "AuraFlowTransformer2DModel": (AuraFlow, TwoTimeAuraFlow),
+    "ChromaTransformer2DModel": (Chroma, TwoTimeChroma),
     "DiTTransformer2DModel": (DiT, TwoTimeDiT),
+    "Flux2Transformer2DModel": (Flux2, TwoTimeFlux2),
     "FluxTransformer2DModel": (Flux, TwoTimeFlux),
+    "HunyuanImageTransformer2DModel": (HunyuanImage, TwoTimeHunyuanImage),
+    "LTXVideoTransformer3DModel": (LTX, TwoTimeLTX),
+    "Lumina2Transformer2DModel": (Lumina2, TwoTimeLumina2),
     "PixArtTransformer2DModel": (PixArt, TwoTimePixArt),
+    "QwenImageTransformer2DModel": (QwenImage, TwoTimeQwenImage),
     "SD3Transformer2DModel": (SD3, TwoTimeSD3),
+    "SanaTransformer2DModel": (Sana, TwoTimeSana),
     "UNet2DConditionModel": (ConditionalUNet, TwoTimeConditionalUNet),
     "UNet2DModel": (UNet, TwoTimeUNet),
     "WanTransformer3DModel": (Wan, TwoTimeWan),
+    "ZImageTransformer2DModel": (ZImage, TwoTimeZImage),
 }
 FAMILIES = {name: field for name, (field, _) in _BOTH.items()}
 # By the class of the network of one time.

@@ -14,8 +14,8 @@ from fewstep.networks.two_times import code_of
 class OfDiffusers(nn.Module):
     """A network that calls a ``model`` of diffusers, and knows from its config what its samples are."""
 
-    # The file of the family in ``fewstep.networks.two_times``; the layer that sees the state, and how many numbers of
-    # one of its channels the config counts as one channel each.
+    # The file of the family in ``fewstep.networks.two_times``; the layer that sees the state, empty where an image
+    # cannot go in beside it; and how many numbers of one channel of the state the config counts as one channel each.
     code: ClassVar[str]
     first: ClassVar[str] = "conv_in"
     patch: ClassVar[int] = 1
@@ -29,7 +29,7 @@ class OfDiffusers(nn.Module):
     @property
     def channels(self) -> int:
         """Those of the state."""
-        return state_channels(self.model.config) // self.patch
+        return state_channels(self.model.config)
 
     @property
     def has_size(self) -> bool:
@@ -73,6 +73,16 @@ class OfDiffusers(nn.Module):
     def takes_guidance(self) -> bool:
         """Whether it is told the strength of guidance, the condition ``guidance`` (B,)."""
         return False
+
+    def check_guidance(self, guidance: Tensor | None) -> None:
+        """That a strength of guidance is given to a model alone that takes it.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if guidance is not None and not self.takes_guidance:
+            name = type(self.model).__name__
+            raise ValueError(f"this {name} takes no guidance (B,), its config has no guidance_embeds")
 
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         """The conditions without which it cannot be called, and the shape of one sample's row of each.

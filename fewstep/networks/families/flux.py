@@ -39,8 +39,7 @@ class Flux(OfDiffusers):
     ) -> Tensor:
         text = {"encoder_hidden_states": encoder_hidden_states, "pooled_projections": pooled_projections}
         self.need(**text, guidance=guidance)
-        if guidance is not None and not self.takes_guidance:
-            raise ValueError("this FluxTransformer2DModel takes no guidance (B,), its config has no guidance_embeds")
+        self.check_guidance(guidance)
         return self.call(self.model, x, timestep, **text, guidance=guidance, image=image)
 
     @property

@@ -21,6 +21,13 @@ class RowProjection(nn.Module):
         return self.project(rows.flatten()).unflatten(0, rows.shape)
 
 
+def embedding_like(base: TimestepEmbedding) -> TimestepEmbedding:
+    """Another embedding of the widths of ``base``, with biases where it has them."""
+    first, last = base.linear_1, base.linear_2
+    out_dim, is_biased = last.out_features, first.bias is not None
+    return TimestepEmbedding(first.in_features, first.out_features, out_dim=out_dim, sample_proj_bias=is_biased)
+
+
 class RowEmbedding(TimestepEmbedding):
     """The embedding of projected rows (B, k, C): (B, D), or (B, 2 D), that of s and that of t, where it is ``late``.
     Of projected times (B, C), as it is in the model.
@@ -33,13 +40,12 @@ class RowEmbedding(TimestepEmbedding):
     """
 
     def __init__(self, base: TimestepEmbedding, late: bool, guided: int, is_stacked: bool = False) -> None:
-        channels, dim = base.linear_1.in_features, base.linear_2.out_features
-        super().__init__(channels, dim)
+        super().__init__(base.linear_1.in_features, base.linear_2.out_features)
         self.linear_1, self.act, self.linear_2, self.post_act = base.linear_1, base.act, base.linear_2, base.post_act
         self.late, self.guided, self.is_stacked = late, guided, is_stacked
-        self.second = None if late else TimestepEmbedding(channels, dim)
-        self.strength = TimestepEmbedding(channels, dim) if guided else None
-        self.interval = nn.ModuleList(TimestepEmbedding(channels, dim) for _ in range(guided - 1))
+        self.second = None if late else embedding_like(base)
+        self.strength = embedding_like(base) if guided else None
+        self.interval = nn.ModuleList(embedding_like(base) for _ in range(guided - 1))
 
     @property
     def new(self) -> list[Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .base import TwoTimes
 from .rows import RowEmbedding, RowProjection, hear
@@ -27,6 +28,16 @@ class TwoTimeTransformer(TwoTimes):
     def tell_late(self, blocks: list[Any], *heads: Any, width: int, dim: int = 2) -> None:
         """Of two embeddings of ``width`` in one the last blocks and the heads hear the second, the others the first."""
         for block, is_last in [*self.by_turn(blocks), *((head, True) for head in heads)]:
-            block.register_forward_pre_hook(
-                functools.partial(hear, width=width, dim=dim, late=is_last), with_kwargs=True
-            )
+            tell(block, is_last, width, dim)
+
+
+def tell(block: Any, late: bool, width: int, dim: int = 2) -> None:
+    """Have a block hear the second, or the first, of two embeddings of ``width`` in one."""
+    block.register_forward_pre_hook(functools.partial(hear, width=width, dim=dim, late=late), with_kwargs=True)
+
+
+def checkpoint_each(blocks: list[Any]) -> None:
+    """Have each block compute again, in the backward pass, what it had in the forward one: where diffusers' own way
+    passes on too much or too little."""
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,0 +1,57 @@
+"""Twins of the families of 2025 and 2026, whole: from prompt to pixels a field of a pipeline's folder draws what the
+pipeline itself does, at its own steps."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ChromaPipeline, QwenImagePipeline
+from diffusers.guiders import AdaptiveProjectedMixGuidance
+from torch import Tensor
+from toys.families import tiny_pipeline
+
+from fewstep.flows.solvers import integrate
+from fewstep.runs.loading import load
+
+TEXTS = ["a cat", "a dog, seen from far away"]
+# How each pipeline is told the noise, and that nothing is to guide it.
+LATENTS: dict[str, Any] = {
+    "qwenimage": lambda x: QwenImagePipeline._pack_latents(x[:, :, None], *x.shape),
+    "chroma": lambda x: ChromaPipeline._pack_latents(x, *x.shape),
+}
+UNGUIDED = {"qwenimage": {"true_cfg_scale": 1.0}, "z-image": {"guidance_scale": 0.0}, "hunyuanimage": {}}
+
+
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize(
+    "name", ["flux2", "qwenimage", "z-image", "auraflow", "lumina2", "chroma", "sana", "hunyuanimage"]
+)
+def test_a_field_of_a_folder_draws_the_images_of_its_pipeline(name: str, tmp_path: Path) -> None:
+    pipeline, steps = tiny_pipeline(name), 3
+    pipeline.set_progress_bar_config(disable=True)
+    if name == "hunyuanimage":
+        pipeline.register_modules(guider=AdaptiveProjectedMixGuidance(enabled=False))
+    pipeline.save_pretrained(tmp_path)
+    side = 32 if name == "sana" else 16  # the least that it takes
+    noise = torch.randn(2, 4, side // 2, side // 2, generator=torch.Generator().manual_seed(4))
+    options: dict[str, Any] = {"num_inference_steps": steps, "output_type": "pt", "height": side, "width": side}
+    options |= UNGUIDED.get(name, {"guidance_scale": 1.0})
+    if "use_resolution_binning" in inspect.signature(pipeline.__call__).parameters:
+        options["use_resolution_binning"] = False
+    wanted = pipeline(prompt=list(TEXTS), latents=LATENTS.get(name, Tensor.clone)(noise), **options).images
+
+    field = load(tmp_path)
+    assert field.text is not None
+    assert field.latents is not None
+    times = 1 - pipeline.scheduler.sigmas  # as the pipeline has set them
+    cond = field.text.encode(TEXTS)
+    with torch.no_grad():
+        samples = integrate(lambda x, t: field(x, t, **cond), noise, times.float(), "euler")
+        images = field.latents.decode(samples)
+    torch.testing.assert_close(images / 2 + 0.5, wanted, atol=2e-4, rtol=0)
+    assert wanted.std() > 0.01
+    assert not torch.equal(wanted[0], wanted[1])
+    assert field.latents.encode(images).shape == noise.shape
+    assert field.latents.image_shape_of(field.latents.shape_of((3, side, side))) == (3, side, side)

@@ -34,7 +34,7 @@ LONGEST = {
     "QwenImagePipeline": 512,
     "SanaPipeline": 300,
     "StableDiffusion3Pipeline": 256,
-    "WanPipeline": 226,
+    "WanPipeline": 512,
     "ZImagePipeline": 512,
 }
 _MOST_TOKENS = 1 << 16
@@ -52,7 +52,7 @@ _TOKENS = {
     "SD3Transformer2DModel": 333,
     "SanaTransformer2DModel": 300,
     "UNet2DConditionModel": 77,
-    "WanTransformer3DModel": 226,
+    "WanTransformer3DModel": 512,
     "ZImageTransformer2DModel": 512,
 }
 
@@ -92,12 +92,14 @@ def _tokens(model: Any) -> int:
     text = unguided(model).text
     if text is None:
         return _TOKENS.get(_class(model), 0)
+    large, is_with_clip = LONGEST.get(text.pipeline), "StableDiffusion3" in text.pipeline
+    if large is not None and not is_with_clip:
+        return large
     file = text.folder / "tokenizer" / "tokenizer_config.json"
     clip = read_json(file).get("model_max_length", 77)
     if type(clip) is not int or not 0 < clip <= _MOST_TOKENS:
         raise ValueError(f"{file} has model_max_length {shown(clip)}, and a number of tokens is needed: fetch it again")
-    t5 = LONGEST.get(text.pipeline)
-    return clip if t5 is None else t5 + clip * ("StableDiffusion3" in text.pipeline)
+    return clip + (large or 0)
 
 
 def _class(model: Any) -> str:

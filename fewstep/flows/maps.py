@@ -93,7 +93,8 @@ class FlowMap(nn.Module):
                 rows (B, 3) of all three; where they are not given, all times.
             second_time: how the second time goes into a model of diffusers: ``t``, an embedding of t beside that of s;
                 ``span``, one of t - s; ``late``, the last blocks are told t in the place of s (arXiv 2510.24474), which
-                adds no weights.
+                adds no weights. ``none``: it is not told; such a map knows the way to t = 1 alone, as a consistency
+                model does, and stock pipelines of diffusers run it.
             late_share: the share of the blocks that ``late`` tells t; else a third of a transformer's, and a U-Net's up
                 blocks.
             share: have a model of diffusers use the very weights of the field, and freeze them: for a student of which
@@ -119,7 +120,13 @@ class FlowMap(nn.Module):
         student = cls(network, field.native, field.prediction, path=field.path, space=field.space)
         student.latents, student.text, student.class_names = field.latents, field.text, field.class_names
         student.moments, student.starts_from = field.moments, field.starts_from
+        student.gamma = 1.0 if student.ends_alone else 0.0
         return student
+
+    @property
+    def ends_alone(self) -> bool:
+        """Whether the network is told no second time, so that ``X_{s,1}`` is all it knows."""
+        return getattr(self.network, "second_time", "t") == "none"
 
     def average_velocity(self, x: Tensor, s: Tensor | float, t: Tensor | float, **cond: Any) -> Tensor:
         """u(x, s, t), the mean velocity from s to t of the path through x at s; (B, ...)."""

@@ -171,6 +171,10 @@ def check_options(
         _check_gamma(gamma or 0.0)
         if gamma and model.path.two_sided:
             raise ValueError(f"gamma={gamma} brings noise back between steps, and between two data sets there is none")
+        if model.ends_alone and gamma not in (None, 1):
+            raise ValueError(
+                f"gamma={gamma} asks for times before t = 1, and this map knows X_(s,1) alone: leave it out"
+            )
     elif not isinstance(model, VelocityField):
         raise ValueError(f"sample() takes a FlowMap or a VelocityField, not a {type(model).__name__}")
     elif gamma:

@@ -15,6 +15,7 @@ from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.models.lora import check_bare, has_lora, import_peft, inject, inner_network, trained_in_full
 from fewstep.models.lora_keys import read_adapter
+from fewstep.models.stock_steps import write_scheduler
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -37,8 +38,9 @@ def save_adapter(model: NetworkField | FlowMap, folder: str | Path) -> Path:
     """Write the adapter of a model, as safetensors; returns the folder, which :func:`load_adapter` reads.
 
     * A field of a model that diffusers loads adapters for (``UNet2DConditionModel``, SD3, Flux):
-      ``pytorch_lora_weights.safetensors``, for ``pipeline.load_lora_weights(folder)``.
-    * Any other, and every flow map: peft's ``adapter_model.safetensors`` and ``adapter_config.json``, for
+      ``pytorch_lora_weights.safetensors``, for ``pipeline.load_lora_weights(folder)``. So for a flow map that is told
+      no second time (``second_time="none"``), with the scheduler that draws with it in ``scheduler``.
+    * Any other, and every other flow map: peft's ``adapter_model.safetensors`` and ``adapter_config.json``, for
       ``peft.PeftModel.from_pretrained(network, folder)``. What trains in full beside the adapter is in it, as peft's
       ``modules_to_save``.
 
@@ -50,7 +52,11 @@ def save_adapter(model: NetworkField | FlowMap, folder: str | Path) -> Path:
     network, folder = inner_network(model), Path(folder).expanduser()
     with cannot_write(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _save(network, folder, for_diffusers=hasattr(network, "load_lora_adapter") and not isinstance(model, FlowMap))
+        is_stock = not isinstance(model, FlowMap) or model.ends_alone
+        for_diffusers = hasattr(network, "load_lora_adapter") and is_stock
+        _save(network, folder, for_diffusers)
+        if for_diffusers and isinstance(model, FlowMap):
+            write_scheduler(model, folder)
     return folder
 
 

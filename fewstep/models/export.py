@@ -21,6 +21,7 @@ from fewstep.flows.schedules import PREDICTION_TYPES
 from fewstep.flows.signature import image_channels
 from fewstep.flows.tabulated import Tabulated
 from fewstep.models.folders import load_folder
+from fewstep.models.stock_steps import scheduler_of
 from fewstep.models.writing import (
     check_text,
     save_part,
@@ -29,7 +30,7 @@ from fewstep.models.writing import (
     write_text,
     write_vae,
 )
-from fewstep.networks import FAMILIES, OfDiffusers, TwoTimeNetwork, UNet
+from fewstep.networks import FAMILIES, EndNetwork, OfDiffusers, TwoTimeNetwork, UNet
 
 
 def writer_of(model: FlowMap | VelocityField) -> Any:
@@ -47,7 +48,8 @@ def writer_of(model: FlowMap | VelocityField) -> Any:
         except ValueError as error:
             raise ValueError(f"this {type(model).__name__} cannot be exported: {error}") from None
         return write_plain
-    if not isinstance(model.network, TwoTimeNetwork if isinstance(model, FlowMap) else tuple(FAMILIES.values())):
+    known = (TwoTimeNetwork, EndNetwork) if isinstance(model, FlowMap) else tuple(FAMILIES.values())
+    if not isinstance(model.network, known):
         raise ValueError(
             f"a {type(model).__name__} of a {name} cannot be exported, one of {', '.join(NETWORKS)} or of a model of "
             f"diffusers can ({', '.join(FAMILIES)}): keep model.network.state_dict(), and the checkpoints of its run"
@@ -59,6 +61,13 @@ def writer_of(model: FlowMap | VelocityField) -> Any:
         model.latents.check()
     if model.text is not None:
         check_text(model.text)
+    if isinstance(model, FlowMap) and model.ends_alone:
+        from fewstep.models.stock_pipeline import write_end
+
+        if isinstance(model.network, UNet):
+            raise ValueError("no pipeline of diffusers draws with a U-Net of images that is told no second time: say t")
+        scheduler_of(model)
+        return write_end
     if isinstance(model, FlowMap):
         diffusion_of(model)
         return _write_map

@@ -6,9 +6,11 @@ from typing import Any
 
 from fewstep.common.model_files import class_of
 from fewstep.flows.fields import DiffusionField, NetworkField
+from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Reversed
 from fewstep.flows.signature import image_channels
 from fewstep.latents.vae import VAE_FOLDERS
+from fewstep.models.stock_steps import scheduler_of, steps_of
 from fewstep.models.writing import (
     copy_part,
     is_whole_part,
@@ -26,7 +28,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}"{missing})
-images = pipe({given}, num_inference_steps=50).images"""
+images = pipe({given}, {steps}).images"""
 
 
 def check_stock(field: NetworkField) -> None:
@@ -49,9 +51,20 @@ def write_stock(field: NetworkField, folder: Path) -> str:
     is called with more."""
     import diffusers
 
+    scheduler = field.scheduler if isinstance(field, DiffusionField) else diffusers.FlowMatchEulerDiscreteScheduler()
+    return _write(field, scheduler, "num_inference_steps=50", folder)
+
+
+def write_end(model: FlowMap, folder: Path) -> str:
+    """Write the folder of a map that is told no second time, as a stock pipeline runs it."""
+    return _write(model, scheduler_of(model), steps_of(model), folder)
+
+
+def _write(field: Any, scheduler: Any, steps: str, folder: Path) -> str:
+    import diffusers
+
     model: Any = field.network.model
     part = "unet" if "UNet" in type(model).__name__ else "transformer"
-    scheduler = field.scheduler if isinstance(field, DiffusionField) else diffusers.FlowMatchEulerDiscreteScheduler()
     save_part(model, folder / part)
     save_part(scheduler, folder / "scheduler")
     source, index = pipeline_of(field)
@@ -75,4 +88,4 @@ def write_stock(field: NetworkField, folder: Path) -> str:
     if image_channels(field):
         return ""
     given = '"a photo of a cat"' if field.text is not None else "class_labels=[0, 1]"
-    return _CODE.format(name="{name}", missing=missing, given=given)
+    return _CODE.format(name="{name}", missing=missing, given=given, steps=steps)

@@ -26,7 +26,7 @@ from fewstep.networks.families import (
     ZImage,
     two_time_model,
 )
-from fewstep.networks.families.base import OfDiffusers, TwoTimeNetwork
+from fewstep.networks.families.base import EndNetwork, OfDiffusers, TwoTimeNetwork
 from fewstep.networks.mlp import MLP
 from fewstep.networks.noise_encoder import NoiseEncoder
 from fewstep.networks.second_time import SecondTime, sinusoidal
@@ -47,6 +47,7 @@ __all__ = [
     "ContinuousUNet",
     "ConvCritic",
     "DiT",
+    "EndNetwork",
     "Flux",
     "Flux2",
     "HunyuanImage",

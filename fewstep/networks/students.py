@@ -4,6 +4,7 @@ They start as the network that they are made of: at s = t they predict what it d
 keep their names.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import unknown
 from fewstep.networks.configs import keep_facts, public_config
-from fewstep.networks.families import STUDENTS, UNet, two_time_model
+from fewstep.networks.families import ENDS, STUDENTS, UNet, two_time_model
 from fewstep.networks.two_times.base import SECOND_TIMES
 
 
@@ -33,7 +34,8 @@ def with_second_time(
     Args:
         guidance: give it an input for the strength of guidance too, the condition ``guidance`` (B,), as silent; or
             ``interval``: for the strength and the times between which it acts, (B, 3).
-        second_time: how the second time goes in: t, span or late (see ``fewstep.networks.two_times``).
+        second_time: how the second time goes in: t, span or late (see ``fewstep.networks.two_times``); or none: the
+            network of a map that knows the way to t = 1 alone, which stays the model that it is.
         late_share: the share of the blocks that are told t where the second time is ``late``.
         share: have it use the very weights of ``network``, which are frozen: for a student of which an adapter alone
             is trained.
@@ -42,8 +44,10 @@ def with_second_time(
         ValueError: for a network that is not of fewstep's families; the message shows the way by hand. A model that
             has no room for what is asked.
     """
-    if second_time not in SECOND_TIMES:
-        raise unknown("second_time", second_time, SECOND_TIMES)
+    if second_time not in (*SECOND_TIMES, "none"):
+        raise unknown("second_time", second_time, (*SECOND_TIMES, "none"))
+    if type(network) in STUDENTS and second_time == "none":
+        return _to_the_end(network, guidance, share)
     if type(network) in STUDENTS:
         more = {"second_time": second_time, "told_guidance": guidance, "late_share": late_share}
         return _student_of(network, more, share)
@@ -82,6 +86,19 @@ def _student_of(network: Any, more: dict[str, Any], share: bool) -> nn.Module:
         student.size = network.size
     # The teacher's mode too: dropout that is off in one and on in the other would part them.
     return student.train(teacher.training)
+
+
+def _to_the_end(network: Any, guidance: bool | str, share: bool) -> nn.Module:
+    """A copy of a field's network as that of a map to t = 1."""
+    if guidance:
+        raise ValueError("second_time: none leaves a model as it is, with no input for guidance: leave guidance out")
+    weights = list(network.parameters()) if share else []
+    student = ENDS[type(network)](deepcopy(network.model, {id(weight): weight for weight in weights}))
+    if hasattr(network, "size"):
+        student.size = network.size
+    for weight in weights:  # the teacher's too
+        weight.requires_grad_(False)
+    return student.train(network.training)
 
 
 def _check_time(model: Any) -> None:

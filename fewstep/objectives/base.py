@@ -80,7 +80,8 @@ class Objective(nn.Module):
     whose teacher makes the data has none for it. ``uses_data``: it learns from the rows of a batch at all; else these
     only say the shape of a sample, and the conditions. ``around``: it stands around another objective, its ``base``;
     this is the one that a recipe has there where it names none. ``any_space``: all that it does with states are steps
-    in the student's space, so that it trains on a torus as in R^n (``fewstep.flows.spaces``).
+    in the student's space, so that it trains on a torus as in R^n (``fewstep.flows.spaces``). ``ends_alone``: all its
+    rows end at t = 1, so that it trains a map that is told no other end (``FlowMap.ends_alone``).
     """
 
     ema: float | None = None
@@ -90,6 +91,7 @@ class Objective(nn.Module):
     uses_data: bool = True
     around: str | None = None
     any_space: bool = False
+    ends_alone: bool = False
     sources: tuple[str, ...] = ()
 
     def __init__(self, teacher: VelocityField | None = None) -> None:
@@ -167,6 +169,11 @@ class Objective(nn.Module):
         name = type(self).__name__
         if not isinstance(student, FlowMap):
             raise ValueError(f"{name} trains a FlowMap, not a {type(student).__name__}: FlowMap.from_field(field)")
+        if student.ends_alone and not self.ends_alone:
+            raise ValueError(
+                f"{name} trains ends before t = 1 too, and a student with second_time: none is told none: take "
+                "ConsistencyDistillation, ConsistencyTraining or SCM, or say second_time: t"
+            )
         if self.has_teacher and not student.path.same_as(self.teacher.path):
             raise ValueError(
                 f"the student is on {student.path}, the teacher on {self.teacher.path}: use teacher.on(student.path)"

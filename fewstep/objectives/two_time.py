@@ -293,6 +293,7 @@ class ToTheEnd(TwoTime):
 
     term = "consistency"
     gamma = 1.0
+    ends_alone = True
 
     def pairs(self, rows: int, generator: Generators, now: Now) -> tuple[Tensor, Tensor]:
         s = self.starts(rows, generator)

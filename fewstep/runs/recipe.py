@@ -183,10 +183,10 @@ class Student(Section):
         description="an input for the strength of guidance, or for it and the interval of times where it acts; else "
         "where the teacher's has a range, or the objective is guided",
     )
-    second_time: Literal["t", "span", "late"] | None = Field(
+    second_time: Literal["t", "span", "late", "none"] | None = Field(
         default=None,
         description="how a diffusers model is told its second time: t (else), span (t - s), or late: the last blocks "
-        "are told t in the place of s",
+        "are told t in the place of s; none: not at all, for a consistency model that stock pipelines run",
     )
     late_share: float | None = Field(
         default=None,

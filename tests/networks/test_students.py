@@ -69,6 +69,20 @@ def test_a_student_starts_as_its_teacher_to_the_last_bit(name: str, how: str, to
     assert (student.shape, student.classes) == (teacher.shape, teacher.classes)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_student_that_is_told_no_second_time_is_its_teacher(name: str) -> None:
+    teacher, (x, cond) = network(name), rows(name)
+    student = with_second_time(teacher, second_time="none")
+    assert type(student.model) is type(teacher.model)
+    assert student.model is not teacher.model
+    with torch.no_grad():
+        start = teacher(x, S, **cond)
+        assert torch.equal(student(x, S, T, **cond), start)
+    shared = with_second_time(teacher, second_time="none", share=True)
+    assert {*map(id, shared.parameters())} == {*map(id, teacher.parameters())}
+    assert not any(p.requires_grad for p in shared.parameters())
+
+
 SCHEDULES = {
     "flow": FlowMatchEulerDiscreteScheduler(),
     "noise": ddim(),

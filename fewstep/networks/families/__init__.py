@@ -12,6 +12,7 @@ that an export carries; and a line below.
 from typing import Any
 
 from fewstep.networks.families.auraflow import AuraFlow, TwoTimeAuraFlow
+from fewstep.networks.families.base import EndNetwork
 from fewstep.networks.families.chroma import Chroma, TwoTimeChroma
 from fewstep.networks.families.dit import DiT, TwoTimeDiT
 from fewstep.networks.families.flux import Flux, TwoTimeFlux
@@ -49,8 +50,9 @@ _BOTH: dict[str, tuple[type[Any], type[Any]]] = {
     "ZImageTransformer2DModel": (ZImage, TwoTimeZImage),
 }
 FAMILIES = {name: field for name, (field, _) in _BOTH.items()}
-# By the class of the network of one time.
+# By the class of the network of one time: with a second, and for the way to t = 1 alone.
 STUDENTS = dict(_BOTH.values())
+ENDS: dict[type[Any], type[Any]] = {kind: type(f"End{kind.__name__}", (EndNetwork, kind), {}) for kind in STUDENTS}
 
 
 def two_time_model(name: str) -> type[Any]:

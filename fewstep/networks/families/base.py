@@ -123,6 +123,27 @@ class OfDiffusers(nn.Module):
             )
 
 
+class EndNetwork(OfDiffusers):
+    """A network of one time as that of a flow map which knows the way to t = 1 alone, as consistency models do:
+    ``net(x, s, t, **cond)`` does not hear t, so that the model is of diffusers' own class and its pipelines run it."""
+
+    second_time = "none"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        one_time: Any = cls.__mro__[2].forward
+
+        def forward(self: Any, x: Tensor, s: Tensor, t: Tensor, **cond: Any) -> Tensor:
+            return one_time(self, x, s, **cond)
+
+        times = list(inspect.signature(forward).parameters.values())[:-1]
+        signature: Any = inspect.signature(one_time)
+        cond = [p.replace(kind=p.KEYWORD_ONLY) for p in list(signature.parameters.values())[3:]]
+        made: Any = forward
+        made.__signature__ = signature.replace(parameters=[*times, *cond])
+        cls.forward = made
+
+
 class TwoTimeNetwork(OfDiffusers):
     """What the networks below have in common: ``net(x, s, t, guidance=None, **cond)``, with the conditions of the
     network of one time. ``guidance`` (B,) is its strength, for a model that is told it."""

@@ -1,0 +1,68 @@
+"""How stock pipelines of diffusers draw with a consistency model: the scheduler, and the code that says how."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Reversed
+from fewstep.flows.schedules import PREDICTION_TYPES
+from fewstep.flows.tabulated import Tabulated
+
+_CARD = """\
+# {name}: a consistency model as an adapter
+
+It draws in 1 to 8 steps with the pipeline of its base, and beside other adapters:
+
+```python
+import diffusers
+
+pipe = diffusers.DiffusionPipeline.from_pretrained(BASE)
+pipe.load_lora_weights("{name}", adapter_name="fast")
+pipe.scheduler = diffusers.{scheduler}.from_pretrained("{name}", subfolder="scheduler")
+# pipe.load_lora_weights(STYLE, adapter_name="style"); pipe.set_adapters(["fast", "style"], [1.0, 0.8])
+images = pipe("a photo of a cat", {steps}).images
+```
+"""
+
+
+def scheduler_of(model: FlowMap) -> Any:
+    """The scheduler of diffusers that draws with a map which knows the way to t = 1 alone, by consistency sampling.
+
+    Of a flow, ``FlowMatchLCMScheduler``, which goes by the ``sigmas = 1 - t`` that it is told; of a diffusion model
+    with a table of steps, ``LCMScheduler`` with that very table.
+
+    Raises:
+        ValueError: diffusers has none for what the network speaks.
+    """
+    import diffusers
+
+    match model.native, model.prediction:
+        case Reversed(scale=steps), "flow":
+            return diffusers.FlowMatchLCMScheduler(num_train_timesteps=round(steps), shift=1.0)
+        case Tabulated(log_ratios=table, ends_in_noise=is_noise), ("noise" | "data" | "v") as kind:
+            powers = [1.0, *(1 / (1 + math.exp(-2 * ratio)) for ratio in table), *[0.0] * is_noise]  # alpha^2
+            betas = [1 - after / before for before, after in pairwise(powers)]
+            kind = PREDICTION_TYPES[kind]
+            return diffusers.LCMScheduler(num_train_timesteps=len(betas), trained_betas=betas, prediction_type=kind)
+    raise ValueError(
+        f"diffusers has no scheduler for consistency sampling with a network that predicts {model.prediction} on "
+        f"{model.native}: leave second_time out, and export the pipeline that carries its own"
+    )
+
+
+def write_scheduler(model: FlowMap, folder: Path) -> None:
+    """The scheduler and the card that stand beside such a model's adapter."""
+    scheduler: Any = scheduler_of(model)
+    scheduler.save_pretrained(folder / "scheduler")
+    names = {"name": folder.name, "scheduler": type(scheduler).__name__}
+    (folder / "README.md").write_text(_CARD.format(**names, steps=steps_of(model)))
+
+
+def steps_of(model: FlowMap) -> str:
+    """What such a pipeline is called with for four steps."""
+    network: Any = model.network
+    steps = "sigmas=[1.0, 0.75, 0.5, 0.25]" if isinstance(model.native, Reversed) else "num_inference_steps=4"
+    guidance = model.guidance or 3.5 if network.takes_guidance else 1.0  # told, as Flux.1-dev is; or none
+    return f"{steps}, guidance_scale={guidance}"

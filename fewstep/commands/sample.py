@@ -17,7 +17,7 @@ from fewstep.commands.shared import (
     open_model,
     size_of,
 )
-from fewstep.commands.steered import add_steering, became, steered_by
+from fewstep.commands.steered import add_steering, became, steer_flags, steered_by
 from fewstep.common.console import progress_bar, say_next
 from fewstep.common.errors import shown
 
@@ -180,6 +180,7 @@ def run(args: argparse.Namespace) -> int:
             str(2 * steps),
             *(["--trust"] if args.trust else []),
             *(["--source", args.source] if args.source else []),
+            *steer_flags(args),
             "--out",
             f"samples-{2 * steps}{out.suffix}",
         ]

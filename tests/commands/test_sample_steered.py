@@ -76,6 +76,15 @@ def test_strength_and_gradient_reach_it(draws: Draw) -> None:
 
 
 @pytest.mark.takes_seconds
+def test_the_next_command_steers_too(draws: Draw, capsys: pytest.CaptureFixture[str]) -> None:
+    draws("plain", *STEER, "--count", "2", "--strength", "0.5", "--steer-gradient")
+    said = capsys.readouterr().err
+    assert "--steps 6 --steer r.py:bright --particles 4 --strength 0.5 --steer-gradient --out samples-6" in said
+    draws("plain", "--steps", "3", "--count", "2")
+    assert "--steer" not in capsys.readouterr().err
+
+
+@pytest.mark.takes_seconds
 def test_a_reward_is_told_the_classes(draws: Draw) -> None:
     steer = ("--steer", "r.py:of_class", "--particles", "8", "--steps", "2", "--count", "8")
     brighter, darker = (draws("classes", *steer, "--labels", label).mean() for label in ("1", "2"))

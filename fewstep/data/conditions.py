@@ -46,9 +46,19 @@ class Dropped(Around):
         cond = dict(batch.cond)
         for name, value in self.null.items():
             kept = cond[name]
-            none = torch.as_tensor(value).to(kept).expand_as(kept)
-            cond[name] = torch.where(out.view(-1, *[1] * (kept.ndim - 1)), none, kept)
+            cond[name] = torch.where(out.view(-1, *[1] * (kept.ndim - 1)), blank(name, value, kept), kept)
         return replace(batch, cond=cond)
+
+
+def blank(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    """The condition that stands for none, a number or one sample's tensor, for rows like these (B, ...).
+
+    Raises:
+        ValueError: a fraction, or NaN, for a condition of whole numbers, which has no such value.
+    """
+    if isinstance(value, float) and not value.is_integer() and not like.is_floating_point():
+        raise ValueError(f"null: {name} is {value}, and the condition {name} has whole numbers ({like.dtype})")
+    return torch.as_tensor(value).to(like).expand_as(like)
 
 
 class Strengths(Around):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.data.conditions import blank
 from fewstep.flows.broadcasting import as_times, expand
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.paths import Path
@@ -54,7 +55,8 @@ class Guided(VelocityField):
         t = as_times(t, x)
         scale = self.scale if guidance is None else guidance.to(t)
         inside = (t >= self.interval[0]) & (t <= self.interval[1])
-        if (guidance is None and scale == 1) or not inside.any():
+        # Asking waits for a GPU, and all times are inside the whole interval.
+        if (guidance is None and scale == 1) or (self.interval != (0, 1) and not inside.any()):
             return self.field(x, t, **cond)
         null = replaced(cond, self.null)
         if self.weak is None:  # both calls as one batch
@@ -80,7 +82,7 @@ def replaced(cond: dict[str, Any], null: dict[str, Any]) -> dict[str, Any]:
     missing = sorted(set(null) - set(cond))
     if missing:
         raise ValueError(f"guidance replaces the condition {missing[0]!r}, which this call does not have: pass it")
-    return cond | {name: torch.as_tensor(value).to(cond[name]).expand_as(cond[name]) for name, value in null.items()}
+    return cond | {name: blank(name, value, cond[name]) for name, value in null.items()}
 
 
 def moved(t: float, path: Path, wanted: Path) -> float:

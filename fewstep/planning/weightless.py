@@ -51,7 +51,7 @@ def _teacher(section: Teacher) -> VelocityField:
     return guided(field, section, lambda weak: _teacher(Teacher(source=weak)), _null)
 
 
-def _null(null: Mapping[str, int] | str, field: VelocityField) -> dict[str, Any]:
+def _null(null: Mapping[str, int | float | str] | str, field: VelocityField) -> dict[str, Any]:
     """The conditions that stand for none, without numbers where they are those of an empty prompt."""
     text = text_conditions(field, 1) if null == "text" else {}
     return {name: value[0] for name, value in text.items() if name not in SIZES} if text else null_of(null, field)

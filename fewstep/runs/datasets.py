@@ -35,7 +35,9 @@ from fewstep.training.leaving import UNNAMED
 from fewstep.training.run_files import TEACHER_SAMPLES, TEACHER_SAMPLES_FILE
 
 
-def null_of(null: Mapping[str, int] | str, field: VelocityField | None, encoded: Path | None = None) -> dict[str, Any]:
+def null_of(
+    null: Mapping[str, int | float | str] | str, field: VelocityField | None, encoded: Path | None = None
+) -> dict[str, Any]:
     """The conditions that stand for none: as they are said, or those of an empty prompt, from the folder ``encoded`` if
     there is one, else as the teacher's text encoders gave them once.
 
@@ -43,7 +45,7 @@ def null_of(null: Mapping[str, int] | str, field: VelocityField | None, encoded:
         ValueError: a prompt for a model without text encoders.
     """
     if not isinstance(null, str):
-        return dict(null)
+        return {name: float(value) if value == "nan" else value for name, value in null.items()}
     if encoded is not None and (kept := read_null(encoded)):
         return kept
     if field is None or field.text is None:

@@ -4,7 +4,16 @@ import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fewstep.common.options import as_yaml, in_one_line
 
@@ -15,6 +24,14 @@ PATHS = ("linear", "trigonometric", "vp")
 BETWEEN = ("linear", "trigonometric", "encoding-decoding", "mirror")  # paths between two data sets
 NETWORKS = ("auto", "mlp", "unet", "transformer", "continuous")
 MADE = ("teacher", "prior")  # data that are no data set: samples of the teacher, and its shape and classes alone
+
+
+def _nan_as_text(value: Any) -> Any:
+    return "nan" if isinstance(value, float) and value != value else value
+
+
+# What a condition is where it says nothing. NaN, for a number that is not known, is kept as text, which equals itself.
+Blank = Annotated[int | float | Literal["nan"], BeforeValidator(_nan_as_text)]
 
 
 class Section(BaseModel):
@@ -83,9 +100,10 @@ class Guidance(Section):
         description="strengths drawn for each row between these, and told to the student as the condition `guidance`; "
         "it is judged at scale",
     )
-    null: dict[str, int] | Literal["text"] = Field(
+    null: dict[str, Blank] | Literal["text"] = Field(
         default_factory=dict,
-        description="the conditions that stand for none, such as {class_labels: 10}, or text: an empty prompt",
+        description="the conditions that stand for none, such as {class_labels: 10} or {vector: nan}, or text: an "
+        "empty prompt",
     )
     weak: str | None = Field(default=None, description="a weaker model, named as a teacher is: autoguidance")
     embedded: bool | None = Field(
@@ -209,8 +227,9 @@ class Dropping(Section):
     """Conditions left out of some rows, so that guidance works with what is trained."""
 
     share: float = Field(default=0.1, ge=0, le=1, description="of the rows")
-    null: dict[str, int] | Literal["text"] = Field(
-        description="the conditions that stand for none, such as {class_labels: 10}, or text: an empty prompt"
+    null: dict[str, Blank] | Literal["text"] = Field(
+        description="the conditions that stand for none, such as {class_labels: 10} or {vector: nan}, or text: an "
+        "empty prompt"
     )
 
 

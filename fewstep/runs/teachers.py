@@ -24,7 +24,7 @@ def guided(
     field: VelocityField,
     section: Teacher,
     weak_of: Callable[[str], VelocityField],
-    null_of: Callable[[Mapping[str, int] | str, VelocityField], dict[str, Any]],
+    null_of: Callable[[Mapping[str, int | float | str] | str, VelocityField], dict[str, Any]],
 ) -> VelocityField:
     """The field of a teacher, with the guidance that its section says.
 

@@ -228,6 +228,15 @@ def test_autoguidance_in_closed_form(gaussian, wide, points, scale):
     close(Guided(gaussian, scale, weak=wide)(points, t), weak + scale * (strong - weak), 1e-14)
 
 
+def test_the_whole_interval_asks_no_numbers():
+    """On the meta device there are none to ask for; on a GPU the question would wait for all that came before."""
+    field = NetworkField(MLP(2, width=8, classes=3)).to("meta")
+    x, t, labels = torch.empty(4, 2, device="meta"), torch.empty(4, device="meta"), torch.zeros(4).long().to("meta")
+    assert Guided(field, 2.0, null={"class_labels": 2})(x, t, class_labels=labels).shape == (4, 2)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        Guided(field, 2.0, (0.1, 0.9), null={"class_labels": 2})(x, t, class_labels=labels)
+
+
 def test_an_interval_holds_for_each_row_and_outside_it_is_the_field(gaussian, wide, points):
     t = torch.linspace(0, 1, 64, dtype=F64)
     t[5], t[6] = 0.25, 0.5

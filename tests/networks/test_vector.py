@@ -10,9 +10,11 @@ import torch
 
 from fewstep import FlowMap, FlowMatching, Guided, NetworkField, fit, load, sample
 from fewstep.cli import main
+from fewstep.common.randomness import generator
 from fewstep.data import ArrayData, Dropped
 from fewstep.flows.signature import takes
 from fewstep.networks import MLP
+from fewstep.runs.datasets import make_data
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
 
@@ -68,6 +70,15 @@ def test_a_gaussian_about_the_vector() -> None:
     assert (free - told).square().mean().sqrt() > 1.2
 
 
+def test_whole_numbers_have_no_nan() -> None:
+    labelled = ArrayData(torch.randn(4, 2), {"class_labels": torch.arange(4)})
+    with pytest.raises(ValueError, match="null: class_labels is nan, and the condition class_labels has whole numbers"):
+        Dropped(labelled, 1.0, {"class_labels": NAN}).rows(torch.arange(4), torch.Generator())
+    guided = Guided(NetworkField(MLP(2, width=8, classes=3)), 2.0, null={"class_labels": 2.5})
+    with pytest.raises(ValueError, match=r"null: class_labels is 2\.5"):
+        guided(torch.randn(2, 2), 0.5, class_labels=torch.tensor([0, 1]))
+
+
 @pytest.mark.takes_seconds
 def test_a_run_and_its_export_know_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -76,9 +87,16 @@ def test_a_run_and_its_export_know_the_numbers(tmp_path: Path, monkeypatch: pyte
     recipe = {
         "name": "told", "data": {"name": "told.npz", "conditions": ["vector"]}, "objective": "FlowMatching",
         "student": {"network": "mlp", "options": {"width": 16, "depth": 2, "vector": 3}},
+        "drop": {"null": {"vector": NAN}},
         "training": {"steps": 2, "batch": 8, "quiet": True}, "evaluation": {"count": 0},
     }  # fmt: skip
     run(load_recipe(recipe), Path("run"))
+    again = load_recipe("run")  # NaN, which is not itself, is the same recipe all the same
+    assert again.drop is not None
+    assert again.drop.null == {"vector": "nan"}
+    run(again, Path("run"))
+    data = make_data(load_recipe({**recipe, "drop": {"share": 1, "null": {"vector": 0.5}}}), None, None)
+    assert data.rows(torch.arange(3), generator(0)).cond["vector"].eq(0.5).all()
     assert main(["sample", "run", "--count", "4", "--steps", "2", "--out", "x.npz"]) == 0
     found = np.load("x.npz")
     np.testing.assert_allclose(found["vector"], np.load("told.npz")["vector"][:4], rtol=1e-6)

@@ -19,6 +19,7 @@ from fewstep.data.batch import Batch, Data
 from fewstep.data.between import Between
 from fewstep.data.conditions import Dropped, Strengths
 from fewstep.data.encoded import Encoded
+from fewstep.data.formats import is_picture
 from fewstep.data.only import Only
 from fewstep.data.order import epoch_indices
 from fewstep.data.pairs import FACTS, Pairs
@@ -133,4 +134,11 @@ def _loader_of(path: Path) -> Callable[..., Any]:
         return files.idx
     if any(path.glob("*_batch*.bin")):
         return files.cifar_binary
+    inside = sorted(path.iterdir())
+    arrays = [file.name for file in inside if file.suffix in (".npy", ".npz")]
+    if arrays and not any(file.is_dir() or is_picture(file.name) for file in inside):
+        raise ValueError(
+            f"{path} is a folder of {len(arrays)} files of arrays: name one, {arrays[0]}, or put their rows, cut to "
+            "one shape, into one, np.savez('all.npz', data=np.stack(rows))"
+        )
     return pictures.image_folder

@@ -1,5 +1,6 @@
 """Data that is one array: in memory or memory-mapped, gathered a batch at a time."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -19,7 +20,8 @@ class ArrayData:
     Args:
         array: (N, ...), at least two axes; a numpy array, a memory map (which stays one) or a CPU tensor.
         cond: conditions by name, each of N rows. ``class_labels`` are whole numbers from 0, (N,), or floats, (N,)
-            or (N, D), for a model that embeds those; images (uint8 of three axes or more) come as floats in [-1, 1].
+            or (N, D), for a model that embeds those; in ``vector`` NaN is a number that is not known; images (uint8 of
+            three axes or more) come as floats in [-1, 1].
         flip: turn each gathered row left to right (its last axis) with probability 1/2, and conditions that are
             images of the same size with it.
         normalize: bring the values to mean 0 and standard deviation 1; ``denormalize`` maps samples back.
@@ -76,7 +78,10 @@ class ArrayData:
                 f"{name} are whole numbers, one a row, or a vector of floats for a model that embeds them, got "
                 f"{value.dtype} of shape {value.shape}"
             )
-        _check_range(name, value, np.float32)
+        known = np.where(np.isnan(value), 0, value) if key == "vector" and is_real else value  # NaN: it is not known
+        _check_range(name, known, np.float32)
+        if key == "vector" and (most := float(np.abs(known).max())) > 10:
+            warnings.warn(f"{name} goes up to {most:.4g}: bring each number to about -1 to 1", stacklevel=3)
         if key == "class_labels" and not is_real and value.min() < 0:
             raise ValueError(f"{name} count from 0, got {value.min()}: drop those rows, or the labels")
         if value.dtype == np.uint8 and value.ndim > 2:

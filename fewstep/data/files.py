@@ -93,6 +93,7 @@ def npy(
     normalize: bool = False,
     labels: bool = True,
     conditions: Sequence[str] = (),
+    vector: Sequence[str] = (),
 ) -> ArrayData:
     """An array (N, ...) of any shape in a ``.npy`` file (memory-mapped) or a ``.npz`` file (read whole).
 
@@ -102,6 +103,7 @@ def npy(
         key: the array of a ``.npz``; by default the first that holds no labels.
         label: the array of the class labels in a ``.npz``; by default ``class_labels``, ``labels`` or ``y``.
         conditions: more arrays of a ``.npz``, each a condition of its own name, such as ``image`` (N, C, H, W).
+        vector: arrays of a ``.npz``, (N,) or (N, d) each, that side by side are the condition ``vector`` (N, D).
 
     Raises:
         ValueError: a damaged file, pickled objects (never loaded), a key that is not there.
@@ -110,26 +112,42 @@ def npy(
     if why := no_file(path):
         raise FileNotFoundError(f"no file at {path}: {why}")
     if not is_archive(path):
-        if key is not None or label is not None or conditions:
-            raise ValueError(f"{path} holds one array without a name: key, label and conditions are for .npz files")
+        if key is not None or label is not None or conditions or vector:
+            raise ValueError(
+                f"{path} holds one array without a name: key, label, conditions and vector are for .npz files"
+            )
         array = channels_first(map_array(path), channels_last, str(path))
         return ArrayData(array, None, flip, normalize, name=str(path))
 
     with open_archive(path) as archive:
         names = archive.files
-        for wanted in (key, label, *conditions):
+        for wanted in (key, label, *conditions, *vector):
             if wanted is not None and wanted not in names:
                 raise errors.unknown(f"array in {path}", wanted, names)
         label = label or next((k for k in _LABEL_KEYS if k in names and k != key), None)
-        key = key or next((k for k in names if k not in (label, *conditions)), None)
+        key = key or next((k for k in names if k not in (label, *conditions, *vector)), None)
         if key is None:
             raise ValueError(f"{path} holds no array of data, only {', '.join(names)[:200] or 'nothing'}")
         array = read_member(archive, key, path)
         pictures = {name: read_member(archive, name, path) for name in conditions}
         cond = {n: channels_first(v, channels_last, f"{n} in {path}") if v.ndim > 2 else v for n, v in pictures.items()}
         cond |= {"class_labels": read_member(archive, label, path)} if label and labels else {}
+        cond |= (
+            {"vector": _beside([read_member(archive, name, path) for name in vector], vector, path)} if vector else {}
+        )
     name = f"{key} in {path}"
     return ArrayData(channels_first(array, channels_last, name), cond, flip, normalize, name=name)
+
+
+def _beside(arrays: Sequence[np.ndarray], names: Sequence[str], path: Path) -> np.ndarray:
+    """Arrays (N,) or (N, d) side by side, (N, D)."""
+    for name, array in zip(names, arrays, strict=True):
+        if array.dtype.kind not in "fiub" or array.ndim not in (1, 2) or len(array) != len(arrays[0]):
+            raise ValueError(
+                f"vector: {name} in {path} is {array.dtype} of shape {array.shape}: numbers (N,) or (N, d) are needed, "
+                f"the same N in all, {names[0]} having {len(arrays[0])}"
+            )
+    return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
 
 
 def cifar_binary(path: str | Path, split: str = "train", flip: bool = False, labels: bool = True) -> ArrayData:

@@ -38,6 +38,7 @@ from fewstep.networks import (
     MLP,
     STUDENTS,
     ContinuousUNet,
+    Conv1dNet,
     OfDiffusers,
     SequenceTransformer,
     two_time_model,
@@ -49,7 +50,7 @@ _MAKER, _WHERE = "_made_by", "the description of a model"
 _SAID_OF_OWN = ("name", "options", "told_guidance")
 _CONFIG = "its {name} cannot be made anew from its config, the mapping network.config of what its class takes"
 # The networks of fewstep's own.
-NETWORKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (ContinuousUNet, MLP, SequenceTransformer)}
+NETWORKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (ContinuousUNet, Conv1dNet, MLP, SequenceTransformer)}
 _TRAJECTORIES: dict[str, type[Any]] = {
     c.__name__: c
     for c in (

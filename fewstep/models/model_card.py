@@ -8,9 +8,10 @@ from typing import Any
 import yaml
 
 from fewstep.common.version import __version__
+from fewstep.flows.description import NETWORKS
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import classes_of, image_channels, shape_of
-from fewstep.networks import MLP, OfDiffusers
+from fewstep.networks import OfDiffusers
 from fewstep.objectives import OBJECTIVES
 
 _CARD = """\
@@ -167,7 +168,7 @@ def fewstep_code(model: Any, name: str) -> str:
         given, cond = given + _image(model), f"{cond}, image=image"
     if model.text is not None:
         given, cond = given + _TEXT, f"{cond}, **text"
-    is_own = not isinstance(getattr(model, "network", None), MLP | OfDiffusers)  # the export carries its code
+    is_own = not isinstance(getattr(model, "network", None), (OfDiffusers, *NETWORKS.values()))  # its code comes along
     return _FEWSTEP_CODE.format(
         name=name,
         trust=", trust=True" if is_own else "",

@@ -1,4 +1,4 @@
-"""An MLP, a transformer for tokens, a continuous U-Net, the families of diffusers, and a second time for one's own.
+"""An MLP, networks for signals and tokens, a continuous U-Net, the families of diffusers, and a second time.
 
 For images take a network of diffusers': the continuous U-Net is there to compare with."""
 
@@ -31,6 +31,7 @@ from fewstep.networks.mlp import MLP
 from fewstep.networks.noise_encoder import NoiseEncoder
 from fewstep.networks.second_time import SecondTime, sinusoidal
 from fewstep.networks.sequence import SequenceTransformer
+from fewstep.networks.signal import Conv1dNet
 from fewstep.networks.students import gains_second_time, new_parts, with_second_time
 from fewstep.networks.two_times.base import SECOND_TIMES
 
@@ -45,6 +46,7 @@ __all__ = [
     "Chroma",
     "ConditionalUNet",
     "ContinuousUNet",
+    "Conv1dNet",
     "ConvCritic",
     "DiT",
     "EndNetwork",

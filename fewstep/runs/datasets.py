@@ -246,7 +246,7 @@ def given_by(recipe: Recipe, model: Model, count: int, first: int = 0, text: boo
     if classes_of(model) or "class_labels" not in needed:  # else they are vectors or times
         others.add("class_labels")
     is_needed = needed - others or (text and model.text is not None)
-    if recipe.data.name in MADE or not (is_needed or recipe.data.options.get("conditions")):
+    if recipe.data.name in MADE or not (is_needed or any(map(recipe.data.options.get, ("conditions", "vector")))):
         return {}
     data = data_of(recipe.data, model)
     rows = first + torch.arange(min(count, data.size or count))

@@ -10,7 +10,7 @@ from fewstep.runs.sections import Above, Blank, Count, Named, Section, base_sect
 
 PATHS = ("linear", "trigonometric", "vp")
 BETWEEN = ("linear", "trigonometric", "encoding-decoding", "mirror")  # paths between two data sets
-NETWORKS = ("auto", "mlp", "unet", "transformer", "continuous")
+NETWORKS = ("auto", "mlp", "unet", "conv1d", "transformer", "continuous")
 MADE = ("teacher", "prior")  # data that are no data set: samples of the teacher, and its shape and classes alone
 
 
@@ -88,9 +88,9 @@ class Student(Section):
     short = "network"
     network: str = Field(
         "auto",
-        description="auto (the teacher's), mlp, unet (diffusers' UNet2DModel), transformer (for rows of tokens), "
-        "continuous (a U-Net of differential equations), or FILE.py:FUNCTION or MODULE:FUNCTION that returns a "
-        "network: net(x, s, t) for a flow map, net(x, t) for a field",
+        description="auto (the teacher's), mlp, unet (diffusers' UNet2DModel), conv1d (for signals (C, L)), "
+        "transformer (for rows of tokens), continuous (a U-Net of differential equations), or FILE.py:FUNCTION or "
+        "MODULE:FUNCTION that returns a network: net(x, s, t) for a flow map, net(x, t) for a field",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of the network")
     kind: Literal["map", "field", "denoised"] | None = Field(

@@ -1,5 +1,6 @@
 """What is trained: the student of a recipe, its network and its first weights."""
 
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -26,6 +27,7 @@ from fewstep.networks import (
     MLP,
     ConditionalUNet,
     ContinuousUNet,
+    Conv1dNet,
     OfDiffusers,
     SequenceTransformer,
     UNet,
@@ -164,6 +166,18 @@ def make_network(section: Student, shape: tuple[int, ...]) -> Any:
         with refused("student.options: diffusers cannot make a UNet2DModel of these"):
             network = UNet(UNet2DModel(**fitting))
         return network if section.image is None else with_image(network, section.image)
+    if section.network == "conv1d":
+        if len(shape) != 2:
+            hint = "mlp for points" if len(shape) == 1 else "unet for images"
+            raise ValueError(f"student.network: conv1d takes signals (C, L), the data has shape {shape}: say {hint}")
+        if shape[0] > shape[1]:
+            warnings.warn(
+                f"signals of {shape[0]} channels at {shape[1]} places each: where it is the other way around, "
+                "data.channels_last: true turns them",
+                stacklevel=2,
+            )
+        own = arguments("student.options", Conv1dNet, options, given=("channels", "length", "times"))
+        return Conv1dNet(*shape, **own)
     if section.network == "transformer":
         if len(shape) != 2:
             raise ValueError(f"student.network: transformer takes rows of tokens (L, V), the data has shape {shape}")

@@ -219,7 +219,7 @@ def test_damaged_or_pickled_numpy_files(tmp_path):
         with pytest.raises(ValueError, match=f"cannot read .*{name}"):
             npy(tmp_path / name)
     np.save(tmp_path / "a.npy", np.zeros((3, 2)))
-    with pytest.raises(ValueError, match="key, label and conditions are for"):
+    with pytest.raises(ValueError, match="key, label, conditions and vector are for"):
         npy(tmp_path / "a.npy", key="x")
 
 
@@ -253,3 +253,35 @@ def test_cifar_that_is_pickled_cut_short_or_something_else(tmp_path):
     (tmp_path / "data_batch_1.bin").write_bytes(b"\x0b" + whole[1:])
     with pytest.raises(ValueError, match="has the label 11"):
         cifar_binary(tmp_path)
+
+
+def test_arrays_of_an_npz_are_joined_to_a_vector(tmp_path: Path) -> None:
+    file, draw = tmp_path / "plans.npz", np.random.default_rng(0)
+    start, back = draw.normal(size=(6, 2)), -np.arange(6)
+    back_or_not = np.where(back < -3, np.nan, back)
+    np.savez(file, start=start, back=back_or_not, plans=draw.normal(size=(6, 2, 8)), short=back[:5], text=["a"] * 6)
+    data = load_data(file, vector=["start", "back"])
+    assert data.shape == (2, 8)  # the first that is no part of the vector
+    told = data.rows(torch.arange(6), torch.Generator()).cond["vector"]
+    np.testing.assert_allclose(told, np.column_stack([start, back_or_not]), rtol=1e-6)  # NaN: it is not known
+    for names, why in (
+        (["start", "short"], r"vector: short .* of shape \(5,\): numbers \(N,\) or \(N, d\) .* start having 6"),
+        (["start", "text"], "vector: text"), (["start", "plans"], "vector: plans"),
+        (["strat"], "did you mean 'start'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=why):
+            load_data(file, vector=names, key="plans")
+    np.savez(file, plans=start[:, None], start=np.where(start > 1, np.inf, 9e39))
+    with pytest.raises(ValueError, match=r"condition 'vector' of .* not finite|too large"):
+        load_data(file, vector=["start"])
+    np.savez(file, plans=start[:, None], start=250 * start)
+    with pytest.warns(UserWarning, match="condition 'vector' .* goes up to .*: bring each number"):
+        load_data(file, vector=["start"])
+
+
+def test_a_folder_of_arrays_is_no_folder_of_images(tmp_path: Path) -> None:
+    for i in range(3):
+        np.save(tmp_path / f"episode_{i}.npy", np.zeros((5 + i, 2)))
+    (tmp_path / "notes.txt").write_text("10 Hz")
+    with pytest.raises(ValueError, match=r"a folder of 3 files of arrays: name one, episode_0.npy, or put .*np.stack"):
+        load_data(tmp_path, key="plans")

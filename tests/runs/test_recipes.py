@@ -107,10 +107,7 @@ def test_teacher_none_is_no_teacher() -> None:
         ({"objective": "ITMV"}, "unknown objective 'ITMV': did you mean 'ITVM'?"),
         ({"objective.emma": "0.9"}, "unknown recipe key 'objective.emma': did you mean 'objective.ema'?"),
         ({"objective.ema": "high"}, "objective.ema is 'high': input should be a valid number"),
-        (
-            {"student.network": "mpl"},
-            "unknown network 'mpl': did you mean 'mlp'? Known: auto, continuous, mlp, transformer",
-        ),
+        ({"student.network": "mpl"}, "unknown network 'mpl': did you mean 'mlp'? Known: auto, continuous, conv1d, mlp"),
         ({"student.path": "linaer"}, "unknown path 'linaer': did you mean 'linear'?"),
         ({"training.steps": "0"}, "training.steps is 0: input should be greater than 0"),
         ({"training.steps": "2.5"}, "training.steps is 2.5: input should be a valid integer"),

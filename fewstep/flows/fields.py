@@ -155,7 +155,8 @@ class NetworkField(VelocityField):
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         t = as_times(t, x)
         if self.bare:
-            return checked(self.network(x, self.native.network_time(t), **cond), x, self.network)
+            output = checked(self.network(x, self.native.network_time(t), **cond), x, self.network)
+            return self.space.velocity(self.space.said(output), x, t)
         c = self.scaling(t)
         prediction = checked(self.network(expand(c.into, x) * x, c.time, **cond), x, self.network)
         if self.prediction == "data":

@@ -136,7 +136,8 @@ class FlowMap(nn.Module):
         is_alike = getattr(self.network, "is_told_alike", False) and not self.bare
         second = scaling(self.native, self.prediction, self.path, t).time if is_alike else self.native.network_time(t)
         if self.bare:
-            return checked(self.network(x, self.native.network_time(s), second, **cond), x, self.network)
+            output = checked(self.network(x, self.native.network_time(s), second, **cond), x, self.network)
+            return self.space.velocity(self.space.said(output), x, s)
         c = scaling(self.native, self.prediction, self.path, s)
         prediction = checked(self.network(expand(c.into, x) * x, c.time, second, **cond), x, self.network)
         if self.prediction == "data":

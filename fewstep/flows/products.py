@@ -1,6 +1,7 @@
-"""Several spaces side by side."""
+"""Products of spaces: samples of which some numbers are places, some angles and some tokens."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,16 @@ from torch import Tensor
 from fewstep.common.randomness import Generators
 from fewstep.flows.paths import Path
 from fewstep.flows.sources import Normal, Source
-from fewstep.flows.spaces import Space
+from fewstep.flows.spaces import Space, Tokens
 
 
 @dataclass(frozen=True)
 class Product(Space):
     """Several spaces at one time, side by side in a flat sample (B, D): a molecule's places, torsions and kinds.
+
+    The network predicts the velocity, and of tokens the logits of the data, so that these are trained by their
+    cross-entropy; the errors of the parts, a mean each, are added up. (A box has no sigmoid here: its steps are
+    projected back.)
 
     Args:
         parts: each a space and the shape of a sample in it; together they have D numbers, in this order.
@@ -42,6 +47,11 @@ class Product(Space):
     def predicts(self) -> str:
         return "velocity"
 
+    @property
+    def tokens(self) -> bool:
+        """Whether there are tokens among the parts."""
+        return any(isinstance(one, Tokens) or (isinstance(one, Product) and one.tokens) for one, _ in self.parts)
+
     def split(self, x: Tensor) -> list[Tensor]:
         """x (B, D) as one tensor (B, ...) a part.
 
@@ -61,25 +71,56 @@ class Product(Space):
         self, path: Path, noise: Tensor, data: Tensor, t: Tensor | float, latent: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         found = [
-            space.between(path, some_noise, some_data, t)
-            for (space, _), some_noise, some_data in zip(self.parts, self.split(noise), self.split(data), strict=True)
+            space.between(path, some_noise, some_data, t) for space, some_noise, some_data in self._each(noise, data)
         ]
         return self.join([x for x, _ in found]), self.join([dx for _, dx in found])
 
     def move(self, x: Tensor, step: Tensor) -> Tensor:
-        pairs = zip(self.parts, self.split(x), self.split(step), strict=True)
-        return self.join([space.move(some, by) for (space, _), some, by in pairs])
+        return self.join([space.move(some, by) for space, some, by in self._each(x, step)])
+
+    def inside(self, prediction: Tensor) -> Tensor:
+        return self.said(prediction)
+
+    def said(self, output: Tensor) -> Tensor:
+        return self.join([space.said(some) for space, some in self._each(output)])
+
+    def velocity(self, said: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return self.join([space.velocity(some, own, t) for space, some, own in self._each(said, x)])
+
+    def aim(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return self.join([space.aim(some, own, t) for space, some, own in self._each(velocity, x)])
+
+    def error(self, said: Tensor, aim: Tensor) -> Tensor:
+        return torch.stack([space.error(some, wanted) for space, some, wanted in self._each(said, aim)]).sum(0)
+
+    def _each(self, *states: Tensor) -> Iterator[tuple[Any, ...]]:
+        """The space of each part, and its share of some states."""
+        return zip((space for space, _ in self.parts), *map(self.split, states), strict=True)
 
     def encode(self, data: Any) -> Tensor:
-        """(B, D) of one batch of data a part, each as its space takes it."""
-        return self.join([space.encode(some).float() for (space, _), some in zip(self.parts, data, strict=True)])
+        """(B, D) of one batch of data a part, each as its space takes it.
+
+        Raises:
+            ValueError: data of another number of parts, of other shapes, or outside their space.
+        """
+        if len(data) != len(self.parts):
+            raise ValueError(f"data of {len(data)} parts for a product of {len(self.parts)}: give one tensor each")
+        found = [space.encode(some).float() for (space, _), some in zip(self.parts, data, strict=True)]
+        for i, ((space, shape), some) in enumerate(zip(self.parts, found, strict=True)):
+            if some.shape[1:] != shape or len(some) != len(found[0]):
+                raise ValueError(
+                    f"part {i}, {space}, was given {tuple(some.shape)}: ({len(found[0])}, "
+                    f"{', '.join(map(str, shape))}) is needed"
+                )
+            space.check(some)
+        return self.join(found)
 
     def decode(self, x: Tensor) -> list[Any]:
         """The data of each part."""
-        return [space.decode(some) for (space, _), some in zip(self.parts, self.split(x), strict=True)]
+        return [space.decode(some) for space, some in self._each(x)]
 
     def check(self, data: Tensor) -> None:
-        for (space, _), some in zip(self.parts, self.split(data), strict=True):
+        for space, some in self._each(data):
             space.check(some)
 
 

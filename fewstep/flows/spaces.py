@@ -1,4 +1,4 @@
-"""Where samples live: R^n, a box, a torus, rows of tokens (products of them: ``fewstep.flows.products``).
+"""Where samples live: R^n, a box, a torus, rows of tokens; products of them are in ``products.py``.
 
 A space says how to go from noise to data (``between``), how a step is taken (``move``), where a prediction of data is
 brought to (``inside``), and what data are as states (``encode``, ``decode``). Everything else about flows and flow maps
@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from fewstep.common.errors import shown
+from fewstep.flows.broadcasting import expand
 from fewstep.flows.paths import Path
 from fewstep.flows.sources import Source, Uniform
+
+# The least distance to t = 1 that a prediction of data is divided by.
+_LAST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,22 @@ class Space:
     def inside(self, prediction: Tensor) -> Tensor:
         """What a network says of the data, brought to where data can be."""
         return prediction
+
+    def said(self, output: Tensor) -> Tensor:
+        """What the output of a network says as a part of a product: the velocity; among tokens, the data."""
+        return output
+
+    def velocity(self, said: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The velocity at x (B, ...), t (B,) that this stands for; of a flow map, the average one from t on."""
+        return said
+
+    def aim(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """What is to be said where this is the velocity: the inverse of :meth:`velocity`."""
+        return velocity
+
+    def error(self, said: Tensor, aim: Tensor) -> Tensor:
+        """How far apart they are, row by row (B,): the mean of squares."""
+        return (said - aim).square().flatten(1).mean(1)
 
     def encode(self, data: Any) -> Tensor:
         """Data as states."""
@@ -175,7 +195,9 @@ class Torus(Space):
         if largest > half * (1 + 1e-6):
             degrees = abs(self.period - 2 * math.pi) < 1e-6 and 2 * math.pi < largest <= 360
             way = (
-                "degrees, as it seems: torch.deg2rad makes radians" if degrees else "wrap them first: Torus(p).wrap(x)"
+                "degrees, as it seems: Torus().wrap(torch.deg2rad(x))"
+                if degrees
+                else "wrap them first: Torus(p).wrap(x)"
             )
             raise ValueError(f"the angles go up to {largest:g}, and a torus from {-half:g} to {half:g}: {way}")
 
@@ -220,11 +242,20 @@ class Tokens(Space):
     def inside(self, prediction: Tensor) -> Tensor:
         return torch.softmax(prediction.to(torch.promote_types(prediction.dtype, torch.float32)), dim=-1)
 
-    def error(self, prediction: Tensor, goal: Tensor) -> Tensor:
+    def said(self, output: Tensor) -> Tensor:
+        return self.inside(output)
+
+    def velocity(self, said: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return (said - x) / expand((1 - t).clamp(min=_LAST), x)
+
+    def aim(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return x + expand(1 - t, x) * velocity
+
+    def error(self, said: Tensor, aim: Tensor) -> Tensor:
         """The KL divergence of the tokens predicted from those of the goal, in nats, the mean over places, (B,): the
         cross-entropy up to a number that the prediction does not change."""
-        goal = goal.to(prediction.dtype).clamp(min=0)
-        logs = (goal.clamp(min=1e-30).log() - prediction.clamp(min=1e-30).log()) * goal
+        aim = aim.to(said.dtype).clamp(min=0)
+        logs = (aim.clamp(min=1e-30).log() - said.clamp(min=1e-30).log()) * aim
         return logs.sum(-1).flatten(1).mean(1)
 
     def encode(self, data: Any) -> Tensor:

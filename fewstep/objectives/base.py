@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.randomness import Generators, chunk_rows, normal
+from fewstep.common.randomness import Generators, chunk_rows, generator, normal
 from fewstep.data.batch import Batch, is_prior
 from fewstep.flows.fields import VelocityField, check_field, check_velocity
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
+from fewstep.flows.products import Product
 from fewstep.flows.spaces import Euclid, Space, Tokens
 from fewstep.flows.times import read_times
 
@@ -191,13 +192,16 @@ class Objective(nn.Module):
     def check_data(self, data: Any, student: Any) -> None:
         """Raise, before anything is spent, if this objective cannot train this student on these data."""
         self.check_space(student)
+        space = student_space(student)
+        if not isinstance(space, Euclid) and not is_prior(data):  # rows may be dear to make
+            space.check(data.rows(torch.arange(min(data.size or 256, 256)), generator(0)).data)
         if self.uses_data and is_prior(data):
             raise ValueError(
                 f"{type(self).__name__} learns from data, and data: prior has only a shape and conditions: name a data "
                 "set, or take a method that needs none, as LMD and ITVM with starts: prior"
             )
         brings, path = getattr(data, "brings_noise", False), getattr(student, "path", None)
-        if path is not None and path.two_sided and not brings and student_space(student).source is None:
+        if path is not None and path.two_sided and not brings and space.source is None:
             raise ValueError(
                 f"the student goes from one data set to another ({path}), and the data say nothing of the first: "
                 "source: NAME in a recipe, Between(data, source) from Python"
@@ -287,10 +291,11 @@ def rows_of(cond: dict[str, Tensor], rows: Index) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in cond.items()}
 
 
-def tokens_of(objective: Any, student: Any) -> Tokens | None:
-    """The tokens that errors are the cross-entropy of; None where errors are squared."""
+def tokens_of(objective: Any, student: Any) -> Tokens | Product | None:
+    """The tokens, or the product with some, that errors are the cross-entropy of; None where errors are squared."""
     space = student_space(student)
-    tokens = space if isinstance(space, Tokens) and objective.any_space else None
+    tokens = space if objective.any_space and isinstance(space, Tokens | Product) else None
+    tokens = None if isinstance(tokens, Product) and not tokens.tokens else tokens
     if objective.error_in == "tokens" and tokens is None:
         name = type(objective).__name__
         raise ValueError(

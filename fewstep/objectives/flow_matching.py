@@ -11,6 +11,7 @@ from fewstep.flows.broadcasting import as_times, expand
 from fewstep.flows.change_of_path import scaling
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.paths import Path
+from fewstep.flows.spaces import Tokens
 from fewstep.flows.times import draw_times
 from fewstep.objectives.base import (
     Batch,
@@ -65,7 +66,8 @@ class FlowMatching(Objective):
         latent = latent_of(student.path, noise, generator)
         x, dx = space.between(student.path, noise, batch.data, t, latent)
         if (tokens := tokens_of(self, student)) is not None:
-            loss = tokens.error(student.end(x, t, t, **batch.cond), batch.data).mean()
+            aim = batch.data if isinstance(tokens, Tokens) else tokens.aim(dx, x, t)
+            loss = tokens.error(student.end(x, t, t, **batch.cond), aim).mean()
             return Loss(loss, {"tokens": loss.detach()}, {"tokens": t[:, None].expand(-1, 2)})
         velocity = student.velocity(x, t, **batch.cond)
         error = squared_error(velocity, dx)

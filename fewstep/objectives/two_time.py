@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, same_draws, uniform
 from fewstep.data.batch import Batch
-from fewstep.flows.broadcasting import as_times, expand
+from fewstep.flows.broadcasting import as_times
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.times import draw_pairs, draw_times
@@ -229,8 +229,8 @@ class TwoTime(Objective):
                 goal = torch.empty_like(goal).index_copy_(0, torch.cat(scattered), goal)  # in the order of the rows
         # One call for all rows; each goal was made of its own rows alone, so that no call is wasted.
         if (tokens := tokens_of(self, student)) is not None:
-            end = rows.x + expand(1 - rows.s, rows.x) * goal
-            error = tokens.error(student.end(rows.x, rows.s, rows.t, **rows.cond), end)
+            aim = tokens.aim(goal, rows.x, rows.s)
+            error = tokens.error(student.end(rows.x, rows.s, rows.t, **rows.cond), aim)
             return {name: error[index] for name, index in parts.items()}
         error = squared_error(student.average_velocity(rows.x, rows.s, rows.t, **rows.cond), goal)
         return {name: self._in_unit(error[index], student, some[name]) for name, index in parts.items()}

@@ -9,13 +9,12 @@ import torch
 
 from fewstep.common.errors import is_out_of_memory, shortened
 from fewstep.common.randomness import generator
-from fewstep.data.batch import Data, has_classes, is_prior
+from fewstep.data.batch import Data, has_classes
 from fewstep.data.conditions import Dropped
 from fewstep.data.couplings import uncoupled
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.guided import Guided, unguided
 from fewstep.flows.signature import Model, classes_of, shape_of
-from fewstep.flows.spaces import Euclid
 from fewstep.objectives.base import Objective
 from fewstep.runs.datasets import encoded_folder, encoded_shape, make_data, null_of, settled, source_of, with_tokens
 from fewstep.runs.loading import start_of, teacher_of
@@ -65,8 +64,6 @@ def build(recipe: Recipe, out: Path | None = None, fresh: bool = False) -> Built
         data = make_data(recipe, teacher, out, fresh)
     student.starts_from = source_of(recipe, teacher)
     objective.check_data(data, student)
-    if not isinstance(student.space, Euclid) and not is_prior(data):  # rows may be dear to make
-        student.space.check(data.rows(torch.arange(min(data.size or 256, 256)), generator(0)).data)
     _check_fit("student", student, recipe.data.name, data)
     if recipe.drop is not None:
         _check_fit(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import fewstep
 from fewstep.common.randomness import generator
+from fewstep.data.batch import Batch
 from fewstep.flows.exact_spaces import BoxesInBoxField, TokensField
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.interpolants import Interpolant
@@ -19,6 +20,7 @@ from fewstep.flows.sampling import sample
 from fewstep.flows.solvers import integrate
 from fewstep.flows.sources import Normal, Uniform, starting_points
 from fewstep.flows.spaces import Box, Euclid, Tokens, Torus
+from fewstep.flows.times import draw_times
 from fewstep.networks import MLP
 
 F64 = torch.float64
@@ -220,6 +222,96 @@ def test_a_product_is_each_of_its_parts() -> None:
     assert torch.allclose(log, Normal().log_prob(rest) + Uniform(-math.pi, math.pi).log_prob(angles), atol=1e-4)
     with pytest.raises(ValueError, match=r"the parts of this product have \(20,\)"):
         space.split(torch.zeros(2, 19))
+
+
+def test_a_network_of_a_product_says_the_data_of_its_tokens_and_the_velocity_of_the_rest() -> None:
+    space = Product(((Euclid(), (2,)), (Torus(), (1,)), (Tokens(3), (2, 3))))
+    torch.manual_seed(0)
+    net, x = MLP(9, width=8, depth=2, times=2).double(), torch.randn(5, 9, dtype=F64)
+    s, t = torch.rand(5, dtype=F64), torch.ones(5, dtype=F64)
+    model = FlowMap(net, Interpolant(), space=space)
+    with torch.no_grad():
+        output, u, said = net(x, s, t), model.average_velocity(x, s, t), model.end(x, s, t)
+    data = torch.softmax(output[:, 3:].reshape(5, 2, 3), -1).flatten(1)
+    assert torch.allclose(u[:, :3], output[:, :3], atol=1e-12)
+    assert torch.allclose(x[:, 3:] + (1 - s)[:, None] * u[:, 3:], data, atol=1e-12)
+    assert torch.allclose(said, torch.cat([output[:, :3], data], 1), atol=1e-12)
+    assert torch.allclose(space.aim(u, x, s), said, atol=1e-12)
+    assert torch.allclose(space.velocity(said, x, s), u, atol=1e-12)
+    aim = torch.cat([torch.randn(5, 3, dtype=F64), torch.eye(3, dtype=F64)[torch.randint(3, (5, 2))].flatten(1)], 1)
+    squares = (said - aim).square()
+    likelihood = -(aim[:, 3:] * data.log()).sum(1) / 2  # the cross-entropy, the mean of two places
+    assert torch.allclose(space.error(said, aim), squares[:, :2].mean(1) + squares[:, 2] + likelihood, atol=1e-12)
+    # The last step of Heun's asks at t = 1.
+    field = NetworkField(MLP(9, width=8, depth=2), Interpolant(), space=space)
+    assert sample(field, x.float(), 2, solver="heun").isfinite().all()
+
+
+def test_flow_matching_on_a_product_is_the_error_of_its_parts() -> None:
+    space = Product(((Euclid(), (2,)), (Tokens(3), (1, 3))))
+    torch.manual_seed(0)
+    field = NetworkField(MLP(5, width=8, depth=2), Interpolant(), space=space)
+    data = space.encode([torch.randn(64, 2), torch.randint(3, (64, 1))])
+    loss = fewstep.FlowMatching()(field, Batch(data, {}), generator=generator(0))
+    source: Any = space.source
+    draw = generator(0)
+    noise = source.sample((64, 5), draw)
+    t = draw_times(64, draw)
+    x = noise + t[:, None] * (data - noise)
+    output = field.network(x, t)
+    wanted = (output[:, :2] - (data - noise)[:, :2]).square().mean(1)
+    wanted = wanted + torch.nn.functional.cross_entropy(output[:, 2:], data[:, 2:].argmax(1), reduction="none")
+    assert torch.allclose(loss.total, wanted.mean(), atol=1e-5)
+    assert list(loss.terms) == ["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ([torch.zeros(4, 1), 300 * torch.rand(4, 2), torch.zeros(4, 1).long()], r"degrees, as it seems.*deg2rad"),
+        ([torch.zeros(4, 1), torch.zeros(4, 2), torch.full((4, 1), 3)], "the vocabulary having 3"),
+        ([torch.zeros(4, 1), torch.zeros(4, 2)], "data of 2 parts for a product of 3"),
+        ([torch.zeros(4, 1), torch.zeros(4, 3), torch.zeros(4, 1).long()], r"part 1, Torus.*given \(4, 3\): \(4, 2\)"),
+        ([torch.zeros(4, 1), torch.zeros(5, 2), torch.zeros(4, 1).long()], r"part 1, Torus.*given \(5, 2\): \(4, 2\)"),
+    ],
+)
+def test_parts_that_are_none_are_refused(data: list[Tensor], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Product(((Euclid(), (1,)), (Torus(), (2,)), (Tokens(3), (1, 3)))).encode(data)
+
+
+def test_data_outside_their_space_are_refused_by_fit_before_a_step() -> None:
+    student = FlowMap(MLP(2, width=8, depth=2, times=2), Interpolant(), space=Torus())
+    with pytest.raises(ValueError, match="deg2rad"):
+        fewstep.fit(student, fewstep.PSD(), 360 * torch.rand(50, 2), steps=1, quiet=True, device="cpu")
+
+
+@pytest.mark.takes_seconds
+def test_one_call_on_a_product_keeps_what_holds_between_its_parts() -> None:
+    """An angle of two arcs, one across the cut; a token that says which, and a place that is its cosine."""
+    draw = generator(0)
+    which = torch.randint(2, (20_000, 1), generator=draw)
+    angle = Torus().wrap(torch.tensor([math.pi, 0.5])[which] + 0.25 * torch.randn(20_000, 1, generator=draw))
+    space = Product(((Euclid(), (1,)), (Torus(), (1,)), (Tokens(2), (1, 2))))
+    data = space.encode([angle.cos(), angle, which])
+    torch.manual_seed(0)
+    field = NetworkField(MLP(4, width=64, depth=3), Interpolant(), space=space)
+    options = {"steps": 400, "batch": 256, "quiet": True, "device": "cpu"}
+    fewstep.fit(field, fewstep.FlowMatching(), data, lr=5e-3, **options)
+    student = FlowMap.from_field(field)
+    fewstep.fit(student, fewstep.ITVM(field), data, lr=3e-3, **options)
+    noise = starting_points(student, (4000, 4), generator(1))
+
+    def apart(model: Any) -> tuple[float, float]:
+        place, angle, token = space.decode(sample(model, noise, 1))
+        near = (space.parts[1][0].wrap(angle - math.pi).abs() > 1.4).long()  # pyright: ignore[reportAttributeAccessIssue]
+        return float((place - angle.cos()).square().mean().sqrt()), float((token != near).double().mean())
+
+    euler, own = apart(field), apart(student)
+    assert euler[0] > 0.3
+    assert euler[1] > 0.2
+    assert own[0] < 0.25
+    assert own[1] < 0.08
 
 
 def test_sources_have_their_densities() -> None:

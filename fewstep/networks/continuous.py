@@ -180,7 +180,8 @@ class _Acceleration(nn.Module):
         self.depth, self.told = nn.Linear(16, told), nn.Linear(told, 2 * width)
 
     def forward(self, z: Tensor, dz: Tensor, tau: float, told: Tensor) -> Tensor:
-        depth = self.depth(sinusoidal(torch.full_like(told[:1, 0], tau), 16, low=0.5, high=10.0))
+        at = told.new_full((1,), tau, dtype=torch.promote_types(told.dtype, torch.float32))
+        depth = self.depth(sinusoidal(at, 16, low=0.5, high=10.0).to(self.depth.weight.dtype))
         scale, shift = self.told(silu(told + depth))[:, :, None, None].chunk(2, dim=1)
         h = self.first(silu(self.norms[0](torch.cat([z, dz], dim=1))))
         return self.last(silu(self.norms[1](h) * (1 + scale) + shift))

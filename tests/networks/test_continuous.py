@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fewstep
 from fewstep.evaluation.points import rmse
-from fewstep.networks import ContinuousUNet
+from fewstep.networks import ContinuousUNet, continuous
 from fewstep.networks.continuous import second_order
 from fewstep.planning.counting import count_call
 
@@ -85,6 +85,22 @@ def test_more_steps_change_little() -> None:
     apart, size = float((few - many).abs().max()), float(many.std())
     assert 0 < apart < 0.05 * size
     assert float((more - many).abs().max()) < 0.2 * apart
+
+
+def test_half_precision_is_near_and_hears_the_depth_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, s, _ = inputs()
+    with torch.no_grad():
+        full = small()(x, s)
+        seen: list[torch.dtype] = []
+        known = continuous.sinusoidal
+        monkeypatch.setattr(continuous, "sinusoidal", lambda t, *a, **k: seen.append(t.dtype) or known(t, *a, **k))
+        half = small(torch.bfloat16)(x.bfloat16(), s)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = small()(x, s)
+    assert set(seen) == {torch.float32}
+    for found in (half, cast):
+        assert found.dtype == torch.bfloat16
+        assert float((found - full).abs().max()) < 0.05 * float(full.abs().max())
 
 
 def test_a_student_begins_as_its_teacher_and_hears_its_second_time() -> None:

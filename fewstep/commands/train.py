@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from pathlib import Path
+from typing import Any
 
 from fewstep.commands.parser import Commands, RecipeKey, add_command
 from fewstep.commands.shared import print_evaluation
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     # And torch, once there is something to train.
     from fewstep.common.distributed import environment
     from fewstep.flows.maps import FlowMap
+    from fewstep.generation.images import suffix_of
     from fewstep.runs.build import build
     from fewstep.runs.judge import next_commands
     from fewstep.runs.run import run as run_recipe
@@ -100,5 +102,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{out / REPORT} shows it all")
     else:
         print(f"{out} has its checkpoints and samples; fewstep evaluate {shlex.quote(str(out))} measures it")
-    say_next(next_commands(out, recipe, isinstance(done.result.student, FlowMap)))
+    student: Any = done.result.student
+    say_next(next_commands(out, recipe, isinstance(student, FlowMap), suffix_of(student)))
     return 0

@@ -16,6 +16,7 @@ from fewstep.common.model_files import read_json
 from fewstep.evaluation.grids import image_grid
 from fewstep.evaluation.plots import points_figure
 from fewstep.evaluation.style import png
+from fewstep.flows.signature import Model, shape_of
 from fewstep.flows.spaces import Space, Tokens
 from fewstep.generation.requests import Requests
 from fewstep.training.fingerprint import differences
@@ -24,6 +25,17 @@ from fewstep.training.fingerprint import differences
 FACTS, LINES = "samples.json", "samples.jsonl"
 # What may differ between a folder and the call that goes on with it: the name by which the same model was found.
 _MAY_DIFFER = ("model",)
+
+
+def suffix_of(model: Model) -> str:
+    """The kind of file that a model's samples can be seen in, or else kept in: .png, .txt or .npz."""
+    if isinstance(model.space, Tokens):
+        return ".txt"
+    try:
+        shape = shape_of(model)
+    except ValueError:  # a network of one's own that does not say
+        return ".png"
+    return ".npz" if model.latents is None and shape != (2,) and (len(shape) != 3 or shape[0] not in (1, 3)) else ".png"
 
 
 def check_out(out: Path, shape: tuple[int, ...], is_text: bool = False) -> None:

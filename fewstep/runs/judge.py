@@ -27,6 +27,7 @@ from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import Model
 from fewstep.generation.drawing import draw, settled
+from fewstep.generation.images import suffix_of
 from fewstep.generation.requests import Requests
 from fewstep.runs.datasets import data_of, given_by
 from fewstep.runs.diagnosis import described, geometry_of, trajectories
@@ -182,11 +183,11 @@ def _lines(group: dict[str, Evaluation], is_one_teacher: bool) -> list[dict[str,
     return students + teachers
 
 
-def next_commands(out: Path, recipe: Recipe, is_map: bool) -> list[str]:
-    """What one may type after a run."""
+def next_commands(out: Path, recipe: Recipe, is_map: bool, suffix: str = ".png") -> list[str]:
+    """What one may type after a run, whose samples are written to files of that suffix."""
     run, name, data = str(out), out.name, [] if recipe.data.name in MADE else data_flags(recipe.data)
     steps, export = "2" if is_map else "50", ["export", run, f"{name}-export"]
-    sample = ["sample", run, "--steps", steps, "--count", "64", "--out", f"{name}.png"]
+    sample = ["sample", run, "--steps", steps, "--count", "64", "--out", f"{name}{suffix}"]
     evaluate = ["evaluate", run, "--steps", "1", "2", "4", "8", "16"]
     student = ["--student.network", recipe.student.network] if recipe.student.kind == "denoised" else []
     if student and recipe.student.options:  # a velocity of two networks is no start for one
@@ -246,7 +247,7 @@ def _report(model: Model, teacher: VelocityField | None, recipe: Recipe, found: 
         recipe_text=recipe.as_yaml(),
         figures=figures,
         tables=tables,
-        next_commands=next_commands(out, recipe, is_map),
+        next_commands=next_commands(out, recipe, is_map, suffix_of(model)),
     )
 
 

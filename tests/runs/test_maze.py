@@ -92,7 +92,7 @@ def test_windows_begin_where_they_say_and_end_at_the_goal() -> None:
 
 @pytest.mark.takes_seconds
 def test_plans_are_trained_on_distilled_and_sampled_by_the_recipes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["maze.py", "data", "maze.npz", "--episodes", "10"])
@@ -102,6 +102,9 @@ def test_plans_are_trained_on_distilled_and_sampled_by_the_recipes(
     judged = ["--evaluation.count", "8", "--evaluation.steps", "[1, 2]"]
     assert main(["train", "plans-teacher", *few, *small, *judged]) == 0
     assert main(["distill", "plans-itvm", *few, *judged, "--evaluation.teacher_steps", "[2]"]) == 0
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "fewstep sample runs/plans-itvm" in line]
+    assert main([*line.split()[1:-1], "next.npz", "--count", "2"]) == 0
+    assert line.endswith("plans-itvm.npz")  # and no picture, which would be refused
     asked = ["--steps", "1", "--guidance-scale", "1.5", "--count", "6", "--out", "plans.npz"]
     assert main(["sample", "runs/plans-itvm", *asked]) == 0
     found = np.load("plans.npz")

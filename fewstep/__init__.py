@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fewstep.evaluation.results import compare
     from fewstep.flows.adaptive import sample_adaptive
     from fewstep.flows.beside import with_image
+    from fewstep.flows.chained import Chained
     from fewstep.flows.controlled import Controlled
     from fewstep.flows.editing import flow_edit, invert, resume, sdedit
     from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from fewstep.runs.export import export
     from fewstep.runs.loading import load
     from fewstep.training.batches import Batches
+    from fewstep.training.blocks import fit_blocks
     from fewstep.training.ema import Ema
     from fewstep.training.fit import fit
 
@@ -106,6 +108,7 @@ _HOMES = {
     "Box": "flows.spaces",
     "BoxesInBoxField": "flows.exact_spaces",
     "CTM": "objectives",
+    "Chained": "flows.chained",
     "CheckerboardField": "flows.exact",
     "ConsistencyDistillation": "objectives",
     "ConsistencyTraining": "objectives",
@@ -176,6 +179,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "export": "runs.export",
     "fit": "training.fit",
+    "fit_blocks": "training.blocks",
     "geometry": "evaluation.geometry",
     "flow_edit": "flows.editing",
     "invert": "flows.editing",
@@ -219,6 +223,7 @@ __all__ = [
     "Between",
     "Box",
     "BoxesInBoxField",
+    "Chained",
     "CheckerboardField",
     "ConsistencyDistillation",
     "ConsistencyTraining",
@@ -279,6 +284,7 @@ __all__ = [
     "evaluate",
     "export",
     "fit",
+    "fit_blocks",
     "flow_edit",
     "geometry",
     "invert",

@@ -71,14 +71,14 @@ def run(args: argparse.Namespace) -> int:
     from fewstep.common.distributed import environment
     from fewstep.flows.maps import FlowMap
     from fewstep.generation.images import suffix_of
-    from fewstep.runs.build import build
+    from fewstep.runs.build import build, parts_of_blocks
     from fewstep.runs.judge import next_commands
     from fewstep.runs.run import run as run_recipe
     from fewstep.training.run_files import REPORT
 
     out = args.out or (Path(source) if Path(source).is_dir() else Path("runs") / recipe.name)
     if args.dry_run:
-        built = build(recipe)
+        built = parts_of_blocks(recipe) if recipe.blocks is not None else build(recipe)
         student = built.student
         print(built.recipe.as_yaml(), end="")
         size = sum(p.numel() for p in student.parameters())
@@ -98,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
     if not environment().is_main:
         return 0
     print_evaluation(done.evaluation)
-    if (out / REPORT).is_file():
+    if recipe.blocks is not None:
+        print(f"{out} is a chain of {len(recipe.blocks) + 1} blocks, which fewstep.load takes")
+    elif (out / REPORT).is_file():
         print(f"{out / REPORT} shows it all")
     else:
         print(f"{out} has its checkpoints and samples; fewstep evaluate {shlex.quote(str(out))} measures it")

@@ -22,6 +22,7 @@ from fewstep.common.model_files import check_numbers
 from fewstep.common.options import arguments, find_object
 from fewstep.common.parsing import checked
 from fewstep.common.trust import is_code
+from fewstep.flows.chained import ChainedPath
 from fewstep.flows.described import AGAIN, Described
 from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.interpolants import Interpolant
@@ -54,6 +55,7 @@ NETWORKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (ContinuousUNet, 
 _TRAJECTORIES: dict[str, type[Any]] = {
     c.__name__: c
     for c in (
+        ChainedPath,
         Deciding,
         Forward,
         Interpolant,

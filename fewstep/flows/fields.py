@@ -132,7 +132,10 @@ class NetworkField(VelocityField):
         self.native = native or Linear()
         self.prediction = prediction
         self.path = path or self.native
-        if self.native.two_sided or self.path.two_sided:
+        if not (self.native.is_affine and self.path.is_affine):
+            if prediction != "velocity" or not self.native.same_as(self.path):
+                raise ValueError(f"a network on {self.path} predicts the velocity there, not {prediction}")
+        elif self.native.two_sided or self.path.two_sided:
             _check_two_sided(self.native, self.path, prediction)
         if space is not None:
             space.check_network(self.native, self.path, prediction)
@@ -216,6 +219,10 @@ def check_score(field: VelocityField, what: str) -> None:
     Raises:
         ValueError: it does not; says which noise and data it was trained with, and what takes no score.
     """
+    if not field.path.is_affine:
+        raise ValueError(
+            f"{what} needs a path from noise to data, and a chain of blocks has its ODE alone: sample that, without eps"
+        )
     if field.path.two_sided and not field.has_denoiser:
         raise ValueError(
             f"{what} needs noise, and this field goes from one data set to another ({field.path}): its velocity says "

@@ -28,9 +28,11 @@ class Path:
 
     ``two_sided``: x0 is no normal noise of its own, but of another data set (``fewstep.flows.interpolants``).
     ``has_latent``: the state has noise beside x0, which ``sample`` is given as ``latent``.
+    ``is_affine``: it is one; else states are those of an ODE alone (``fewstep.flows.chained``).
     """
 
     two_sided: ClassVar[bool] = False
+    is_affine: ClassVar[bool] = True
 
     @property
     def has_latent(self) -> bool:

@@ -175,6 +175,8 @@ def check_options(
             raise ValueError(
                 f"gamma={gamma} asks for times before t = 1, and this map knows X_(s,1) alone: leave it out"
             )
+        if gamma and not model.path.is_affine:
+            raise ValueError(f"gamma={gamma} brings noise back between steps, and a chain of blocks has no noised data")
     elif not isinstance(model, VelocityField):
         raise ValueError(f"sample() takes a FlowMap or a VelocityField, not a {type(model).__name__}")
     elif gamma:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.common.errors import unknown
+from fewstep.flows.chained import Chained
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.guided import Guided, unguided
 from fewstep.flows.maps import FlowMap
@@ -132,8 +133,10 @@ def blank_conditions(
 
 
 def network_of(model: Model) -> Any:
-    """The network of a model, or the model itself where it has none."""
+    """The network of a model, that of its last block for a chain, or the model itself where it has none."""
     model = unguided(model)
+    while isinstance(model, Chained):  # its blocks are of one kind
+        model = unguided(model.fields[-1])
     return getattr(model, "network", model)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.flows.chained import Chained
 from fewstep.flows.exact import ExactField
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
@@ -44,6 +45,11 @@ def flow_of(field: VelocityField, x: Tensor, s: float, t: float, *, steps: int =
     """The flow of a field from s to t, (B, ...): exact in closed form; else Heun, ``steps`` for the whole of [0, 1]."""
     if isinstance(field, ExactField):
         return field.flow(x, s, t)
+    if isinstance(field, Chained):  # each by itself: the velocity jumps between them
+        for part, a, b in field.blocks if s <= t else reversed(field.blocks):
+            here, there = (min(max((time - a) / (b - a), 0.0), 1.0) for time in (s, t))
+            x = x if here == there else flow_of(part, x, here, there, steps=math.ceil(steps * (b - a)), **cond)
+        return x
     legs = torch.linspace(s, t, math.ceil(steps * abs(t - s)) + 1, dtype=torch.float64)
     legs = legs.to(x.device, torch.promote_types(x.dtype, torch.float32))
     return integrate(lambda x, t: field(x, t, **cond), x, legs, "heun", space=field.space)

@@ -64,7 +64,8 @@ def make_pairs(
         out: the folder of ``pairs.json`` and ``pairs-00000.safetensors`` and so on, with ``noise`` and ``data``
             (shard, ...), ``class_labels`` (shard,) where there are any, ``states`` (shard, K, ...) and their ``times``
             (shard, K) where they are asked for; each file is whole or absent.
-        steps, solver: see ``fewstep.sample``; by default fields are solved by Heun, two calls a step.
+        steps, solver: see ``fewstep.sample``; by default fields are solved by Heun, two calls a step; a chain
+            of blocks by the midpoint rule, which never asks where its velocity jumps.
         shape: one sample's; by default what the model says.
         seed: decides the noise. The noise of ``fewstep sample`` with the same seed is the same.
         labels: classes, given to the pairs in turn; by default all of them, where the model has classes.
@@ -104,7 +105,7 @@ def make_pairs(
             )
         if solver is not None:
             raise ValueError(f"a flow map takes its steps itself: solver={solver!r} is for velocity fields")
-    elif (solver := solver or "heun") not in SOLVERS:
+    elif (solver := solver or ("heun" if field.path.is_affine else "midpoint")) not in SOLVERS:
         raise unknown("solver", solver, SOLVERS)
     settings = {
         "count": count, "steps": steps, "solver": solver, "seed": seed, "guidance": guidance, "shard": shard,

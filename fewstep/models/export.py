@@ -11,6 +11,7 @@ from typing import Any
 from fewstep.common.errors import briefly
 from fewstep.common.model_files import read_json
 from fewstep.common.version import __version__
+from fewstep.flows.chained import Chained
 from fewstep.flows.description import NETWORKS, code_named, describe
 from fewstep.flows.fields import DiffusionField, NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
@@ -35,6 +36,8 @@ from fewstep.networks import FAMILIES, EndNetwork, OfDiffusers, TwoTimeNetwork, 
 
 def writer_of(model: FlowMap | VelocityField) -> Any:
     """The function that writes such a model, once it is clear that it can be written."""
+    if isinstance(model, Chained):
+        raise ValueError("a chain of blocks is kept as its folder, which fewstep.load takes: export a map of it")
     if not isinstance(model, FlowMap | NetworkField):
         raise ValueError(f"a {type(model).__name__} has no network of its own to export: export the field inside it")
     name = type(model.network).__name__

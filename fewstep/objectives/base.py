@@ -83,6 +83,7 @@ class Objective(nn.Module):
     this is the one that a recipe has there where it names none. ``any_space``: all that it does with states are steps
     in the student's space, so that it trains on a torus as in R^n (``fewstep.flows.spaces``). ``ends_alone``: all its
     rows end at t = 1, so that it trains a map that is told no other end (``FlowMap.ends_alone``).
+    ``needs_path``: its rows lie between noise and data as the student's path says, and not on trajectories.
     """
 
     ema: float | None = None
@@ -93,6 +94,7 @@ class Objective(nn.Module):
     around: str | None = None
     any_space: bool = False
     ends_alone: bool = False
+    needs_path: bool = True
     sources: tuple[str, ...] = ()
 
     def __init__(self, teacher: VelocityField | None = None) -> None:
@@ -201,6 +203,12 @@ class Objective(nn.Module):
                 "set, or take a method that needs none, as LMD and ITVM with starts: prior"
             )
         brings, path = getattr(data, "brings_noise", False), getattr(student, "path", None)
+        if path is not None and not path.is_affine and self.uses_data and self.needs_path:
+            raise ValueError(
+                f"{type(self).__name__} takes rows a_t x1 + s_t x0, and a chain of blocks has states of its ODE alone: "
+                "take Trajectory with the chain as its teacher, on stored states (fewstep reflow CHAIN --states 8) or "
+                "without, or a method with starts: own, as ITVM has it"
+            )
         if path is not None and path.two_sided and not brings and space.source is None:
             raise ValueError(
                 f"the student goes from one data set to another ({path}), and the data say nothing of the first: "

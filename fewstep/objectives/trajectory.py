@@ -47,6 +47,7 @@ class Trajectory(TwoTime):
     """
 
     term = "chord"
+    needs_path = False
     sources = ("2509.24526", "2211.13449")
 
     def __init__(

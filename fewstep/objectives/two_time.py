@@ -271,7 +271,9 @@ class TwoTime(Objective):
             s = torch.zeros_like(s)
         s[diagonal] = t[diagonal] = start[diagonal]
         latent = latent_of(student.path, noise, generator)
-        x, dx = student.space.between(student.path, noise, batch.data, s, latent)
+        x, dx = noise, torch.zeros_like(noise)
+        if student.path.is_affine:  # else the states of an ODE take their place
+            x, dx = student.space.between(student.path, noise, batch.data, s, latent)
         rows = Rows("all", x, dx, s, t, noise, batch.data, fraction, cond, latent)
         if not self.from_data:
             rows = self._at_own_states(student, rows, diagonal)

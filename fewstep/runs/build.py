@@ -75,6 +75,15 @@ def build(recipe: Recipe, out: Path | None = None, fresh: bool = False) -> Built
     return Built(recipe, student, objective, data, held_against(recipe, teacher, data))
 
 
+def parts_of_blocks(recipe: Recipe) -> Built:
+    """The parts of a recipe of blocks: the first of them, its objective and the data. Errors as of :func:`build`."""
+    data = make_data(recipe, None, None)
+    section = recipe.student.model_copy(update={"latent": "none", "kind": "field"})
+    student = make_student(section, tuple(data.shape), None, False, recipe.seed)
+    _check_fit("student", student, recipe.data.name, data)
+    return Built(recipe, student, make_objective(recipe, None), data, None)
+
+
 def _is_unsettled(out: Path) -> bool:
     """Whether a run that has begun took its images as they are, from before its teacher settled their size."""
     return (

@@ -153,6 +153,8 @@ def _recipe(recipe: Recipe) -> Iterator[Use]:
         yield "2211.09800", "the image beside the state"
     if recipe.student.network == "continuous":
         yield "2310.20092", "the continuous U-Net"
+    if recipe.blocks is not None:
+        yield "2410.02548", "the blocks, trained one after the other"
     if recipe.coupling != "independent":
         yield "2302.00482", "the optimal-transport coupling"
     if (Path(recipe.data.name).expanduser() / FACTS).is_file():

@@ -185,6 +185,11 @@ def _lines(group: dict[str, Evaluation], is_one_teacher: bool) -> list[dict[str,
 
 def next_commands(out: Path, recipe: Recipe, is_map: bool, suffix: str = ".png") -> list[str]:
     """What one may type after a run, whose samples are written to files of that suffix."""
+    if recipe.blocks is not None:
+        count, name = len(recipe.blocks) + 1, f"{out}-states"
+        sample = ["sample", str(out), "--steps", str(4 * count), "--solver", "midpoint", "--out", out.name + suffix]
+        reflow = ["reflow", str(out), "--steps", str(8 * count), "--states", "8", "--count", "50000", "--out", name]
+        return [shlex.join(["fewstep", *words]) for words in (sample, reflow)]
     run, name, data = str(out), out.name, [] if recipe.data.name in MADE else data_flags(recipe.data)
     steps, export = "2" if is_map else "50", ["export", run, f"{name}-export"]
     sample = ["sample", run, "--steps", steps, "--count", "64", "--out", f"{name}{suffix}"]

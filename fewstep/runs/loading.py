@@ -7,13 +7,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from fewstep.common.errors import TrainingError, unknown
+from fewstep.common.model_files import read_json
 from fewstep.common.options import arguments, find_object, in_one_line, read_yaml
+from fewstep.common.parsing import checked
+from fewstep.common.received import plain_name
 from fewstep.common.trust import check_folder, code_in, is_code, trusting
+from fewstep.flows.chained import Chained
 from fewstep.flows.description import say_shape
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
@@ -31,7 +35,7 @@ from fewstep.training import checkpoints
 from fewstep.training.fingerprint import check_kept
 from fewstep.training.leaving import is_from_python, student_of
 from fewstep.training.run import frozen, put_back
-from fewstep.training.run_files import CHECKPOINTS, RECIPE, is_run
+from fewstep.training.run_files import CHAIN, CHECKPOINTS, RECIPE, is_run
 
 
 def make_teacher(section: Teacher, encoded: Path | None = None) -> VelocityField:
@@ -81,7 +85,7 @@ def load(
               model with ``scheduler_config.json`` beside it), as a velocity field on the linear path
               (arXiv 2506.02221), with the ``latents`` of its VAE and the ``text`` of its encoders;
             * an export of fewstep's, as what was exported, or what ``fewstep.convert`` wrote, as what was converted;
-            * a run folder, as what was trained;
+            * a run folder, as what was trained; that of a chain of blocks, as a :class:`Chained`;
             * ``fewstep:NAME``, a model that comes with fewstep;
             * ``owner/name``, a diffusers model on the Hugging Face hub;
             * a pipeline of diffusers in memory, whose model and VAE are used as they are.
@@ -100,6 +104,8 @@ def load(
     >>> teacher = fewstep.load("./my-ddpm")
     """
     folder = Path(source).expanduser() if isinstance(source, str | Path) else None
+    if folder is not None and (folder / CHAIN).is_file():
+        return _chain_in(folder, trust).to(device)
     if folder is None or not is_run(folder):
         return load_folder(source, trust=trust, variant=variant).to(device)
     if variant is not None:
@@ -107,6 +113,19 @@ def load(
     model = load_run(folder, trust=trust)
     model.source = str(folder.resolve())
     return model.to(device)
+
+
+class _Chain(BaseModel):
+    blocks: Annotated[list[str], Field(min_length=1, max_length=100)]
+
+
+def _chain_in(folder: Path, trust: bool) -> Chained:
+    """The chain of blocks that ``fit_blocks`` left in a folder: runs beside ``chain.json``, from noise to data."""
+    where = folder / CHAIN
+    said = checked(_Chain, read_json(where), where, "put it back as it was")
+    chain = Chained([load(folder / plain_name(name, where), trust=trust) for name in said.blocks]).eval()  # pyright: ignore[reportArgumentType]
+    chain.source = str(folder.resolve())
+    return chain
 
 
 def start_of(section: Student) -> VelocityField | FlowMap | None:
@@ -154,6 +173,11 @@ def open_run(path: str | Path, *, trust: bool = False) -> Trained:
 
 def _opened(path: str | Path) -> Trained:
     path = Path(path).expanduser()
+    if (path / CHAIN).is_file():
+        raise ValueError(
+            f"{path} is a chain of blocks, each a run of its own: fewstep sample, reflow and distill take it, and from "
+            "Python fewstep.evaluate(fewstep.load(...), data=...)"
+        )
     if not (path / RECIPE).is_file():
         raise FileNotFoundError(f"there is no run in {path}: a run folder has a recipe.yaml and checkpoints/")
     found = checkpoints.latest(path / CHECKPOINTS)

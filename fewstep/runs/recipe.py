@@ -241,6 +241,12 @@ class Recipe(Section):
         "its labels)",
     )
     drop: Dropping | None = Field(default=None, description="conditions left out of some rows")
+    blocks: tuple[Above, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="train a chain of small flows one after the other (local flow matching), [0.1, 0.15, 0.225] four "
+        "of them: the lengths of the steps towards noise of all but the last",
+    )
     objective: Named = Field(description="a method by name, or FILE.py:CLASS or MODULE:CLASS of one's own")
     training: Training = Field(default=Training(), description="when and how")
     evaluation: Evaluation = Field(default=Evaluation(), description="how well")
@@ -262,6 +268,15 @@ class Recipe(Section):
             raise ValueError("student.latent is noise on the way between two data sets: say source: NAME too")
         if student.latent is not None and self.teacher is not None:
             raise ValueError("student.latent: a student with a teacher is on the teacher's path, leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_alone(self) -> "Recipe":
+        student, ot = self.student, None if self.coupling == "independent" else self.coupling
+        asked = {"teacher": self.teacher, "source": self.source, "drop": self.drop, "coupling": ot}
+        asked |= {f"student.{key}": getattr(student, key) for key in ("start", "lora", "space", "image")}
+        if self.blocks is not None and (taken := [name for name, value in asked.items() if value is not None]):
+            raise ValueError(f"blocks are trained from data alone, without {taken[0]}: leave one of them out")
         return self
 
     @property
@@ -289,5 +304,5 @@ class Recipe(Section):
     def fingerprint(self) -> dict[str, Any]:
         """What makes two runs one: all but the name and the evaluation."""
         # Runs from before there was a coupling say nothing of it, and may go on.
-        without = {"name", "evaluation"} | ({"coupling"} if self.coupling == "independent" else set())
+        without = {"name", "evaluation", "blocks"} | ({"coupling"} if self.coupling == "independent" else set())
         return {key: value for key, value in self.as_dict().items() if key not in without}

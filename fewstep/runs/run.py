@@ -1,6 +1,7 @@
 """Whole runs: from a recipe to a trained model in its folder, and from the folder back to the model."""
 
 import signal
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,18 @@ from fewstep.common.trust import code_in, remember
 from fewstep.data.couplings import uncoupled
 from fewstep.evaluation.results import Evaluation
 from fewstep.flows.signature import Model
-from fewstep.runs.build import build, held_against
+from fewstep.runs.build import build, held_against, parts_of_blocks
 from fewstep.runs.datasets import make_data, settled
 from fewstep.runs.judge import judge, prepare
 from fewstep.runs.loading import Trained, open_run, recipe_of, teacher_of
 from fewstep.runs.previews import Watch
 from fewstep.runs.recipe import Recipe
 from fewstep.training import checkpoints, fingerprint, folder, interrupt
+from fewstep.training.blocks import fit_blocks
 from fewstep.training.fit import fit
 from fewstep.training.leaving import check_from_recipe
 from fewstep.training.run import Result
-from fewstep.training.run_files import CHECKPOINTS, RECIPE
+from fewstep.training.run_files import CHAIN, CHECKPOINTS, RECIPE
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,25 @@ def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
         TrainingError: see ``fewstep.fit``.
     """
     folder.check_ours(out)
+    if recipe.blocks is not None:
+        return Finished(_train_blocks(recipe, recipe.blocks, out, fresh), None)
+    if (out / CHAIN).is_file():
+        raise ValueError(f"{out} has a chain of blocks: take another folder for a run of another kind")
     is_main = distributed.environment().is_main
     if not fresh:
         check_from_recipe(out)
     with owned(out, "trained") if is_main else nullcontext():
         return _run(recipe, out, fresh, is_main)
+
+
+def _train_blocks(recipe: Recipe, lengths: Sequence[float], out: Path, fresh: bool) -> Result[Any]:
+    """The chain of blocks that a recipe says, in the folder ``out``, with a run for each."""
+    built = parts_of_blocks(recipe)
+    student: Any = built.student
+    training: dict[str, Any] = {**recipe.training.model_dump(), "ou_times": lengths, "seed": recipe.seed}
+    result = fit_blocks(student, built.data, objective=built.objective, out=out, resume=not fresh, **training)
+    _write_recipe(out, recipe)
+    return result
 
 
 def _run(recipe: Recipe, out: Path, fresh: bool, is_main: bool) -> Finished:

@@ -13,6 +13,7 @@ from fewstep.common.errors import refused
 from fewstep.common.model_files import check_numbers
 from fewstep.common.options import arguments, find_object
 from fewstep.common.trust import is_code
+from fewstep.flows.chained import ChainedPath
 from fewstep.flows.description import maker_of, set_maker, space_of
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.guided import unguided
@@ -220,7 +221,7 @@ def _wrap(
     native, prediction = path, section.prediction or (space and space.predicts) or "velocity"
     if isinstance(space, Tokens) and isinstance(network, SequenceTransformer):
         native = Deciding(space.size)
-    elif isinstance(network, UNet) and isinstance(path, Interpolant):
+    elif isinstance(network, UNet) and isinstance(path, Interpolant | ChainedPath):
         native = replace(path, time_scale=1000.0)
     elif isinstance(network, UNet):
         # Timesteps and output as diffusers' flow-match models have them, so that an export is one of those.

@@ -15,6 +15,7 @@ RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 STUDENT = "student.json"  # of a run that Python started
+CHAIN = "chain.json"  # of blocks, each of which is a run beside it
 SAMPLES = "samples"
 TEACHER_SAMPLES, TEACHER_SAMPLES_FILE = "teacher-samples", "teacher-samples.npz"
 TENSORBOARD = "tensorboard"

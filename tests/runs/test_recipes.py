@@ -103,7 +103,7 @@ def test_teacher_none_is_no_teacher() -> None:
             "unknown recipe key 'training.stpes': did you mean 'training.steps'? Known: accumulate",
         ),
         ({"lr": "1"}, "unknown recipe key 'lr': did you mean 'training.lr'?"),
-        ({"foo": "1"}, "unknown recipe key 'foo': Known: coupling, data, drop, evaluation, name, objective"),
+        ({"foo": "1"}, "unknown recipe key 'foo': Known: blocks, coupling, data, drop, evaluation, name, objective"),
         ({"objective": "ITMV"}, "unknown objective 'ITMV': did you mean 'ITVM'?"),
         ({"objective.emma": "0.9"}, "unknown recipe key 'objective.emma': did you mean 'objective.ema'?"),
         ({"objective.ema": "high"}, "objective.ema is 'high': input should be a valid number"),

@@ -85,6 +85,13 @@ def steering(student: fewstep.FlowMap, field: fewstep.VelocityField, x: Tensor) 
     return images + kept + climbed.x + particles.x[particles.ancestors] * particles.log_weights.exp()
 
 
+def blocks(network: nn.Module, x: Tensor) -> Tensor:
+    block = fewstep.NetworkField(network, fewstep.Interpolant())
+    chain: fewstep.Chained = fewstep.fit_blocks(block, x, 100, ou_times=(0.1, 0.2), out="runs/local", batch=64).ema
+    other = fewstep.Chained([block, block], edges=(0.0, 0.3, 1.0))
+    return fewstep.sample(chain, x, 6, solver="midpoint") + other(x, 0.5)
+
+
 def clusters(field: fewstep.VelocityField) -> Tensor:
     found = fewstep.cluster(field, fewstep.load_data("digits"), 10, at=0.9, layer="mid_block")
     print(found.layer, found.agreement, found.sizes.sum())

@@ -13,7 +13,7 @@ from fewstep.flows.chained import Chained
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.guided import Guided, unguided
 from fewstep.flows.maps import FlowMap
-from fewstep.networks import MLP, ContinuousUNet, OfDiffusers, SequenceTransformer
+from fewstep.networks import MLP, ContinuousUNet, Conv1dNet, OfDiffusers, SequenceTransformer
 from fewstep.pipelines.arguments import side_step
 
 Model = FlowMap | VelocityField
@@ -166,7 +166,7 @@ def _first_weights(network: Any) -> Tensor | None:
         return None
     if isinstance(network, OfDiffusers):
         return getattr(network.model.get_submodule(network.first), "weight", None)
-    if isinstance(network, MLP | SequenceTransformer | ContinuousUNet):
+    if isinstance(network, MLP | SequenceTransformer | Conv1dNet | ContinuousUNet):
         return getattr(network.input, "weight", None)
     return None
 

@@ -16,7 +16,7 @@ from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
 from fewstep.flows.sampling import count_calls, sample, sample_noise
 from fewstep.flows.tabulated import Tabulated
 from fewstep.flows.times import GRIDS, step_grid
-from fewstep.networks import MLP
+from fewstep.networks import MLP, ContinuousUNet, Conv1dNet, SequenceTransformer
 
 F64 = torch.float64
 SHORT = Tabulated((1.0, 0.5, 0.0, -1.0, -3.0))  # ends with much noise left, and begins with some data
@@ -294,6 +294,15 @@ def test_errors(gaussian, gaussian_map, points):
             sample(model, points.float(), lables=torch.zeros(len(points)))
         with torch.autocast("cpu", torch.bfloat16):
             assert sample(model, points.float()).isfinite().all()
+    for network, shape in (
+        (Conv1dNet(2, 8, width=8, depth=1), (2, 8)),
+        (SequenceTransformer(3, 4, width=8, depth=1, heads=2), (3, 4)),
+        (ContinuousUNet((1, 4, 4), (4,), steps=1), (1, 4, 4)),
+    ):
+        with pytest.raises(
+            ValueError, match=f"states of float64 for a {type(network).__name__} with weights of float32"
+        ):
+            sample(NetworkField(network), torch.zeros(2, *shape, dtype=F64))
     unet = fewstep.load("fewstep:fashion-mnist")
     with pytest.raises(ValueError, match=r"unknown condition 'guidance': Known: class_labels$"):
         sample(unet, torch.randn(2, 1, 28, 28), class_labels=torch.arange(2), guidance=torch.ones(2))

@@ -46,9 +46,16 @@ def _teacher(section: Teacher) -> VelocityField:
     bare = section.model_copy(update={"guidance": None})
     source = section.source
     is_folder = source not in EXACT and not is_code(source) and not is_run(Path(source).expanduser())
-    folder = find_configurations(section.source) if is_folder else None
+    folder = carried(source) or find_configurations(source) if is_folder else None
     field = make_teacher(bare) if folder is None else field_without_weights(folder)
     return guided(field, section, lambda weak: _teacher(Teacher(source=weak)), _null)
+
+
+def carried(source: str) -> Path | None:
+    """The configurations that come with fewstep of a published model, by its name on the hub, so that plans need no
+    network; None for another, and where a folder has that name."""
+    folder = Path(__file__).parent / "published" / source.replace("/", "--")
+    return folder if folder.is_dir() and source.count("/") == 1 and not Path(source).exists() else None
 
 
 def _null(null: Mapping[str, int | float | str] | str, field: VelocityField) -> dict[str, Any]:

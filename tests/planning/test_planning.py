@@ -33,7 +33,7 @@ from fewstep.objectives import ITVM, LMD, FlowMatching
 from fewstep.planning import plan as planning
 from fewstep.planning.counting import LikeAGpu, count_call, count_step
 from fewstep.planning.plan import GIB, GPUS, Plan, changes, fit_on, plan
-from fewstep.planning.weightless import sample_of, teacher_without_weights
+from fewstep.planning.weightless import carried, sample_of, teacher_without_weights
 from fewstep.runs.build import build
 from fewstep.runs.export import export
 from fewstep.runs.recipes import load_recipe
@@ -431,13 +431,43 @@ def test_of_a_teacher_on_the_hub_only_configurations_are_fetched(
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    teacher: Any = teacher_without_weights(load_recipe("flux-itvm-lora"))
-    assert asked == [("black-forest-labs/FLUX.1-dev", ["*.json"])]
+    recipe = load_recipe("flux-itvm-lora", {"teacher.source": "somebody/flux"})
+    teacher: Any = teacher_without_weights(recipe)
+    assert asked == [("somebody/flux", ["*.json"])]
     assert {p.device.type for p in teacher.parameters()} == {"meta"}
     config = folder / "transformer" / "config.json"
     config.write_text(config.read_text().replace('"guidance_embeds": true', '"guidance_embeds": false'))
-    with pytest.raises(ValueError, match=r"FLUX.1-dev' is told no strength of guidance: say null"):
-        teacher_without_weights(load_recipe("flux-itvm-lora"))
+    with pytest.raises(ValueError, match=r"somebody/flux' is told no strength of guidance: say null"):
+        teacher_without_weights(recipe)
+
+
+# As published.
+PARAMETERS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": 859_520_964,
+    "stabilityai/stable-diffusion-xl-base-1.0": 2_567_463_684,
+    "stabilityai/stable-diffusion-3-medium-diffusers": 2_028_328_000,
+    "black-forest-labs/FLUX.1-dev": 11_901_408_320,
+    "black-forest-labs/FLUX.2-dev": 32_223_281_152,
+    "Qwen/Qwen-Image": 20_430_401_088,
+    "Tongyi-MAI/Z-Image": 6_154_908_736,
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": 1_604_462_752,
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14_288_491_584,
+}
+
+
+@pytest.mark.takes_seconds
+def test_published_models_are_planned_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    for name, count in PARAMETERS.items():
+        teacher: Any = teacher_without_weights(
+            load_recipe(
+                {"name": "p", "teacher": name, "data": "./pictures", "objective": "ITVM", "training": {"steps": 1}}
+            )
+        )
+        assert sum(p.numel() for p in teacher.parameters()) == count, name
+    for recipe in TWINS:
+        assert load_recipe(recipe).teacher.source in PARAMETERS  # pyright: ignore[reportOptionalMemberAccess]
+    assert carried("somebody/flux") is None
 
 
 def test_null_is_a_name_where_yaml_has_it_as_a_key() -> None:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fewstep.flows.priors import irfds, rfds, rfds_rev
     from fewstep.flows.products import Product
     from fewstep.flows.psd import PSDField
+    from fewstep.flows.reflected import Reflected
     from fewstep.flows.rewards import Reward
     from fewstep.flows.sampling import sample
     from fewstep.flows.sources import Normal, RowsOf, Uniform
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
         MarkovChain,
         MeanFlow,
         Recentred,
+        ReflectedDiffusion,
         Shortcut,
         SplitMeanFlow,
         StochasticInterpolant,
@@ -148,6 +150,8 @@ _HOMES = {
     "Particles": "flows.population",
     "Product": "flows.products",
     "Recentred": "objectives",
+    "Reflected": "flows.reflected",
+    "ReflectedDiffusion": "objectives",
     "Residual": "data",
     "Reward": "flows.rewards",
     "RowsOf": "flows.sources",
@@ -255,6 +259,8 @@ __all__ = [
     "Particles",
     "Product",
     "Recentred",
+    "Reflected",
+    "ReflectedDiffusion",
     "Residual",
     "Reward",
     "RowsOf",

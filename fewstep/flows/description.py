@@ -31,6 +31,7 @@ from fewstep.flows.paths import Forward, Linear, Reversed, Trigonometric, Varian
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.preconditioned import Preconditioned
 from fewstep.flows.products import Product
+from fewstep.flows.reflected import Reflected
 from fewstep.flows.spaces import Box, Euclid, Space, Tokens, Torus
 from fewstep.flows.tabulated import Tabulated
 from fewstep.flows.token_times import Deciding
@@ -61,6 +62,7 @@ _TRAJECTORIES: dict[str, type[Any]] = {
         Interpolant,
         Linear,
         Preconditioned,
+        Reflected,
         Reversed,
         Tabulated,
         Trigonometric,

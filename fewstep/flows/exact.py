@@ -191,7 +191,7 @@ class BoxesField(ExactField):
         log_density, means = torch.zeros((), dtype=torch.float64), []
         for axis, (sides, which) in enumerate(self._sides):
             # At s = 0 the limit is the nearest data; a tiny s finds it without a division by zero.
-            log, *mean = _truncated(x[:, axis, None].double(), sides.to(x.device), a, s.clamp(min=1e-9))
+            log, *mean = truncated(x[:, axis, None].double(), sides.to(x.device), a, s.clamp(min=1e-9))
             which = which.to(x.device)
             log_density = log_density + log[:, which]
             means.append(torch.stack(mean)[..., which])
@@ -214,7 +214,7 @@ class BoxesField(ExactField):
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(6)
 
 
-def _truncated(x: Tensor, sides: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def truncated(x: Tensor, sides: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For data uniform on each interval of ``sides`` (M, 2) and ``x = a data + s noise``, x (B, 1): the log of the
     density of x times the interval's width, up to a term common to all, and the means of data and of noise given x;
     each (B, M)."""
@@ -240,7 +240,7 @@ def _truncated(x: Tensor, sides: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, 
 
 
 def _narrow(z: Tensor, d: Tensor, middle: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``_truncated`` where data = middle + width y has a density exp(d z y - d^2 y^2 / 2) on [-1/2, 1/2], so smooth
+    """``truncated`` where data = middle + width y has a density exp(d z y - d^2 y^2 / 2) on [-1/2, 1/2], so smooth
     that six Gauss-Legendre nodes are exact."""
     nodes, weights = z.new_tensor(_NODES) / 2, z.new_tensor(_NODE_WEIGHTS) / 2
     tilt, bend = ((d * z)[..., None], (d * d)[..., None])
@@ -251,7 +251,7 @@ def _narrow(z: Tensor, d: Tensor, middle: Tensor, width: Tensor) -> tuple[Tensor
 
 
 def _wide(l: Tensor, u: Tensor, z: Tensor, d: Tensor, middle: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``_truncated`` where the noise is a Gaussian between l and u: mirrored so that l + u <= 0, where all is a finite
+    """``truncated`` where the noise is a Gaussian between l and u: mirrored so that l + u <= 0, where all is a finite
     multiple of phi(u), Phi(u) = scaled phi(u) sqrt(pi / 2). Beyond u = 9 it is 1, and the clamp keeps ``scaled``
     finite."""
     flip = l + u > 0

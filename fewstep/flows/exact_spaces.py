@@ -1,5 +1,6 @@
 """Fields in closed form outside R^n: rows of tokens, and boxes within a box. (In R^n: ``fewstep.flows.exact``.)"""
 
+import math
 from typing import Any
 
 import torch
@@ -8,9 +9,11 @@ from torch.nn.functional import one_hot
 
 from fewstep.data.densities import Boxes
 from fewstep.flows.broadcasting import as_times, expand
-from fewstep.flows.exact import ExactField, check_boxes
+from fewstep.flows.exact import ExactField, check_boxes, truncated
+from fewstep.flows.heat import SWITCH
 from fewstep.flows.interpolants import Interpolant
 from fewstep.flows.paths import Linear, Path
+from fewstep.flows.reflected import Reflected
 from fewstep.flows.spaces import Box, Tokens
 
 _LATE = 0.995  # by then a row of tokens is decided
@@ -86,16 +89,18 @@ class BoxesInBoxField(ExactField):
     """Data uniform on boxes inside a box, and noise uniform in that box: a flow that never leaves it.
 
     Given ``x = t y + (1 - t) z`` the data y is uniform on the part of each of its boxes from which a z in the box leads
-    to x; boxes weigh as the shares of them that this part is. All is exact, in float64.
+    to x; boxes weigh as the shares of them that this part is. On a ``Reflected`` path x is y after diffusion between
+    the walls, and v the probability-flow ODE of reflected diffusion. All is exact, in float64.
 
     Args:
         boxes: (K, D, 2), the low and high end of each on each axis; they do not overlap.
         space: the box around them.
         weights: (K,), the probability of each; as large as their volumes if not given.
         labels: (K,), the class of each from 0 on: ``class_labels`` (B,) then choose, and one beyond the last is all.
+        path: ``Interpolant()`` if not given, or the ``Reflected`` one of this box.
 
     Raises:
-        ValueError: boxes that are none, or reach beyond the space.
+        ValueError: boxes that are none, or reach beyond the space; another path.
     """
 
     boxes: Tensor
@@ -114,8 +119,10 @@ class BoxesInBoxField(ExactField):
         check_boxes(boxes)
         space.check(boxes)
         self.space, self.box, self.path = space, space, path or Interpolant()
-        if not (self.path.is_straight and self.path.two_sided):
-            raise ValueError(f"noise in a box is on Interpolant(), not on {path}")
+        if isinstance(self.path, Reflected):
+            space.check_network(self.path, self.path, "velocity")
+        elif not (self.path.is_straight and self.path.two_sided):
+            raise ValueError(f"noise in a box is on Interpolant() or Reflected(low, high), not on {path}")
         weights = (boxes[..., 1] - boxes[..., 0]).prod(1) if weights is None else weights
         self.register_buffer("boxes", boxes.double())
         self.register_buffer("log_weights", (weights / weights.sum()).double().log())
@@ -131,7 +138,7 @@ class BoxesInBoxField(ExactField):
         return 0 if self.labels is None else int(self.labels.max()) + 2
 
     def end(self, x: Tensor, s: Tensor | float, t: Tensor | float | None = None, **cond: Any) -> Tensor:
-        """The mean of the data given x at s, (B, D)."""
+        """The mean of the data given x at s, on the straight path, (B, D)."""
         times = as_times(s, x).double().clamp(1e-9, 1 - 1e-9)[:, None, None]
         low, high = self.boxes.unbind(-1)  # (K, D)
         x64 = x.double()[:, None]
@@ -139,16 +146,26 @@ class BoxesInBoxField(ExactField):
         first = torch.maximum(low, (x64 - (1 - times) * self.box.high) / times)
         last = torch.minimum(high, (x64 - (1 - times) * self.box.low) / times)
         share = (last - first) / (high - low)  # below 0 where no z does
-        log = torch.where(share > 0, share.clamp(min=1e-300).log(), 1e3 * (share - 1)).sum(-1) + self.log_weights
+        log = torch.where(share > 0, share.clamp(min=1e-300).log(), 1e3 * (share - 1)).sum(-1)
+        middle = ((first + last) / 2).clamp(low, high)
+        return (self._posterior(log, cond) * middle).sum(1).to(x.dtype)
+
+    def _posterior(self, log: Tensor, cond: dict[str, Any]) -> Tensor:
+        """How likely each box is, (B, K, 1), of the logs of the densities that they have at x, (B, K)."""
+        log = log + self.log_weights
         if self.labels is not None and "class_labels" in cond:
             asked = cond["class_labels"][:, None].to(self.labels)
             log = log.masked_fill((asked != self.labels) & (asked != self.classes - 1), -torch.inf)
-        posterior = torch.softmax(log, dim=1)[..., None]
-        middle = ((first + last) / 2).clamp(low, high)
-        return (posterior * middle).sum(1).to(x.dtype)
+        return torch.softmax(log, dim=1)[..., None]
 
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         t = as_times(t, x)
+        if isinstance(path := self.path, Reflected):
+            sides, _ = path.in_unit(self.boxes, t)
+            unit, tau = path.in_unit(x.double(), t.double())
+            log, score = heat_of_intervals(unit[:, None], sides, tau[:, None])
+            score = (self._posterior(log.sum(-1), cond) * score).sum(1)
+            return (path.width * path.rate * 2 * tau * score).to(x.dtype)
         return (self.end(x, t, **cond) - x) / expand((1 - t).clamp(min=1e-9), x)
 
     def data(self, count: int, generator: torch.Generator) -> Tensor:
@@ -165,3 +182,37 @@ class BoxesInBoxField(ExactField):
         if path.same_as(self.path):
             return self
         return BoxesInBoxField(self.boxes, self.box, self.log_weights.exp(), self.labels, path)
+
+
+def heat_of_intervals(x: Tensor, sides: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """The log of the density at x of data uniform on intervals of [0, 1] after the time tau between mirrors, and its
+    derivative: the heat kernel's integral, by its eigenfunctions where tau is large, else by the images of intervals.
+
+    Args:
+        x: (B, 1, D).
+        sides: (K, D, 2), float64.
+        tau: (B, 1, 1).
+    """
+    low, high = sides.unbind(-1)
+    late, width, k = tau.clamp(min=SWITCH), high - low, math.pi * torch.arange(1, 9, dtype=x.dtype, device=x.device)
+    means = (torch.sin(k * high[..., None]) - torch.sin(k * low[..., None])) / (k * width[..., None])
+    weight = 2 * torch.exp(-k * k * late[..., None]) * means
+    density = 1 + (weight * torch.cos(k * x[..., None])).sum(-1)
+    late_score = -(weight * k * torch.sin(k * x[..., None])).sum(-1) / density
+
+    sigma = (2 * tau.clamp(max=SWITCH)).sqrt()
+    m = 2.0 * torch.arange(-2, 3, dtype=x.dtype, device=x.device)
+    images = torch.cat(
+        [sides[..., None, :] + m[:, None], m[:, None] - sides[..., None, :].flip(-1)], -2
+    )  # (K, D, M, 2)
+    logs, scores = [], []
+    for axis in range(x.shape[-1]):
+        each = images[:, axis].flatten(0, 1)
+        log, _, noise = truncated(x[..., axis], each, torch.ones_like(sigma[..., 0]), sigma[..., 0])
+        log = (log - width[:, axis].log().repeat_interleave(len(m) * 2)).reshape(len(x), len(sides), -1)
+        share = torch.softmax(log, -1)
+        logs.append(torch.logsumexp(log, -1) - sigma[..., 0].log())
+        scores.append(-(share * noise.reshape(log.shape)).sum(-1) / sigma[..., 0])
+    is_late = tau > SWITCH
+    log = torch.where(is_late, density.log(), torch.stack(logs, -1))
+    return log, torch.where(is_late, late_score, torch.stack(scores, -1))

@@ -14,9 +14,10 @@ from fewstep.flows.broadcasting import as_times, expand
 from fewstep.flows.change_of_path import Scaling, scaling
 from fewstep.flows.paths import Linear, Path
 from fewstep.flows.predictions import KINDS
+from fewstep.flows.reflected import Reflected
 from fewstep.flows.schedules import kind_of, schedule_of
 from fewstep.flows.sources import Source
-from fewstep.flows.spaces import Euclid, Space
+from fewstep.flows.spaces import Box, Euclid, Space
 from fewstep.networks import FAMILIES
 
 if TYPE_CHECKING:
@@ -102,8 +103,8 @@ class NetworkField(VelocityField):
         prediction: what it predicts there: velocity, data, noise, v, score, or flow (diffusers' reversed velocity);
             diffusers' names do too: sample, epsilon, v_prediction, flow_prediction.
         path: the path of the velocity wanted, the native one if not given.
-        space: where samples live, R^n if not given. In a box or among tokens a network predicts data, and its output
-            goes through a sigmoid or a softmax.
+        space: where samples live, R^n if not given, and its box on a ``Reflected`` path. In a box or among tokens a
+            network predicts data, and its output goes through a sigmoid or a softmax.
 
     >>> field = NetworkField(my_vit, Linear(), prediction="data")
     >>> eps_model_as_flow = NetworkField(unet, VariancePreserving(), prediction="noise").on(Linear())
@@ -137,6 +138,8 @@ class NetworkField(VelocityField):
                 raise ValueError(f"a network on {self.path} predicts the velocity there, not {prediction}")
         elif self.native.two_sided or self.path.two_sided:
             _check_two_sided(self.native, self.path, prediction)
+        if space is None and isinstance(self.path, Reflected):
+            space = Box(self.path.low, self.path.high)
         if space is not None:
             space.check_network(self.native, self.path, prediction)
             self.space = space
@@ -183,7 +186,7 @@ def _check_two_sided(native: Path, path: Path, prediction: str) -> None:
     """That a network of a path between two data sets is asked for what it can say: the velocity on that path."""
     if not native.same_as(path):
         raise ValueError(f"a network on {native} is no velocity on {path}: between two data sets no path is another")
-    if prediction not in ("velocity", "flow", *(("data",) if path.is_straight else ())):
+    if not native.has_score and prediction not in ("velocity", "flow", *(("data",) if path.is_straight else ())):
         raise ValueError(
             f"prediction {prediction!r} on {path}: a network between two data sets predicts the velocity, its "
             "negative, flow, or on the straight path the data"
@@ -223,7 +226,7 @@ def check_score(field: VelocityField, what: str) -> None:
         raise ValueError(
             f"{what} needs a path from noise to data, and a chain of blocks has its ODE alone: sample that, without eps"
         )
-    if field.path.two_sided and not field.has_denoiser:
+    if field.path.two_sided and not (field.path.has_score or field.has_denoiser):
         raise ValueError(
             f"{what} needs noise, and this field goes from one data set to another ({field.path}): its velocity says "
             "nothing of a score. Sample its ODE, without eps, or train a DenoisedField (StochasticInterpolant)"

@@ -27,12 +27,14 @@ class Path:
     """An affine path ``x_t = alpha(t) x1 + sigma(t) x0``; subclasses give the coefficients, for times of any shape.
 
     ``two_sided``: x0 is no normal noise of its own, but of another data set (``fewstep.flows.interpolants``).
+    ``has_score``: its velocity tells the score all the same.
     ``has_latent``: the state has noise beside x0, which ``sample`` is given as ``latent``.
     ``is_affine``: it is one; else states are those of an ODE alone (``fewstep.flows.chained``).
     """
 
     two_sided: ClassVar[bool] = False
     is_affine: ClassVar[bool] = True
+    has_score: ClassVar[bool] = False
 
     @property
     def has_latent(self) -> bool:

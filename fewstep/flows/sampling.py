@@ -94,7 +94,9 @@ def sample(
         return sample_between(model, noise, times, eps, last_step=last, generator=generator, **cond)
     if eps is not None:
         last = last_step or "tweedie"
-        return integrate_sde(velocity, noise, times, model.path, eps, solver, last_step=last, generator=generator)
+        return integrate_sde(
+            velocity, noise, times, model.path, eps, solver, last_step=last, generator=generator, space=model.space
+        )
     times = times.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
     with torch.no_grad():
         return integrate(velocity, noise, times, solver, tolerance=tolerance, space=model.space)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fewstep.common.errors import shown
 from fewstep.flows.broadcasting import expand
+from fewstep.flows.heat import reflect
 from fewstep.flows.paths import Path
+from fewstep.flows.reflected import Reflected
 from fewstep.flows.sources import Source, Uniform
 
 # The least distance to t = 1 that a prediction of data is divided by.
@@ -47,6 +49,14 @@ class Space:
     def move(self, x: Tensor, step: Tensor) -> Tensor:
         """x (B, ...) after a step (B, ...)."""
         return x + step
+
+    def reflect(self, x: Tensor) -> Tensor:
+        """x (B, ...) after a random step, as walls send it back."""
+        return x
+
+    def project(self, x: Tensor) -> Tensor:
+        """What of the space is nearest to x (B, ...)."""
+        return x
 
     def inside(self, prediction: Tensor) -> Tensor:
         """What a network says of the data, brought to where data can be."""
@@ -117,7 +127,8 @@ class Box(Space):
     The source is uniform inside. The cube is convex: on the straight path no state leaves it, and the exact velocity
     ``(E[x1 | x] - x) / (1 - t)`` points inwards everywhere. So a step is projected back (``clip``) only where a network
     errs or guidance pushes, as the limit of a reflected ODE is; and a network that predicts data, whose output goes
-    through a sigmoid, cannot point outside at all.
+    through a sigmoid, cannot point outside at all. A random step is sent back by mirrors (``reflect``), as the limit of
+    a reflected SDE is: on a ``Reflected`` path.
 
     Raises:
         ValueError: low is not below high.
@@ -135,10 +146,23 @@ class Box(Space):
         return Uniform(self.low, self.high)
 
     def move(self, x: Tensor, step: Tensor) -> Tensor:
-        return (x + step).clamp(self.low, self.high)
+        return self.project(x + step)
+
+    def reflect(self, x: Tensor) -> Tensor:
+        width = self.high - self.low
+        return self.low + width * reflect((x - self.low) / width)
+
+    def project(self, x: Tensor) -> Tensor:
+        return x.clamp(self.low, self.high)
 
     def inside(self, prediction: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * torch.sigmoid(prediction)
+
+    def check_network(self, native: Path, path: Path, prediction: str) -> None:
+        if not isinstance(path, Reflected):
+            return super().check_network(native, path, prediction)
+        if (path.low, path.high) != (self.low, self.high):
+            raise ValueError(f"{path} and {self} are to have the same ends")
 
     def check(self, data: Tensor) -> None:
         low, high = float(data.min()), float(data.max())

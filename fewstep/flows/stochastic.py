@@ -22,7 +22,8 @@ from torch import Tensor
 from fewstep.common.errors import shown, unknown
 from fewstep.common.randomness import Generators, normal
 from fewstep.flows.paths import Path
-from fewstep.flows.solvers import Velocity
+from fewstep.flows.solvers import EUCLID, Velocity
+from fewstep.flows.spaces import Space
 
 # How strong the noise is: a name of STRENGTHS, a number, or a function of times (K,), float64 on the CPU.
 Eps = str | float | Callable[[Tensor], Tensor | float]
@@ -154,6 +155,7 @@ def integrate_sde(
     *,
     last_step: str = "none",
     generator: Generators | None = None,
+    space: Space = EUCLID,
 ) -> Tensor:
     """A sample of the SDE at the last of ``times``, from ``x`` (B, ...) at the first; without grad.
 
@@ -168,6 +170,7 @@ def integrate_sde(
         last_step: ``none``: as the others. Without noise: ``tweedie``, the data estimate; ``euler``, a step of the ODE;
             ``mean``, the drift of the SDE.
         generator: where the noise is from, torch's global one if not given; a list with one a sample fixes each.
+        space: whose walls, where it has some, reflect each step, and hold one without noise (arXiv 2304.04740).
 
     Raises:
         ValueError: a solver, a strength or a last step that is not known, a strength below 0 or not a number, or
@@ -190,10 +193,10 @@ def integrate_sde(
         return normal(x, generator)
 
     for a, b in before:
-        x = step(velocity, x, a, b, draw)
+        x = space.reflect(step(velocity, x, a, b, draw))
     if last_step == "none":
-        return step(velocity, x, here, end, draw)
-    return quiet_step(last_step, velocity, x, here, end)
+        return space.reflect(step(velocity, x, here, end, draw))
+    return space.project(quiet_step(last_step, velocity, x, here, end))
 
 
 def check_sde(eps: Eps, path: Path, solver: str = "euler", last_step: str = "none") -> None:

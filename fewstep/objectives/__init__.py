@@ -20,6 +20,7 @@ from fewstep.objectives.learned_noise import LearnedNoise
 from fewstep.objectives.markov_chain import MarkovChain
 from fewstep.objectives.mean_flow import AlphaFlow, MeanFlow
 from fewstep.objectives.progressive import PFMM, PSD, Shortcut, SplitMeanFlow
+from fewstep.objectives.reflected import ReflectedDiffusion
 from fewstep.objectives.teacher_critic import TeacherCritic
 from fewstep.objectives.trajectory import Trajectory
 from fewstep.objectives.two_time import TwoTime
@@ -28,7 +29,7 @@ _METHODS: tuple[type[Objective], ...] = (
     FlowMatching, ContrastiveFlowMatching, Denoising, ITVM, LMD, EMD, AYF, PFMM, ConsistencyDistillation, CTM, SCM,
     MeanFlow, ImprovedMeanFlow, AlphaFlow, FMM, LSD, ESD, PSD, TVM, Shortcut, SplitMeanFlow, ConsistencyTraining,
     Corrected, Adversarial, Trajectory, StochasticInterpolant, LearnedNoise, MarkovChain,
-    DiffTuning,
+    DiffTuning, ReflectedDiffusion,
 )  # fmt: skip
 OBJECTIVES: dict[str, type[Objective]] = {method.__name__: method for method in _METHODS}
 
@@ -36,6 +37,6 @@ __all__ = [
     "AYF", "CTM", "EMD", "ESD", "FMM", "ITVM", "LMD", "LSD", "OBJECTIVES", "PFMM", "PSD", "SCM", "TVM", "Adversarial",
     "AlphaFlow", "ConsistencyDistillation", "ConsistencyTraining", "ContrastiveFlowMatching", "Corrected", "Denoising",
     "DiffTuning", "Diffused", "Finishing", "FlowMatching", "ImprovedMeanFlow", "LearnedNoise", "Loss", "MarkovChain",
-    "MeanFlow", "Objective", "Player", "Recentred", "Shortcut", "SplitMeanFlow", "StochasticInterpolant",
-    "TeacherCritic", "Trajectory", "TwoTime",
+    "MeanFlow", "Objective", "Player", "Recentred", "ReflectedDiffusion", "Shortcut", "SplitMeanFlow",
+    "StochasticInterpolant", "TeacherCritic", "Trajectory", "TwoTime",
 ]  # fmt: skip

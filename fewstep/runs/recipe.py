@@ -8,7 +8,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from fewstep.common.options import as_yaml
 from fewstep.runs.sections import Above, Blank, Count, Named, Section, base_section
 
-PATHS = ("linear", "trigonometric", "vp")
+PATHS = ("linear", "trigonometric", "vp", "reflected")
 BETWEEN = ("linear", "trigonometric", "encoding-decoding", "mirror")  # paths between two data sets
 NETWORKS = ("auto", "mlp", "unet", "conv1d", "transformer", "continuous")
 MADE = ("teacher", "prior")  # data that are no data set: samples of the teacher, and its shape and classes alone
@@ -101,7 +101,7 @@ class Student(Section):
     path: str | None = Field(
         default=None,
         description="linear, trigonometric or vp (between two data sets linear, trigonometric, encoding-decoding or "
-        "mirror); else the teacher's, or linear",
+        "mirror; in a box linear or reflected); else the teacher's, or linear",
     )
     space: Named | None = Field(
         default=None,

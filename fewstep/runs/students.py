@@ -21,7 +21,8 @@ from fewstep.flows.interpolants import DenoisedField, Interpolant
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.flows.paths import Path as Trajectory
-from fewstep.flows.spaces import Space, Tokens
+from fewstep.flows.reflected import Reflected
+from fewstep.flows.spaces import Box, Space, Tokens
 from fewstep.flows.token_times import Deciding
 from fewstep.models.lora import add_lora
 from fewstep.networks import (
@@ -35,15 +36,27 @@ from fewstep.networks import (
     gains_second_time,
 )
 from fewstep.networks.configs import set_size, with_image
-from fewstep.runs.recipe import PATHS, Student
+from fewstep.runs.recipe import Student
 from fewstep.runs.warm_start import started
 
-_PATHS: dict[str, Callable[[], Trajectory]] = dict(zip(PATHS, (Linear, Trigonometric, VariancePreserving), strict=True))
+_PATHS: dict[str, Callable[[], Trajectory]] = {
+    "linear": Linear, "trigonometric": Trigonometric, "vp": VariancePreserving,
+}  # fmt: skip
 
 
 def path_of(section: Student) -> Trajectory | None:
-    """The path that a recipe asks for."""
+    """The path that a recipe asks for.
+
+    Raises:
+        ValueError: a reflected one without a box.
+    """
     space = space_in(section)
+    if section.path == "reflected":
+        if not isinstance(space, Box):
+            raise ValueError(
+                "student.path: reflected is for a box: say student.space: {name: box, low: 0, high: 1}, with its ends"
+            )
+        return Reflected(space.low, space.high)
     if section.latent is not None or (space is not None and space.source is not None):
         return Interpolant(section.path or "linear", section.latent or "none")
     return _PATHS[section.path]() if section.path else None
@@ -221,7 +234,7 @@ def _wrap(
     native, prediction = path, section.prediction or (space and space.predicts) or "velocity"
     if isinstance(space, Tokens) and isinstance(network, SequenceTransformer):
         native = Deciding(space.size)
-    elif isinstance(network, UNet) and isinstance(path, Interpolant | ChainedPath):
+    elif isinstance(network, UNet) and isinstance(path, Interpolant | ChainedPath | Reflected):
         native = replace(path, time_scale=1000.0)
     elif isinstance(network, UNet):
         # Timesteps and output as diffusers' flow-match models have them, so that an export is one of those.

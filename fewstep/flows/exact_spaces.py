@@ -161,9 +161,10 @@ class BoxesInBoxField(ExactField):
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         t = as_times(t, x)
         if isinstance(path := self.path, Reflected):
-            sides, _ = path.in_unit(self.boxes, t)
             unit, tau = path.in_unit(x.double(), t.double())
-            log, score = heat_of_intervals(unit[:, None], sides, tau[:, None])
+            sides = (self.boxes - path.low) / path.width
+            axes = [heat_of_intervals(unit[:, i], sides[:, i], tau[:, 0]) for i in range(x.shape[1])]
+            log, score = (torch.stack(parts, -1) for parts in zip(*axes, strict=True))  # (B, K, D)
             score = (self._posterior(log.sum(-1), cond) * score).sum(1)
             return (path.width * path.rate * 2 * tau * score).to(x.dtype)
         return (self.end(x, t, **cond) - x) / expand((1 - t).clamp(min=1e-9), x)
@@ -185,34 +186,18 @@ class BoxesInBoxField(ExactField):
 
 
 def heat_of_intervals(x: Tensor, sides: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """The log of the density at x of data uniform on intervals of [0, 1] after the time tau between mirrors, and its
-    derivative: the heat kernel's integral, by its eigenfunctions where tau is large, else by the images of intervals.
+    """The integral of the heat kernel: the log of the density at x (B,) of data uniform on intervals (K, 2) of [0, 1]
+    after the times tau (B,) between mirrors, and its derivative in x, (B, K) each. By eigenfunctions where tau is
+    large, else by the images of the intervals."""
+    x, tau, width = x[:, None], tau[:, None], sides[:, 1] - sides[:, 0]
+    k = math.pi * torch.arange(1, 9, dtype=x.dtype, device=x.device)
+    means = torch.sin(k * sides[..., None]).diff(dim=1)[:, 0] / (k * width[:, None])
+    decay = 2 * torch.exp(-k * k * tau.clamp(min=SWITCH))
+    density, slope = 1 + (decay * torch.cos(k * x)) @ means.T, -(decay * k * torch.sin(k * x)) @ means.T
 
-    Args:
-        x: (B, 1, D).
-        sides: (K, D, 2), float64.
-        tau: (B, 1, 1).
-    """
-    low, high = sides.unbind(-1)
-    late, width, k = tau.clamp(min=SWITCH), high - low, math.pi * torch.arange(1, 9, dtype=x.dtype, device=x.device)
-    means = (torch.sin(k * high[..., None]) - torch.sin(k * low[..., None])) / (k * width[..., None])
-    weight = 2 * torch.exp(-k * k * late[..., None]) * means
-    density = 1 + (weight * torch.cos(k * x[..., None])).sum(-1)
-    late_score = -(weight * k * torch.sin(k * x[..., None])).sum(-1) / density
-
-    sigma = (2 * tau.clamp(max=SWITCH)).sqrt()
-    m = 2.0 * torch.arange(-2, 3, dtype=x.dtype, device=x.device)
-    images = torch.cat(
-        [sides[..., None, :] + m[:, None], m[:, None] - sides[..., None, :].flip(-1)], -2
-    )  # (K, D, M, 2)
-    logs, scores = [], []
-    for axis in range(x.shape[-1]):
-        each = images[:, axis].flatten(0, 1)
-        log, _, noise = truncated(x[..., axis], each, torch.ones_like(sigma[..., 0]), sigma[..., 0])
-        log = (log - width[:, axis].log().repeat_interleave(len(m) * 2)).reshape(len(x), len(sides), -1)
-        share = torch.softmax(log, -1)
-        logs.append(torch.logsumexp(log, -1) - sigma[..., 0].log())
-        scores.append(-(share * noise.reshape(log.shape)).sum(-1) / sigma[..., 0])
-    is_late = tau > SWITCH
-    log = torch.where(is_late, density.log(), torch.stack(logs, -1))
-    return log, torch.where(is_late, late_score, torch.stack(scores, -1))
+    sigma, m = (2 * tau.clamp(max=SWITCH)).sqrt(), torch.arange(-4, 5, 2, dtype=x.dtype, device=x.device)[:, None]
+    images = torch.cat([sides[:, None] + m, m - sides[:, None].flip(-1)], 1)
+    log, _, noise = truncated(x, images.flatten(0, 1), torch.ones_like(sigma), sigma)
+    log, noise = (value.reshape(len(x), *images.shape[:2]) for value in (log, noise))
+    early, early_score = log.logsumexp(-1) - (sigma * width).log(), -(log.softmax(-1) * noise).sum(-1) / sigma
+    return torch.where(tau > SWITCH, density.log(), early), torch.where(tau > SWITCH, slope / density, early_score)

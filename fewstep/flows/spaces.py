@@ -54,10 +54,6 @@ class Space:
         """x (B, ...) after a random step, as walls send it back."""
         return x
 
-    def project(self, x: Tensor) -> Tensor:
-        """What of the space is nearest to x (B, ...)."""
-        return x
-
     def inside(self, prediction: Tensor) -> Tensor:
         """What a network says of the data, brought to where data can be."""
         return prediction
@@ -146,14 +142,11 @@ class Box(Space):
         return Uniform(self.low, self.high)
 
     def move(self, x: Tensor, step: Tensor) -> Tensor:
-        return self.project(x + step)
+        return (x + step).clamp(self.low, self.high)
 
     def reflect(self, x: Tensor) -> Tensor:
         width = self.high - self.low
         return self.low + width * reflect((x - self.low) / width)
-
-    def project(self, x: Tensor) -> Tensor:
-        return x.clamp(self.low, self.high)
 
     def inside(self, prediction: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * torch.sigmoid(prediction)

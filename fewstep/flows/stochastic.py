@@ -196,7 +196,8 @@ def integrate_sde(
         x = space.reflect(step(velocity, x, a, b, draw))
     if last_step == "none":
         return space.reflect(step(velocity, x, here, end, draw))
-    return space.project(quiet_step(last_step, velocity, x, here, end))
+    x = quiet_step(last_step, velocity, x, here, end)
+    return x if space is EUCLID else space.move(x, torch.zeros_like(x))
 
 
 def check_sde(eps: Eps, path: Path, solver: str = "euler", last_step: str = "none") -> None:

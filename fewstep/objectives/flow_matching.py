@@ -70,15 +70,18 @@ class FlowMatching(Objective):
             loss = tokens.error(student.end(x, t, t, **batch.cond), aim).mean()
             return Loss(loss, {"tokens": loss.detach()}, {"tokens": t[:, None].expand(-1, 2)})
         velocity = student.velocity(x, t, **batch.cond)
-        error = squared_error(velocity, dx)
-        if self.error_in == "data" or (self.error_in == "auto" and getattr(student, "prediction", None) == "data"):
-            error = (1 - t).square() * error  # that of x + (1 - t) v
-        terms = {"velocity": error.mean()}
+        terms = {"velocity": self.weigh(student, squared_error(velocity, dx), t).mean()}
         chunk = chunk_rows(len(batch), generator)
         terms |= self.more_terms(velocity, student.path, noise, batch.data, t, chunk, batch.cond)
         total = torch.stack(list(terms.values())).sum()
         times = dict.fromkeys(terms, t[:, None].expand(-1, 2))
         return Loss(total, {name: term.detach() for name, term in terms.items()}, times)
+
+    def weigh(self, student: Any, error: Tensor, t: Tensor) -> Tensor:
+        """The errors of the velocity at times t, (B,) each, with their weights."""
+        if self.error_in == "data" or (self.error_in == "auto" and getattr(student, "prediction", None) == "data"):
+            return (1 - t).square() * error  # that of x + (1 - t) v
+        return error
 
     def more_terms(
         self, velocity: Tensor, path: Path, noise: Tensor, data: Tensor, t: Tensor, chunk: int, cond: dict[str, Tensor]

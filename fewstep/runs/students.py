@@ -36,26 +36,20 @@ from fewstep.networks import (
     gains_second_time,
 )
 from fewstep.networks.configs import set_size, with_image
-from fewstep.runs.recipe import Student
+from fewstep.runs.recipe import PATHS, Student
 from fewstep.runs.warm_start import started
 
-_PATHS: dict[str, Callable[[], Trajectory]] = {
-    "linear": Linear, "trigonometric": Trigonometric, "vp": VariancePreserving,
-}  # fmt: skip
+_PATHS: dict[str, Callable[[], Trajectory]] = dict(
+    zip(PATHS, (Linear, Trigonometric, VariancePreserving), strict=False)
+)
 
 
 def path_of(section: Student) -> Trajectory | None:
-    """The path that a recipe asks for.
-
-    Raises:
-        ValueError: a reflected one without a box.
-    """
+    """The path that a recipe asks for. Raises ValueError for a reflected one without a box."""
     space = space_in(section)
     if section.path == "reflected":
         if not isinstance(space, Box):
-            raise ValueError(
-                "student.path: reflected is for a box: say student.space: {name: box, low: 0, high: 1}, with its ends"
-            )
+            raise ValueError("student.path: reflected is for a box: say student.space: {name: box, low: 0, high: 1}")
         return Reflected(space.low, space.high)
     if section.latent is not None or (space is not None and space.source is not None):
         return Interpolant(section.path or "linear", section.latent or "none")

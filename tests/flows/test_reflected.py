@@ -11,7 +11,8 @@ from torch import Tensor
 import fewstep
 from fewstep.common.randomness import generator
 from fewstep.flows.exact_spaces import BoxesInBoxField, heat_of_intervals
-from fewstep.flows.fields import Guided, NetworkField
+from fewstep.flows.fields import NetworkField
+from fewstep.flows.guided import Guided
 from fewstep.flows.heat import SWITCH, by_eigenfunctions, by_images, heat_kernel, reflect
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear
@@ -130,6 +131,17 @@ def test_a_state_and_its_velocity_are_those_of_the_kernel_in_any_cube() -> None:
     assert torch.allclose(wide_x, 4 * x - 1, atol=1e-12)
     assert torch.allclose(wide_dx, 4 * dx, atol=1e-9)
     assert torch.allclose(path.time_of(path.alpha(t), path.sigma(t)), t)
+    images, own = torch.rand(5, 1, 4, 3), torch.randn(5, 1, 4, 3)
+    many, flat = (
+        path.sample(images, images, 0.4, own),
+        path.sample(images.flatten(1), images.flatten(1), 0.4, own.flatten(1)),
+    )
+    assert torch.equal(many[1].flatten(1), flat[1])
+    half = path.sample(images.bfloat16(), images.bfloat16(), 0.9, own.bfloat16())
+    assert half[0].dtype == half[1].dtype == torch.bfloat16
+    assert torch.equal(
+        half[1], path.sample(images, images.bfloat16().float(), 0.9, own.bfloat16().float())[1].bfloat16()
+    )
     # What a network predicts.
     kinds = {"score": score, "noise": -sigma[:, None] * score, "data": x + sigma[:, None] ** 2 * score, "velocity": dx}
     for kind, value in kinds.items():
@@ -140,12 +152,18 @@ def test_a_state_and_its_velocity_are_those_of_the_kernel_in_any_cube() -> None:
 def test_what_a_reflected_path_is_not_is_said() -> None:
     with pytest.raises(ValueError, match="low is below high"):
         Reflected(1, 1)
-    with pytest.raises(ValueError, match="sigma_min is the smaller"):
+    with pytest.raises(ValueError, match="0 < sigma_min < sigma_max"):
         Reflected(sigma_max=0.001)
     with pytest.raises(ValueError, match="draws from its kernel: pass z"):
         Reflected().sample(torch.zeros(2, 1), torch.zeros(2, 1), 0.5)
     with pytest.raises(ValueError, match="are to have the same ends"):
         NetworkField(MLP(2), Reflected(0, 1), space=Box(-1, 1))
+    for path, why in (
+        (Reflected(-1, 1), "are to have the same ends"),
+        (Linear(), r"or Reflected\(low, high\), not on Linear"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            BoxesInBoxField(TWO, Box(0, 1), path=path)
     with pytest.raises(ValueError, match="is no velocity on Reflected"):
         NetworkField(MLP(2), Linear(), path=Reflected())
     with pytest.raises(ValueError, match="is no velocity on Linear"):
@@ -156,11 +174,11 @@ def test_what_a_reflected_path_is_not_is_said() -> None:
         fewstep.log_likelihood,
         lambda m, x: fewstep.steer(m, x, 2, fewstep.Reward(lambda x: x.sum(1))),
     ):
-        with pytest.raises(ValueError, match="starts uniform in its box"):
+        with pytest.raises(ValueError, match="starts from other data"):
             needs_normal(field, torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"LSD is for R\^n"):
         fewstep.LSD().check_data(torch.zeros(4, 2), FlowMap(MLP(2, times=2), Reflected()))
-    with pytest.raises(ValueError, match="trains a field on a Reflected path, not a NetworkField on Linear"):
+    with pytest.raises(ValueError, match="trains a field on a Reflected path, not on Linear"):
         ReflectedDiffusion().check_student(NetworkField(MLP(2)))
     with pytest.raises(ValueError, match=r"student is on Reflected.*teacher on Interpolant"):
         ITVM(BoxesInBoxField(TWO, Box(0, 1))).check_student(FlowMap(MLP(1, times=2), Reflected(0, 1)))
@@ -177,12 +195,12 @@ def boxes(path: Reflected | None = None, labels: Tensor | None = None) -> BoxesI
 def test_the_law_of_an_interval_is_the_integral_of_the_kernel(tau: float) -> None:
     nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(200))
     x = torch.linspace(0, 1, 41, dtype=F64)[:, None, None]
-    log, score = heat_of_intervals(x, TWO, torch.full_like(x, tau))
+    log, score = heat_of_intervals(x[:, 0, 0], TWO[:, 0], torch.full_like(x[:, 0, 0], tau))
     for k, (low, high) in enumerate(TWO[:, 0].tolist()):
         kernel, slope = heat_kernel(x[:, 0], (low + high) / 2 + (high - low) / 2 * nodes[None], one(tau))
         mass = (kernel.exp() * weights / 2).sum(1)
-        assert torch.allclose(log[:, k, 0], mass.log(), atol=1e-11)
-        assert torch.allclose(score[:, k, 0], (kernel.exp() * slope * weights / 2).sum(1) / mass, atol=1e-9)
+        assert torch.allclose(log[:, k], mass.log(), atol=1e-11)
+        assert torch.allclose(score[:, k], (kernel.exp() * slope * weights / 2).sum(1) / mass, atol=1e-9)
 
 
 @pytest.mark.takes_seconds
@@ -193,8 +211,8 @@ def test_the_probability_flow_ends_at_the_quantiles() -> None:
     # The map is the quantile of the blurred data: its distribution function at the end is that of the start.
     nodes = torch.linspace(0, 1, 20_001, dtype=F64)[:, None]
     at = boxes(Reflected(0, 1, 0.05, 3.0))
-    log, _ = heat_of_intervals(nodes[:, None], TWO, torch.full((1, 1, 1), 0.05**2 / 2, dtype=F64))
-    share = torch.cumulative_trapezoid((log.exp().mean(1))[:, 0], nodes[:, 0])
+    log, _ = heat_of_intervals(nodes[:, 0], TWO[:, 0], torch.full((20_001,), 0.05**2 / 2, dtype=F64))
+    share = torch.cumulative_trapezoid(log.exp().mean(1), nodes[:, 0])
     starts = torch.linspace(0.02, 0.98, 9, dtype=F64)[:, None]
     ends = at.flow(starts, 0.0, 1.0)
     assert torch.allclose(share[(ends[:, 0] * 20_000).round().long() - 1], starts[:, 0], atol=2e-4)

@@ -37,6 +37,7 @@ from fewstep.objectives import (
     Denoising,
     DiffTuning,
     MarkovChain,
+    ReflectedDiffusion,
     StochasticInterpolant,
 )  # fmt: skip
 from fewstep.objectives.base import split_rows
@@ -237,8 +238,8 @@ def test_the_first_round_of_pfmm_is_the_teachers():
 def test_every_method_is_in_these_tests(gaussian: GaussianField):
     # Denoising trains no map, and no velocity, DiffTuning no map: test_denoising.py, test_diff_tuning.py.
     # What stands around another: test_finishing.py and test_learned_noise.py. Two heads: flows/test_interpolants.py.
-    # Chains: flows/test_chains.py.
-    alone = {Denoising, DiffTuning, MarkovChain, StochasticInterpolant}
+    # Chains: flows/test_chains.py. Walls: test_reflected_diffusion.py.
+    alone = {Denoising, DiffTuning, MarkovChain, ReflectedDiffusion, StochasticInterpolant}
     methods = {method for method in OBJECTIVES.values() if not method.around} - alone
     assert {type(make(gaussian)) for make in ALL.values()} == methods
     assert all(make(gaussian).sources for make in ALL.values())

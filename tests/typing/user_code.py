@@ -209,6 +209,8 @@ def spaces(network: nn.Module, angles: Tensor) -> list[str]:
     start: Tensor = fewstep.Uniform(0, 1).log_prob(fewstep.Normal().sample((4, 5), torch.default_generator))
     board = fewstep.BoxesInBoxField(torch.tensor([[[0.1, 0.4]]]), fewstep.Box(0, 1))
     print(both.shape, start, board.inside(angles), fewstep.MarkovChain("uniform"))
+    score: fewstep.VelocityField = fewstep.NetworkField(network, fewstep.Reflected(0, 1, sigma_max=5.0), "noise")
+    fewstep.fit(score, fewstep.ReflectedDiffusion(), angles, steps=20)
     return space.text(fewstep.sample(text, torch.randn(4, 2, 3), 1))
 
 

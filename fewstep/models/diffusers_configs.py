@@ -108,7 +108,8 @@ def _model_config(model: Path) -> tuple[str, dict[str, Any]]:
     if name == "Transformer2DModel":
         name = _REMAPPED.get(config.get("norm_type", ""), name)
     if name not in FAMILIES:
-        raise ValueError(f"the model in {model} is a {name}, and fewstep.load knows {', '.join(FAMILIES)}: {BY_HAND}")
+        known = ", ".join(kind.__name__ for kind in FAMILIES.values())
+        raise ValueError(f"the model in {model} is a {name}, and fewstep.load knows those of {known}: {BY_HAND}")
     defaults = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
     config = {"_class_name": name, **{p.name: p.default for p in defaults if p.default is not p.empty}, **config}
     for key in ("in_channels", "out_channels"):

@@ -124,9 +124,9 @@ def test_a_caption_is_encoded_once(
     field: VelocityField, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    real = Prompts.encode
+    real = Prompts._encode
     monkeypatch.setattr(
-        Prompts, "encode", lambda self, prompts, **more: asked.extend(prompts) or real(self, prompts, **more)
+        Prompts, "_encode", lambda self, prompts, device: asked.extend(prompts or [""]) or real(self, prompts, device)
     )
     make(field, photos, tmp_path / "out")
     assert Counter(asked) == Counter([*dict.fromkeys(CAPTIONS), ""])

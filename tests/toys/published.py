@@ -484,9 +484,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda f: write(f, "DDPMPipeline", unet(sample_size=15), DDPM),
         r"its samples are 15 x 15, and it takes sides that are multiples of 2",
     ),
-    "sana": (
-        lambda f: _renamed(write(f, "SanaPipeline", tiny_model("dit"), FLOW), "SanaTransformer2DModel", "transformer"),
-        r"is a SanaTransformer2DModel, and fewstep.load knows",
+    "cogview": (
+        lambda f: _renamed(
+            write(f, "CogView4Pipeline", tiny_model("dit"), FLOW), "CogView4Transformer2DModel", "transformer"
+        ),
+        r"is a CogView4Transformer2DModel, and fewstep.load knows",
     ),
     "stable cascade": (
         lambda f: _moved(write(f, "StableCascadeDecoderPipeline", unet(), DDPM), "decoder"),

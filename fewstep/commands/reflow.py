@@ -35,13 +35,21 @@ def add(commands: Commands) -> None:
     add_source(p)
     add_guidance_scale(p)
     p.add_argument(
-        "--states", type=int, default=0, metavar="K", help="states between noise and data to keep, for Trajectory"
+        "--states",
+        type=_states,
+        default=0,
+        metavar="K",
+        help="states between noise and data to keep, for Trajectory: how many, or at which times, 0.25,0.5,0.75",
     )
     p.add_argument("--teacher", action="store_true", help="take the teacher of the run instead")
     p.add_argument("--batch", type=int, default=256, metavar="N", help="pairs drawn at once (default: 256)")
     p.add_argument("--shard", type=int, default=10_000, metavar="N", help="pairs in a file (default: 10000)")
     add_variant(p)
     add_device(p)
+
+
+def _states(text: str) -> int | list[float]:
+    return int(text) if text.isdigit() else [float(part) for part in text.split(",")]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.out}: {missing} shards are still missing, which other processes draw")
         say_next([again])
         return 0
-    between = f", with {args.states} states between" if args.states else ""
+    kept = args.states if isinstance(args.states, int) else len(args.states)
+    between = f", with {kept} states between" if kept else ""
     print(f"{args.out}: {args.count} pairs of noise and data{between}")
     method = "Trajectory" if args.states else "FlowMatching"
     train = ["--objective", method, "--out", f"{args.out}-trained"]

@@ -21,6 +21,7 @@ _CHECKS = CHECKS | {
     "prompts": is_said,
     "states": lambda value: value is None or is_count(value),
     "source": lambda value: value is None or isinstance(value, dict),
+    "after": lambda value: value is None or is_list(value, is_count),
     "path": lambda value: value is None or is_list(value, lambda number: type(number) in (int, float)),
 }
 

@@ -42,6 +42,7 @@ from fewstep.networks import (
     ContinuousUNet,
     Conv1dNet,
     OfDiffusers,
+    ParallelTimes,
     SequenceTransformer,
     two_time_model,
     with_second_time,
@@ -52,7 +53,9 @@ _MAKER, _WHERE = "_made_by", "the description of a model"
 _SAID_OF_OWN = ("name", "options", "told_guidance")
 _CONFIG = "its {name} cannot be made anew from its config, the mapping network.config of what its class takes"
 # The networks of fewstep's own.
-NETWORKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (ContinuousUNet, Conv1dNet, MLP, SequenceTransformer)}
+NETWORKS: dict[str, type[nn.Module]] = {
+    c.__name__: c for c in (ContinuousUNet, Conv1dNet, MLP, ParallelTimes, SequenceTransformer)
+}
 _TRAJECTORIES: dict[str, type[Any]] = {
     c.__name__: c
     for c in (

@@ -47,7 +47,7 @@ def make_pairs(
     batch: int = 256,
     shard: int = 10_000,
     device: torch.device | str | None = None,
-    states: int = 0,
+    states: int | Sequence[float] = 0,
     command: str = "make_pairs with the same arguments",
     progress: Callable[[int, int], None] | None = None,
     rest: bool = False,
@@ -74,7 +74,8 @@ def make_pairs(
         guidance: the strength that the model is told, where it takes one.
         batch: pairs drawn at once. shard: pairs in a file, and in memory.
         states: K, how many states between noise and data to keep, for :class:`fewstep.Trajectory`: each pair's are
-            those after steps of its own, one drawn from each K-th of the steps between. Noise and data stay the same.
+            those after steps of its own, one drawn from each K-th of the steps between. Or the times of all, rising,
+            at ends of steps: (0.25, 0.5, 0.75) of 64. Noise and data stay the same.
         device: the default is the process's GPU if there is one, else the CPU.
         command: what to type to go on, told where a shard is missing.
         progress: called with the pairs done and all those of this process, after each batch.
@@ -91,6 +92,11 @@ def make_pairs(
     for name, value in (("count", count), ("steps", steps), ("batch", batch), ("shard", shard)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    at, states = ([], states) if isinstance(states, int) else (list(map(float, states)), len(states))
+    after = [round(t * steps) for t in at]
+    rises = [0, *after, steps] == sorted({0, *after, steps})
+    if not rises or any(abs(t * steps - n) > 1e-6 for t, n in zip(at, after, strict=True)):
+        raise ValueError(f"states at {at}: they rise between 0 and 1, and are multiples of a step, 1 / {steps}")
     if not 0 <= states < max(steps, 1):
         raise ValueError(f"states is {states}: of {steps} steps, {steps - 1} end between noise and data")
     if states and solver == "adaptive":
@@ -109,7 +115,7 @@ def make_pairs(
         raise unknown("solver", solver, SOLVERS)
     settings = {
         "count": count, "steps": steps, "solver": solver, "seed": seed, "guidance": guidance, "shard": shard,
-        "states": states or None, "path": field.path.quarters if states else None,
+        "states": states or None, "path": field.path.quarters if states else None, **({"after": after} if at else {}),
     }  # fmt: skip
     facts = {**facts_of(field, shape, labels, prompts, **settings), "command": command}
     claim(out / FACTS, facts, "pairs", read_facts)
@@ -217,6 +223,8 @@ def _draw(
         edges = torch.linspace(1, facts["steps"], states + 1, dtype=torch.float64).floor()
         drawn = torch.stack([torch.rand(states, generator=draw) for draw in generators])
         after = (edges[:-1] + (drawn * edges.diff()).floor()).long()
+        if fixed := facts.get("after"):
+            after = torch.tensor(fixed).expand(len(rows), -1)
         way = sample_states(field, noise.to(place), facts["steps"], **given).cpu()
         place_of = after.view(*after.shape, *[1] * (way.ndim - 2)).expand(-1, -1, *way.shape[2:])
         times = step_grid(facts["steps"]).float()[after]

@@ -29,6 +29,7 @@ from fewstep.networks.families import (
 from fewstep.networks.families.base import EndNetwork, OfDiffusers, TwoTimeNetwork
 from fewstep.networks.mlp import MLP
 from fewstep.networks.noise_encoder import NoiseEncoder
+from fewstep.networks.parallel_times import FourierLayer, ParallelTimes
 from fewstep.networks.second_time import SecondTime, sinusoidal
 from fewstep.networks.sequence import SequenceTransformer
 from fewstep.networks.signal import Conv1dNet
@@ -52,11 +53,13 @@ __all__ = [
     "EndNetwork",
     "Flux",
     "Flux2",
+    "FourierLayer",
     "HunyuanImage",
     "Lumina2",
     "MLPCritic",
     "NoiseEncoder",
     "OfDiffusers",
+    "ParallelTimes",
     "PixArt",
     "QwenImage",
     "Sana",

@@ -40,10 +40,13 @@ class Trajectory(TwoTime):
         solver_steps: of each trajectory; the times in between are shifted at random, all of a trajectory by the same,
             so that no time is left out.
         reuse: how many rows of an update share a trajectory, at different s and t.
+        parallel: learn from stored states alone, and each row at all of its states from the noise at once, s = 0, as
+            2211.13449 does: K + 1 rows each, in order, for a network that sees them together
+            (:class:`fewstep.networks.ParallelTimes`) or one by one. The diagonal is 0 then.
         diagonal, times, ends, options: see :class:`TwoTime`.
 
     Raises:
-        ValueError: for an option out of its range, or a diagonal without a teacher.
+        ValueError: for an option out of its range, or a diagonal without a teacher or in parallel.
     """
 
     term = "chord"
@@ -60,28 +63,35 @@ class Trajectory(TwoTime):
         times: str = "uniform",
         ends: float = 0.25,
         error_in: str = "auto",
+        parallel: bool = False,
     ) -> None:
         super().__init__(teacher, diagonal=diagonal, times=times, ends=ends, error_in=error_in)
         check_solver("Trajectory", solver, solver_steps, reuse)
+        if parallel and diagonal:
+            raise ValueError(f"Trajectory's diagonal is {diagonal:g}, and in parallel all rows are at s = 0: say 0")
         if teacher is None and diagonal:
             raise ValueError(
                 f"Trajectory's diagonal is {diagonal:g}, and without a teacher nobody knows the velocity on s = t: "
                 "say diagonal: 0, or name the teacher"
             )
         self.solver, self.solver_steps, self.reuse = solver, solver_steps, reuse
-        self.uses_data = teacher is None
+        self.uses_data, self.parallel = teacher is None or parallel, parallel
 
     def goal(self, student: FlowMap, rows: Rows, now: Now) -> Tensor:
         return rows.dx
 
     def _draw(self, student: FlowMap, batch: Batch, generator: Generators, now: Now) -> tuple[Rows, dict[str, Index]]:
         rows, parts = super()._draw(student, batch, generator, now)
+        if self.parallel and (known := given(batch, rows)) is not None:
+            return from_the_noise(*known), {self.term: slice(None)}
         way = given(batch, rows) or shared(rows, self, chunk_rows(len(batch), generator))
         return on_the_way(*way, parts.get(self.diagonal_term)), parts
 
     def check_data(self, data: Any, student: Any) -> None:
         super().check_data(data, student)
         check_states(self, data, student)
+        if self.parallel and not getattr(data, "states", 0):
+            raise ValueError("Trajectory in parallel needs stored states: fewstep reflow MODEL --states 0.25,0.5,0.75")
 
 
 def check_solver(method: str, solver: str, steps: int, reuse: int) -> None:
@@ -143,6 +153,14 @@ def solve(field: VelocityField, rows: Rows, solver: str, steps: int) -> tuple[Te
         x = step(lambda x, t: field(x, t, **rows.cond), x, times[:, i], times[:, i + 1]).to(x.dtype)
         states.append(x)
     return times, torch.stack(states, dim=1)
+
+
+def from_the_noise(rows: Rows, times: Tensor, states: Tensor) -> Rows:
+    """The rows at the start of their trajectories, each once for each later state, in order; ``dx`` is the chord."""
+    count = times.shape[1] - 1
+    rows = rows.take(rows.part, torch.arange(len(rows), device=rows.x.device).repeat_interleave(count))
+    t, chord = times[:, 1:].flatten(), (states[:, 1:] - states[:, :1]).flatten(0, 1)
+    return replace(rows, x=rows.noise, dx=chord / expand(t, chord), s=torch.zeros_like(t), t=t)
 
 
 def on_the_way(rows: Rows, times: Tensor, states: Tensor, diagonal: Index | None = None) -> Rows:

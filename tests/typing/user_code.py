@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fewstep
 from fewstep.data import ArrayData
+from fewstep.networks import MLP, ParallelTimes
 from fewstep.training.run import Run
 
 
@@ -90,6 +91,13 @@ def blocks(network: nn.Module, x: Tensor) -> Tensor:
     chain: fewstep.Chained = fewstep.fit_blocks(block, x, 100, ou_times=(0.1, 0.2), out="runs/local", batch=64).ema
     other = fewstep.Chained([block, block], edges=(0.0, 0.3, 1.0))
     return fewstep.sample(chain, x, 6, solver="midpoint") + other(x, 0.5)
+
+
+def all_times(x: Tensor) -> Tensor:
+    network = ParallelTimes(MLP(2, times=2), [0.5, 1.0], modes=1)
+    student = fewstep.FlowMap(network)
+    fewstep.fit(student, fewstep.Trajectory(diagonal=0.0, parallel=True), x, 10)
+    return fewstep.sample(student, x, 1)
 
 
 def clusters(field: fewstep.VelocityField) -> Tensor:

@@ -188,3 +188,7 @@ def test_flows_go_both_ways_through_every_part() -> None:
     for s, t in pairwise(stops):
         x = flow_of(chain, x, s, t, steps=900)
     assert torch.allclose(x, whole, rtol=1e-5)
+    shift = fewstep.GaussianField(torch.ones(1, dtype=F64), 0.5 * torch.eye(1, dtype=F64))  # commutes with no scale
+    chain = Chained([shift, *gaussian_blocks(0.3)])
+    end = flow_of(chain, x, 0.0, 1.0, steps=900)
+    assert torch.allclose(flow_of(chain, end, 1.0, 0.0, steps=900), x, rtol=1e-4)

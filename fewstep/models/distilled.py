@@ -44,6 +44,10 @@ def distilled_as(folder: Path, model: Path, scheduler: Any) -> str:
     name, config = type(scheduler).__name__, scheduler.config
     if name in _SCHEDULERS:
         return f"{_SCHEDULERS[name]}: its scheduler is the {name}"
+    if read_json(model / "config.json").get("use_meanflow") is True:  # HunyuanImage's
+        return "a flow map: its config has use_meanflow, a second time of its own"
+    if read_json(folder / "model_index.json").get("is_distilled") is True:  # Flux.2 klein's
+        return "a model for a few steps: its model_index.json says is_distilled"
     if words := [word for called in _called(folder, model) for word in _words(called) if word in _NAMES]:
         return f"{_NAMES[words[0]]}: {words[0]!r} is in its name"
     if name in _EULER and config.get("timestep_spacing") == "trailing" and _is_of_noise(config):

@@ -1,5 +1,6 @@
 """Models that were distilled for a few steps: told apart, read all the same, and refused as teachers without a flag."""
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDPMPipeline
-from toys.families import tiny_model
+from toys.families import tiny_model, tiny_pipeline
 from toys.unet import tiny_unet
 
 from fewstep import ITVM, FlowMatching, Guided, Linear, MeanFlow, Trigonometric, load, sample
@@ -102,3 +103,18 @@ def test_what_is_known_of_a_field_goes_with_it() -> None:
     for name in known:
         assert getattr(moved, name) == f"its {name}"
         assert getattr(guided, name) == (None if name == "source" else f"its {name}")
+
+
+@pytest.mark.filterwarnings("ignore:the model in")
+def test_families_that_say_so_themselves(tmp_path: Path) -> None:
+    """HunyuanImage 2.1 as it was distilled, and Flux.2 klein but for its base."""
+    for is_told in (True, False):
+        tiny_model("hunyuanimage", use_meanflow=is_told).save_pretrained(tmp_path / "hunyuan" / "transformer")
+        diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "hunyuan" / "scheduler")
+        klein = tiny_pipeline("flux2")
+        klein.register_to_config(is_distilled=is_told)
+        klein.save_pretrained(tmp_path / "klein")
+        for name, says in (("hunyuan", "a flow map: .* use_meanflow"), ("klein", "says is_distilled")):
+            field: Any = load(tmp_path / name)
+            assert bool(re.search(says, field.distilled)) == is_told
+            assert bool(field.distilled) == is_told

@@ -2,6 +2,7 @@
 pipeline itself does, at its own steps."""
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from diffusers.guiders import AdaptiveProjectedMixGuidance
 from torch import Tensor
 from toys.families import tiny_pipeline
 
+from fewstep.flows.maps import FlowMap
 from fewstep.flows.solvers import integrate
+from fewstep.runs.export import export
 from fewstep.runs.loading import load
 
 TEXTS = ["a cat", "a dog, seen from far away"]
@@ -55,3 +58,37 @@ def test_a_field_of_a_folder_draws_the_images_of_its_pipeline(name: str, tmp_pat
     assert not torch.equal(wanted[0], wanted[1])
     assert field.latents.encode(images).shape == noise.shape
     assert field.latents.image_shape_of(field.latents.shape_of((3, side, side))) == (3, side, side)
+
+
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize(
+    ("name", "odd"),
+    [
+        # As the published folders have them: keys that the class has given up, and versions to come.
+        ("qwenimage", {"pooled_projection_dim": 768, "guidance_embeds": False, "_diffusers_version": "0.34.0.dev0"}),
+        ("z-image", {"siglip_feat_dim": None, "t_scale": 1000.0, "_diffusers_version": "0.36.0.dev0"}),
+        ("hunyuanimage", {"use_meanflow": False, "image_condition_type": None, "pooled_projection_dim": 768}),
+        ("sana", {"timestep_scale": 1.0, "qk_norm": None, "complex_key_of_later": [1, 2]}),
+    ],
+)
+def test_the_odd_keys_of_published_configs(name: str, odd: dict[str, Any], tmp_path: Path) -> None:
+    """Loaded, made a student and exported; HunyuanImage's folder has guiders beside."""
+    pipeline = tiny_pipeline(name)
+    if name == "hunyuanimage":
+        guider = AdaptiveProjectedMixGuidance()
+        pipeline.register_modules(guider=guider, ocr_guider=guider)
+    pipeline.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **odd}))
+    field: Any = load(tmp_path / "model")
+    if hasattr(field.network, "size"):
+        field.network.size = 8
+    cond, x = field.text.encode(TEXTS), torch.randn(2, *field.network.shape)
+    student = FlowMap.from_field(field)
+    back: Any = load(export(student, tmp_path / "fast"))
+    stock: Any = load(export(field, tmp_path / "stock"))
+    with torch.no_grad():
+        velocity = field(x, 0.3, **cond)
+        assert torch.equal(back(x, 0.3, 0.8, **cond), student(x, 0.3, 0.8, **cond))
+        assert torch.equal(student.velocity(x, 0.3, **cond), velocity)
+        torch.testing.assert_close(stock(x, 0.3, **stock.text.encode(TEXTS)), velocity, atol=1e-6, rtol=0)

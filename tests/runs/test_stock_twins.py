@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import ChromaPipeline, QwenImagePipeline
 from diffusers.guiders import AdaptiveProjectedMixGuidance
 from torch import Tensor
-from toys.families import tiny_pipeline
+from toys import encoders
+from toys.families import made, t5, t5_tokenizer, tiny_pipeline
 
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.solvers import integrate
@@ -92,3 +94,71 @@ def test_the_odd_keys_of_published_configs(name: str, odd: dict[str, Any], tmp_p
         assert torch.equal(back(x, 0.3, 0.8, **cond), student(x, 0.3, 0.8, **cond))
         assert torch.equal(student.velocity(x, 0.3, **cond), velocity)
         torch.testing.assert_close(stock(x, 0.3, **stock.text.encode(TEXTS)), velocity, atol=1e-6, rtol=0)
+
+
+def wan() -> Any:
+    model = made(
+        diffusers.WanTransformer3DModel, num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+        text_dim=32, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=128,
+    )  # fmt: skip
+    vae = made(
+        diffusers.AutoencoderKLWan, base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 1.1, 2.0], scale_factor_spatial=2,
+        scale_factor_temporal=2,
+    )  # fmt: skip
+    return diffusers.WanPipeline(
+        tokenizer=t5_tokenizer(), text_encoder=encoders.umt5(), vae=vae, transformer=model, scheduler=FLOW
+    )
+
+
+def ltx() -> Any:
+    model = made(
+        diffusers.LTXVideoTransformer3DModel, num_attention_heads=2, attention_head_dim=8, in_channels=4,
+        out_channels=4, cross_attention_dim=16, caption_channels=32, num_layers=2,
+    )  # fmt: skip
+    vae = made(  # 32 pixels and 8 frames a latent, as its rotary positions have it
+        diffusers.AutoencoderKLLTXVideo, latent_channels=4, block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8), layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1), spatio_temporal_scaling=(True, True, True, False),
+        decoder_spatio_temporal_scaling=(True, True, True, False), patch_size=4, patch_size_t=1,
+    )  # fmt: skip
+    vae.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
+    vae.latents_std.copy_(torch.tensor([1.5, 0.7, 1.1, 2.0]))
+    return diffusers.LTXPipeline(
+        tokenizer=t5_tokenizer(), text_encoder=t5(), vae=vae, transformer=model, scheduler=FLOW
+    )
+
+
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+# What makes the pipeline, how long its videos are and how large, and the shape of their latents.
+VIDEOS: dict[str, Any] = {"wan": (wan, 5, 16, (4, 3, 8, 8)), "ltx": (ltx, 9, 64, (4, 2, 2, 2))}
+
+
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize("name", VIDEOS)
+def test_a_field_of_videos_draws_those_of_its_pipeline(name: str, tmp_path: Path) -> None:
+    make, frames, side, shape = VIDEOS[name]
+    pipeline = make()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path / "model")
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(4))
+    latents = diffusers.LTXPipeline._pack_latents(noise, 1, 1) if name == "ltx" else noise
+    options: dict[str, Any] = {"num_frames": frames, "height": side, "width": side, "output_type": "pt"}
+    wanted = pipeline(
+        prompt=list(TEXTS), latents=latents.clone(), num_inference_steps=2, guidance_scale=1.0, **options
+    ).frames
+
+    field: Any = load(tmp_path / "model")
+    assert field.latents.shape_of((3, frames, side, side)) == shape
+    assert field.latents.image_shape_of(shape) == (3, frames, side, side)
+    cond, times = field.text.encode(TEXTS), (1 - pipeline.scheduler.sigmas).float()
+    with torch.no_grad():
+        videos = field.latents.decode(integrate(lambda x, t: field(x, t, **cond), noise, times, "euler"))
+    torch.testing.assert_close(videos.transpose(1, 2) / 2 + 0.5, wanted, atol=2e-4, rtol=0)
+    assert wanted.std() > 0.01
+    assert field.latents.encode(videos).shape == noise.shape
+    student = FlowMap.from_field(field)
+    student.network.size = shape[1:]  # pyright: ignore[reportAttributeAccessIssue]
+    back: Any = load(export(student, tmp_path / "fast"))
+    with torch.no_grad():
+        assert torch.equal(back(noise, 0.3, 0.8, **cond), student(noise, 0.3, 0.8, **cond))

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewstep.common.errors import briefly, refused
+from fewstep.common.errors import briefly, refused, unknown
 from fewstep.common.model_files import check_file, read_json
 from fewstep.common.write_errors import cannot_write
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.models.lora import check_bare, has_lora, import_peft, inject, inner_network, trained_in_full
-from fewstep.models.lora_keys import read_adapter
+from fewstep.models.lora_keys import KEYS, layers_of, read_adapter, to_kohya
 from fewstep.models.stock_steps import write_scheduler
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _OF_NO_MATTER = (
 )  # fmt: skip
 
 
-def save_adapter(model: NetworkField | FlowMap, folder: str | Path) -> Path:
+def save_adapter(model: NetworkField | FlowMap, folder: str | Path, keys: str = "diffusers") -> Path:
     """Write the adapter of a model, as safetensors; returns the folder, which :func:`load_adapter` reads.
 
     * A field of a model that diffusers loads adapters for (``UNet2DConditionModel``, SD3, Flux):
@@ -44,27 +44,41 @@ def save_adapter(model: NetworkField | FlowMap, folder: str | Path) -> Path:
       ``peft.PeftModel.from_pretrained(network, folder)``. What trains in full beside the adapter is in it, as peft's
       ``modules_to_save``.
 
+    Args:
+        keys: the names of the weights of the first kind: ``diffusers``, or ``kohya``, which older tools want of a U-Net
+            of Stable Diffusion: ``lora_unet_..._to_q.lora_down.weight`` and an ``alpha`` a layer. Of transformers
+            ComfyUI reads the names of diffusers.
+
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or none that these keys are for.
     """
     if not has_lora(model):
         raise ValueError(f"this {type(model).__name__} has no adapter to save: add_lora gives it one")
     network, folder = inner_network(model), Path(folder).expanduser()
+    if keys not in KEYS:
+        raise unknown("keys of an adapter", keys, KEYS)
+    is_stock = not isinstance(model, FlowMap) or model.ends_alone
+    for_diffusers = hasattr(network, "load_lora_adapter") and is_stock
+    if keys == "kohya" and not (for_diffusers and type(network).__name__ == "UNet2DConditionModel"):
+        name = type(network).__name__
+        raise ValueError(f"keys: kohya are for the U-Nets of Stable Diffusion, and this is a {name}: leave keys out")
     with cannot_write(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        is_stock = not isinstance(model, FlowMap) or model.ends_alone
-        for_diffusers = hasattr(network, "load_lora_adapter") and is_stock
-        _save(network, folder, for_diffusers)
+        _save(network, folder, for_diffusers, keys)
         if for_diffusers and isinstance(model, FlowMap):
             write_scheduler(model, folder)
     return folder
 
 
-def _save(network: Any, folder: Path, for_diffusers: bool) -> None:
+def _save(network: Any, folder: Path, for_diffusers: bool, keys: str) -> None:
     from peft import get_peft_model_state_dict
 
     weights = get_peft_model_state_dict(network, adapter_name="default")
     options = _describe(network.peft_config["default"])
+    if keys == "kohya":
+        scales = {layer: float(network.get_submodule(layer).scaling["default"]) for layer in layers_of(weights)}
+        save_file(to_kohya(weights, scales), folder / DIFFUSERS_FILE, metadata={"format": "pt"})
+        return
     if for_diffusers:
         prefix = _prefix(network)
         # As diffusers' save_lora_weights writes it; the metadata has the alpha, which the weights do not tell.

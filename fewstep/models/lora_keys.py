@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,6 +25,8 @@ _RENAMED = (
     (r"\.(lora(_linear_layer)?\.|lora_)up\.", ".lora_B."),
     (r"\.lora_([AB])\.\w+\.weight$", r".lora_\1.weight"),  # with the name of the adapter in it
 )
+# How the weights of an adapter may be called, where it is written.
+KEYS = ("diffusers", "kohya")
 _TEXT, _KOHYA = "text_encoder", "lora_unet_"
 
 
@@ -70,6 +73,23 @@ def read_adapter(file: Path, layers: Collection[str], prefix: str) -> tuple[dict
     # What the metadata says is whole: without a pattern in it, all layers are alike.
     said = {"rank_pattern": {}, "alpha_pattern": {}, **own} if own else {}
     return {**_options(weights, alphas), **said}, weights
+
+
+def layers_of(weights: Collection[str]) -> list[str]:
+    """The layers that an adapter of peft's names is of."""
+    return sorted({name.partition(".lora_")[0] for name in weights})
+
+
+def to_kohya(weights: dict[str, Tensor], scales: dict[str, float]) -> dict[str, Tensor]:
+    """The weights of an adapter by kohya's names, with the ``alpha`` of each layer: its scale times the rank."""
+    named = {}
+    for layer, scale in scales.items():
+        down, up = (weights[f"{layer}.lora_{side}.weight"] for side in "AB")
+        name = f"{_KOHYA}{layer.replace('.', '_')}"
+        named |= {f"{name}.lora_down.weight": down.detach().cpu().clone().contiguous()}
+        named |= {f"{name}.lora_up.weight": up.detach().cpu().clone().contiguous()}
+        named |= {f"{name}.alpha": torch.tensor(scale * len(down), dtype=down.dtype)}
+    return named
 
 
 def _renamed(name: str, known: dict[str, str]) -> str:

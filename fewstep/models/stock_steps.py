@@ -11,16 +11,16 @@ from fewstep.flows.schedules import PREDICTION_TYPES
 from fewstep.flows.tabulated import Tabulated
 
 _CARD = """\
-# {name}: a consistency model as an adapter
+# A consistency model as an adapter
 
-It draws in 1 to 8 steps with the pipeline of its base, and beside other adapters:
+It draws in 1 to 8 steps with the pipeline of its base, and beside other adapters. `FOLDER` is this one:
 
 ```python
 import diffusers
 
 pipe = diffusers.DiffusionPipeline.from_pretrained(BASE)
-pipe.load_lora_weights("{name}", adapter_name="fast")
-pipe.scheduler = diffusers.{scheduler}.from_pretrained("{name}", subfolder="scheduler")
+pipe.load_lora_weights(FOLDER, adapter_name="fast")
+pipe.scheduler = diffusers.{scheduler}.from_pretrained(FOLDER, subfolder="scheduler")
 # pipe.load_lora_weights(STYLE, adapter_name="style"); pipe.set_adapters(["fast", "style"], [1.0, 0.8])
 images = pipe("a photo of a cat", {steps}).images
 ```
@@ -56,8 +56,7 @@ def write_scheduler(model: FlowMap, folder: Path) -> None:
     """The scheduler and the card that stand beside such a model's adapter."""
     scheduler: Any = scheduler_of(model)
     scheduler.save_pretrained(folder / "scheduler")
-    names = {"name": folder.name, "scheduler": type(scheduler).__name__}
-    (folder / "README.md").write_text(_CARD.format(**names, steps=steps_of(model)))
+    (folder / "README.md").write_text(_CARD.format(scheduler=type(scheduler).__name__, steps=steps_of(model)))
 
 
 def steps_of(model: FlowMap) -> str:

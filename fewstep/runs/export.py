@@ -23,6 +23,7 @@ def export(
     method: str | None = None,
     quality: str | None = None,
     adapter: bool = False,
+    keys: str = "diffusers",
     trust: bool = False,
 ) -> Path:
     """Write a model as a folder, and return the folder.
@@ -46,6 +47,7 @@ def export(
         quality: a Markdown table for the model card; a run that has been evaluated knows its own.
         adapter: write the adapter of a LoRA alone (``fewstep.save_adapter``), not the model that it is
             added to.
+        keys: of the adapter's weights, see ``fewstep.save_adapter``.
         trust: as for :func:`fewstep.load`.
 
     Raises:
@@ -61,7 +63,7 @@ def export(
     if adapter:
         model = open_run(model, trust=trust).model if isinstance(model, str | Path) else model
         with aside(folder, model) as part:
-            save_adapter(model, part)  # pyright: ignore[reportArgumentType]
+            save_adapter(model, part, keys)  # pyright: ignore[reportArgumentType]
         return folder
     run = None
     if isinstance(model, str | Path):

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import FluxPipeline
+from safetensors.torch import load_file
 from toys.families import tiny_pipeline
 
 from fewstep.cli import main
@@ -173,3 +174,36 @@ def test_from_the_command_line(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     torch.testing.assert_close(drawn(whole, name, noise, 2), found, atol=1e-4, rtol=0)
     assert ("sigmas=" if name == "sd3" else "num_inference_steps=4") in Path("whole/README.md").read_text()
     assert load("whole").distilled.startswith("a latent consistency model")  # and is no teacher of a velocity
+
+
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_by_the_names_of_kohya(name: str, tmp_path: Path) -> None:
+    """diffusers reads both, and so does fewstep; with a scale that is not 1."""
+    field = teacher_of(name, tmp_path / "base")
+    student = FlowMap.from_field(field, second_time="none")
+    torch.manual_seed(1)
+    add_lora(student, rank=2, alpha=3.0)
+    for key, weight in student.named_parameters():
+        if ".lora_B." in key:
+            torch.nn.init.normal_(weight, std=0.3)
+    save_adapter(student, tmp_path / "fast", keys="kohya")
+    keys = set(load_file(tmp_path / "fast" / "pytorch_lora_weights.safetensors"))
+    assert all(key.startswith("lora_unet_") for key in keys)
+    assert {key.rpartition(".")[2] for key in keys} == {"weight", "alpha"}
+    pipe = stock(tmp_path / "base", tmp_path / "fast", name)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    found = drawn(pipe, name, noise, 1)
+    torch.testing.assert_close(found, expected(student, pipe, noise), atol=1e-4, rtol=0)
+    other = FlowMap.from_field(field, second_time="none")
+    load_adapter(other, tmp_path / "fast")
+    torch.testing.assert_close(expected(other, pipe, noise), expected(student, pipe, noise), atol=1e-6, rtol=0)
+
+
+def test_names_that_are_not_for_it(tmp_path: Path) -> None:
+    student = adapted(FlowMap.from_field(teacher_of("sd3", tmp_path / "base"), second_time="none"), 1)
+    with pytest.raises(ValueError, match=r"keys: kohya are for the U-Nets .* SD3Transformer2DModel: leave keys out"):
+        save_adapter(student, tmp_path / "fast", keys="kohya")
+    with pytest.raises(ValueError, match="unknown keys of an adapter 'koya': did you mean 'kohya'"):
+        save_adapter(student, tmp_path / "fast", keys="koya")
+    assert main(["export", str(tmp_path / "base"), "--keys", "kohya"]) == 2

@@ -18,6 +18,7 @@ from toys.exports import pipeline, pixels
 from toys.unet import conditions, tiny_field, tiny_student, tiny_unet
 
 from fewstep.common.randomness import sample_generators
+from fewstep.flows.chained import ChainedPath
 from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear
@@ -193,7 +194,8 @@ def trajectories() -> list[Trajectory]:
     found, classes = [], Trajectory.__subclasses__()
     for kind in classes:
         classes.extend(kind.__subclasses__())
-        if kind.__module__.startswith("fewstep.flows."):
+        # A chain of blocks has no path but its ODE, and is refused as an export.
+        if kind.__module__.startswith("fewstep.flows.") and kind is not ChainedPath:
             found.append(kind(**options.get(kind, {})))
     return found
 

@@ -422,7 +422,7 @@ def _twin(name: str, folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.takes_seconds
-@pytest.mark.parametrize("name", known_recipes())
+@pytest.mark.parametrize("name", [name for name in known_recipes() if not name.startswith("plans-")])  # test_maze.py
 def test_every_recipe_runs_shortened(
     name: str, teacher_run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,7 +165,9 @@ def _first_weights(network: Any) -> Tensor | None:
     if "forward" in vars(network):  # placed in half precision, which turns what comes in
         return None
     if isinstance(network, OfDiffusers):
-        return getattr(network.model.get_submodule(network.first), "weight", None)
+        layer = network.model.get_submodule(network.first)
+        layer = getattr(layer, "base_layer", layer)  # within an adapter
+        return None if getattr(layer, "takes_any_type", False) else getattr(layer, "weight", None)
     if isinstance(network, MLP | SequenceTransformer | Conv1dNet | ContinuousUNet):
         return getattr(network.input, "weight", None)
     return None

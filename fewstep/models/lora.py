@@ -13,6 +13,7 @@ from torch import nn
 
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
+from fewstep.models.half_base import unhalve
 from fewstep.networks import OfDiffusers, SecondTime, TwoTimeNetwork, new_parts
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def merge_lora(model: Model) -> Model:
     """A copy of the model with the adapter added into its weights: plain layers, nothing frozen, the same outputs up
     to rounding. Without an adapter, just a copy."""
     model = deepcopy(model).requires_grad_(True)
+    unhalve(model)
     if not has_lora(model):
         return model
     from peft.tuners.tuners_utils import BaseTunerLayer

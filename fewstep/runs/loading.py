@@ -20,9 +20,11 @@ from fewstep.common.trust import check_folder, code_in, is_code, trusting
 from fewstep.flows.chained import Chained
 from fewstep.flows.description import say_shape
 from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.guided import unguided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import Model
 from fewstep.models.folders import has_one_variant, load_folder
+from fewstep.models.half_base import halve
 from fewstep.models.lora import has_lora, merge_lora
 from fewstep.runs.datasets import coupling_of, data_of, encoded_folder, null_of, source_of
 from fewstep.runs.methods import find_objective
@@ -285,4 +287,7 @@ def teacher_of(recipe: Recipe) -> VelocityField | None:
         return None
     teacher, path = make_teacher(recipe.teacher, encoded_folder(recipe)), path_of(recipe.student)
     check_teacher(recipe, teacher)
+    lora, inner = recipe.student.lora, unguided(teacher)
+    if lora is not None and lora.base == "bfloat16" and isinstance(inner, NetworkField):
+        halve(inner.requires_grad_(False).network)  # before anything asks which teacher it is
     return teacher if path is None or teacher.path.same_as(path) else teacher.on(path)

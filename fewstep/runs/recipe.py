@@ -80,6 +80,10 @@ class Lora(Section):
         default=None, description="layers by the ends of their names, or a regular expression; else by the model"
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="of the adapter's input")
+    base: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="the type that the frozen linear layers are kept in; bfloat16 halves them, the teacher's too",
+    )
 
 
 class Student(Section):

@@ -24,6 +24,7 @@ from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.reflected import Reflected
 from fewstep.flows.spaces import Box, Space, Tokens
 from fewstep.flows.token_times import Deciding
+from fewstep.models.half_base import halve
 from fewstep.models.lora import add_lora
 from fewstep.networks import (
     MLP,
@@ -91,7 +92,9 @@ def make_student(
     if section.lora is not None:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            add_lora(model, **section.lora.model_dump())  # pyright: ignore[reportArgumentType]
+            add_lora(model, **section.lora.model_dump(exclude={"base"}))  # pyright: ignore[reportArgumentType]
+        if section.lora.base == "bfloat16":
+            halve(*(one.network for one in (model, inner) if isinstance(one, FlowMap | NetworkField)))
         if section.image is not None and isinstance(network := model.network, OfDiffusers):
             first = network.first
             if not hasattr(network.model.get_submodule(first), "lora_A"):

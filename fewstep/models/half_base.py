@@ -1,5 +1,7 @@
 """Frozen linear layers kept in bfloat16, half of their memory, and computed with in the type of what they meet."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,7 +25,8 @@ class HalfLinear(nn.Linear):
 def halve(*networks: nn.Module) -> None:
     """Keep the weights of the frozen linear layers of networks in bfloat16, in place, and what trains in float32.
     Networks that share their weights go in together, or one of halved layers is a copy of the other."""
-    for layer in (layer for network in networks for layer in network.modules()):
+    layers: list[Any] = [layer for network in networks for layer in network.modules()]
+    for layer in layers:
         for weight in layer.parameters(recurse=False):
             if weight.requires_grad and weight.dtype == torch.bfloat16:  # new, and begun as a copy of what is halved
                 weight.data = weight.data.float()
@@ -34,7 +37,7 @@ def halve(*networks: nn.Module) -> None:
 
 def unhalve(network: nn.Module) -> None:
     """The same weights in float32 again, as plain layers, in place."""
-    for layer in network.modules():
-        if isinstance(layer, HalfLinear):
-            layer.weight.data = layer.weight.data.float()
-            layer.__class__ = nn.Linear
+    layers: list[Any] = [layer for layer in network.modules() if isinstance(layer, HalfLinear)]
+    for layer in layers:
+        layer.weight.data = layer.weight.data.float()
+        layer.__class__ = nn.Linear

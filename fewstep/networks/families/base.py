@@ -72,7 +72,7 @@ class OfDiffusers(nn.Module):
     @property
     def takes_guidance(self) -> bool:
         """Whether it is told the strength of guidance, the condition ``guidance`` (B,)."""
-        return False
+        return "guidance" in self.condition_shapes(1)
 
     def check_guidance(self, guidance: Tensor | None) -> None:
         """That a strength of guidance is given to a model alone that takes it.
@@ -123,6 +123,35 @@ class OfDiffusers(nn.Module):
             )
 
 
+class Sized(OfDiffusers):
+    """One whose config does not say how large its latents are.
+
+    Args:
+        size: their height and width, or all sides, for ``shape`` alone; else the ``usual`` ones.
+    """
+
+    usual: ClassVar[int | tuple[int, ...]]
+
+    def __init__(self, model: Any, size: int | tuple[int, ...] | None = None) -> None:
+        super().__init__(model)
+        self.size = self.usual if size is None else size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of one sample, (C, H, W), or of a video (C, F, H, W)."""
+        return self.channels, *((self.size, self.size) if isinstance(self.size, int) else self.size)
+
+
+def _with_conditions(forward: Any, one_time: Any) -> Any:
+    """``forward``, whose signature ends in the conditions of that of a network of one time: which a network takes is
+    read off it."""
+    own, signature = inspect.signature(forward), inspect.signature(one_time)
+    first, cond = list(own.parameters.values())[:-1], list(signature.parameters.values())[3:]
+    cond = [p.replace(kind=p.KEYWORD_ONLY) for p in cond if p.name not in own.parameters]
+    forward.__signature__ = signature.replace(parameters=[*first, *cond])
+    return forward
+
+
 class EndNetwork(OfDiffusers):
     """A network of one time as that of a flow map which knows the way to t = 1 alone, as consistency models do:
     ``net(x, s, t, **cond)`` does not hear t, so that the model is of diffusers' own class and its pipelines run it."""
@@ -136,12 +165,7 @@ class EndNetwork(OfDiffusers):
         def forward(self: Any, x: Tensor, s: Tensor, t: Tensor, **cond: Any) -> Tensor:
             return one_time(self, x, s, **cond)
 
-        times = list(inspect.signature(forward).parameters.values())[:-1]
-        signature: Any = inspect.signature(one_time)
-        cond = [p.replace(kind=p.KEYWORD_ONLY) for p in list(signature.parameters.values())[3:]]
-        made: Any = forward
-        made.__signature__ = signature.replace(parameters=[*times, *cond])
-        cls.forward = made
+        cls.forward = _with_conditions(forward, one_time)
 
 
 class TwoTimeNetwork(OfDiffusers):
@@ -156,13 +180,7 @@ class TwoTimeNetwork(OfDiffusers):
         def forward(self: Any, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
             return self.predict(x, s, t, guidance, **cond)
 
-        # Which conditions a network takes is read off its signature.
-        signature = list(inspect.signature(forward).parameters.values())[:-1]
-        one_time: Any = inspect.signature(cls.__mro__[2].forward)
-        cond = [p.replace(kind=p.KEYWORD_ONLY) for p in list(one_time.parameters.values())[3:] if p.name != "guidance"]
-        made: Any = forward
-        made.__signature__ = one_time.replace(parameters=[*signature, *cond])
-        cls.forward = made
+        cls.forward = _with_conditions(forward, cls.__mro__[2].forward)
 
     def predict(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
         """The prediction at x (B, ...), averaged from s to t, (B,) each.

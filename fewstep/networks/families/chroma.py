@@ -4,29 +4,23 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fewstep.networks.families.base import OfDiffusers, TwoTimeNetwork
+from fewstep.networks.families.base import Sized, TwoTimeNetwork
 
 if TYPE_CHECKING:
     from diffusers import ChromaTransformer2DModel
 
 
-class Chroma(OfDiffusers):
+class Chroma(Sized):
     """A ``ChromaTransformer2DModel`` on latents (B, C, H, W), which it sees as 2 x 2 patches.
 
     Conditions: ``encoder_hidden_states`` (B, tokens, D), and ``encoder_attention_mask`` (B, tokens), 0 where a token is
     padding (one padding token counts, as its pipeline has it); ``image`` (B, C', H, W) where it takes more channels
     than the state has.
-
-    Args:
-        size: height and width of the latents, which the model's config does not say; for ``shape`` alone.
     """
 
     code, first, patch = "chroma", "x_embedder", 4
+    usual = 128
     model: "ChromaTransformer2DModel"
-
-    def __init__(self, model: "ChromaTransformer2DModel", size: int = 128) -> None:
-        super().__init__(model)
-        self.size = size
 
     def forward(
         self,
@@ -41,11 +35,6 @@ class Chroma(OfDiffusers):
 
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (tokens, self.model.config["joint_attention_dim"])}
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of one sample, (C, H, W)."""
-        return self.channels, self.size, self.size
 
 
 class TwoTimeChroma(TwoTimeNetwork, Chroma):

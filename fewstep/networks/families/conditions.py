@@ -22,3 +22,8 @@ def text_and_pooled(model: Any, tokens: int) -> dict[str, tuple[int, ...]]:
     config = model.config
     text, pooled = (tokens, config["joint_attention_dim"]), (config["pooled_projection_dim"],)
     return {"encoder_hidden_states": text, "pooled_projections": pooled}
+
+
+def own_guidance(model: Any) -> dict[str, tuple[int, ...]]:
+    """The row of ``guidance`` of a model that was distilled to be told its strength."""
+    return {"guidance": ()} if model.config["guidance_embeds"] else {}

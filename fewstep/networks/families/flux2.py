@@ -4,29 +4,24 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fewstep.networks.families.base import OfDiffusers, TwoTimeNetwork
+from fewstep.networks.families.base import Sized, TwoTimeNetwork
+from fewstep.networks.families.conditions import own_guidance
 
 if TYPE_CHECKING:
     from diffusers import Flux2Transformer2DModel
 
 
-class Flux2(OfDiffusers):
+class Flux2(Sized):
     """A ``Flux2Transformer2DModel`` (dev, klein) on latents (B, C, H, W), each place of which is a token: its VAE makes
     32 channels, whose 2 x 2 patches are the state's 128.
 
     Conditions: ``encoder_hidden_states`` (B, tokens, D), ``guidance`` (B,) where the model was distilled to take it,
     and ``image`` (B, C', H, W) where it takes more channels than the state has.
-
-    Args:
-        size: height and width of the latents, which the model's config does not say; for ``shape`` alone.
     """
 
     code, first = "flux2", "x_embedder"
+    usual = 64
     model: "Flux2Transformer2DModel"
-
-    def __init__(self, model: "Flux2Transformer2DModel", size: int = 64) -> None:
-        super().__init__(model)
-        self.size = size
 
     def forward(
         self,
@@ -40,18 +35,8 @@ class Flux2(OfDiffusers):
         self.check_guidance(guidance)
         return self.call(self.model, x, timestep, encoder_hidden_states, guidance, image)
 
-    @property
-    def takes_guidance(self) -> bool:
-        return self.model.config["guidance_embeds"]
-
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        guidance = {"guidance": ()} if self.model.config["guidance_embeds"] else {}
-        return {"encoder_hidden_states": (tokens, self.model.config["joint_attention_dim"]), **guidance}
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of one sample, (C, H, W)."""
-        return self.channels, self.size, self.size
+        return {"encoder_hidden_states": (tokens, self.model.config["joint_attention_dim"]), **own_guidance(self.model)}
 
 
 class TwoTimeFlux2(TwoTimeNetwork, Flux2):

@@ -4,30 +4,25 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fewstep.networks.families.base import OfDiffusers, TwoTimeNetwork
+from fewstep.networks.families.base import Sized, TwoTimeNetwork
+from fewstep.networks.families.conditions import own_guidance
 
 if TYPE_CHECKING:
     from diffusers import HunyuanImageTransformer2DModel
 
 
-class HunyuanImage(OfDiffusers):
+class HunyuanImage(Sized):
     """A ``HunyuanImageTransformer2DModel`` (2.1) on latents (B, C, H, W) of 32 x 32 pixels each.
 
     Conditions: ``encoder_hidden_states`` (B, tokens, D) and ``encoder_attention_mask`` (B, tokens), 0 where a token is
     padding; the same of the letters that an image is to show, ``encoder_hidden_states_2`` and
     ``encoder_attention_mask_2``; ``guidance`` (B,) where the model was distilled to take it; ``image`` (B, C', H, W)
     where it takes more channels than the state has.
-
-    Args:
-        size: height and width of the latents, which the model's config does not say; for ``shape`` alone.
     """
 
     code, first = "hunyuanimage", "x_embedder.proj"
+    usual = 64
     model: "HunyuanImageTransformer2DModel"
-
-    def __init__(self, model: "HunyuanImageTransformer2DModel", size: int = 64) -> None:
-        super().__init__(model)
-        self.size = size
 
     def forward(
         self,
@@ -45,18 +40,8 @@ class HunyuanImage(OfDiffusers):
         text = (encoder_hidden_states, encoder_attention_mask, encoder_hidden_states_2, encoder_attention_mask_2)
         return self.call(self.model, x, timestep, *text, guidance, image)
 
-    @property
-    def takes_guidance(self) -> bool:
-        return self.model.config["guidance_embeds"]
-
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        guidance = {"guidance": ()} if self.model.config["guidance_embeds"] else {}
-        return {"encoder_hidden_states": (tokens, self.model.config["text_embed_dim"]), **guidance}
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of one sample, (C, H, W)."""
-        return self.channels, self.size, self.size
+        return {"encoder_hidden_states": (tokens, self.model.config["text_embed_dim"]), **own_guidance(self.model)}
 
 
 class TwoTimeHunyuanImage(TwoTimeNetwork, HunyuanImage):

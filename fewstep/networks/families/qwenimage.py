@@ -4,28 +4,22 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fewstep.networks.families.base import OfDiffusers, TwoTimeNetwork
+from fewstep.networks.families.base import Sized, TwoTimeNetwork
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
 
 
-class QwenImage(OfDiffusers):
+class QwenImage(Sized):
     """A ``QwenImageTransformer2DModel`` on latents (B, C, H, W), which it sees as 2 x 2 patches.
 
     Conditions: ``encoder_hidden_states`` (B, tokens, D), and ``encoder_hidden_states_mask`` (B, tokens), 0 where a
     token is padding; ``image`` (B, C', H, W) where it takes more channels than the state has.
-
-    Args:
-        size: height and width of the latents, which the model's config does not say; for ``shape`` alone.
     """
 
     code, first, patch = "qwenimage", "img_in", 4
+    usual = 128
     model: "QwenImageTransformer2DModel"
-
-    def __init__(self, model: "QwenImageTransformer2DModel", size: int = 128) -> None:
-        super().__init__(model)
-        self.size = size
 
     def forward(
         self,
@@ -40,11 +34,6 @@ class QwenImage(OfDiffusers):
 
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (tokens, self.model.config["joint_attention_dim"])}
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of one sample, (C, H, W)."""
-        return self.channels, self.size, self.size
 
 
 class TwoTimeQwenImage(TwoTimeNetwork, QwenImage):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fewstep.networks.families.base import OfDiffusers, TwoTimeNetwork
+from fewstep.networks.families.conditions import own_guidance
 
 if TYPE_CHECKING:
     from diffusers import SanaTransformer2DModel
@@ -33,13 +34,8 @@ class Sana(OfDiffusers):
         self.check_guidance(guidance)
         return self.call(self.model, x, timestep, encoder_hidden_states, encoder_attention_mask, guidance, image)
 
-    @property
-    def takes_guidance(self) -> bool:
-        return self.model.config["guidance_embeds"]
-
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        guidance = {"guidance": ()} if self.model.config["guidance_embeds"] else {}
-        return {"encoder_hidden_states": (tokens, self.model.config["caption_channels"]), **guidance}
+        return {"encoder_hidden_states": (tokens, self.model.config["caption_channels"]), **own_guidance(self.model)}
 
 
 class TwoTimeSana(TwoTimeNetwork, Sana):

@@ -4,27 +4,21 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fewstep.networks.families.base import OfDiffusers, TwoTimeNetwork
+from fewstep.networks.families.base import Sized, TwoTimeNetwork
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 
-class Wan(OfDiffusers):
+class Wan(Sized):
     """A ``WanTransformer3DModel``: videos (B, C, F, H, W). Conditions: ``encoder_hidden_states`` (B, tokens, D), and
     ``encoder_hidden_states_image`` (B, tokens, D') where the model was trained with an image, ``image``
     (B, C', F, H, W) where it takes more channels than the state has.
-
-    Args:
-        size: frames, height and width of the latents, which the model's config does not say; for ``shape`` alone.
     """
 
     code, first = "wan", "patch_embedding"
+    usual = (21, 60, 104)
     model: "WanTransformer3DModel"
-
-    def __init__(self, model: "WanTransformer3DModel", size: tuple[int, int, int] = (21, 60, 104)) -> None:
-        super().__init__(model)
-        self.size = size
 
     def forward(
         self,
@@ -43,11 +37,6 @@ class Wan(OfDiffusers):
         config = self.model.config
         image = {} if config["image_dim"] is None else {"encoder_hidden_states_image": (257, config["image_dim"])}
         return {"encoder_hidden_states": (tokens, config["text_dim"]), **image}
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of one sample, (C, F, H, W)."""
-        return self.channels, *self.size
 
 
 class TwoTimeWan(TwoTimeNetwork, Wan):

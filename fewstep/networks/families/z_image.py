@@ -4,26 +4,20 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fewstep.networks.families.base import OfDiffusers, TwoTimeNetwork
+from fewstep.networks.families.base import Sized, TwoTimeNetwork
 
 if TYPE_CHECKING:
     from diffusers import ZImageTransformer2DModel
 
 
-class ZImage(OfDiffusers):
+class ZImage(Sized):
     """A ``ZImageTransformer2DModel`` on latents (B, C, H, W). Conditions: ``encoder_hidden_states``
     (B, tokens, D), and ``encoder_attention_mask`` (B, tokens), 0 where a token is padding, which it does not see.
-
-    Args:
-        size: height and width of the latents, which the model's config does not say; for ``shape`` alone.
     """
 
     code, first = "z_image", ""
+    usual = 128
     model: "ZImageTransformer2DModel"
-
-    def __init__(self, model: "ZImageTransformer2DModel", size: int = 128) -> None:
-        super().__init__(model)
-        self.size = size
 
     def forward(
         self,
@@ -38,11 +32,6 @@ class ZImage(OfDiffusers):
 
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (tokens, self.model.config["cap_feat_dim"])}
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of one sample, (C, H, W)."""
-        return self.channels, self.size, self.size
 
 
 class TwoTimeZImage(TwoTimeNetwork, ZImage):

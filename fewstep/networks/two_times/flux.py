@@ -42,10 +42,9 @@ class TwoTimeFluxTransformer2DModel(TwoTimeTransformer, FluxTransformer2DModel):
     """A ``FluxTransformer2DModel``; one that takes a guidance of its own goes on doing so, by the same name."""
 
     call = staticmethod(call)
+    may_be_told = True
 
     def take_rows(self, late: bool, guided: int) -> None:
-        if guided and self.config["guidance_embeds"]:
-            raise ValueError("this Flux is told the strength of guidance as it is: leave guidance out")
         embeddings: Any = self.time_text_embed
         self.embed_rows(embeddings, late, guided)
         if late:
@@ -54,8 +53,3 @@ class TwoTimeFluxTransformer2DModel(TwoTimeTransformer, FluxTransformer2DModel):
                     getattr(embeddings, name).register_forward_hook(twice)
             blocks = [*self.transformer_blocks, *self.single_transformer_blocks]
             self.tell_late(blocks, self.norm_out, width=self.inner_dim)
-
-    def predict(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
-        if self.config["guidance_embeds"]:
-            return call(self, x, torch.stack([s, self.rows(s, t, None)[:, 0]], dim=-1), guidance=guidance, **cond)
-        return TwoTimeTransformer.predict(self, x, s, t, guidance, **cond)

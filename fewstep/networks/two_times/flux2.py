@@ -40,10 +40,9 @@ class TwoTimeFlux2Transformer2DModel(TwoTimeTransformer, Flux2Transformer2DModel
     """A ``Flux2Transformer2DModel``; one that takes a guidance of its own goes on doing so, by the same name."""
 
     call = staticmethod(call)
+    may_be_told = True
 
     def take_rows(self, late: bool, guided: int) -> None:
-        if guided and self.config["guidance_embeds"]:
-            raise ValueError("this Flux.2 is told the strength of guidance as it is: leave guidance out")
         embeddings: Any = self.time_guidance_embed
         self.embed_rows(embeddings, late, guided)
         if not late:
@@ -58,8 +57,3 @@ class TwoTimeFlux2Transformer2DModel(TwoTimeTransformer, Flux2Transformer2DModel
             sets = 2 if k < len(self.transformer_blocks) else 1  # shift, scale and gate each
             tell(block, is_last, width=3 * sets * self.inner_dim)
         tell(self.norm_out, True, width=self.inner_dim)
-
-    def predict(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
-        if self.config["guidance_embeds"]:
-            return call(self, x, torch.stack([s, self.rows(s, t, None)[:, 0]], dim=-1), guidance=guidance, **cond)
-        return TwoTimeTransformer.predict(self, x, s, t, guidance, **cond)

@@ -42,12 +42,11 @@ class TwoTimeHunyuanImageTransformer2DModel(TwoTimeTransformer, HunyuanImageTran
     """A ``HunyuanImageTransformer2DModel``; one that takes a guidance of its own goes on doing so."""
 
     call = staticmethod(call)
+    may_be_told = True
 
     def take_rows(self, late: bool, guided: int) -> None:
-        if guided and self.config["guidance_embeds"]:
-            raise ValueError("this HunyuanImage is told the strength of guidance as it is: leave guidance out")
         if self.config["use_meanflow"]:
-            raise ValueError("this HunyuanImage has a second time of its own, as it was distilled: load it as a map")
+            raise ValueError("this HunyuanImage has a second time of its own, as it was distilled, and takes no other")
         embeddings: Any = self.time_guidance_embed
         self.embed_rows(embeddings, late, guided)
         # What refines the prompt is told the first time alone.
@@ -61,11 +60,6 @@ class TwoTimeHunyuanImageTransformer2DModel(TwoTimeTransformer, HunyuanImageTran
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Any = None) -> None:
         # diffusers' calls its function with keywords that it does not take.
         checkpoint_each([*self.transformer_blocks, *self.single_transformer_blocks])
-
-    def predict(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
-        if self.config["guidance_embeds"]:
-            return call(self, x, torch.stack([s, self.rows(s, t, None)[:, 0]], dim=-1), guidance=guidance, **cond)
-        return TwoTimeTransformer.predict(self, x, s, t, guidance, **cond)
 
 
 def first_time(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
@@ -36,12 +35,11 @@ class TwoTimeSanaTransformer2DModel(TwoTimeTransformer, SanaTransformer2DModel):
     """A ``SanaTransformer2DModel``; one that takes a guidance of its own, as Sana-Sprint, goes on doing so."""
 
     call = staticmethod(call)
+    may_be_told = True
 
     def take_rows(self, late: bool, guided: int) -> None:
         norm: Any = self.time_embed
         takes = self.config["guidance_embeds"]
-        if guided and takes:
-            raise ValueError("this Sana is told the strength of guidance as it is: leave guidance out")
         self.embed_rows(norm if takes else norm.emb, late, guided)
         if late:
             if takes:
@@ -50,8 +48,3 @@ class TwoTimeSanaTransformer2DModel(TwoTimeTransformer, SanaTransformer2DModel):
             norm.silu, norm.linear = nn.Identity(), EachHalf(norm.linear)
             norm.register_forward_hook(functools.partial(second_of_two, width=width))
             self.tell_late(list(self.transformer_blocks), width=6 * width)
-
-    def predict(self, x: Tensor, s: Tensor, t: Tensor, guidance: Tensor | None = None, **cond: Any) -> Tensor:
-        if self.config["guidance_embeds"]:
-            return call(self, x, torch.stack([s, self.rows(s, t, None)[:, 0]], dim=-1), guidance=guidance, **cond)
-        return TwoTimeTransformer.predict(self, x, s, t, guidance, **cond)

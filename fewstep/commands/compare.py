@@ -93,6 +93,5 @@ def _compare_methods(args: argparse.Namespace) -> int:
     print(f"{args.out / 'compare.html'} shows it with plots, {args.out / 'compare.md'} is the same as text")
     done = next((run for run in found.runs if run.evaluation), None)
     if done is not None:
-        picture = f"{done.folder.name}.png"
-        say_next([shlex.join(["fewstep", "sample", str(done.folder), "--steps", "1", "--out", picture])])
+        say_next([shlex.join(["fewstep", "sample", str(done.folder), "--steps", "1"])])
     return 0

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     out, name = str(args.out), args.out.name
     say_next(
         [
-            shlex.join(["fewstep", "sample", out, "--steps", "50", "--out", f"{name}.png"]),
+            shlex.join(["fewstep", "sample", out, "--steps", "50"]),
             shlex.join(["fewstep", "reflow", out, "--count", "10000", "--out", f"{name}-pairs"]),
             shlex.join(["fewstep", "distill", "--teacher", out]),
         ]

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     run, name = str(args.run), args.run.name
     say_next(
         [
-            shlex.join(["fewstep", "sample", run, "--out", f"{name}.png"]),
+            shlex.join(["fewstep", "sample", run]),
             shlex.join(["fewstep", "export", run, f"{name}-export"]),
         ]
     )

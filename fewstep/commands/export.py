@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     trust = ["--trust"] if code_named(read_json(folder / "config.json")) else []
     path = read_json(folder / "config.json").get("path")
     source = ["--source", "DATA"] if isinstance(path, dict) and path.get("name") == Interpolant.__name__ else []
-    words = ["sample", str(folder), "--steps", "2", *trust, *prompt, *source, "--out", f"{folder.name}.png"]
+    words = ["sample", str(folder), "--steps", "2", *trust, *prompt, *source]
     say_next([shlex.join(["fewstep", *words])])
     return 0
 

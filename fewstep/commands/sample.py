@@ -16,8 +16,9 @@ from fewstep.commands.shared import (
     numbers,
     open_model,
     size_of,
+    with_flags,
 )
-from fewstep.commands.steered import add_steering, became, steer_flags, steered_by
+from fewstep.commands.steered import add_steering, became, steered_by
 from fewstep.common.console import progress_bar, say_next
 from fewstep.common.errors import shown
 
@@ -96,7 +97,6 @@ def run(args: argparse.Namespace) -> int:
     from fewstep.generation.drawing import draw_batches, labels_of, settled
     from fewstep.generation.images import check_out, claim, missing, picture_name, save_pictures, says, write
     from fewstep.generation.placement import place
-    from fewstep.generation.requests import prompt_flags
     from fewstep.generation.sharing import gathered, shares
     from fewstep.latents.prompts import TEXT_CONDITIONS
     from fewstep.runs.datasets import given_by
@@ -174,17 +174,8 @@ def run(args: argparse.Namespace) -> int:
     if steered is not None and populations:
         print(became(steered.particles, least / populations, left / populations))
     if run is None or args.teacher:
-        text = ["--prompts", args.prompts] if args.prompts else prompt_flags(args.prompt or [])
-        more = [
-            "--steps",
-            str(2 * steps),
-            *(["--trust"] if args.trust else []),
-            *(["--source", args.source] if args.source else []),
-            *steer_flags(args),
-            "--out",
-            f"samples-{2 * steps}{out.suffix}",
-        ]
-        say_next([shlex.join(["fewstep", "sample", args.model, *more, *text])])
+        more = {"--steps": str(2 * steps), "--out": f"samples-{2 * steps}{out.suffix}"}
+        say_next([shlex.join(["fewstep", *with_flags(args.argv, more)])])
     else:
         export = ["export", args.model, f"{Path(args.model).name}-export"]
         say_next([shlex.join(["fewstep", *words]) for words in (["evaluate", args.model], export)])

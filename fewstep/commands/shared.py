@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,18 @@ def add_guidance_scale(parser: argparse.ArgumentParser) -> None:
 def add_source(parser: argparse.ArgumentParser) -> None:
     text = "the data set that samples start from, for a model between two data sets (default: that of its run)"
     parser.add_argument("--source", metavar="DATA", help=text)
+
+
+def with_flags(argv: Sequence[str], flags: Mapping[str, str]) -> list[str]:
+    """The words of a command with other values of some flags: a next command that keeps all else that was said."""
+    kept, words = [], iter(argv)
+    for word in words:
+        name, has_value, _ = word.partition("=")
+        if name not in flags:
+            kept.append(word)
+        elif not has_value:
+            next(words, None)
+    return kept + [word for pair in flags.items() for word in pair]
 
 
 def numbers(flag: str, text: str) -> list[int]:

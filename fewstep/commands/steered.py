@@ -38,14 +38,6 @@ def steered_by(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     return steered, {**how, "gradient": args.steer_gradient, "reward": contents(args.steer)}
 
 
-def steer_flags(args: argparse.Namespace) -> list[str]:
-    """The words of a command that steers as this one does."""
-    numbers = (("--particles", args.particles), ("--strength", args.strength))
-    said = [word for flag, value in numbers if value is not None for word in (flag, f"{value:g}")]
-    follows = ["--steer-gradient"] if args.steer_gradient else []
-    return [] if args.steer is None else ["--steer", args.steer, *said, *follows]
-
-
 def became(particles: int, least: float, left: float) -> str:
     """What became of populations, and what to do about it."""
     from fewstep.generation.steered import FEW

@@ -129,7 +129,7 @@ def test_what_to_type_next_can_be_typed_where_a_name_has_a_space(
     run = str(here / "my runs" / "a one")
     assert main(["evaluate", run, "--steps", "1", "--teacher-steps", "1", "--count", "20"]) == 0
     _, following = commands(capsys)
-    assert following == [["fewstep", "sample", run, "--out", "a one.png"], ["fewstep", "export", run, "a one-export"]]
+    assert following == [["fewstep", "sample", run], ["fewstep", "export", run, "a one-export"]]
     assert main(["sample", run, "--count", "2"]) == 0
     _, following = commands(capsys)
     assert following == [["fewstep", "evaluate", run], ["fewstep", "export", run, "a one-export"]]
@@ -139,7 +139,11 @@ def test_what_to_type_next_can_be_typed_where_a_name_has_a_space(
     assert main(["export", run, "a one-export"]) == 0
     _, following = commands(capsys)
     folder = str(here / "a one-export")
-    assert following == [["fewstep", "sample", folder, "--steps", "2", "--out", "a one-export.png"]]
+    assert following == [["fewstep", "sample", folder, "--steps", "2"]]
+    assert main(["sample", "--steps=2", "--seed", "3", "--count", "2", folder]) == 0
+    _, following = commands(capsys)  # all that was said stays said
+    more = ["--steps", "4", "--out", "samples-4.png"]
+    assert following == [["fewstep", "sample", "--seed", "3", "--count", "2", folder, *more]]
     recipe = load_recipe("checkerboard-itvm", {"data": str(here / "my data.npy")})
     for is_map in (True, False):
         said = [shlex.split(line) for line in next_commands(Path(run), recipe, is_map)]

@@ -44,6 +44,7 @@ from fewstep.networks import (
     OfDiffusers,
     ParallelTimes,
     SequenceTransformer,
+    stock_model,
     two_time_model,
     with_second_time,
 )
@@ -231,14 +232,12 @@ def _network_of(config: Mapping[str, Any], is_map: bool, where: str) -> nn.Modul
             raise unknown("network", config["name"], NETWORKS)
         own = NETWORKS[config["name"]]
         return own(**arguments(f"{where}: network.options", own, config["options"]))
-    import diffusers
-
     name = config["model"]
     stock = name.removeprefix("TwoTime")
     family = FAMILIES.get(stock)
     if family is None:
         raise unknown("model of diffusers", name, FAMILIES)
-    made: Any = two_time_model(stock) if stock != name else getattr(diffusers, name)
+    made: Any = two_time_model(stock) if stock != name else stock_model(name)
     check_numbers(config.get("config", {}), f"{where}: network.config")
     with refused(f"{where}: diffusers cannot make the {name} that it describes", AGAIN):
         network: Any = (STUDENTS[family] if is_map else family)(made.from_config(config["config"]))

@@ -18,7 +18,7 @@ from fewstep.flows.reflected import Reflected
 from fewstep.flows.schedules import kind_of, schedule_of
 from fewstep.flows.sources import Source
 from fewstep.flows.spaces import Box, Euclid, Space
-from fewstep.networks import FAMILIES
+from fewstep.networks import FAMILIES, WanExperts
 
 if TYPE_CHECKING:
     from fewstep.latents.prompts import Prompts
@@ -157,6 +157,16 @@ class NetworkField(VelocityField):
     def is_flow(self) -> bool:
         """Whether it is a model of flow matching on the linear path, in either direction of time."""
         return isinstance(self.native, Linear) and self.prediction in ("velocity", "flow")
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether its network is two experts, each for some of the times (Wan 2.2)."""
+        return isinstance(self.network, WanExperts)
+
+    def is_second(self, t: Tensor) -> Tensor:
+        """Whether the second expert answers at times t (B,), which is that of little noise."""
+        network: Any = self.network
+        return network.is_second(self.scaling(t).time)
 
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         t = as_times(t, x)

@@ -24,10 +24,12 @@ class Guided(VelocityField):
         null: the conditions of the weak call, a number or one sample's tensor each, such as ``{"class_labels": 10}``;
             the others stay as they are.
         weak: the weaker field; the field itself if not given.
+        scale_2: w where the second of two experts answers, as of Wan 2.2 (diffusers' ``guidance_scale_2``); ``scale``
+            if not given.
 
     Raises:
         ValueError: with neither ``null`` nor ``weak``, for an interval outside [0, 1] or a weak field on another path;
-            when called without a condition that ``null`` replaces.
+            ``scale_2`` for a field without experts; when called without a condition that ``null`` replaces.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Guided(VelocityField):
         *,
         null: dict[str, Any] | None = None,
         weak: VelocityField | None = None,
+        scale_2: float | None = None,
     ) -> None:
         super().__init__()
         if weak is None and not null:
@@ -46,17 +49,19 @@ class Guided(VelocityField):
             raise ValueError(f"the guidance interval {interval} is not within [0, 1]")
         if weak is not None and not weak.path.same_as(field.path):
             raise ValueError(f"the weak field is on {weak.path}, the field on {field.path}: use weak.on(field.path)")
+        if scale_2 is not None and not getattr(unguided(field), "has_experts", False):
+            raise ValueError(f"scale_2 is {scale_2:g}: it is for a field of two experts, as Wan 2.2: leave it out")
         self.field, self.weak = field, weak
-        self.scale, self.interval, self.null = scale, interval, null or {}
+        self.scale, self.scale_2, self.interval, self.null = scale, scale_2, interval, null or {}
         self.known_as(field)
         self.path, self.source = field.path, None  # the field's own name does not say how it is guided
 
     def forward(self, x: Tensor, t: Tensor | float, *, guidance: Tensor | None = None, **cond: Any) -> Tensor:
         t = as_times(t, x)
-        scale = self.scale if guidance is None else guidance.to(t)
+        scale = self._scale_at(t) if guidance is None else guidance.to(t)
         inside = (t >= self.interval[0]) & (t <= self.interval[1])
         # Asking waits for a GPU, and all times are inside the whole interval.
-        if (guidance is None and scale == 1) or (self.interval != (0, 1) and not inside.any()):
+        if (isinstance(scale, float | int) and scale == 1) or (self.interval != (0, 1) and not inside.any()):
             return self.field(x, t, **cond)
         null = replaced(cond, self.null)
         if self.weak is None:  # both calls as one batch
@@ -70,7 +75,14 @@ class Guided(VelocityField):
     def on(self, path: Path) -> "Guided":
         weak = None if self.weak is None else self.weak.on(path)
         low, high = (moved(t, self.path, path) for t in self.interval)
-        return Guided(self.field.on(path), self.scale, (low, high), null=self.null, weak=weak)
+        return Guided(self.field.on(path), self.scale, (low, high), null=self.null, weak=weak, scale_2=self.scale_2)
+
+    def _scale_at(self, t: Tensor) -> float | Tensor:
+        """w at times t (B,)."""
+        if self.scale_2 is None:
+            return self.scale
+        field: Any = unguided(self.field)
+        return torch.full_like(t, self.scale).masked_fill(field.is_second(t), self.scale_2)
 
 
 def replaced(cond: dict[str, Any], null: dict[str, Any]) -> dict[str, Any]:

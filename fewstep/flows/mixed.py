@@ -87,6 +87,8 @@ class Mixed:
                 f"Mixed.of: guidance on the interval {guided.interval} has no one target, it jumps at the ends: take "
                 "(0, 1)"
             )
+        if guided.scale_2 is not None:
+            raise ValueError("Mixed.of: guidance with a scale_2 has no one target, it jumps from expert to expert")
         weak = Blank(guided.field if guided.weak is None else guided.weak, guided.null)
         return cls({guided.field: guided.scale, weak: 1 - guided.scale})
 

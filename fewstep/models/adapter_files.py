@@ -13,6 +13,7 @@ from fewstep.common.model_files import check_file, read_json
 from fewstep.common.write_errors import cannot_write
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
+from fewstep.models.expert_adapters import apart, places_of, read_both
 from fewstep.models.lora import check_bare, has_lora, import_peft, inject, inner_network, trained_in_full
 from fewstep.models.lora_keys import KEYS, layers_of, read_adapter, to_kohya
 from fewstep.models.stock_steps import write_scheduler
@@ -39,7 +40,8 @@ def save_adapter(model: NetworkField | FlowMap, folder: str | Path, keys: str = 
 
     * A field of a model that diffusers loads adapters for (``UNet2DConditionModel``, SD3, Flux):
       ``pytorch_lora_weights.safetensors``, for ``pipeline.load_lora_weights(folder)``. So for a flow map that is told
-      no second time (``second_time="none"``), with the scheduler that draws with it in ``scheduler``.
+      no second time (``second_time="none"``), with the scheduler that draws with it in ``scheduler``. Of two experts
+      (Wan 2.2) the adapter of the second is in ``transformer_2``, for ``load_into_transformer_2=True``.
     * Any other, and every other flow map: peft's ``adapter_model.safetensors`` and ``adapter_config.json``, for
       ``peft.PeftModel.from_pretrained(network, folder)``. What trains in full beside the adapter is in it, as peft's
       ``modules_to_save``.
@@ -80,11 +82,11 @@ def _save(network: Any, folder: Path, for_diffusers: bool, keys: str) -> None:
         save_file(to_kohya(weights, scales), folder / DIFFUSERS_FILE, metadata={"format": "pt"})
         return
     if for_diffusers:
-        prefix = _prefix(network)
-        # As diffusers' save_lora_weights writes it; the metadata has the alpha, which the weights do not tell.
-        metadata = json.dumps({f"{prefix}.{key}": value for key, value in options.items()}, indent=2, sort_keys=True)
-        state = {f"{prefix}.{name}": _plain(value) for name, value in weights.items()}
-        save_file(state, folder / DIFFUSERS_FILE, metadata={"format": "pt", "lora_adapter_metadata": metadata})
+        files = places_of(network, folder, DIFFUSERS_FILE)
+        each = {_prefix(network): (options, weights)} if len(files) == 1 else apart(network, weights)
+        for part, (said, own) in each.items():
+            files[part].parent.mkdir(exist_ok=True)
+            _save_stock(files[part], _prefix(network), said, own)
         return
     whole = network.peft_config["default"].modules_to_save or []
     for name in whole:
@@ -93,6 +95,13 @@ def _save(network: Any, folder: Path, for_diffusers: bool, keys: str) -> None:
     save_file(state, folder / PEFT_FILE, metadata={"format": "pt"})
     options = {"peft_type": "LORA", **options, "modules_to_save": whole or None}
     (folder / PEFT_CONFIG).write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
+
+
+def _save_stock(file: Path, prefix: str, options: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """As diffusers' ``save_lora_weights`` writes it; the metadata has the alpha, which the weights do not tell."""
+    metadata = json.dumps({f"{prefix}.{key}": value for key, value in options.items()}, indent=2, sort_keys=True)
+    state = {f"{prefix}.{name}": _plain(value) for name, value in weights.items()}
+    save_file(state, file, metadata={"format": "pt", "lora_adapter_metadata": metadata})
 
 
 def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
@@ -110,7 +119,11 @@ def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
     check_bare(model)
     peft, network, folder = import_peft(), inner_network(model), Path(folder).expanduser()
     file = folder if folder.is_file() else folder / DIFFUSERS_FILE
-    if file.is_file() and file.suffix == ".safetensors":
+    files = places_of(network, folder, DIFFUSERS_FILE)
+    if len(files) > 1 and any(one.is_file() for one in files.values()):
+        options, weights = read_both(network, files)
+        config = _config(options, folder)
+    elif file.is_file() and file.suffix == ".safetensors":
         check_file(file)
         options, weights = read_adapter(file, dict(network.named_modules()), _prefix(network))
         config = _config(options, file)

@@ -17,8 +17,10 @@ from fewstep.flows.schedules import schedule_of, todays_config
 from fewstep.latents.prompts import Prompts, knows_prompts
 from fewstep.latents.vae import VAE_FOLDERS, Latents
 from fewstep.models.distilled import distilled_as
-from fewstep.networks import FAMILIES
+from fewstep.models.wan_experts import boundary_of
+from fewstep.networks import FAMILIES, Wan, WanExperts, stock_model
 from fewstep.networks.channels import given_channels
+from fewstep.networks.configs import experts
 from fewstep.pipelines.arguments import side_step
 
 BY_HAND = "wrap it by hand: DiffusionField(network, scheduler), or NetworkField(network, path, prediction)"
@@ -34,10 +36,11 @@ _SPEAKERS = ("transformer", "unet", "controlnet", "adapter", "motion_adapter", "
 class Found:
     """What a diffusers folder holds by its configurations; no weights are read for it.
 
-    ``network`` is that of a field, on the meta device; it has been called there.
+    ``network`` is that of a field, on the meta device; it has been called there. ``models`` are the folders of its
+    weights: two where two experts are one network.
     """
 
-    model: Path
+    models: list[Path]
     network: Any
     scheduler: Any
     latents: Latents | None
@@ -62,14 +65,22 @@ def look_into(folder: Path, variant: str | None = None) -> Found:
             f"no model in {folder}: a diffusers folder has unet/config.json, transformer/config.json or config.json"
             f"{parts}; a run of fewstep's has recipe.yaml and checkpoints/"
         )
-    _check_alone(folder, index, models[0])
     class_name, config = _model_config(models[0])
     scheduler = find_scheduler(folder)
     schedule_of(scheduler)
+    boundary = boundary_of(folder, index, scheduler) if FAMILIES[class_name] is Wan else None
+    models = models[:1] if boundary is None else [models[0], folder / "transformer_2"]
+    _check_alone(folder, index, models)
     latents = _latents(folder, index, variant)
     patch = FAMILIES[class_name].patch
     channels = _state_channels(models[0], config, scheduler, latents, patch)
     network = _on_meta(models[0], class_name)
+    if boundary is not None:
+        if (other := _model_config(models[1])[0]) != class_name:
+            raise ValueError(
+                f"the models in {models[0]} and {models[1]} are a {class_name} and a {other}, not two of one"
+            )
+        network = WanExperts(experts(network.model, _on_meta(models[1], class_name).model, boundary))
     if channels != network.channels:
         network.model.register_to_config(_state_channels=patch * channels)
     if class_of(index).startswith(_IMAGE_FIRST) and channels < config["in_channels"]:
@@ -77,7 +88,7 @@ def look_into(folder: Path, variant: str | None = None) -> Found:
     _check_call(network, models[0])
     text = Prompts(folder, variant=variant) if knows_prompts(folder) else None
     distilled = distilled_as(folder, models[0], scheduler)
-    return Found(models[0], network, scheduler, latents, text, distilled)
+    return Found(models, network, scheduler, latents, text, distilled)
 
 
 def _parts(index: dict[str, Any]) -> list[str]:
@@ -85,16 +96,15 @@ def _parts(index: dict[str, Any]) -> list[str]:
     return [name for name, value in index.items() if isinstance(value, list) and value[:1] not in ([], [None])]
 
 
-def _check_alone(folder: Path, index: dict[str, Any], model: Path) -> None:
-    """That a pipeline samples with one model."""
-    more = [name for name in _parts(index) if name.startswith(_SPEAKERS) and name not in (model.name, "scheduler")]
+def _check_alone(folder: Path, index: dict[str, Any], models: list[Path]) -> None:
+    """That a pipeline samples with these models alone."""
+    own = [model.name for model in models]
+    more = [name for name in _parts(index) if name.startswith(_SPEAKERS) and name not in own]
     more = [name for name in more if not name.endswith("scheduler")]
-    if (folder / "transformer_2" / "config.json").is_file():  # Wan 2.2: an expert for the noisier half of the times
-        more = ["transformer_2"]
     if more:
         raise ValueError(
             f"the {class_of(index)} in {folder} samples with {more[0]} too, and fewstep with one model alone, which "
-            f"would be another one: to take {model.name} by itself all the same, copy {model.name}/ and scheduler/ to "
+            f"would be another one: to take {own[0]} by itself all the same, copy {own[0]}/ and scheduler/ to "
             "a folder of their own, without model_index.json"
         )
 
@@ -155,10 +165,8 @@ def _on_meta(model: Path, class_name: str) -> Any:
         ValueError: diffusers cannot make it, or its numbers are larger than any model's: of layers without end the
             memory would be full before there is one.
     """
-    import diffusers
-
     check_numbers(read_json(model / "config.json"), str(model / "config.json"))
-    made: Any = getattr(diffusers, class_name)
+    made = stock_model(class_name)
     cannot = f"diffusers cannot make a {class_name} of {model / 'config.json'}"
     with refused(cannot, "fetch it again"), torch.device("meta"):
         return FAMILIES[class_name](made.from_config(made.load_config(model)).eval())

@@ -17,11 +17,13 @@ from fewstep.common.model_files import (
 from fewstep.flows.fields import DiffusionField
 from fewstep.latents.prompts import Prompts, knows_prompts
 from fewstep.latents.vae import VAE_FOLDERS, Latents
-from fewstep.models.diffusers_configs import look_into
-from fewstep.networks.configs import keep_facts
+from fewstep.models.diffusers_configs import Found, look_into
+from fewstep.models.wan_experts import SECOND
+from fewstep.networks import WanExperts
+from fewstep.networks.configs import experts, keep_facts
 
 # The parts of a pipeline that have weights of diffusers' own.
-_WEIGHED = ("unet", "transformer", *VAE_FOLDERS)
+_WEIGHED = ("unet", "transformer", SECOND, *VAE_FOLDERS)
 
 
 def hub_files(variant: str | None = None) -> list[str]:
@@ -50,16 +52,16 @@ def load_field(folder: Path, variant: str | None = None) -> DiffusionField:
         FileNotFoundError, ValueError: as :func:`look_into`, or weights that are missing, damaged or not the model's.
     """
     found = look_into(folder, variant)
-    if variant is not None and variant_in(found.model, wanted=variant) != variant:
-        there = ", ".join(file.name for file in sorted(found.model.glob("*.safetensors"))[:4]) or "no safetensors"
-        raise FileNotFoundError(
-            f"no variant {variant} of the weights in {found.model}, which has {there}: leave it out"
-        )
+    for place in found.models:
+        if variant is not None and variant_in(place, wanted=variant) != variant:
+            there = ", ".join(file.name for file in sorted(place.glob("*.safetensors"))[:4]) or "no safetensors"
+            raise FileNotFoundError(f"no variant {variant} of the weights in {place}, which has {there}: leave it out")
     if found.latents is not None:
         found.latents.check()
-    model = load_weights(type(found.network.model), found.model, variant)
-    keep_facts(model, found.network.model)
-    field = DiffusionField(type(found.network)(model), found.scheduler)
+    meta: Any = found.network.model
+    kind = type(meta.transformer if isinstance(found.network, WanExperts) else meta)
+    loaded = [load_weights(kind, place, variant) for place in found.models]
+    field = DiffusionField(_network(found, loaded), found.scheduler)
     field.latents, field.text, field.class_names = found.latents, found.text, class_names_in(folder)
     field.distilled = found.distilled
     if found.distilled:
@@ -69,6 +71,14 @@ def load_field(folder: Path, variant: str | None = None) -> DiffusionField:
             stacklevel=3,
         )
     return field
+
+
+def _network(found: Found, models: list[Any]) -> Any:
+    """The network that was found, of these models."""
+    meta = found.network.model
+    model = models[0] if len(models) == 1 else experts(models[0], models[1], meta.config["boundary_timestep"])
+    keep_facts(model, meta)
+    return type(found.network)(model)
 
 
 def field_of_pipeline(pipeline: Any) -> DiffusionField:
@@ -93,9 +103,7 @@ def field_of_pipeline(pipeline: Any) -> DiffusionField:
             if name in parts:
                 parts[name].save_config(folder / name)
         found = look_into(folder)
-    model = parts.get("unet") or parts["transformer"]
-    keep_facts(model, found.network.model)
-    field = DiffusionField(type(found.network)(model), parts["scheduler"])
+    field = DiffusionField(_network(found, [parts[place.name] for place in found.models]), parts["scheduler"])
     if found.latents is not None:
         field.latents = Latents(next(parts[name] for name in VAE_FOLDERS if name in parts))
     home = Path(str(pipeline.config.get("_name_or_path") or ""))

@@ -14,6 +14,7 @@ from fewstep.models.conversion import Conversion
 from fewstep.models.converted import FLOWS, ORIGINAL
 from fewstep.models.export import diffusion_of, no_pipeline
 from fewstep.models.model_card import fewstep_code
+from fewstep.models.wan_experts import boundary_said, models_of
 from fewstep.models.writing import (
     copy_part,
     is_whole_part,
@@ -43,6 +44,7 @@ _PIPELINES = {
     "Lumina2Transformer2DModel": "Lumina2Pipeline",
     "ChromaTransformer2DModel": "ChromaPipeline",
     "HunyuanImageTransformer2DModel": "HunyuanImagePipeline",
+    "WanExpertsTransformer3DModel": "WanPipeline",
     "WanTransformer3DModel": "WanPipeline",
     "LTXVideoTransformer3DModel": "LTXPipeline",
 }
@@ -115,8 +117,10 @@ def write_folder(field: Any, conversion: Conversion, folder: Path) -> None:
     if vae and not (folder / vae).exists():
         index[vae] = write_vae(latents, folder / vae)  # pyright: ignore[reportArgumentType]
 
-    save_part(field.network.model, folder / part)
-    scheduler, libraries = scheduler_of(field), {part: "diffusers", "scheduler": "diffusers"}
+    models = models_of(field.network.model)
+    for name, one in models.items():
+        save_part(one, folder / name)
+    scheduler, libraries = scheduler_of(field), dict.fromkeys([*models, "scheduler"], "diffusers")
     if not field.is_flow:
         save_part(scheduler, folder / ORIGINAL)
         scheduler = getattr(flow_model, conversion.flow_scheduler)()
@@ -129,7 +133,11 @@ def write_folder(field: Any, conversion: Conversion, folder: Path) -> None:
     save_part(scheduler, folder / "scheduler")
     for name in (name for name, library in libraries.items() if library == _CODE):
         (folder / name / f"{_CODE}.py").write_text(whole(flow_model.__file__))
-    classes = {part: conversion.written, "scheduler": conversion.flow_scheduler}
+    classes = {name: type(one).__name__ for name, one in models.items()}
+    if not field.is_flow:
+        classes[part] = conversion.written
+    classes["scheduler"] = conversion.flow_scheduler
+    index |= boundary_said(field.network.model, scheduler)
     write_json(
         folder / "model_index.json",
         {

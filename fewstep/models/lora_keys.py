@@ -72,7 +72,7 @@ def read_adapter(file: Path, layers: Collection[str], prefix: str) -> tuple[dict
     own = {key.removeprefix(f"{prefix}."): value for key, value in metadata.items() if key.startswith(f"{prefix}.")}
     # What the metadata says is whole: without a pattern in it, all layers are alike.
     said = {"rank_pattern": {}, "alpha_pattern": {}, **own} if own else {}
-    return {**_options(weights, alphas), **said}, weights
+    return {**options_of(weights, alphas), **said}, weights
 
 
 def layers_of(weights: Collection[str]) -> list[str]:
@@ -100,7 +100,7 @@ def _renamed(name: str, known: dict[str, str]) -> str:
     return name
 
 
-def _options(weights: dict[str, Tensor], alphas: dict[str, float]) -> dict[str, Any]:
+def options_of(weights: dict[str, Tensor], alphas: dict[str, float]) -> dict[str, Any]:
     """Those of weights without metadata: the rank and scale of each layer. Without an alpha the scale is 1."""
     ranks = {name.partition(".lora_")[0]: len(value) for name, value in weights.items() if ".lora_A." in name}
     scales = {layer: alphas.get(layer, rank) for layer, rank in ranks.items()}

@@ -10,7 +10,8 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Reversed
 from fewstep.flows.signature import image_channels
 from fewstep.latents.vae import VAE_FOLDERS
-from fewstep.models.stock_steps import scheduler_of, steps_of
+from fewstep.models.stock_steps import drawn_by, scheduler_of, steps_of
+from fewstep.models.wan_experts import boundary_said, models_of
 from fewstep.models.writing import (
     copy_part,
     is_whole_part,
@@ -28,7 +29,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}"{missing})
-images = pipe({given}, {steps}).images"""
+images = pipe({given}, {steps}).{drawn}"""
 
 
 def check_stock(field: NetworkField) -> None:
@@ -63,9 +64,9 @@ def write_end(model: FlowMap, folder: Path) -> str:
 def _write(field: Any, scheduler: Any, steps: str, folder: Path) -> str:
     import diffusers
 
-    model: Any = field.network.model
-    part = "unet" if "UNet" in type(model).__name__ else "transformer"
-    save_part(model, folder / part)
+    models = models_of(field.network.model)
+    for name, one in models.items():
+        save_part(one, folder / name)
     save_part(scheduler, folder / "scheduler")
     source, index = pipeline_of(field)
     others = parts_in(index)
@@ -78,14 +79,15 @@ def _write(field: Any, scheduler: Any, steps: str, folder: Path) -> str:
     if kind is None:
         return ""
     gone = [name for name in others if name not in whole and name != "vae"]
+    index |= boundary_said(field.network.model, scheduler)
     index |= {name: [None, None] for name in gone if name in kind._optional_components}
     if "safety_checker" in gone:
         index["requires_safety_checker"] = False
-    classes = {part: ["diffusers", type(model).__name__], "scheduler": ["diffusers", type(scheduler).__name__]}
+    classes = {name: ["diffusers", type(one).__name__] for name, one in {**models, "scheduler": scheduler}.items()}
     version = {"_class_name": kind.__name__, "_diffusers_version": diffusers.__version__}
     write_json(folder / "model_index.json", {**version, **index, **classes})
     missing = "".join(f", {name}=..." for name in gone if name not in kind._optional_components)
     if image_channels(field):
         return ""
     given = '"a photo of a cat"' if field.text is not None else "class_labels=[0, 1]"
-    return _CODE.format(name="{name}", missing=missing, given=given, steps=steps)
+    return _CODE.format(name="{name}", missing=missing, given=given, steps=steps, drawn=drawn_by(field))

@@ -9,6 +9,7 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Reversed
 from fewstep.flows.schedules import PREDICTION_TYPES
 from fewstep.flows.tabulated import Tabulated
+from fewstep.networks import Wan, WanExperts
 
 _CARD = """\
 # A consistency model as an adapter
@@ -20,10 +21,15 @@ import diffusers
 
 pipe = diffusers.DiffusionPipeline.from_pretrained(BASE)
 pipe.load_lora_weights(FOLDER, adapter_name="fast")
-pipe.scheduler = diffusers.{scheduler}.from_pretrained(FOLDER, subfolder="scheduler")
+{second}pipe.scheduler = diffusers.{scheduler}.from_pretrained(FOLDER, subfolder="scheduler")
 # pipe.load_lora_weights(STYLE, adapter_name="style"); pipe.set_adapters(["fast", "style"], [1.0, 0.8])
-images = pipe("a photo of a cat", {steps}).images
+images = pipe("a photo of a cat", {steps}).{drawn}
 ```
+"""
+_SECOND = """\
+pipe.load_lora_weights(
+    FOLDER, subfolder="transformer_2", adapter_name="fast", load_into_transformer_2=True
+)
 """
 
 
@@ -56,12 +62,20 @@ def write_scheduler(model: FlowMap, folder: Path) -> None:
     """The scheduler and the card that stand beside such a model's adapter."""
     scheduler: Any = scheduler_of(model)
     scheduler.save_pretrained(folder / "scheduler")
-    (folder / "README.md").write_text(_CARD.format(scheduler=type(scheduler).__name__, steps=steps_of(model)))
+    second = _SECOND if isinstance(model.network, WanExperts) else ""
+    told = {"scheduler": type(scheduler).__name__, "steps": steps_of(model), "drawn": drawn_by(model)}
+    (folder / "README.md").write_text(_CARD.format(second=second, **told))
+
+
+def drawn_by(model: Any) -> str:
+    """What the output of a model's pipeline is called."""
+    return "frames" if model.latents is not None and model.latents.is_video else "images"
 
 
 def steps_of(model: FlowMap) -> str:
-    """What such a pipeline is called with for four steps."""
+    """What such a pipeline is called with for four steps; those of Wan take no sigmas."""
     network: Any = model.network
-    steps = "sigmas=[1.0, 0.75, 0.5, 0.25]" if isinstance(model.native, Reversed) else "num_inference_steps=4"
+    by_sigmas = isinstance(model.native, Reversed) and not isinstance(network, Wan)
+    steps = "sigmas=[1.0, 0.75, 0.5, 0.25]" if by_sigmas else "num_inference_steps=4"
     guidance = model.guidance or 3.5 if network.takes_guidance else 1.0  # told, as Flux.1-dev is; or none
     return f"{steps}, guidance_scale={guidance}"

@@ -52,6 +52,7 @@ _TOKENS = {
     "SD3Transformer2DModel": 333,
     "SanaTransformer2DModel": 300,
     "UNet2DConditionModel": 77,
+    "WanExpertsTransformer3DModel": 512,
     "WanTransformer3DModel": 512,
     "ZImageTransformer2DModel": 512,
 }

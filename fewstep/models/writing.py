@@ -27,6 +27,7 @@ from fewstep.flows.fields import VelocityField
 from fewstep.latents.prompts import Prompts, encoder_class, text_parts
 from fewstep.latents.vae import Latents
 from fewstep.models.manifests import read_mark
+from fewstep.models.wan_experts import SECOND
 from fewstep.training.run_files import RECIPE
 
 # In every folder that fewstep writes: it alone says that the folder may be replaced.
@@ -214,7 +215,7 @@ def parts_in(index: dict[str, Any]) -> list[str]:
                 f"model_index.json has {name} from {value[0][:80]!r}: parts of diffusers and transformers are copied"
             )
         names.append(name)
-    return [name for name in names if name not in ("unet", "transformer", "scheduler")]
+    return [name for name in names if name not in ("unet", "transformer", SECOND, "scheduler")]
 
 
 def is_whole_part(part: Path) -> bool:

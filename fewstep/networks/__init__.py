@@ -23,7 +23,9 @@ from fewstep.networks.families import (
     TwoTimeUNet,
     UNet,
     Wan,
+    WanExperts,
     ZImage,
+    stock_model,
     two_time_model,
 )
 from fewstep.networks.families.base import EndNetwork, OfDiffusers, TwoTimeNetwork
@@ -69,10 +71,12 @@ __all__ = [
     "TwoTimeUNet",
     "UNet",
     "Wan",
+    "WanExperts",
     "ZImage",
     "gains_second_time",
     "new_parts",
     "sinusoidal",
+    "stock_model",
     "two_time_model",
     "with_second_time",
 ]

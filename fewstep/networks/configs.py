@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from fewstep.common.errors import shown
 from fewstep.networks.families.base import OfDiffusers
 
 
@@ -52,6 +53,24 @@ def with_image(network: Any, channels: int) -> Any:
     if hasattr(network, "size"):
         widened.size = network.size
     return widened.train(network.training)
+
+
+def experts(transformer: Any, transformer_2: Any, boundary_timestep: float) -> Any:
+    """Two ``WanTransformer3DModel``s, for timesteps from the boundary on and below it, as one model.
+
+    Raises:
+        ValueError: they are not of one shape.
+    """
+    from fewstep.networks.two_times.wan_experts import WanExpertsTransformer3DModel
+
+    configs = [public_config(expert) for expert in (transformer, transformer_2)]
+    if wrong := [key for key in configs[0] if configs[0][key] != configs[1].get(key)]:
+        said = " and ".join(shown(config.get(wrong[0])) for config in configs)
+        raise ValueError(f"the {wrong[0]} of transformer and transformer_2 are {said}: experts are of one shape")
+    with torch.device("meta"):
+        both: Any = WanExpertsTransformer3DModel.from_config({**configs[0], "boundary_timestep": boundary_timestep})
+    both.transformer, both.transformer_2 = transformer, transformer_2
+    return both.train(transformer.training)
 
 
 def set_size(model: Any, shape: tuple[int, ...]) -> None:

@@ -182,5 +182,6 @@ def _guided(teacher: VelocityField, scale: float | None, interval: tuple[float, 
         return teacher
     if not isinstance(teacher, Guided):
         raise ValueError("Corrected's guidance_scale and interval are of a guided teacher, and this one is not guided")
+    other = teacher.scale_2 if scale is None else None
     scale, interval = teacher.scale if scale is None else scale, interval or teacher.interval
-    return Guided(teacher.field, scale, interval, null=teacher.null, weak=teacher.weak)
+    return Guided(teacher.field, scale, interval, null=teacher.null, weak=teacher.weak, scale_2=other)

@@ -18,6 +18,9 @@ class Guidance(Section):
     """Classifier-free guidance of the teacher, or autoguidance by a weaker model; see ``fewstep.Guided``."""
 
     scale: float = Field(description="weight of the guided direction; 1 is no guidance")
+    scale_2: float | None = Field(
+        default=None, description="the weight where the second of two experts answers (Wan 2.2); scale if not given"
+    )
     interval: tuple[float, float] = Field(
         default=(0.0, 1.0), description="times (0 noise, 1 data) between which it acts"
     )
@@ -47,6 +50,8 @@ class Guidance(Section):
                 "guidance needs null conditions, such as {class_labels: 10}, a weak model, or embedded: true for a "
                 "teacher that is told its strength"
             )
+        if self.scale_2 is not None and (self.range is not None or self.embedded):
+            raise ValueError("scale_2 is a fixed strength, and range or embedded tell the student one: leave one out")
         if self.range is not None and not self.range[0] <= self.scale <= self.range[1]:
             raise ValueError(
                 f"the scale {self.scale:g}, at which the student is judged, is outside the range {list(self.range)} "

@@ -78,6 +78,8 @@ def found_with(
     """What a grid is right for: the weights, the solver or re-noising, the guidance, the shape; and what it was held
     against."""
     own = getattr(model, "scale", None) if isinstance(model, VelocityField) else getattr(model, "guidance", None)
+    if (other := getattr(model, "scale_2", None)) is not None:
+        own = [own, other]
     if isinstance(model, VelocityField):
         gamma = None
     else:

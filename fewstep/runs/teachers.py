@@ -42,7 +42,8 @@ def guided(
         check_embedded(section.source, field)
         return field
     weak = None if guidance.weak is None else weak_of(guidance.weak)
-    return Guided(field, guidance.scale, guidance.interval, null=null_of(guidance.null, field), weak=weak)
+    null = null_of(guidance.null, field)
+    return Guided(field, guidance.scale, guidance.interval, null=null, weak=weak, scale_2=guidance.scale_2)
 
 
 def is_nowhere(source: str) -> bool:

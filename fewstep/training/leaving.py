@@ -141,6 +141,7 @@ def _teacher(teacher: VelocityField) -> dict[str, Any] | None:
         return None
     interval = list(teacher.interval)
     guidance = {"scale": teacher.scale, "interval": interval, "null": null, "weak": weak and weak.source}
+    guidance |= {} if teacher.scale_2 is None else {"scale_2": teacher.scale_2}
     return {"source": source, "guidance": guidance}
 
 

@@ -15,7 +15,8 @@ _PROMPTED = {
     "AuraFlow": "AuraFlowPipeline", "Chroma": "ChromaPipeline", "ConditionalUNet": "StableDiffusionPipeline",
     "Flux": "FluxPipeline", "Flux2": "Flux2KleinPipeline", "HunyuanImage": "HunyuanImagePipeline", "LTX": "LTXPipeline",
     "Lumina2": "Lumina2Pipeline", "PixArt": "PixArtSigmaPipeline", "QwenImage": "QwenImagePipeline",
-    "SD3": "StableDiffusion3Pipeline", "Sana": "SanaPipeline", "Wan": "WanPipeline", "ZImage": "ZImagePipeline",
+    "SD3": "StableDiffusion3Pipeline", "Sana": "SanaPipeline", "Wan": "WanPipeline", "WanExperts": "WanPipeline",
+    "ZImage": "ZImagePipeline",
 }  # fmt: skip
 
 

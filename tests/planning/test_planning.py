@@ -452,6 +452,7 @@ PARAMETERS = {
     "Tongyi-MAI/Z-Image": 6_154_908_736,
     "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": 1_604_462_752,
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14_288_491_584,
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 2 * 14_288_491_584,
 }
 
 

@@ -12,8 +12,8 @@ import torch
 from diffusers import ChromaPipeline, QwenImagePipeline
 from diffusers.guiders import AdaptiveProjectedMixGuidance
 from torch import Tensor
-from toys import encoders
-from toys.families import made, t5, t5_tokenizer, tiny_pipeline
+from toys.families import tiny_pipeline
+from toys.videos import ltx, wan
 
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.solvers import integrate
@@ -96,40 +96,6 @@ def test_the_odd_keys_of_published_configs(name: str, odd: dict[str, Any], tmp_p
         torch.testing.assert_close(stock(x, 0.3, **stock.text.encode(TEXTS)), velocity, atol=1e-6, rtol=0)
 
 
-def wan() -> Any:
-    model = made(
-        diffusers.WanTransformer3DModel, num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
-        text_dim=32, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=128,
-    )  # fmt: skip
-    vae = made(
-        diffusers.AutoencoderKLWan, base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 1.1, 2.0], scale_factor_spatial=2,
-        scale_factor_temporal=2,
-    )  # fmt: skip
-    return diffusers.WanPipeline(
-        tokenizer=t5_tokenizer(), text_encoder=encoders.umt5(), vae=vae, transformer=model, scheduler=FLOW
-    )
-
-
-def ltx() -> Any:
-    model = made(
-        diffusers.LTXVideoTransformer3DModel, num_attention_heads=2, attention_head_dim=8, in_channels=4,
-        out_channels=4, cross_attention_dim=16, caption_channels=32, num_layers=2,
-    )  # fmt: skip
-    vae = made(  # 32 pixels and 8 frames a latent, as its rotary positions have it
-        diffusers.AutoencoderKLLTXVideo, latent_channels=4, block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8), layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1), spatio_temporal_scaling=(True, True, True, False),
-        decoder_spatio_temporal_scaling=(True, True, True, False), patch_size=4, patch_size_t=1,
-    )  # fmt: skip
-    vae.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
-    vae.latents_std.copy_(torch.tensor([1.5, 0.7, 1.1, 2.0]))
-    return diffusers.LTXPipeline(
-        tokenizer=t5_tokenizer(), text_encoder=t5(), vae=vae, transformer=model, scheduler=FLOW
-    )
-
-
-FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 # What makes the pipeline, how long its videos are and how large, and the shape of their latents.
 VIDEOS: dict[str, Any] = {"wan": (wan, 5, 16, (4, 3, 8, 8)), "ltx": (ltx, 9, 64, (4, 2, 2, 2))}
 

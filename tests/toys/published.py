@@ -63,12 +63,35 @@ def conditional(**options: Any) -> Any:
     return tiny_model("sd", **options)
 
 
-def wan(**options: Any) -> Any:
+def wan(seed: int = 0, **options: Any) -> Any:
     """A ``WanTransformer3DModel`` on 4 x 2 x 8 x 8."""
     small = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "ffn_dim": 16, "freq_dim": 16}
     return made(
-        diffusers.WanTransformer3DModel, **{**small, "in_channels": 4, "out_channels": 4, "text_dim": 16, **options}
+        diffusers.WanTransformer3DModel,
+        seed,
+        **{**small, "in_channels": 4, "out_channels": 4, "text_dim": 16, **options},
     )
+
+
+def wan_experts(
+    folder: Path, other: dict[str, Any] | None = None, pipeline: str = "WanPipeline", boundary_ratio: Any = 0.02,
+    in_channels: int = 4,
+) -> Path:  # fmt: skip
+    """A folder of Wan 2.2 with both of its experts, and the keys that the published configs have."""
+    odd = {"qk_norm": "rms_norm_across_heads", "added_kv_proj_dim": None, "pos_embed_seq_len": None}
+    two = {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": boundary_ratio}
+    models = [wan(in_channels=in_channels, seed=seed, **odd, **more) for seed, more in ((0, {}), (1, other or {}))]
+    models[1].save_pretrained(folder / "transformer_2")
+    return write(folder, pipeline, models[0], UNIPC, wan_vae(), others=two)
+
+
+def by_expert(model: Any, x: Tensor, k: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    """As ``WanPipeline`` calls them, each at its own times."""
+    index = json.loads((model.place / "model_index.json").read_text())
+    other = diffusers.WanTransformer3DModel.from_pretrained(model.place / "transformer_2").eval()
+    one_at = [other if time < 1000 * index["boundary_ratio"] else model for time in k]
+    some = [{key: value[n : n + 1] for key, value in cond.items()} for n in range(len(k))]
+    return torch.cat([transformer(m, x[n : n + 1], k[n : n + 1], some[n]) for n, m in enumerate(one_at)])
 
 
 def wan_vae() -> Any:
@@ -386,6 +409,22 @@ LOADED: dict[str, tuple[Callable[[Path], Path], Call]] = {
         transformer,
     ),
     "Wan 2.1": (lambda f: write(f, "WanPipeline", wan(), UNIPC, wan_vae()), transformer),
+    "Wan 2.2": (wan_experts, by_expert),
+    "Wan 2.2 from images": (
+        lambda f: wan_experts(f, in_channels=9, pipeline="WanImageToVideoPipeline"),
+        by_expert,
+    ),
+    "Wan 2.2 of one expert": (
+        lambda f: write(
+            f,
+            "WanPipeline",
+            wan(),
+            UNIPC,
+            wan_vae(),
+            others={"transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": True},
+        ),
+        transformer,
+    ),
     "Wan 2.1 from images": (
         lambda f: write(f, "WanImageToVideoPipeline", wan(in_channels=9, image_dim=8), UNIPC, wan_vae()),
         transformer,
@@ -398,7 +437,7 @@ LOADED: dict[str, tuple[Callable[[Path], Path], Call]] = {
 
 # What is refused, and what is said.
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "Wan 2.2": (
+    "Wan 2.2 without its second": (
         lambda f: write(
             f,
             "WanPipeline",
@@ -407,7 +446,15 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
             wan_vae(),
             others={"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875},
         ),
-        r"WanPipeline in .* samples with transformer_2 too, .*copy transformer/ and scheduler/ to a folder",
+        r"WanPipeline in .* samples with transformer_2 too, .* fetch it.*copy transformer/ and scheduler/ to a folder",
+    ),
+    "Wan 2.2 without its boundary": (
+        lambda f: wan_experts(f, boundary_ratio=None),
+        r"WanPipeline in .* has a transformer_2, and its boundary_ratio is None: say in model_index.json where",
+    ),
+    "Wan 2.2 of two shapes": (
+        lambda f: wan_experts(f, {"ffn_dim": 32}),
+        "the ffn_dim of transformer and transformer_2 are 16 and 32: experts are of one shape",
     ),
     "controlnet": (
         lambda f: write(

@@ -9,10 +9,21 @@ from torch import Tensor, nn
 
 from fewstep.flows.fields import DiffusionField
 from fewstep.networks import FAMILIES
+from fewstep.networks.configs import experts
 from toys.families import MODELS, conditions, made, tiny_model
 from toys.unet import tiny_unet
 
-NAMES = ["unet", "unet of classes", *MODELS, "pixart of one size", "flux told", "flux2 told", "wan", "ltx"]
+NAMES = [
+    "unet",
+    "unet of classes",
+    *MODELS,
+    "pixart of one size",
+    "flux told",
+    "flux2 told",
+    "wan",
+    "wan experts",
+    "ltx",
+]
 
 
 def network(name: str) -> Any:
@@ -24,11 +35,13 @@ def network(name: str) -> Any:
             model = tiny_model("pixart", use_additional_conditions=False, num_layers=3)
         case "flux told" | "flux2 told":
             model = tiny_model(name.split(" ")[0], guidance_embeds=True)
-        case "wan":
-            model = made(
-                diffusers.WanTransformer3DModel, num_attention_heads=2, attention_head_dim=12, in_channels=4,
-                out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=3, rope_max_seq_len=32,
-            )  # fmt: skip
+        case "wan" | "wan experts":
+            options: Any = {
+                "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16,
+                "freq_dim": 16, "ffn_dim": 32, "num_layers": 3, "rope_max_seq_len": 32,
+            }  # fmt: skip
+            model, other = (made(diffusers.WanTransformer3DModel, seed, **options) for seed in (0, 1))
+            model = experts(model, other, 500.0) if "experts" in name else model
         case "ltx":
             model = made(
                 diffusers.LTXVideoTransformer3DModel, num_attention_heads=2, attention_head_dim=8, in_channels=4,
@@ -42,10 +55,10 @@ def network(name: str) -> Any:
 def rows(name: str, count: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
     """A state and its conditions."""
     draw = torch.Generator().manual_seed(5)
-    shape = (4, 3, 8, 8) if name in ("wan", "ltx") else (4, 8, 8)
+    shape = (4, 3, 8, 8) if name in ("wan", "wan experts", "ltx") else (4, 8, 8)
     known = {"unet": {}, "unet of classes": {"class_labels": torch.arange(count) % 5}}
     prompt = {"encoder_hidden_states": torch.randn(count, 8, 16, generator=draw)}
-    known |= {"wan": prompt, "ltx": prompt}
+    known |= {"wan": prompt, "wan experts": prompt, "ltx": prompt}
     cond = known[name] if name in known else conditions(name.split(" ")[0], count)
     if name == "pixart of one size":
         cond = {"encoder_hidden_states": cond["encoder_hidden_states"]}

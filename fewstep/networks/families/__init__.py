@@ -26,11 +26,12 @@ from fewstep.networks.families.sana import Sana, TwoTimeSana
 from fewstep.networks.families.sd3 import SD3, TwoTimeSD3
 from fewstep.networks.families.unet2d import TwoTimeUNet, UNet
 from fewstep.networks.families.unet2d_condition import ConditionalUNet, TwoTimeConditionalUNet
-from fewstep.networks.families.wan import TwoTimeWan, Wan
+from fewstep.networks.families.wan import TwoTimeWan, TwoTimeWanExperts, Wan, WanExperts
 from fewstep.networks.families.z_image import TwoTimeZImage, ZImage
 from fewstep.networks.two_times import code_of
 
-# The class in diffusers, and what wraps it: as a field, and with a second time as a flow map.
+# The class in diffusers (Wan 2.2 has two models there, which are one here), and what wraps it: as a field, and with a
+# second time as a flow map.
 _BOTH: dict[str, tuple[type[Any], type[Any]]] = {
     "AuraFlowTransformer2DModel": (AuraFlow, TwoTimeAuraFlow),
     "ChromaTransformer2DModel": (Chroma, TwoTimeChroma),
@@ -46,6 +47,7 @@ _BOTH: dict[str, tuple[type[Any], type[Any]]] = {
     "SanaTransformer2DModel": (Sana, TwoTimeSana),
     "UNet2DConditionModel": (ConditionalUNet, TwoTimeConditionalUNet),
     "UNet2DModel": (UNet, TwoTimeUNet),
+    "WanExpertsTransformer3DModel": (WanExperts, TwoTimeWanExperts),
     "WanTransformer3DModel": (Wan, TwoTimeWan),
     "ZImageTransformer2DModel": (ZImage, TwoTimeZImage),
 }
@@ -53,6 +55,13 @@ FAMILIES = {name: field for name, (field, _) in _BOTH.items()}
 # By the class of the network of one time: with a second, and for the way to t = 1 alone.
 STUDENTS = dict(_BOTH.values())
 ENDS: dict[type[Any], type[Any]] = {kind: type(f"End{kind.__name__}", (EndNetwork, kind), {}) for kind in STUDENTS}
+
+
+def stock_model(name: str) -> type[Any]:
+    """The model of a family without a second time, by the name of its class."""
+    import diffusers
+
+    return getattr(diffusers, name, None) or getattr(code_of(FAMILIES[name].code), name)
 
 
 def two_time_model(name: str) -> type[Any]:

@@ -1,6 +1,6 @@
 """A ``WanTransformer3DModel`` as the network of a field, and of a flow map."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -41,3 +41,19 @@ class Wan(Sized):
 
 class TwoTimeWan(TwoTimeNetwork, Wan):
     """Of a ``WanTransformer3DModel``."""
+
+
+class WanExperts(Wan):
+    """The two ``WanTransformer3DModel``s of a Wan 2.2: one answers where there is much noise, one where there is little
+    (``fewstep.networks.two_times.wan_experts``). Conditions as those of one."""
+
+    code, first = "wan_experts", ""
+    model: Any
+
+    def is_second(self, timestep: Tensor) -> Tensor:
+        """Whether the expert of little noise answers at timesteps (B,)."""
+        return self.model.is_second(timestep)
+
+
+class TwoTimeWanExperts(TwoTimeNetwork, WanExperts):
+    """Of both: the expert that sees the state answers, wherever the step ends."""

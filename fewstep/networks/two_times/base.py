@@ -55,7 +55,8 @@ class TwoTimes:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        parent = next((c for c in cls.__mro__ if c.__module__.startswith("diffusers.")), None)
+        models = (c for c in cls.__mro__ if hasattr(c, "from_config") and not issubclass(c, TwoTimes))
+        parent = next(models, None)
         if parent is None:
             return
 

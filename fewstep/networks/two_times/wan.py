@@ -28,9 +28,14 @@ class TwoTimeWanTransformer3DModel(TwoTimeTransformer, WanTransformer3DModel):
     call = staticmethod(call)
 
     def take_rows(self, late: bool, guided: int) -> None:
-        embeddings: Any = self.condition_embedder
-        embeddings.time_embedder = RowEmbedding(embeddings.time_embedder, late, guided, is_stacked=True)
-        if late:
-            embeddings.act_fn, embeddings.time_proj = nn.Identity(), EachHalf(embeddings.time_proj, dim=1)
-            embeddings.register_forward_hook(last_token)
-            self.tell_late(list(self.blocks), width=1, dim=4)
+        hear_rows(self, self, late, guided)
+
+
+def hear_rows(owner: TwoTimeTransformer, model: Any, late: bool, guided: int) -> None:
+    """Have a ``WanTransformer3DModel`` take rows of times, as ``owner`` shares its blocks out between both."""
+    embeddings = model.condition_embedder
+    embeddings.time_embedder = RowEmbedding(embeddings.time_embedder, late, guided, is_stacked=True)
+    if late:
+        embeddings.act_fn, embeddings.time_proj = nn.Identity(), EachHalf(embeddings.time_proj, dim=1)
+        embeddings.register_forward_hook(last_token)
+        owner.tell_late(list(model.blocks), width=1, dim=4)

@@ -1,0 +1,52 @@
+"""Tiny random twins of pipelines of videos."""
+
+from typing import Any
+
+import diffusers
+import torch
+
+from toys import encoders
+from toys.families import made, t5, t5_tokenizer
+
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def wan_model(seed: int = 0) -> Any:
+    return made(
+        diffusers.WanTransformer3DModel, seed, num_attention_heads=2, attention_head_dim=12, in_channels=4,
+        out_channels=4, text_dim=32, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=128,
+    )  # fmt: skip
+
+
+def wan_vae(**options: Any) -> Any:
+    """Of videos 3 x (2 f - 1) x 2 h x 2 w."""
+    return made(
+        diffusers.AutoencoderKLWan, base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 1.1, 2.0], scale_factor_spatial=2,
+        scale_factor_temporal=2, **options,
+    )  # fmt: skip
+
+
+def wan(**options: Any) -> Any:
+    """Wan 2.1; or 2.2, with ``transformer_2`` and ``boundary_ratio``, or with ``expand_timesteps``."""
+    text: dict[str, Any] = {"tokenizer": t5_tokenizer(), "text_encoder": encoders.umt5()}
+    parts = {**text, "vae": wan_vae(), "transformer": wan_model(), "scheduler": FLOW, **options}
+    return diffusers.WanPipeline(**parts)
+
+
+def ltx() -> Any:
+    model = made(
+        diffusers.LTXVideoTransformer3DModel, num_attention_heads=2, attention_head_dim=8, in_channels=4,
+        out_channels=4, cross_attention_dim=16, caption_channels=32, num_layers=2,
+    )  # fmt: skip
+    vae = made(  # 32 pixels and 8 frames a latent, as its rotary positions have it
+        diffusers.AutoencoderKLLTXVideo, latent_channels=4, block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8), layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1), spatio_temporal_scaling=(True, True, True, False),
+        decoder_spatio_temporal_scaling=(True, True, True, False), patch_size=4, patch_size_t=1,
+    )  # fmt: skip
+    vae.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
+    vae.latents_std.copy_(torch.tensor([1.5, 0.7, 1.1, 2.0]))
+    return diffusers.LTXPipeline(
+        tokenizer=t5_tokenizer(), text_encoder=t5(), vae=vae, transformer=model, scheduler=FLOW
+    )

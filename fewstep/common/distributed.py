@@ -12,10 +12,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from threading import Timer
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from fewstep.common.errors import TrainingError, briefly, shortened
@@ -56,6 +57,14 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, value: Any) -> list[Any]:
+        """What every process has, in the order of their ranks, in every process."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
     def from_main(self, value: int) -> int:
         """The value that the main process has, in every process."""
         return int(self.sum([float(value) if self.is_main else 0.0])[0])
@@ -74,6 +83,47 @@ class World:
             return seconds, stop
         clock, asked = self.sum([seconds if self.is_main else 0.0, float(stop)])
         return clock, asked > 0
+
+
+def is_shard(tensor: Any) -> bool:
+    """Whether a process keeps only its share of a tensor (a ``DTensor``)."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The share of a tensor that this process keeps, on the same memory: all of one that is whole."""
+    if not is_shard(tensor):
+        return tensor
+    shard: Any = tensor
+    with torch.no_grad():
+        return shard.to_local()
+
+
+def share_of(whole: Tensor, like: Tensor) -> Tensor:
+    """Of a whole tensor what a process keeps where it is sharded as ``like`` is."""
+    if not is_shard(like):
+        return whole
+    shard: Any = like
+    rows = -(-len(whole) // shard.device_mesh.size())
+    first = min(shard.device_mesh.get_local_rank() * rows, len(whole))
+    return whole[first : first + rows]
+
+
+def shard_like(own: Tensor, like: Tensor) -> Tensor:
+    """A tensor of which the processes have the parts that they have of ``like``."""
+    if not is_shard(like):
+        return own
+    from torch.distributed.tensor import DTensor
+
+    shard: Any = like
+    return DTensor.from_local(
+        own, shard.device_mesh, shard.placements, run_check=False, shape=shard.shape, stride=shard.stride()
+    )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the weights of a model are shared out over the processes, so that all of them have to call it."""
+    return any(map(is_shard, model.parameters()))
 
 
 def summed(values: Tensor) -> Tensor:
@@ -129,16 +179,22 @@ def choose_device(device: torch.device | str | None, world: World) -> torch.devi
 
 
 @contextmanager
-def join(world: World, device: torch.device) -> Iterator[None]:
+def join(world: World, device: torch.device, group: bool = False) -> Iterator[None]:
     """The process group of a run, made where there is none yet and kept until the process ends.
+
+    Args:
+        group: make one for a single process too.
 
     Not until the run ends: a second group made at the same address may find what the first left there, and hang.
 
     Raises:
         LostProcessError: the others do not come in time, or one of them has ended.
     """
-    if world.size > 1 and not dist.is_initialized():
-        _meet(world, device)
+    if (world.size > 1 or group) and not dist.is_initialized():
+        if world.size > 1:
+            _meet(world, device)
+        else:
+            dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(_leave)
     try:
         yield
@@ -168,10 +224,8 @@ def _meet(world: World, device: torch.device) -> None:
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=patience))
         store.set(f"fewstep/{world.rank}", "here")
         store.wait([f"fewstep/{rank}" for rank in range(world.size)], patience)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("fewstep", store), rank=world.rank, world_size=world.size
-        )
+        store = dist.PrefixStore("fewstep", store)
+        dist.init_process_group(_backend(device), store=store, rank=world.rank, world_size=world.size)
     except (RuntimeError, OSError) as error:
         raise LostProcessError(
             f"{who}: not all came to {place} within {patience.total_seconds():g} seconds ({briefly(error)}). "
@@ -179,6 +233,10 @@ def _meet(world: World, device: torch.device) -> None:
         ) from error
     finally:
         note.cancel()
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _longest_wait() -> timedelta:

@@ -84,6 +84,7 @@ class Objective(nn.Module):
     in the student's space, so that it trains on a torus as in R^n (``fewstep.flows.spaces``). ``ends_alone``: all its
     rows end at t = 1, so that it trains a map that is told no other end (``FlowMap.ends_alone``).
     ``needs_path``: its rows lie between noise and data as the student's path says, and not on trajectories.
+    ``needs_whole``: why it cannot train a student whose weights are sharded, and the way out; empty where it can.
     """
 
     ema: float | None = None
@@ -95,6 +96,7 @@ class Objective(nn.Module):
     any_space: bool = False
     ends_alone: bool = False
     needs_path: bool = True
+    needs_whole: str = ""
     sources: tuple[str, ...] = ()
 
     def __init__(self, teacher: VelocityField | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.common import distributed
 from fewstep.common.randomness import generator, sample_generators
 from fewstep.data.batch import Data, has_classes, is_prior
 from fewstep.evaluation.grids import image_grid
@@ -44,6 +45,7 @@ class Watch:
     def __init__(self, recipe: Recipe, data: Data, teacher: VelocityField | None, out: Path) -> None:
         self.steps, self.every, self.out = recipe.evaluation.steps, recipe.evaluation.every, out
         self.data, self.teacher, self.seed = data, teacher, recipe.seed
+        self.device = recipe.training.device
         self.strength = strength_of(recipe)
         self._eighth: int | None = None
         self._spent, self._last = 0.0, _FIRST  # seconds of all images, and of the last
@@ -55,7 +57,9 @@ class Watch:
         else:
             before, self._eighth = self._eighth, int(8 * run.progress)
             is_due = before is not None and self._eighth > before
-            is_due = is_due and self._spent + self._last <= _SHARE * run.seconds
+            if is_due:  # by the clock of the main process, as all have to call a sharded model
+                has_time = self._spent + self._last <= _SHARE * run.seconds
+                is_due = bool(run.world.from_main(has_time) if run.is_sharded else has_time)
         if is_due:
             start = time.perf_counter()
             run.log(self.draw(run.ema, run.step))
@@ -67,7 +71,9 @@ class Watch:
         is_plane, shape, latents = self.data.shape == (2,), self.data.shape, getattr(model, "latents", None)
         is_image = len(shape) == 3 and (latents is not None or shape[0] in (1, 3))
         count = _POINTS if is_plane else _COLUMNS
-        device = next(model.parameters()).device
+        device, world = next(model.parameters()).device, distributed.environment()
+        if distributed.is_sharded(model):  # whose shares may be kept elsewhere than it computes
+            device = distributed.choose_device(self.device, world)
         generators = sample_generators(self.seed, range(count))
         noise = starting_points(model, (count, *self.data.shape), generators).to(device)
         cond = self._conditions(count, device)
@@ -87,6 +93,8 @@ class Watch:
                     found |= {f"error_median@{n}": median, f"error_99@{n}": most}
 
         file = self.out / SAMPLES / f"step-{step:08d}.png"
+        if not world.is_main:
+            return found
         if is_plane:
             panels = {f"{n} step{'s' * (n > 1)}": samples for n, samples in drawn.items()}
             if not is_prior(self.data):

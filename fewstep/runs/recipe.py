@@ -189,6 +189,10 @@ class Training(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations of a diffusers model backward: less memory, more time"
     )
+    shard: str | None = Field(
+        default=None, description="fsdp2: share out weights, gradients, moments and averages over the processes"
+    )
+    offload: bool = Field(default=False, description="keep these shares on the CPU, where the optimizer then runs")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1; else a GPU if there is one")
     checkpoint_every: Count = Field(default=1000, description="steps between checkpoints")
     checkpoint_minutes: Above | None = Field(default=10.0, description="minutes after which there is one; null: none")

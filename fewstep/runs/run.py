@@ -78,8 +78,10 @@ def _run(recipe: Recipe, out: Path, fresh: bool, is_main: bool) -> Finished:
         prepare(recipe, uncoupled(built.data), built.student)
     if is_main:
         _begin(out, recipe, fresh)
-    if built.teacher is not None:  # an objective without a teacher would leave it where it is
-        built.teacher.to(distributed.choose_device(recipe.training.device, distributed.environment()))
+    device = distributed.choose_device(recipe.training.device, distributed.environment())
+    is_sharded = recipe.training.shard is not None
+    if built.teacher is not None and not is_sharded:  # an objective without a teacher would leave it where it is
+        built.teacher.to(device)
     watch = Watch(recipe, uncoupled(built.data), built.teacher, out)
     with interrupt.catch(signal.SIGTERM):  # which ends the process once the run is whole, not before
         result = fit(
@@ -93,6 +95,10 @@ def _run(recipe: Recipe, out: Path, fresh: bool, is_main: bool) -> Finished:
             resume=not fresh,
             **recipe.training.model_dump(),
         )
+        if is_main and is_sharded:  # all that was shared out is whole again, on the CPU
+            result.ema.to(device)
+            if built.teacher is not None:
+                built.teacher.to(device)
         if is_main:
             # Only now: one that went on may have got other steps, and `fit` has seen that it is the same run.
             _write_recipe(out, recipe)

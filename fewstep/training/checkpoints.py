@@ -1,35 +1,38 @@
 """Checkpoints that are whole or not there: safetensors and JSON, written aside, synced, then renamed.
 
 A checkpoint is a folder ``step-00001000`` with one ``NAME.safetensors`` per group of tensors and ``state.json``, which
-lists every file with its size and SHA-256. Nothing is pickled. ``reached`` beside them holds the last step written, so
-that checkpoints that went missing are noticed.
+lists every file with its size and SHA-256. Of a sharded training each process writes a file of its own instead, with
+what it keeps of every tensor (``fewstep.training.shard_files``): no process ever holds the whole. Nothing is pickled.
+``reached`` beside them holds the last step written, so that checkpoints that went missing are noticed.
 """
 
 import hashlib
-import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.common.errors import TrainingError, shown
-from fewstep.common.reading import parse_json, read_text
+from fewstep.common.distributed import World, local, share_of
+from fewstep.common.errors import TrainingError
 from fewstep.common.received import plain_name
 from fewstep.common.write_errors import WriteError, write_error
+from fewstep.training import shard_files
+from fewstep.training.sealed import seal, unseal
+from fewstep.training.shard_files import FILES
 
 _WHOLE = re.compile(r"step-(\d{8,})")
 _STALE = re.compile(r"\.(tmp|old)-(step-\d{8,}|reached)")
 
 Tensors = dict[str, dict[str, Tensor]]
+Sizes = Mapping[str, Mapping[str, torch.Size]]
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,17 @@ def latest(folder: Path) -> Path | None:
 
 
 def save(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: dict[str, Any],
+    keep: int,
+    world: World | None = None,
 ) -> Path:
     """Write a checkpoint, whole or not at all, then drop all but the newest ``keep``.
+
+    Args:
+        world: of the processes that call this together, each with its shares of the tensors; one alone if not given.
 
     Raises:
         WriteError: the disk is full or cannot be written; older checkpoints stay as they were.
@@ -76,17 +87,22 @@ def save(
     target, aside = folder / _name(step), folder / f".tmp-{_name(step)}"
     file, size = aside, sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     try:
-        aside.mkdir(parents=True)
         files: dict[str, dict[str, Any]] = {}
-        for name, group in tensors.items():
-            if not group:
-                continue
-            file = aside / f"{name}.safetensors"
-            save_file(_plain(group), file)
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
-            _sync(file)
+        if world is None:
+            aside.mkdir(parents=True)
+            for name, group in tensors.items():
+                if group:
+                    file = aside / f"{name}.safetensors"
+                    save_file(_plain(group), file)
+                    files[file.name] = _facts(file)
+        else:
+            file, state = aside / FILES, {**state, "shards": world.size}
+            files = _write_shards(aside, tensors, world)
+            if not world.is_main:
+                world.barrier()  # until it is all there
+                return target
         file = aside / "state.json"
-        file.write_text(_seal({**state, "step": step, "files": files}))
+        file.write_text(seal({**state, "step": step, "files": files}))
         _sync(file)
         _sync(aside)
         os.replace(aside, target)
@@ -98,9 +114,27 @@ def save(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise _unwritten(folder, step, target / file.name, size, error) from error
+    if world is not None:
+        world.barrier()
     for old in steps_in(folder)[:-keep]:
         _remove(folder / _name(old))
     return target
+
+
+def _write_shards(aside: Path, tensors: Mapping[str, Mapping[str, Tensor]], world: World) -> dict[str, dict[str, Any]]:
+    """Write a file a process; what is to be known of each, in every process."""
+    if world.is_main:
+        aside.mkdir(parents=True)
+    world.barrier()
+    shard_files.write(aside, tensors)
+    own = shard_files.own_file(aside, world.rank)
+    found = world.gather({own.name: _facts(own)} if own.exists() else {})
+    return {name: facts for files in found for name, facts in files.items()}
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    _sync(file)
+    return {"bytes": file.stat().st_size, "sha256": _digest(file)}
 
 
 def load(path: Path) -> Checkpoint:
@@ -112,7 +146,49 @@ def load(path: Path) -> Checkpoint:
     state = read_state(path)
     if fault := _fault(path, state):
         raise TrainingError(_way_out(path, fault))
+    if is_sharded(state):
+        return Checkpoint(path, state["step"], _whole(path, shard_files.assemble), state)
     return Checkpoint(path, state["step"], {Path(name).stem: _tensors(path / name) for name in state["files"]}, state)
+
+
+def load_shards(path: Path, world: World, targets: Callable[[Sizes], Tensors]) -> Checkpoint:
+    """Read of a checkpoint what each process of a sharded training keeps; they verify its files together.
+
+    Args:
+        targets: makes the tensors that are read into, of the shapes that the checkpoint has.
+
+    Raises:
+        TrainingError: as :func:`load`, in every process. ValueError: as ``targets``.
+    """
+    state = read_state(path)
+    mine = {
+        name: facts for place, (name, facts) in enumerate(state["files"].items()) if place % world.size == world.rank
+    }
+    faults = [fault for fault in world.gather(_fault(path, state, mine)) if fault]
+    if faults:
+        raise TrainingError(_way_out(path, faults[0]))
+    if is_sharded(state):
+        tensors = targets(_whole(path, shard_files.sizes))
+        _whole(path, lambda folder: shard_files.read_into(folder, tensors))
+    else:
+        found = {Path(name).stem: _tensors(path / name) for name in state["files"]}
+        tensors = targets({group: {name: x.shape for name, x in named.items()} for group, named in found.items()})
+        for group, named in tensors.items():
+            for name, target in named.items():
+                local(target).copy_(share_of(found[group][name], target))
+    return Checkpoint(path, state["step"], tensors, state)
+
+
+def is_sharded(state: Mapping[str, Any]) -> bool:
+    """Whether the processes of a sharded training wrote a checkpoint."""
+    return bool(state.get("shards"))
+
+
+def _whole(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except SafetensorError as error:  # whole, by their hashes, and yet no shards
+        raise TrainingError(_way_out(path, f"the shards in {path} are damaged ({error})")) from None
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
@@ -129,7 +205,7 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         TrainingError: ``state.json`` is missing or damaged.
     """
-    state = _unseal(path / "state.json")
+    state = unseal(path / "state.json")
     if isinstance(state, str):
         raise TrainingError(_way_out(path, state))
     return state
@@ -151,7 +227,7 @@ def clear(folder: Path) -> None:
 
 def is_sealed(path: Path) -> bool:
     """Whether a folder has the state of a checkpoint, as it was written."""
-    return not isinstance(_unseal(path / "state.json"), str)
+    return not isinstance(unseal(path / "state.json"), str)
 
 
 def is_ours(folder: Path) -> bool:
@@ -181,69 +257,11 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _seal(state: dict[str, Any]) -> str:
-    body = json.dumps(state, sort_keys=True)
-    return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "state": state}, indent=1)
-
-
-def _unseal(file: Path) -> dict[str, Any] | str:
-    """The state, or what is wrong with it."""
-    try:
-        sealed = parse_json(read_text(file), str(file))
-        if sealed != parse_json(_seal(sealed["state"]), ""):
-            return f"{file} is damaged"
-        return {"fingerprint": {}, **_State.model_validate(sealed["state"]).model_dump(exclude_unset=True)}
-    except FileNotFoundError:
-        return f"{file} is missing"
-    except OSError as error:
-        return f"{file} cannot be read ({error.strerror})"
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        return f"{file} is damaged ({'.'.join(map(str, first['loc']))} is {shown(first['input'])})"
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return f"{file} is damaged"
-
-
-class _Whole(BaseModel):
-    """What a checkpoint says of one of its files."""
-
-    bytes: int
-    sha256: str
-
-
-def _moments(moments: list[float]) -> list[float]:
-    if not (all(map(math.isfinite, moments)) and moments[1] > 0):
-        raise ValueError("a mean and a standard deviation are needed")
-    return moments
-
-
-class _Fingerprint(BaseModel):
-    """What decided a run: of its data, what the model has to know."""
-
-    model_config = ConfigDict(extra="allow")
-    data_shape: list[Annotated[int, Field(gt=0)]] | None = None
-    data_classes: list[str] | None = None
-    data_moments: Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_moments)] | None = None
-
-
-class _State(BaseModel):
-    """What every checkpoint says, of whatever version; the rest is for those who read it."""
-
-    model_config = ConfigDict(extra="allow")
-    step: int = Field(ge=0)
-    files: dict[str, _Whole]
-    seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    losses: dict[str, float] = {}
-    sums: dict[str, tuple[float, float]] = {}
-    optimizers: dict[str, list[dict[str, Any]]] = {}
-    scaler: dict[str, Any] = {}
-    fingerprint: _Fingerprint = _Fingerprint()
-    frozen: tuple[float, float] | None = None
-
-
-def _fault(path: Path, state: dict[str, Any]) -> str | None:
-    """What is wrong with the first of the files that is not as it was written."""
-    for name, expected in state["files"].items():
+def _fault(path: Path, state: dict[str, Any], files: Mapping[str, Any] | None = None) -> str | None:
+    """What is wrong with the first of the files, of all or of some, that is not as it was written."""
+    if is_sharded(state) and (more := {file.name for file in path.glob(FILES)} - state["files"].keys()):
+        return f"{path / min(more)} is no part of the checkpoint"
+    for name, expected in (state["files"] if files is None else files).items():
         try:
             file = path / plain_name(name, path / "state.json")
         except ValueError as error:
@@ -260,7 +278,7 @@ def _fault(path: Path, state: dict[str, Any]) -> str | None:
 def _way_out(path: Path, fault: str) -> str:
     for step in reversed(steps_in(path.parent)):
         older = path.parent / _name(step)
-        state = _unseal(older / "state.json")
+        state = unseal(older / "state.json")
         if older != path and not isinstance(state, str) and _fault(older, state) is None:
             return f"{fault}. Delete the folder {path} to go back to {older.name}"
     return (

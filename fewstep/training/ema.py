@@ -6,6 +6,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.distributed import local
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -29,12 +31,20 @@ class Ema(Generic[Model]):
         self.decay, self.warmup = decay, warmup
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
         self.module: Model = deepcopy(model, {**frozen}).eval().requires_grad_(False)
-        self._shadows: list[Tensor] = [p for p in self.module.parameters() if id(p) not in frozen]
-        self._buffers: list[Tensor] = list(self.module.buffers())
-        for tensor in (*self._shadows, *self._buffers):
+        averaged = [p for p in self.module.parameters() if id(p) not in frozen]
+        for tensor in (*averaged, *self.module.buffers()):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
-        self._weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        self.follow(model)
+
+    def follow(self, model: nn.Module) -> None:
+        """Average the tensors that both models hold now: they are others once the models were sharded, where each
+        process averages its own share."""
+        both = zip(self.module.parameters(), model.parameters(), strict=True)
+        moving = [(shadow, weight) for shadow, weight in both if weight.requires_grad]
+        self._shadows: list[Tensor] = [shadow for shadow, _ in moving]
+        self._weights: list[Tensor] = [weight for _, weight in moving]
+        self._buffers: list[Tensor] = list(self.module.buffers())
         self._sources: list[Tensor] = list(model.buffers())
 
     def decay_at(self, step: int) -> float:
@@ -44,7 +54,8 @@ class Ema(Generic[Model]):
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Follow the model by one update; ``step`` counts from 0."""
-        weights = [w.to(s.dtype) for w, s in zip(self._weights, self._shadows, strict=True)]
-        torch._foreach_lerp_(self._shadows, weights, 1.0 - self.decay_at(step))
+        shadows = [local(shadow) for shadow in self._shadows]
+        weights = [local(w).to(s.dtype) for w, s in zip(self._weights, shadows, strict=True)]
+        torch._foreach_lerp_(shadows, weights, 1.0 - self.decay_at(step))
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._sources)

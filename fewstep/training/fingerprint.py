@@ -18,7 +18,7 @@ MAY_DIFFER = frozenset({"data_classes", "data_moments"}) | frozenset(
     f"training.{name}"
     for name in (
         "steps", "max_seconds", "checkpoint_every", "checkpoint_minutes", "keep", "log_every", "track", "quiet", "out",
-        "resume", "device", "accumulate", "gradient_checkpointing",
+        "resume", "device", "accumulate", "gradient_checkpointing", "shard", "offload",
     )
 )  # fmt: skip
 # Keys that had another name before.

@@ -21,25 +21,25 @@ from fewstep.data.batch import Data
 from fewstep.data.given import as_data
 from fewstep.objectives.base import Objective
 from fewstep.objectives.finishing import name_of
-from fewstep.training import checkpoints, folder, interrupt, trackers
+from fewstep.training import folder, interrupt, trackers
 from fewstep.training.batches import Batches
 from fewstep.training.computing import compile_networks, half_precision, threads_for, use_checkpoints
-from fewstep.training.ema import Ema, Model
+from fewstep.training.ema import Model
 from fewstep.training.fingerprint import flat
 from fewstep.training.floors import Floors
 from fewstep.training.leaving import leave
 from fewstep.training.logbook import Logbook
 from fewstep.training.meter import Meter
+from fewstep.training.placing import placed
 from fewstep.training.run import Callback, Result, Run
 from fewstep.training.schedules import schedule_factor
+from fewstep.training.sharding import Sharding, check_sharding
 from fewstep.training.shares import default_chunk
 from fewstep.training.step import (
-    Step,
     adamw,
     check_scale,
     checkpoints_followed,
     norm_names,
-    parallel,
     players_of,
     seed_dropout,
     syncing,
@@ -70,6 +70,8 @@ def fit(
     precision: str = "float32",
     compile: bool = False,
     gradient_checkpointing: bool = False,
+    shard: str | None = None,
+    offload: bool = False,
     device: torch.device | str | None = None,
     checkpoint_every: int = 1000,
     checkpoint_minutes: float | None = 10.0,
@@ -114,11 +116,17 @@ def fit(
         compile: ``torch.compile`` for ``student.network`` (and of the target's).
         gradient_checkpointing: a student of a diffusers model keeps few of its activations and computes the others
             again on the way back: less memory for about a third more time, and the same gradients.
+        shard: ``fsdp2`` shares out the networks of student, teacher and averages over the processes, so that each keeps
+            a part of every block, and of its gradients and moments (torch's ``fully_shard``). The same rows and, up to
+            the order of sums, the same numbers as without. Callbacks are then called in every process, since all have
+            to call a sharded network. At the end the whole student and average are on the CPU of each.
+        offload: keep these parts on the CPU, where the optimizer then runs too; a block comes to the GPU for its call.
         device: the default is the process's GPU if there is one, else the CPU.
         checkpoint_every, checkpoint_minutes, keep: steps between checkpoints, and minutes after which there is one too
             (None for no limit), and how many are kept. When they are taken changes nothing of the training.
         log_every: steps between lines in ``metrics.jsonl``; on a GPU also between checks that all is finite.
-        callbacks: called after each step with the ``Run``, in the main process alone. They see to their own rhythm:
+        callbacks: called after each step with the ``Run``, in the main process alone (in all of them where it shards).
+            They see to their own rhythm:
 
             >>> def grid(run: Run) -> None:
             ...     if run.step % 1000 == 0:
@@ -151,6 +159,7 @@ def fit(
         raise ValueError(f"compile=True compiles student.network, and {type(student).__name__} has none")
     if gradient_checkpointing:
         use_checkpoints(student)
+    check_sharding(shard, offload, objective, precision=precision, compile=compile)
     trackers.check(track)
     world = distributed.environment()
     device = distributed.choose_device(device, world)
@@ -175,7 +184,7 @@ def fit(
     with interrupt.catch() as signal, ExitStack() as stack:
         if out is not None and world.is_main:
             stack.enter_context(owned(out, "trained"))
-        stack.enter_context(distributed.join(world, device))
+        stack.enter_context(distributed.join(world, device, group=shard is not None))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         world.barrier()  # from here on nobody else changes the folder
         found = None if out is None else folder.open_run(out, identity, resume)
@@ -188,11 +197,9 @@ def fit(
                 for line in leave(out, student, objective, data, {**length, **of_run}, seed):
                     console.say(f"note: {line}")
 
-        student.to(device).train()
-        objective.adopt(student)
-        objective.to(device)
-        step = Step(student, objective)
-        model = parallel(step, world)  # before the copies: it makes all processes start alike
+        sharding = Sharding(world, device, half, offload) if shard else None
+        here = placed(student, objective, world, device, ema=ema, ema_warmup=ema_warmup, sharding=sharding)
+        step, model = here.step, here.model
         players = players_of(objective, student)
         run = Run(
             student,
@@ -200,19 +207,22 @@ def fit(
             players,
             adamw(players, device, lr=lr, betas=betas, weight_decay=weight_decay),
             torch.amp.GradScaler("cuda", enabled=half is torch.float16),
-            average=None if ema is None else Ema(student, ema, ema_warmup),
-            slow=None if objective.ema is None else Ema(student, objective.ema),
+            average=here.average,
+            slow=here.slow,
             meter=Meter(may_overflow=half is torch.float16),
             out=out,
             fingerprint=identity,
+            world=world,
+            still=here.still,
         )
         if found is not None:
-            run.restore(checkpoints.load(found))
+            run.restore(found)
         world.check_same(run.step, out)
         run.progress = _progress(run, steps, max_seconds)
         if device.type == "cpu":
             stack.callback(torch.set_num_threads, torch.get_num_threads())
-            run.threads = world.from_main(threads_for(run, step, batches, half))
+            measured = torch.get_num_threads() if sharding else threads_for(run, step, batches, half)
+            run.threads = world.from_main(measured)
             torch.set_num_threads(run.threads)
             # Killed before its first checkpoint, it begins with as many again.
             if out is not None and world.is_main and folder.threads_of(out) != run.threads:
@@ -230,6 +240,8 @@ def fit(
                 break
 
             seed_dropout(device, seed, run.step, world.rank)
+            if sharding is not None:
+                sharding.sync_buffers()
             for index in range(accumulate):
                 rows, noise = batches.micro(run.step, index)
                 with syncing(model, is_last=index == accumulate - 1), checkpoints_followed(objective):
@@ -238,6 +250,9 @@ def fit(
                         loss, numbers, times = model(rows.to(device), noise, run.target, run.progress, run.step)
                     run.scaler.scale(loss / accumulate).backward()
                 run.meter.add(run.step + 1, numbers, times)
+            if sharding is not None:
+                sharding.average_gradients()
+                sharding.forget_calls()
             rate = lr * schedule_factor(schedule, run.progress, run.step, warmup)
             norms = update(run.players, run.optimizers, run.scaler, rate, clip)
             run.meter.add(run.step + 1, norm_names(norms, run.players))
@@ -257,11 +272,12 @@ def fit(
                 run.log({"seconds": run.seconds})
                 if world.is_main:
                     floors.see(run.step, run.losses)
-            if world.is_main:
+            if world.is_main or sharding is not None:
                 for callback in callbacks:
                     callback(run)
                 if not student.training:  # a callback that sampled from it
                     student.train()
+            if world.is_main:
                 book.write(run, _progress(run, steps, max_seconds))
             # Of the main process's clock, as it was when all began this step: all see the same.
             is_time = checkpoint_minutes is not None and run.seconds - saved_at >= 60 * checkpoint_minutes
@@ -273,6 +289,8 @@ def fit(
         stopped = "interrupted" if run.progress < 1.0 else "done" if steps and run.step >= steps else "time"
         losses = run.losses or run.meter.means(world)
         book.end(run, stopped)
+        if sharding is not None:
+            sharding.put_back(student, run.ema, objective)
     # The average is a copy of the student.
     return Result(student, cast(Model, run.ema), run.step, run.seconds, run.step / run.seconds, losses, out, stopped)
 
@@ -283,7 +301,7 @@ def _save(run: Run, book: Logbook, world: World, keep: int) -> int:
     run.meter.share(world)
     if world.is_main:
         book.sync()
-        run.save(keep)
+    run.save(keep)
     return run.step
 
 

@@ -1,7 +1,8 @@
 """A run while it lasts: what trains, what a callback sees, and what a checkpoint saves and restores."""
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal
@@ -9,11 +10,12 @@ from typing import Any, Generic, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.distributed import World, is_sharded, local, shard_like
 from fewstep.common.errors import refused
 from fewstep.common.model_files import put_in
 from fewstep.objectives.base import Objective, Player
 from fewstep.training import checkpoints
-from fewstep.training.checkpoints import Checkpoint, Tensors
+from fewstep.training.checkpoints import Checkpoint, Sizes, Tensors
 from fewstep.training.ema import Ema, Model
 from fewstep.training.meter import Meter
 from fewstep.training.run_files import CHECKPOINTS
@@ -32,6 +34,8 @@ class Run:
     slow: Ema[nn.Module] | None
     out: Path | None
     fingerprint: dict[str, Any]
+    world: World = field(default_factory=World)
+    still: Sequence[float] = ()  # the mark of the weights that do not train
     meter: Meter = field(default_factory=Meter)
     step: int = 0
     seconds: float = 0.0
@@ -72,7 +76,7 @@ class Run:
         for group, model in self._models.items():
             tensors[group] = {name: value for name, value in model.state_dict().items() if name not in still}
         for player, optimizer in self.optimizers.items():
-            tensors[f"optimizer-{player}"] = _flatten(optimizer)
+            tensors[f"optimizer-{player}"] = _flatten(optimizer, self.players[player])
         state = {
             "seconds": self.seconds,
             "losses": self.losses,
@@ -82,23 +86,33 @@ class Run:
             "threads": self.threads,
             "fingerprint": self.fingerprint,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            **({"frozen": mark(still.values())} if still else {}),
+            **({"frozen": list(self.still)} if still else {}),
         }
         return tensors, state
 
-    def save(self, keep: int) -> None:
-        """Write a checkpoint, where there is a run folder, and drop all but the newest ``keep``."""
-        if self.out is not None:
-            checkpoints.save(self.out / CHECKPOINTS, self.step, *self.capture(), keep)
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process keeps a share of the weights alone."""
+        return is_sharded(self.student)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to where the checkpoint was taken."""
+    def save(self, keep: int) -> None:
+        """Write a checkpoint, where there is a run folder, and drop all but the newest ``keep``: the main process, or
+        all of a sharded training together."""
+        if self.out is not None and (self.world.is_main or self.is_sharded):
+            together = self.world if self.is_sharded else None
+            checkpoints.save(self.out / CHECKPOINTS, self.step, *self.capture(), keep, together)
+
+    def restore(self, path: Path) -> None:
+        """Go back to where a checkpoint was taken."""
+        if self.is_sharded:
+            checkpoint = checkpoints.load_shards(path, self.world, lambda sizes: self._targets(path, sizes))
+            check_mark(self.still, checkpoint)
+        else:
+            checkpoint = checkpoints.load(path)
+            for group, model in self._models.items():
+                put_back(model, frozen(self.student), checkpoint, group)
         tensors, state = checkpoint.tensors, checkpoint.state
-        still = frozen(self.student)
-        for group, model in self._models.items():
-            put_back(model, still, checkpoint, group)
-        wrong = f"{checkpoint.path} is no checkpoint that this run can go on from"
-        with refused(wrong, "put the file back, or start again (resume=False)"):
+        with _going_on(path):
             _check_players(state.get("optimizers", {}), self.players)
             state_of = self.objective.state_dict()
             shared = {name: state_of[name] for name in state_of.keys() - own_state(self.objective, self.student).keys()}
@@ -109,6 +123,25 @@ class Run:
             self.step, self.seconds, self.losses = checkpoint.step, state["seconds"], state["losses"]
             self.threads = state.get("threads") or torch.get_num_threads()  # that of a run from before it was kept
             self.meter.sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
+
+    def _targets(self, path: Path, sizes: Sizes) -> Tensors:
+        """What the shards of a checkpoint are read into: the weights themselves, and new moments.
+
+        Raises:
+            ValueError: they are those of another student, or another optimizer.
+        """
+        wanted, _ = self.capture()
+        for group, model in self._models.items():
+            if found := differing({name: x.shape for name, x in wanted[group].items()}, sizes.get(group, {})):
+                wrong = f"the weights in {path} are not those of the student that the recipe describes"
+                raise ValueError(f"{wrong}: {found} of the {type(model).__name__}")
+        with _going_on(path):
+            if found := differing({k: x.shape for k, x in wanted["objective"].items()}, sizes.get("objective", {})):
+                raise ValueError(f"{found} of the objective")
+            for player, of in self.players.items():
+                group = f"optimizer-{player}"
+                wanted[group] = {key: _moment(key, size, of) for key, size in sizes.get(group, {}).items()}
+        return wanted
 
 
 @dataclass(frozen=True)
@@ -164,17 +197,27 @@ def put_back(model: nn.Module, still: Mapping[str, Tensor], checkpoint: Checkpoi
         ValueError: the weights that stood still are others than in the training, so that the rest is worth nothing.
         ValueError: a weight is missing, not known, or of another shape.
     """
-    if (expected := checkpoint.state.get("frozen")) is not None:
-        norm = max(expected[0], 1e-12)
-        if any(abs(now - then) > 1e-5 * norm for now, then in zip(mark(still.values()), expected, strict=True)):
-            raise ValueError(
-                f"the frozen weights are not those that {checkpoint.path} was trained on, and it holds the others "
-                "alone: start from the same model (the same teacher; the same torch.manual_seed where it is made anew)"
-            )
+    if checkpoint.state.get("frozen") is not None:
+        check_mark(mark(still.values()), checkpoint)
     weights = checkpoint.tensors.get(group, {})
     own = model.state_dict()
     wrong = f"the weights in {checkpoint.path} are not those of the student that the recipe describes"
     put_in(model, {**{name: own[name] for name in still}, **weights}, wrong)
+
+
+def check_mark(now: Sequence[float], checkpoint: Checkpoint) -> None:
+    """That the weights which do not train are those that they were in the training.
+
+    Raises:
+        ValueError: they are others, so that the rest is worth nothing.
+    """
+    if (expected := checkpoint.state.get("frozen")) is not None:
+        norm = max(expected[0], 1e-12)
+        if any(abs(here - then) > 1e-5 * norm for here, then in zip(now, expected, strict=True)):
+            raise ValueError(
+                f"the frozen weights are not those that {checkpoint.path} was trained on, and it holds the others "
+                "alone: start from the same model (the same teacher; the same torch.manual_seed where it is made anew)"
+            )
 
 
 def mark(weights: Iterable[Tensor]) -> list[float]:
@@ -193,17 +236,49 @@ def _check_players(kept: Mapping[str, Any], players: Mapping[str, Player]) -> No
         raise ValueError(f"it has no optimizer of {missing[0]!r}, and those of {', '.join(kept) or 'nobody'}")
 
 
-def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam's tensors as ``INDEX.NAME``, the index counting the player's parameters."""
+def _going_on(path: Path) -> AbstractContextManager[None]:
+    wrong = f"{path} is no checkpoint that this run can go on from"
+    return refused(wrong, "put the file back, or start again (resume=False)")
+
+
+def differing(wanted: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> str | None:
+    """The first difference of two sets of tensors, in words."""
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            here, there = wanted.get(name), found.get(name)
+            say = lambda shape: "absent" if shape is None else tuple(shape)  # noqa: E731
+            return f"{name!r} is {say(there)} there and {say(here)} here"
+    return None
+
+
+def _flatten(optimizer: torch.optim.Optimizer, player: Player) -> dict[str, Tensor]:
+    """Adam's tensors as ``INDEX.NAME``, the index counting the player's parameters; sharded as these are."""
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+    return {
+        f"{index}.{name}": shard_like(value, player.parameters[index]) if value.ndim else value
+        for index, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def _moment(key: str, size: torch.Size, player: Player) -> Tensor:
+    """An empty tensor for one of the moments of a player's parameters."""
+    index, _, name = key.partition(".")
+    if name == "step":
+        return torch.zeros(size)
+    parameters = player.parameters
+    if not index.isdigit() or int(index) >= len(parameters) or parameters[int(index)].shape != size:
+        raise ValueError(f"the moment {key} of shape {tuple(size)} is of no parameter here")
+    like = parameters[int(index)]
+    return shard_like(torch.zeros_like(local(like)), like)
 
 
 def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give an optimizer its moments back: the shares of them, where they are sharded."""
     whole = optimizer.state_dict()
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        whole["state"].setdefault(int(index), {})[name] = value
+        whole["state"].setdefault(int(index), {})[name] = local(value)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, state in whole["state"].items():
         shapes = {name: value.shape for name, value in state.items() if name != "step"}

@@ -186,7 +186,7 @@ def test_a_state_that_is_sealed_and_wrong_is_damaged(
     out, path = _copied(trained, tmp_path)
     state = json.loads((path / "state.json").read_text())["state"]
     change(state)
-    (path / "state.json").write_text(checkpoints._seal(state))
+    (path / "state.json").write_text(checkpoints.seal(state))
     with pytest.raises((TrainingError, ValueError), match=r"state\.json|belongs to another recipe|says what"):
         open_run(out)
 
@@ -265,7 +265,7 @@ def _changed(path: Path, file: str, change: Callable[[dict[str, torch.Tensor]], 
     (path / "new").rename(path / file)
     state = json.loads((path / "state.json").read_text())["state"]
     state["files"][file] = {"bytes": (path / file).stat().st_size, "sha256": checkpoints._digest(path / file)}
-    (path / "state.json").write_text(checkpoints._seal(state))
+    (path / "state.json").write_text(checkpoints.seal(state))
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_a_run_is_not_its_own_teacher(trained: Path, tmp_path: Path) -> None:
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     state = json.loads((path / "state.json").read_text())["state"]
     state["fingerprint"]["teacher.source"] = str(out)
-    (path / "state.json").write_text(checkpoints._seal(state))
+    (path / "state.json").write_text(checkpoints.seal(state))
     with pytest.raises((ValueError, TrainingError), match=r"made from itself|another recipe"):
         open_run(out)
 

@@ -265,7 +265,7 @@ def test_names_that_files_give_are_names(name: Any, points: Path, tmp_path: Path
     state = json.loads((last / "state.json").read_text())["state"]
     kept = state["files"].pop("ema.safetensors")
     state["files"][name] = kept
-    (last / "state.json").write_text(checkpoints._seal(state))
+    (last / "state.json").write_text(checkpoints.seal(state))
     with pytest.raises(TrainingError, match=r"state\.json"):
         load(folder)
 

@@ -18,8 +18,8 @@ from fewstep.common.options import find_object
 from fewstep.runs.loading import open_run
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run
-from fewstep.training.checkpoints import _seal
 from fewstep.training.fingerprint import _SEEN, flat
+from fewstep.training.sealed import seal
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -89,7 +89,7 @@ def received(honest: Path, home: Path) -> Callable[..., Path]:
             state = json.loads(file.read_text())["state"]
             seen = {key: value for key, value in state["fingerprint"].items() if key in _SEEN}
             said = flat({key: value for key, value in tree.items() if key not in ("name", "evaluation", "coupling")})
-            file.write_text(_seal({**state, "fingerprint": {**seen, **said}}))
+            file.write_text(seal({**state, "fingerprint": {**seen, **said}}))
         return folder
 
     return make

@@ -253,7 +253,7 @@ def _seal(file: Path) -> None:
         said = json.loads(state.read_text())["state"]
         if name != "state.json":
             said["files"][name] = {"bytes": file.stat().st_size, "sha256": checkpoints._digest(file)}
-        state.write_text(checkpoints._seal(said))
+        state.write_text(checkpoints.seal(said))
 
 
 def _empty(file: Path, *_: Any) -> None:

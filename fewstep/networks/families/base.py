@@ -19,6 +19,8 @@ class OfDiffusers(nn.Module):
     code: ClassVar[str]
     first: ClassVar[str] = "conv_in"
     patch: ClassVar[int] = 1
+    # Modules inside a block that the model calls from outside of it too: units of their own where it is sharded.
+    apart: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Any) -> None:
         super().__init__()

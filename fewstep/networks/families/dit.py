@@ -15,6 +15,7 @@ class DiT(OfDiffusers):
     class stands for none; ``image`` (B, C', H, W) where it takes more channels than the state has."""
 
     code, first = "dit", "pos_embed.proj"
+    apart = ("transformer_blocks.0.norm1.emb",)  # the last layer asks the first block what the time is
     model: "DiTTransformer2DModel"
 
     def __init__(self, model: "DiTTransformer2DModel") -> None:

@@ -14,7 +14,8 @@ from fewstep.data.conditions import Dropped
 from fewstep.data.couplings import uncoupled
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.guided import Guided, unguided
-from fewstep.flows.signature import Model, classes_of, shape_of
+from fewstep.flows.signature import Model, classes_of, network_of, shape_of
+from fewstep.networks import MLP, ContinuousUNet, Conv1dNet, SequenceTransformer, UNet
 from fewstep.objectives.base import Objective
 from fewstep.runs.datasets import encoded_folder, encoded_shape, make_data, null_of, settled, source_of, with_tokens
 from fewstep.runs.loading import start_of, teacher_of
@@ -24,6 +25,10 @@ from fewstep.runs.recipes import load_recipe
 from fewstep.runs.students import make_student
 from fewstep.training import checkpoints
 from fewstep.training.run_files import CHECKPOINTS, is_run
+
+# Networks that recipes make: all can be told classes, and those of points and signals numbers.
+_TOLD = MLP | Conv1dNet
+_OURS = _TOLD | SequenceTransformer | ContinuousUNet
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ def _check_fit(who: str, model: Model, name: str, data: Data) -> None:
     except Exception as error:  # whatever a network's code makes of numbers and shapes that do not fit
         if is_out_of_memory(error):
             raise
-        why = shortened(str(error), 240) + _hint(model, data, labels is not None and not classes)
+        why = shortened(str(error), 240) + _hint(model, data, rows, who == "student")
     if why:
         conditions = f" and conditions {', '.join(rows)}" if rows else ""
         raise ValueError(
@@ -151,10 +156,15 @@ def _check_fit(who: str, model: Model, name: str, data: Data) -> None:
         )
 
 
-def _hint(model: Model, data: Data, has_needless_labels: bool) -> str:
+def _hint(model: Model, data: Data, rows: dict[str, Any], is_student: bool) -> str:
     """What is likely meant, where a model does not take its data."""
-    if has_needless_labels:
-        return ". It may know no classes: say data.labels: false"
+    network = network_of(model)
+    if "class_labels" in rows and not classes_of(model):
+        key = "num_class_embeds" if isinstance(network, UNet) else "classes" if isinstance(network, _OURS) else None
+        told = f", or tell it them: student.options.{key}" if is_student and key else ""
+        return f". It may know no classes: say data.labels: false{told}"
+    if is_student and isinstance(network, _TOLD) and (numbers := rows.get("vector")) is not None and numbers.ndim == 2:
+        return f". Numbers are told to a network that is made for them: student.options.vector: {numbers.shape[1]}"
     if isinstance(data, Dropped):
         return f". Are the conditions for none, {data.null}, among those that it knows?"
     try:

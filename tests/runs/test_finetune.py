@@ -185,6 +185,34 @@ def test_labels_that_the_model_does_not_know(tmp_path: Path) -> None:
         build(load_recipe(recipe_of(ddpm(tmp_path / "ddpm"), "digits")))
 
 
+def test_a_network_that_a_recipe_makes_is_told_what_the_data_say(tmp_path: Path) -> None:
+    """The option that a recipe lacks is named, with its number where the data know it."""
+    rng = np.random.default_rng(0)
+    told = rng.normal(size=(40, 5)).astype("float32")
+    np.savez(tmp_path / "points.npz", x=rng.normal(size=(40, 3)).astype("float32"), vector=told)
+    np.savez(tmp_path / "signals.npz", x=rng.normal(size=(40, 2, 16)).astype("float32"), vector=told)
+    np.savez(tmp_path / "images.npz", x=rng.normal(size=(40, 1, 16, 16)).astype("float32"), y=rng.integers(0, 3, 40))
+
+    def made(data: dict[str, Any], network: str, **options: Any) -> Any:
+        student = {"network": network, "options": options}
+        tree = {"data": data, "objective": "FlowMatching", "student": student, "name": "told"}
+        tree["training"] = {"steps": 2}
+        return build(load_recipe(tree))
+
+    points = {"name": str(tmp_path / "points.npz"), "key": "x", "conditions": ["vector"]}
+    signals = {**points, "name": str(tmp_path / "signals.npz")}
+    for data, network in ((points, "mlp"), (signals, "conv1d")):
+        with pytest.raises(ValueError, match=r"made for them: student\.options\.vector: 5$"):
+            made(data, network, width=16)
+        made(data, network, width=16, vector=5)
+    images = {"name": str(tmp_path / "images.npz"), "key": "x", "label": "y"}
+    small = {"block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1,
+             "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}  # fmt: skip
+    with pytest.raises(ValueError, match=r"data\.labels: false, or tell it them: student\.options\.num_class_embeds$"):
+        made(images, "unet", **small)
+    made(images, "unet", num_class_embeds=3, **small)
+
+
 def test_a_model_without_a_size_gets_that_of_the_data(tmp_path: Path) -> None:
     teacher = ddpm(tmp_path / "ddpm", classes=10, sample_size=None)
     built = build(load_recipe(recipe_of(teacher, "digits")))

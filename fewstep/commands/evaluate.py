@@ -33,6 +33,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fewstep.common.distributed import environment
     from fewstep.runs.run import evaluate_run
 
     asked = {"steps": args.steps, "teacher_steps": args.teacher_steps, "count": args.count, "seed": args.seed}
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     found = evaluate_run(args.run, args.device, **{name: value for name, value in asked.items() if value is not None})
     if found is None:
         raise ValueError(f"{args.run} has nothing to be measured by: images without labels, and no teacher")
+    if not environment().is_main:
+        return 0
     print_evaluation(found)
     print(f"{args.run / 'quality.png'}, {args.run / 'quality.json'} and {args.run / 'report.html'} have it too")
     run, name = str(args.run), args.run.name

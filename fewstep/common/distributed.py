@@ -22,8 +22,9 @@ from torch.distributed.rendezvous import rendezvous
 from fewstep.common.errors import TrainingError, briefly, shortened
 
 _SILENT = 10.0  # seconds of waiting before a word is said
-_PATIENCE = timedelta(seconds=5)  # with processes that may have died
+_PATIENCE = 5.0  # seconds, with processes that may have died
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+_STORES: list[dist.Store] = []  # of the group that was made here
 
 
 class LostProcessError(TrainingError):
@@ -201,8 +202,10 @@ def join(world: World, device: torch.device, group: bool = False) -> Iterator[No
         world.barrier()  # the main process has written its last file
     except BaseException as error:
         atexit.unregister(_leave)  # the others may never come
-        atexit.register(_drop)
-        if world.size > 1 and isinstance(error, RuntimeError) and (why := _of_the_others(error)):
+        why = _of_the_others(error) if isinstance(error, RuntimeError) and world.size > 1 else None
+        is_lost = isinstance(error, LostProcessError) or why is not None
+        atexit.register(_drop, is_lost)
+        if why is not None and not isinstance(error, LostProcessError):
             raise LostProcessError(
                 f"process {world.rank} of {world.size}: another process of this run has ended, or cannot be reached "
                 f"({why}). Start all of them again, by the same command: it goes on with what was saved"
@@ -222,6 +225,7 @@ def _meet(world: World, device: torch.device) -> None:
         if not world.is_main:
             _reach(where[0], int(where[1]), patience.total_seconds())
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=patience))
+        _STORES.append(store)
         store.set(f"fewstep/{world.rank}", "here")
         store.wait([f"fewstep/{rank}" for rank in range(world.size)], patience)
         store = dist.PrefixStore("fewstep", store)
@@ -283,9 +287,17 @@ def _leave() -> None:
     dist.destroy_process_group()
 
 
-def _drop() -> None:
-    """After an error: the others may have it too, and then all leave together, or may be gone."""
-    if dist.is_initialized():
-        with suppress(RuntimeError, ValueError):
-            dist.monitored_barrier(timeout=_PATIENCE)
-        dist.destroy_process_group()
+def _drop(is_lost: bool) -> None:
+    """After an error. The others may have it too, and then all leave together; or they wait for what never comes until
+    this one leaves (a barrier of torch would have no end then, whatever its timeout); or they are lost already."""
+    if not dist.is_initialized():
+        return
+    with suppress(RuntimeError):
+        for store in [] if is_lost else _STORES:
+            store.set(f"fewstep/left/{dist.get_rank()}", "left")
+            names = [f"fewstep/left/{rank}" for rank in range(dist.get_world_size())]
+            end = time.monotonic() + _PATIENCE
+            while not store.check(names) and time.monotonic() < end:  # a wait of torch's would fill the terminal
+                time.sleep(0.1)
+            time.sleep(0.0 if dist.get_rank() else 0.3)  # the main process has the store
+    dist.destroy_process_group()

@@ -1,20 +1,24 @@
 """Quality against network calls: a few-step model and its teacher side by side, from the same noise."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.randomness import Generators, generator
+from fewstep.common.distributed import World, environment, join
+from fewstep.common.randomness import generator
+from fewstep.common.sharing import rounds, told
 from fewstep.data.batch import Batch, Data, has_classes
 from fewstep.data.given import as_data
 from fewstep.data.toy import Toy
 from fewstep.evaluation.checks import check_arguments, check_training, support_of
+from fewstep.evaluation.extractor import identity_of
 from fewstep.evaluation.inputs import (
+    Parts,
     Reader,
     Starts,
     bytes_of_row,
@@ -33,13 +37,14 @@ from fewstep.evaluation.likelihoods import (
     possible_likelihoods,
     rows_judged,
 )
-from fewstep.evaluation.measure import ENDS, MANY, Judge, choose_metrics, possible_metrics
+from fewstep.evaluation.measure import ENDS, MANY, Judge, Measured, choose_metrics, possible_metrics
 from fewstep.evaluation.results import Evaluation
 from fewstep.evaluation.variety import SEEDS, diversity
 from fewstep.flows.exact import ExactField
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import count_calls, sample
+from fewstep.flows.signature import device_of
 
 _SOLVE = 128  # midpoint steps to the end points of a teacher without a closed form; Heun would ask at t = 1
 _SOLVED = 1000  # images solved so: 256 calls for each are the dearest part of an evaluation
@@ -64,6 +69,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
     training: Any = None,
+    shared: bool = False,
 ) -> Evaluation:
     """Measure ``model`` at each number of steps, and beside it the teacher in Euler steps.
 
@@ -108,6 +114,9 @@ def evaluate(
         decode: what makes of samples and data the images that the extractor takes, as the VAE of a latent model.
         training: the rows that the model was trained on, as :func:`fewstep.fit` takes them, where ``data`` has others
             of the same source; 100,000 of them, or a GB, at most.
+        shared: the processes that torchrun, ``accelerate launch`` or SLURM started, which all call this with the same
+            arguments, share the batches of samples. What is found is that of one process; the images shown are with
+            the main process alone.
 
     Raises:
         ValueError: an argument that cannot be, a metric that is unknown or cannot be had, nothing to measure: before
@@ -152,15 +161,19 @@ def evaluate(
     plan: list[tuple[str, FlowMap | VelocityField, int]] = [("student", model, n) for n in steps]
     if teacher is not None:
         plan += [("teacher", teacher, n) for n in teacher_steps]
-    batches = -(-count // batch) + groups * -(-seeds // batch)
-    calls = sum(n for *_, n in plan) * batches + 2 * _SOLVE * -(-solved // batch)
+    world = environment() if shared else World()
+    batches = rounds(-(-count // batch), world) + groups * rounds(-(-seeds // batch), world)
+    calls = sum(n for *_, n in plan) * batches + 2 * _SOLVE * rounds(-(-solved // batch), world)
     first, second = two_sets(data, count, seed)
     judged = first[: rows_judged(tuple(data.shape))]
-    calls += 0 if likely is None else calls_of(len(judged), batch) * (1 if teacher is None else 2)
+    calls += 0 if likely is None else calls_of(len(judged), batch, world) * (1 if teacher is None else 2)
     tick = _ticker(progress, calls)
-    with _eval_mode(model, teacher, extractor):
-        judge = Judge(names, extractor, decode, inside, is_by_class, text)
-        learned = () if trained is None else gather(trained, trained_rows(trained, seed), seed, 2, True)
+    together = join(world, device_of(model)) if shared else nullcontext()
+    with together, _eval_mode(model, teacher, extractor):
+        judge = Judge(names, extractor, decode, inside, is_by_class, text, world)
+        learned = None
+        if trained is not None and "memorisation" in names:
+            learned = gather(trained, trained_rows(trained, seed), seed, 2, True)
         known = judge.learn(gather(data, first, seed, 0, is_large), learned)
         given = conditions(known if cond is None else cond, count, seed)
         if guidance is not None:
@@ -168,22 +181,23 @@ def evaluate(
         rows_of = Reader(data, first, seed) if is_large else None
         starts = Starts(tuple(data.shape), seed, batch, given, rows_of)
         if teacher is not None and solved:
-            judge.ends = torch.cat(
-                [_ends(teacher, noise, some, tick).cpu() for noise, _, some in starts.of(teacher, solved)]
-            )
+            ends = Parts(solved, batch, partial(_ends, teacher, starts, tick))
+            # The process that draws a batch has its end points.
+            judge.ends = {rows.start: ends.make(rows).data for rows in ends.ranges[world.rank :: world.size]}
         rows, samples, spreads = [], {}, []
         again = [of_one_condition(starts, row, seeds) for row in range(groups)]
         for role, who, n in plan:
             with count_calls(who) as made:
-                found = judge.measure(_sampled(role, who, n, starts.of(who, count), tick), names)
-            rows.append({"model": role, "steps": n, "nfe": round(made.rows / count), **found.values})
+                found = judge.measure(Parts(count, batch, partial(_sampled, role, who, n, starts, tick)), names)
+            (called,) = world.sum([made.rows])
+            rows.append({"model": role, "steps": n, "nfe": round(called / count), **found.values})
             samples[f"{role} {n}"] = found.shown
-            apart = (judge.spread(_sampled(role, who, n, some.of(who, seeds), tick)) for some in again)
-            spreads.append(dict(enumerate(apart)) if again else found.spread)
+            apart = [Parts(seeds, batch, partial(_sampled, role, who, n, some, tick)) for some in again]
+            spreads.append(dict(enumerate(map(judge.spread, apart))) if again else found.spread)
         if likely is not None:
             for role, who in {role: who for role, who, _ in plan}.items():
                 held = in_batches(gather(data, judged, seed, 0, False), batch, cond != {})
-                value = likelihood(who, held, seed, guidance=guidance, tick=tick)
+                value = likelihood(who, held, seed, guidance=guidance, tick=tick, world=world)
                 rows = [{**row, likely: value} if row["model"] == role else row for row in rows]
         no_floor = {*LIKELIHOODS, *ENDS, *(["diversity"] if groups else [])}
         no_floor |= set() if has_classes(known) else {"accuracy", *(["diversity"] if is_by_class else [])}
@@ -191,50 +205,62 @@ def evaluate(
         if len(second) == len(first):
             also = [name for name in names if name not in no_floor]
             floor = judge.measure(gather(data, second, seed, 1, is_large), also)
-    if "diversity" in names:
-        _, most = max((n, i) for i, (role, _, n) in enumerate(plan) if role == "teacher")
-        for row, spread in zip(rows, spreads, strict=True):
-            row["diversity"] = diversity(spread, spreads[most])
-        if floor is not None and floor.spread:
-            floor.values["diversity"] = diversity(floor.spread, spreads[most])
+        rows, floor = told(_with_diversity(names, plan, rows, spreads, floor), world)
     facts = {
         "shape": list(data.shape), "count": count, "seed": seed, "data": len(first), "ends": solved,
-        "extractor": _identity(extractor),
+        "extractor": identity_of(extractor),
     }  # fmt: skip
-    if "memorisation" in names:
-        facts["training"] = len(judge.training)
+    if learned is not None:
+        facts["training"] = learned.count
     tell: Any = getattr(data, "captions", None) if cond is None else None
     captions = [] if tell is None else tell(first[torch.arange(len(judge.shown)) % len(first)])
-    data_row = {} if floor is None else {name: value for name, value in floor.values.items() if value is not None}
-    return Evaluation(rows, data_row, facts, {**samples, "data": judge.shown}, captions)
+    shown = {**samples, "data": judge.shown} if world.is_main else {}
+    return Evaluation(rows, floor, facts, shown, captions)
+
+
+def _with_diversity(
+    names: Sequence[str],
+    plan: Sequence[tuple[str, Any, int]],
+    rows: list[dict[str, Any]],
+    spreads: Sequence[dict[int, float]],
+    floor: Measured | None,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The rows of the table, and that of the data, each spread over the teacher's at its largest number of steps."""
+    values = {} if floor is None else dict(floor.values)
+    if "diversity" in names:
+        _, most = max((n, i) for i, (role, _, n) in enumerate(plan) if role == "teacher")
+        rows = [{**row, "diversity": diversity(own, spreads[most])} for row, own in zip(rows, spreads, strict=True)]
+        if floor is not None and floor.spread:
+            values["diversity"] = diversity(floor.spread, spreads[most])
+    return rows, {name: value for name, value in values.items() if value is not None}
 
 
 def _sampled(
     role: str,
     model: FlowMap | VelocityField,
     steps: int,
-    starts: Iterable[tuple[Tensor, Generators, dict[str, Any]]],
+    starts: Starts,
     tick: Callable[[int], None],
-) -> Iterator[Batch]:
-    for noise, generators, cond in starts:
-        x = sample(model, noise, steps, generator=generators, **cond)
-        bad = int((~x.flatten(1).isfinite().all(1)).sum())
-        if bad:
-            raise ValueError(
-                f"{bad} of {len(x)} samples of the {role} in {steps} steps are not finite: it has diverged"
-            )
-        tick(steps)
-        yield Batch(x, cond)
+    rows: range,
+) -> Batch:
+    noise, generators, cond = starts.of(model, rows)
+    x = sample(model, noise, steps, generator=generators, **cond)
+    bad = int((~x.flatten(1).isfinite().all(1)).sum())
+    if bad:
+        raise ValueError(f"{bad} of {len(x)} samples of the {role} in {steps} steps are not finite: it has diverged")
+    tick(steps)
+    return Batch(x, cond)
 
 
-def _ends(teacher: VelocityField, noise: Tensor, cond: dict[str, Any], tick: Callable[[int], None]) -> Tensor:
-    """Where the teacher's ODE takes the noise."""
+def _ends(teacher: VelocityField, starts: Starts, tick: Callable[[int], None], rows: range) -> Batch:
+    """Where the teacher's ODE takes the noise, on the CPU."""
+    noise, _, cond = starts.of(teacher, rows)
     if isinstance(teacher, ExactField):
         ends = teacher.flow(noise, 0.0, 1.0, tolerance=1e-6)
     else:
         ends = sample(teacher, noise, _SOLVE, solver="midpoint", **cond)
     tick(2 * _SOLVE)
-    return ends
+    return Batch(ends.cpu())
 
 
 def _as_data(data: Any, teacher: VelocityField | None) -> Data:
@@ -244,16 +270,6 @@ def _as_data(data: Any, teacher: VelocityField | None) -> Data:
     if data is None:
         raise ValueError("evaluate needs data, to hold samples against: only an exact teacher brings its own")
     return as_data(data)
-
-
-def _identity(extractor: nn.Module | None) -> str | None:
-    """A network by its kind and a hash of its weights: values by two networks cannot be compared."""
-    if extractor is None:
-        return None
-    digest = hashlib.sha256()
-    for value in extractor.state_dict().values():
-        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return f"{type(extractor).__name__} {digest.hexdigest()[:8]}"
 
 
 def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:

@@ -78,6 +78,16 @@ def accuracy(classifier: Any, images: Tensor, labels: Tensor, batch_size: int = 
     return float((logits.argmax(dim=1) == labels.cpu()).double().mean())
 
 
+def identity_of(extractor: nn.Module | None) -> str | None:
+    """A network by its kind and a hash of its weights: values by two networks cannot be compared."""
+    if extractor is None:
+        return None
+    digest = hashlib.sha256()
+    for value in extractor.state_dict().values():
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return f"{type(extractor).__name__} {digest.hexdigest()[:8]}"
+
+
 def trained_classifier(
     data: Data,
     cache_dir: str | Path | None = None,

@@ -18,16 +18,22 @@ _ROWS = 1024
 
 @dataclass(eq=False)
 class FeatureStatistics:
-    """Mean and covariance of features, gathered batch by batch: count, sum and sum of outer products in float64.
+    """Mean and covariance of features, gathered batch by batch in float64: all that is kept of any number of rows.
 
-    Parts made by several processes add up to the statistics of the whole (``merge``), whatever the split.
+    Parts made by several processes add up to the statistics of the whole (``merge``), whatever the split. The scatter
+    is about the mean, so that no digits are lost where features are far from 0 (Chan, Golub and LeVeque 1983, eq. 2.1).
 
     >>> statistics = FeatureStatistics.of(features[:500]).merge(FeatureStatistics.of(features[500:]))
+
+    Attributes:
+        count: how many rows.
+        mean: (F,).
+        scatter: the sum of ``(x - mean) (x - mean)'`` over rows, (F, F).
     """
 
     count: int
-    total: Tensor  # (F,)
-    outer: Tensor  # (F, F)
+    mean: Tensor
+    scatter: Tensor
 
     @classmethod
     def empty(cls, num_features: int) -> "FeatureStatistics":
@@ -42,36 +48,35 @@ class FeatureStatistics:
     @classmethod
     def from_moments(cls, mean: Tensor, cov: Tensor, count: int = 2) -> "FeatureStatistics":
         """Statistics with this mean (F,) and covariance (F, F), such as published ones."""
-        mean, cov = mean.to("cpu", torch.float64), cov.to("cpu", torch.float64)
-        return cls(count, count * mean, (count - 1) * cov + count * torch.outer(mean, mean))
+        return cls(count, mean.to("cpu", torch.float64), (count - 1) * cov.to("cpu", torch.float64))
 
     def update(self, features: Tensor) -> "FeatureStatistics":
         """Add the rows of ``features`` (N, F), from any device."""
         rows = features.detach().to("cpu", torch.float64)
-        if rows.ndim != 2 or rows.shape[1] != len(self.total):
-            raise ValueError(f"features must have shape (N, {len(self.total)}), not {tuple(rows.shape)}")
+        if rows.ndim != 2 or rows.shape[1] != len(self.mean):
+            raise ValueError(f"features must have shape (N, {len(self.mean)}), not {tuple(rows.shape)}")
         _check_finite(rows, "features")
-        self.count += len(rows)
-        self.total += rows.sum(dim=0)
-        self.outer += rows.T @ rows
+        if len(rows):
+            mean = rows.mean(dim=0)
+            added = self.merge(FeatureStatistics(len(rows), mean, (rows - mean).T @ (rows - mean)))
+            self.count, self.mean, self.scatter = added.count, added.mean, added.scatter
         return self
 
     def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
         """The statistics of both sets of rows together; neither part changes."""
-        if len(self.total) != len(other.total):
-            raise ValueError(f"statistics of {len(self.total)} and of {len(other.total)} features cannot be merged")
-        return FeatureStatistics(self.count + other.count, self.total + other.total, self.outer + other.outer)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.total / self.count
+        if len(self.mean) != len(other.mean):
+            raise ValueError(f"statistics of {len(self.mean)} and of {len(other.mean)} features cannot be merged")
+        count, apart = self.count + other.count, other.mean - self.mean
+        share = other.count / max(count, 1)
+        scatter = self.scatter + other.scatter + self.count * share * torch.outer(apart, apart)
+        return FeatureStatistics(count, self.mean + share * apart, scatter)
 
     @property
     def cov(self) -> Tensor:
         """The unbiased covariance (divided by N - 1)."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 rows, not {self.count}")
-        return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
+        return self.scatter / (self.count - 1)
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -81,8 +86,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     Exact for covariances without full rank too (fewer rows than features). Estimates from few rows are too large, by
     an amount that falls like 1/N: compare at equal N only.
     """
-    if len(a.total) != len(b.total):
-        raise ValueError(f"statistics of {len(a.total)} and of {len(b.total)} features cannot be compared")
+    if len(a.mean) != len(b.mean):
+        raise ValueError(f"statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared")
     if a.count > b.count:
         a, b = b, a  # the root is taken of the smaller set, whose rank may be lower
     cov_a, cov_b = a.cov, b.cov

@@ -1,7 +1,7 @@
 """What an evaluation starts from: the noise of each sample, what is asked of it, and the rows of the data."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,19 @@ _MOST, _MEMORY = 100_000, 1 << 30  # rows trained on that are looked at, and the
 
 
 @dataclass(frozen=True)
+class Parts:
+    """``count`` rows, of which ``make`` gives a range when it is asked for, ``size`` of them at most."""
+
+    count: int
+    size: int
+    make: Callable[[range], Batch]
+
+    @property
+    def ranges(self) -> list[range]:
+        return [range(first, min(first + self.size, self.count)) for first in range(0, self.count, self.size)]
+
+
+@dataclass(frozen=True)
 class Starts:
     """Where samples start: the noise of each, and what is asked of it."""
 
@@ -32,27 +45,24 @@ class Starts:
     more: "Reader | None" = None
     kept: dict[range, Tensor] = field(default_factory=dict)  # the noise of small samples: drawing it takes its time
 
-    def of(self, model: nn.Module, count: int) -> Iterator[tuple[Tensor, Generators, dict[str, Any]]]:
-        """Noise, the generators it came from (where the model draws more from them) and conditions of the first
-        ``count`` samples, batch by batch, where the model is."""
+    def of(self, model: nn.Module, rows: range) -> tuple[Tensor, Generators, dict[str, Any]]:
+        """Noise, the generators it came from (where the model draws more from them) and conditions of some samples,
+        where the model is."""
         device = device_of(model)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         is_renoised = isinstance(model, FlowMap) and model.gamma > 0  # which goes on drawing from the generators
-        for first in range(0, count, self.batch):
-            rows = range(first, min(first + self.batch, count))
-            generators: Generators = []
-            if is_renoised or rows not in self.kept:
-                # The same bits for all: drawn in float32, whatever the model computes in.
-                generators = sample_generators(self.seed, rows)
-                drawn = starting_points(model, (len(rows), *self.shape), generators)
-                if count * drawn[0].nbytes <= _SMALL:
-                    self.kept[rows] = drawn
-            else:
-                drawn = self.kept[rows]
-            noise = drawn.to(device, dtype)
-            cond = {name: value[rows.start : rows.stop] for name, value in self.cond.items()}
-            cond |= {} if self.more is None else self.more(rows)
-            yield noise, generators, {name: value.to(device) for name, value in cond.items()}
+        generators: Generators = []
+        if is_renoised or rows not in self.kept:
+            # The same bits for all: drawn in float32, whatever the model computes in.
+            generators = sample_generators(self.seed, rows)
+            drawn = starting_points(model, (len(rows), *self.shape), generators)
+            if (len(self.kept) + 1) * self.batch * drawn[0].nbytes <= _SMALL:
+                self.kept[rows] = drawn
+        else:
+            drawn = self.kept[rows]
+        cond = {name: value[rows.start : rows.stop] for name, value in self.cond.items()}
+        cond |= {} if self.more is None else self.more(rows)
+        return drawn.to(device, dtype), generators, {name: value.to(device) for name, value in cond.items()}
 
 
 def of_one_condition(starts: Starts, row: int, count: int) -> Starts:
@@ -93,23 +103,28 @@ def trained_rows(data: Data, seed: int) -> Tensor:
     return torch.randperm(size, generator=generator(seed, _TRAINED))[:most].sort().values
 
 
-def gather(data: Data, index: Tensor, seed: int, which: int, bare: bool) -> Iterator[Batch]:
+def gather(data: Data, index: Tensor, seed: int, which: int, bare: bool) -> Parts:
     """Rows of the data; ``bare`` without their conditions, which are not read where the data can do without."""
     alone: Any = getattr(data, "bare", None)
-    for block, rows in enumerate(index.split(_BLOCK)):
-        draw = generator(seed, _FRESH, which, block)
+
+    def read(rows: range) -> Batch:
+        some, draw = index[rows.start : rows.stop], generator(seed, _FRESH, which, rows.start // _BLOCK)
         if not bare:
-            yield data.rows(rows, draw)
-        else:
-            yield Batch(data.rows(rows, draw).data if alone is None else alone(rows))
+            return data.rows(some, draw)
+        return Batch(data.rows(some, draw).data if alone is None else alone(some))
+
+    return Parts(len(index), _BLOCK, read)
 
 
-def in_batches(parts: Iterable[Batch], most: int, has_cond: bool = True) -> Iterator[Batch]:
+def in_batches(parts: Parts, most: int, has_cond: bool = True) -> list[Batch]:
     """Rows of the data, ``most`` at a time; without their conditions where the model is asked for nothing."""
-    for rows in parts:
+    found = []
+    for rows in map(parts.make, parts.ranges):
         for start in range(0, len(rows.data), most):
             some = slice(start, start + most)
-            yield Batch(rows.data[some], {name: value[some] for name, value in rows.cond.items() if has_cond})
+            cond = {name: value[some] for name, value in rows.cond.items() if has_cond}
+            found.append(Batch(rows.data[some], cond))
+    return found
 
 
 def bytes_of_row(cond: Mapping[str, Any]) -> int:

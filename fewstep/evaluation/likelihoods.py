@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.common.distributed import World
 from fewstep.common.randomness import generator, sample_generators
+from fewstep.common.sharing import in_turn, rounds
 from fewstep.data.batch import Batch
 from fewstep.flows.fields import VelocityField, check_velocity
 from fewstep.flows.likelihood import bits_per_dim, log_likelihood
@@ -44,9 +47,9 @@ def rows_judged(shape: tuple[int, ...]) -> int:
     return _IMAGES if len(shape) == 3 else _POINTS
 
 
-def calls_of(rows: int, batch: int) -> int:
-    """Calls of the network that a likelihood takes, each with a way back."""
-    return 2 * _STEPS * -(-rows // batch)
+def calls_of(rows: int, batch: int, world: World) -> int:
+    """Calls of the network that a likelihood takes of a process, each with a way back."""
+    return 2 * _STEPS * rounds(-(-rows // batch), world)
 
 
 def likelihood(
@@ -56,6 +59,7 @@ def likelihood(
     *,
     guidance: float | None = None,
     tick: Callable[[int], None] = lambda _: None,
+    world: World | None = None,
 ) -> float | None:
     """The mean of ``-log p`` in nats over rows of points, or of bits a dimension over rows of images (C, H, W), to
     which uniform noise of one level is added first.
@@ -64,18 +68,23 @@ def likelihood(
     exact up to 32 numbers a sample, else by one vector of random signs a row. Row i gets the same noise and signs from
     a seed whatever the batch.
 
+    Args:
+        world: the processes that share the batches, by default this one alone.
+
     Returns:
-        None for a map that knows the way to t = 1 alone, and so has no velocity (a consistency model).
+        on the main process; None for a map that knows the way to t = 1 alone, and so has no velocity (a consistency
+        model).
 
     Raises:
         ValueError: images that are not of 8 bits in [-1, 1].
     """
     if isinstance(model, FlowMap) and model.gamma == 1:
         return None
-    total, done = 0.0, 0
-    for part in batches:
+    parts, world = list(batches), World() if world is None else world
+
+    def judged(first: int, part: Batch) -> float:
         x, dims = part.data.float(), part.data[0].numel()
-        rows = range(done, done + len(x))
+        rows = range(first, first + len(x))
         if x.ndim == 4:
             _check_bytes(x)
             drawn = [
@@ -89,10 +98,13 @@ def likelihood(
         signs = sample_generators(seed ^ _SIGNS, rows)
         log_p = log_likelihood(model, x, steps=_STEPS, probes=probes, generator=signs, **cond)
         value = bits_per_dim(log_p, dims, LEVEL) if x.ndim == 4 else -log_p
-        total += float(value.double().sum())
-        done += len(x)
         tick(2 * _STEPS)
-    return total / done if math.isfinite(total) else math.inf
+        return float(value.double().sum())
+
+    sizes = [len(part) for part in parts]
+    starts = accumulate(sizes[:-1], initial=0)
+    total = sum(in_turn(list(zip(starts, parts, strict=True)), lambda item: judged(*item), world))
+    return total / sum(sizes) if math.isfinite(total) else math.inf
 
 
 def _check_bytes(x: Tensor) -> None:

@@ -1,22 +1,28 @@
-"""Measures samples that come batch by batch: points are kept whole, of images little more than their features."""
+"""Measures samples that come batch by batch, from one process or several. What is kept of them is bounded, whatever
+their number: moments of features, and the first rows for metrics that compare rows with each other."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.distributed import World
 from fewstep.common.errors import unknown
+from fewstep.common.sharing import in_turn
 from fewstep.data.batch import Batch
 from fewstep.evaluation.copies import SHARE, comparable, nearness
 from fewstep.evaluation.extractor import accuracy, extract
-from fewstep.evaluation.features import FeatureStatistics, frechet_distance, kid, precision_recall
+from fewstep.evaluation.features import frechet_distance, kid, precision_recall
 from fewstep.evaluation.inception import Inception
+from fewstep.evaluation.inputs import Parts
+from fewstep.evaluation.kept import ROWS, Features, Look, is_summed, kept_rows
 from fewstep.evaluation.likelihoods import LIKELIHOODS
 from fewstep.evaluation.points import energy_distance, histogram_kl, outside, quantiles, sliced_wasserstein
 from fewstep.evaluation.tokens import METRICS as OF_TOKENS
 from fewstep.evaluation.tokens import bigram_kl, entropy, spelling
-from fewstep.evaluation.variety import spreads
+from fewstep.evaluation.variety import WHOLE, Compared
 
 # Of the distances to the end points, row by row: their root mean square, their median, and what 99 % are below.
 ENDS = ("rmse", "error_median", "error_99")
@@ -25,8 +31,6 @@ METRICS = (
     "accuracy", "diversity", "memorisation", *OF_TOKENS, *LIKELIHOODS,
 )  # fmt: skip
 MANY = 16  # steps that a teacher needs at least to say how diverse samples should be
-_CLOUD = 16_000  # rows of a cloud that are sorted along every direction
-_PAIRS = 5_000  # rows of which all pairs are compared
 _HELD_OUT, _COPIES = 4_000, 1_000  # rows of the data, and samples, whose nearest training rows are looked for
 _SHOWN = 64
 
@@ -90,8 +94,8 @@ def choose_metrics(
 
 
 class Measured(NamedTuple):
-    """What a set of samples came to: the metrics, but ``diversity``, which is the ratio of the ``spread`` of two
-    sets (see ``variety.spreads``); and the first of the samples."""
+    """What a set of samples came to, on the main process: the metrics, but ``diversity``, which is the ratio of the
+    ``spread`` of two sets (see ``variety.spreads``); and the first of the samples."""
 
     values: dict[str, float | None]
     spread: dict[int, float]
@@ -107,10 +111,12 @@ class Judge:
         inside: which points (N, D) the data could have, (N,), for ``outside``.
         is_by_class: whether ``diversity`` is that of samples of one class, or of all.
         text: data of tokens, with their ``symbols`` and ``words``.
+        world: the processes that look at batches; the main one measures.
 
     Attributes:
-        ends: where each of the first samples should end, (n, ...) on the CPU, or None.
+        ends: where the samples of this process should end, (n, ...) on the CPU, by the first one of a batch.
         shown: the first rows of the data.
+        training: rows trained on, where ``memorisation`` is asked for.
     """
 
     def __init__(
@@ -121,105 +127,137 @@ class Judge:
         inside: Callable[[Tensor], Tensor] | None = None,
         is_by_class: bool = False,
         text: Any = None,
+        world: World | None = None,
     ) -> None:
         self.decode, self.inside, self.is_by_class, self.text = decode, inside, is_by_class, text
+        self.world = World() if world is None else world
         # As Any: whether it has ``classify`` was seen to when the metrics were chosen.
         self.extractor: Any = extractor
-        self.remembers = "memorisation" in names
-        self.compares = any(name not in (*ENDS, "accuracy", "memorisation", *LIKELIHOODS) for name in names)
-        self.ends: Tensor | None = None
+        self.names = names
+        self.ends: dict[int, Tensor] = {}
+        self.training = torch.empty(0)
 
-    def learn(self, batches: Iterable[Batch], training: Iterable[Batch] = ()) -> dict[str, Tensor]:
+    def learn(self, parts: Parts, training: Parts | None = None) -> dict[str, Tensor]:
         """Take in the data, and for ``memorisation`` the rows trained on; returns the conditions of all rows of the
         data."""
-        views, conditions, shown, held_out = [], [], [], []
-        for part in batches:
-            views += self._view(part.data)
-            conditions.append(part.cond)
-            shown += [part.data] if sum(map(len, shown)) < _SHOWN else []
-            if self.remembers and sum(map(len, held_out)) < _HELD_OUT:
-                held_out.append(comparable(part.data))
-        self.real = torch.cat(views) if views else torch.empty(0)
-        self.shown = torch.cat(shown)[:_SHOWN].cpu()
-        if self.extractor is not None and views:
-            self.statistics = FeatureStatistics.of(self.real)
-        if self.remembers:
-            self.training = torch.cat([comparable(part.data) for part in training])
-            (self.near,) = quantiles(nearness(torch.cat(held_out)[:_HELD_OUT], self.training), (SHARE,))
-        return {name: torch.cat([some[name] for some in conditions]) for name in conditions[0]}
+        conditions: list[dict[str, Tensor]] = []
 
-    def measure(self, batches: Iterable[Batch], names: Sequence[str]) -> Measured:
+        def look(rows: range) -> Look:
+            part = parts.make(rows)
+            conditions.append(part.cond)
+            raw = comparable(part.data) if training is not None and rows.start < _HELD_OUT else None
+            return Look(part.data[: max(_SHOWN - rows.start, 0)].cpu(), self._view(part.data, rows, names), raw=raw)
+
+        names = [name for name in self.names if name != "diversity"]
+        self.shown, self.real, held_out = torch.empty(0), Features(names), []
+        for found in in_turn(parts.ranges, look, self.world):
+            if found.view is not None:
+                self.real.add(found.view)
+            self.shown = found.shown if not len(self.shown) else self.shown
+            held_out += [] if found.raw is None else [found.raw]
+        if training is not None:
+            rows = list(in_turn(training.ranges, lambda rows: comparable(training.make(rows).data), self.world))
+            if self.world.is_main:
+                self.training = torch.cat(rows)
+                (self.near,) = quantiles(nearness(torch.cat(held_out)[:_HELD_OUT], self.training), (SHARE,))
+        turns = zip_longest(*self.world.gather(conditions))
+        told = [cond for turn in turns for cond in turn if cond is not None]
+        return {name: torch.cat([some[name] for some in told]) for name in told[0]}
+
+    def measure(self, parts: Parts, names: Sequence[str]) -> Measured:
         """The metrics of samples, with what was asked of them as conditions."""
-        views, shown, squares, away, right, done = [], [], 0.0, [], 0.0, 0
-        labels, raw = [], []
-        where = self.ends if any(name in ENDS for name in names) else None
-        for part in batches:
-            x = part.data
-            views += self._view(x)
-            if where is not None:
-                ends = where[done : done + len(x)]
-                error = (x[: len(ends)].cpu().double() - ends.double()).square()
-                squares += float(error.sum())
-                away.append(error.flatten(1).sum(1).sqrt())
-            if "accuracy" in names:
-                right += accuracy(self.extractor, self._seen(x), part.cond["class_labels"]) * len(x)
-            if "diversity" in names and self.is_by_class:
-                labels.append(part.cond["class_labels"].cpu())
-            if "memorisation" in names and done < _COPIES:
-                raw.append(comparable(x[: _COPIES - done]))
-            shown += [x.cpu()] if done < _SHOWN else []
-            done += len(x)
-        values: dict[str, float | None] = dict(self._distances(torch.cat(views), names) if views else {})
-        if where is not None:
-            median, most = quantiles(torch.cat(away), (0.5, 0.99))
-            values |= {"rmse": (squares / len(where)) ** 0.5, "error_median": median, "error_99": most}
+        features, compared, shown, squares, raw = Features(names), Compared(), [], [], []
+        right = away = 0.0
+        for found in in_turn(parts.ranges, lambda rows: self._look(parts.make(rows), rows, names), self.world):
+            if found.view is not None:
+                features.add(found.view)
+                if "diversity" in names:
+                    compared.add(found.view, found.labels)
+            shown += [found.shown] if len(found.shown) else []
+            squares += [] if found.squares is None else [found.squares]
+            raw += [] if found.raw is None else [found.raw]
+            right, away = right + found.right, away + found.outside
+        if not self.world.is_main:
+            return Measured({}, {}, torch.empty(0))
+        values: dict[str, float | None] = dict(self._distances(features, names))
+        if squares:
+            error = torch.cat(squares).sqrt()
+            median, most = quantiles(error, (0.5, 0.99))
+            values |= {"rmse": float(torch.cat(squares).mean().sqrt()), "error_median": median, "error_99": most}
         if "accuracy" in names:
-            values["accuracy"] = right / done
+            values["accuracy"] = right / parts.count
+        if "outside" in names:
+            values["outside"] = away / parts.count
         if "memorisation" in names:
             is_near = nearness(torch.cat(raw), self.training) <= self.near
             values["memorisation"] = float(is_near.double().mean())
-        spread = spreads(torch.cat(views), torch.cat(labels) if labels else None) if "diversity" in names else {}
-        return Measured({name: values.get(name) for name in names}, spread, torch.cat(shown)[:_SHOWN])
+        spread = compared.spreads() if "diversity" in names else {}
+        return Measured({name: values.get(name) for name in names}, spread, torch.cat(shown))
 
-    def spread(self, batches: Iterable[Batch]) -> float:
-        """How far samples, all asked for the same, are from each other."""
-        return spreads(torch.cat([view for part in batches for view in self._view(part.data)]))[0]
+    def spread(self, parts: Parts) -> float:
+        """How far samples, all asked for the same, are from each other, on the main process."""
+        compared = Compared()
+        for view in in_turn(parts.ranges, lambda rows: self._seen_as(parts.make(rows).data), self.world):
+            compared.add(view)
+        return compared.spreads()[0] if self.world.is_main else 0.0
 
-    def _view(self, x: Tensor) -> list[Tensor]:
-        """What of a batch is compared with the data: a list of one, or of none."""
-        if not self.compares:
-            return []
+    def _look(self, part: Batch, rows: range, names: Sequence[str]) -> Look:
+        x, ends = part.data, self.ends.get(rows.start) if any(name in ENDS for name in names) else None
+        squares = None if ends is None else (x[: len(ends)].cpu().double() - ends.double()).square().flatten(1).sum(1)
+        right = away = 0.0
+        if "accuracy" in names:
+            right = accuracy(self.extractor, self._seen(x), part.cond["class_labels"]) * len(x)
+        if "outside" in names and self.inside is not None:
+            away = outside(x.cpu(), self.inside) * len(x)
+        raw = comparable(x[: _COPIES - rows.start]) if "memorisation" in names and rows.start < _COPIES else None
+        labels = part.cond["class_labels"].cpu() if "diversity" in names and self.is_by_class else None
+        shown = x[: max(_SHOWN - rows.start, 0)].cpu()
+        return Look(shown, self._view(x, rows, names), squares, right, away, raw, labels)
+
+    def _view(self, x: Tensor, rows: range, names: Sequence[str]) -> Tensor | None:
+        """What of a batch is compared with the data, or with other samples; None where nothing is."""
+        is_apart = "diversity" in names and (self.is_by_class or rows.start < WHOLE)
+        return self._seen_as(x) if is_apart or is_summed(names) or rows.start < kept_rows(names) else None
+
+    def _seen_as(self, x: Tensor) -> Tensor:
+        """What samples are compared by: their features, their tokens, or they themselves."""
         if self.text is not None:
-            return [x.argmax(-1).cpu()]
-        return [x.cpu() if self.extractor is None else extract(self.extractor, self._seen(x))]
+            return x.argmax(-1).cpu()
+        return x.cpu() if self.extractor is None else extract(self.extractor, self._seen(x))
 
     def _seen(self, x: Tensor) -> Tensor:
         """What the extractor sees of samples."""
         return x if self.decode is None else self.decode(x.to(next(self.extractor.parameters()).device))
 
-    def _distances(self, fake: Tensor, names: Sequence[str]) -> dict[str, float]:
-        real, values = self.real, {}
+    def _distances(self, features: "Features", names: Sequence[str]) -> dict[str, float]:
+        values: dict[str, float] = {}
+        if features.statistics is not None and self.real.statistics is not None:
+            distance = frechet_distance(self.real.statistics, features.statistics)
+            values["fid" if "fid" in names else "fd"] = distance
+        if not any(name in ROWS for name in names):
+            return values
+
+        def pair(name: str) -> tuple[Tensor, Tensor]:
+            return fake[: ROWS[name]], real[: ROWS[name]]
+
+        fake, real = features.rows(), self.real.rows()
         if self.text is not None:
             symbols, size = self.text.symbols, len(self.text.symbols)
-            values |= {"bigram_kl": bigram_kl(fake, real, size), "entropy": entropy(fake, size)}
+            values |= {"bigram_kl": bigram_kl(*pair("bigram_kl"), size), "entropy": entropy(fake, size)}
             values["spelling"] = spelling(fake, symbols, self.text.words)
             return {name: value for name, value in values.items() if name in names}
-        if "sliced_w2" in names:
-            values["sliced_w2"] = sliced_wasserstein(fake[:_CLOUD], real[:_CLOUD])
-        if "energy" in names:
-            values["energy"] = energy_distance(fake[:_PAIRS], real[:_PAIRS])
+        for name, distance in (("sliced_w2", sliced_wasserstein), ("energy", energy_distance)):
+            if name in names:
+                values[name] = distance(*pair(name))
         if "histogram_kl" in names:
-            values["histogram_kl"] = histogram_kl(fake, real)
-        if "outside" in names and self.inside is not None:
-            values["outside"] = outside(fake, self.inside)
-        if "fd" in names or "fid" in names:
-            distance = frechet_distance(self.statistics, FeatureStatistics.of(fake))
-            values["fid" if "fid" in names else "fd"] = distance
+            values["histogram_kl"] = histogram_kl(*pair("histogram_kl"))
         if "feature_w2" in names:
-            rows = min(len(fake), len(real), _CLOUD)
+            rows = min(len(fake), len(real), ROWS["feature_w2"])
             values["feature_w2"] = sliced_wasserstein(fake[:rows], real[:rows])
         if "kid" in names:
-            values["kid"], _ = kid(real, fake, size=min(1000, len(real), len(fake)))
+            some, others = pair("kid")
+            values["kid"], _ = kid(others, some, size=min(1000, len(some), len(others)))
         if "precision" in names or "recall" in names:
-            values["precision"], values["recall"] = precision_recall(real, fake)
+            some, others = pair("precision")
+            values["precision"], values["recall"] = precision_recall(others, some)
         return values

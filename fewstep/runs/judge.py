@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fewstep.common.console import progress_bar, say
 from fewstep.common.disk import replace_file
+from fewstep.common.distributed import World
 from fewstep.common.options import parse_value
+from fewstep.common.sharing import told
 from fewstep.data.batch import Data, has_classes, is_prior
 from fewstep.evaluation import measure
 from fewstep.evaluation.checks import support_of
@@ -93,13 +95,22 @@ def judge(
     out: Path,
     *,
     quiet: bool = False,
+    world: World | None = None,
 ) -> Evaluation | None:
     """Measure a model as its recipe says, and write ``quality.json``, ``quality.png`` and ``report.html``.
 
+    Args:
+        world: the processes that share the samples, which are joined; the main one writes. By default this one alone.
+
     Returns None, and writes the report alone, where there is nothing to measure: images without teacher and labels.
     """
+    world = World() if world is None else world
     section, held_out = recipe.evaluation, prepare(recipe, data, model)
-    extractor = _extractor(section.extractor, held_out if recipe.data.name in MADE else data, model)
+    judged_by = held_out if recipe.data.name in MADE else data
+    # Trained and read once: all processes judge by the same bits.
+    extractor = told(_extractor(section.extractor, judged_by, model) if world.is_main else None, world)
+    if extractor is not None:
+        extractor.to(next(model.parameters()).device)
     found, metrics, training = None, section.metrics, _training(recipe, data)
     if is_prior(held_out):  # there is nothing but the teacher to hold it against
         metrics = measure.ENDS if metrics is None else metrics
@@ -114,7 +125,7 @@ def judge(
             has_tokens=hasattr(held_out, "words"),
         )
     if metrics != () and (teacher is not None or extractor is not None or len(data.shape) != 3):
-        with progress_bar("evaluating", quiet) as progress:
+        with progress_bar("evaluating", quiet or not world.is_main) as progress:
             found = evaluate(
                 model,
                 teacher=teacher,
@@ -130,9 +141,12 @@ def judge(
                 progress=progress,
                 decode=model.latents.decode if model.latents is not None and section.extractor != "auto" else None,
                 training=training,
+                shared=world.size > 1,
             )
-        replace_file(out / QUALITY, found.to_json().encode())
-    _report(model, teacher, recipe, found, out)
+    if world.is_main:
+        if found is not None:
+            replace_file(out / QUALITY, found.to_json().encode())
+        _report(model, teacher, recipe, found, out)
     return found
 
 
@@ -221,7 +235,7 @@ def _extractor(choice: str, data: Data, model: Model) -> nn.Module | None:
             found = trained_classifier(data, progress=progress)
     else:
         return None
-    return found.to(next(model.parameters()).device)
+    return found
 
 
 def _plotted(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from fewstep.common import distributed
 from fewstep.common.disk import sweep
 from fewstep.common.distributed import World
@@ -115,7 +117,8 @@ def _run(recipe: Recipe, out: Path, fresh: bool, is_main: bool) -> Finished:
 def evaluate_run(
     path: Path, device: str | None = None, teacher: str | None = None, data: str | None = None, **changes: Any
 ) -> Evaluation | None:
-    """Judge a run at its last checkpoint.
+    """Judge a run at its last checkpoint: the processes that torchrun, ``accelerate launch`` or SLURM started share the
+    samples, and the main one writes the report.
 
     Args:
         teacher, data: what it is held against, where that has moved, or never had a name.
@@ -124,19 +127,22 @@ def evaluate_run(
     Raises:
         BusyError: another process judges it. A training may go on the while, which judges the run once more at its end.
     """
-    run = open_run(path)
+    run, world = open_run(path), distributed.environment()
+    place = distributed.choose_device(device, world)
     with ExitStack() as stack:
+        stack.enter_context(distributed.join(world, place))
         try:
-            stack.enter_context(owned(path, "evaluated"))
-            sweep(path)
+            if world.is_main:
+                stack.enter_context(owned(path, "evaluated"))
+                sweep(path)
         except BusyError as busy:
             if busy.doing != "trained":
                 raise
-        return _evaluate(run, path, device, teacher, data, **changes)
+        return _evaluate(run, path, place, world, teacher, data, **changes)
 
 
 def _evaluate(
-    run: Trained, path: Path, device: str | None, teacher: str | None, data: str | None, **changes: Any
+    run: Trained, path: Path, place: torch.device, world: World, teacher: str | None, data: str | None, **changes: Any
 ) -> Evaluation | None:
     tree = run.recipe.as_dict()
     tree["seed"] = changes.pop("seed", tree["seed"])
@@ -149,11 +155,11 @@ def _evaluate(
     field = teacher_of(recipe)
     if data is not None:
         recipe = settled(recipe, field or run.model)  # pyright: ignore[reportArgumentType]
-    place = distributed.choose_device(device, World())
     # With the seed that its samples were drawn with.
     rows = make_data(recipe.model_copy(update={"seed": run.recipe.seed}), field, path)
     field = held_against(recipe, field, rows)
-    return judge(run.model.to(place), recipe, uncoupled(rows), None if field is None else field.to(place), path)
+    field = None if field is None else field.to(place)
+    return judge(run.model.to(place), recipe, uncoupled(rows), field, path, world=world)
 
 
 def _begin(out: Path, recipe: Recipe, fresh: bool) -> None:

@@ -52,12 +52,41 @@ def test_merged_parts_are_one_pass():
     assert frechet_distance(one, parts) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_no_digits_are_lost_far_from_zero(parts: int):
+    near = normal(400, 6) @ normal(6, 6, seed=1)
+    far = 2.0**20 + (near * 2**20).round() / 2**20  # in both places the same numbers, exactly
+    pieces = [FeatureStatistics.of(rows) for rows in far.chunk(parts)]
+    while len(pieces) > 1:
+        pieces = [a.merge(b) for a, b in zip(pieces[::2], pieces[1::2], strict=True)]
+    exact, other = FeatureStatistics.of(far - 2.0**20), FeatureStatistics.of(normal(400, 6, seed=2))
+    torch.testing.assert_close(pieces[0].cov, exact.cov, rtol=0, atol=1e-9)
+    moved = FeatureStatistics.from_moments(other.mean + 2.0**20, other.cov, 400)
+    assert frechet_distance(pieces[0], moved) == pytest.approx(frechet_distance(exact, other), rel=1e-8)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_distance_of_merged_parts_is_that_of_the_whole(parts: int):
+    # N(0, 1) and N(3, 4) in each of 16 dimensions: (3^2 + (2 - 1)^2) of each, and the whole of these samples' own.
+    x, y = normal(4000, 16), 3 + 2 * normal(4000, 16, seed=1)
+    whole = frechet_distance(FeatureStatistics.of(x), FeatureStatistics.of(y))
+    assert whole == pytest.approx(160, rel=0.02)
+    shared = [FeatureStatistics.empty(16), FeatureStatistics.empty(16)]
+    for rank in range(parts):  # each takes every parts-th row, in batches of its own
+        for i, rows in enumerate((x, y)):
+            own = FeatureStatistics.empty(16)
+            for batch in rows[rank::parts].split(100 + rank):
+                own.update(batch)
+            shared[i] = shared[i].merge(own)
+    assert frechet_distance(*shared) == pytest.approx(whole, abs=1e-10)
+
+
 def test_merge_leaves_its_parts_alone():
     a, b = FeatureStatistics.of(normal(4, 2)), FeatureStatistics.of(normal(3, 2))
-    before = a.total.clone()
+    before = a.mean.clone()
     a.merge(b).update(normal(5, 2))
     assert a.count == 4
-    assert torch.equal(a.total, before)
+    assert torch.equal(a.mean, before)
 
 
 def test_half_precision_features_are_summed_in_float64():

@@ -18,6 +18,7 @@ def add(commands: Commands) -> None:
         "encode images and captions for a latent model, once",
         examples=[
             "encode --teacher ./stable-diffusion --data photos --out photos-encoded",
+            "encode --teacher ./sdxl --data photos --size 1024 --buckets --out photos-encoded",
             "encode --teacher ./DiT-XL-2-256 --data train-{0000..0099}.tar --size 256 --out encoded",
         ],
         may_run_code=True,
@@ -30,6 +31,10 @@ def add(commands: Commands) -> None:
     p.add_argument("--data", required=True, metavar="DATA", help=text)
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to; goes on with what is there")
     p.add_argument("--size", type=int, metavar="N", help="side of the images in pixels (default: the model's)")
+    text = "keep their shapes: cut each to one of several sizes, all of about the area of N x N (default: squares)"
+    p.add_argument("--buckets", action="store_true", help=text)
+    p.add_argument("--step", type=int, metavar="N", help="with --buckets: what their sides are multiples of")
+    p.add_argument("--small", metavar="DO", help="with --buckets: images smaller than theirs: enlarge (default), drop")
     p.add_argument("--dtype", default="float16", metavar="NAME", help="float16 (default), bfloat16 or float32")
     p.add_argument("--batch", type=int, default=16, metavar="N", help="images encoded at once (default: 16)")
     p.add_argument("--shard", type=int, metavar="N", help="images in a file (default: about 256 MB)")
@@ -64,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             command=again,
             progress=progress,
+            buckets=args.buckets,
+            step=args.step,
+            small=args.small or "enlarge",
             **{name: value for name, value in options.items() if value is not None},
         )
     if not is_main:
@@ -75,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     data = Encoded(args.out)
     size = sum(file.stat().st_size for file in args.out.iterdir())
     said = f", {data.facts['captions']} captions" if data.texts is not None else ""
+    shapes = "" if data.buckets is None else f" in {len(data.buckets)} buckets"
     left = data.facts["count"] - len(data)
-    print(f"{args.out}: {len(data)} images{said}, {size / 1e6:.1f} MB{f'; {left} left out' if left else ''}")
+    print(f"{args.out}: {len(data)} images{shapes}{said}, {size / 1e6:.1f} MB{f'; {left} left out' if left else ''}")
     say_next([shlex.join(["fewstep", "distill", "--teacher", args.teacher, "--data", str(args.out)])])
     return 0

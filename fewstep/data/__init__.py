@@ -17,6 +17,7 @@ from fewstep.data import images as pictures
 from fewstep.data.arrays import ArrayData
 from fewstep.data.batch import Batch, Data
 from fewstep.data.between import Between
+from fewstep.data.buckets import Buckets
 from fewstep.data.conditions import Dropped, Strengths
 from fewstep.data.encoded import Encoded
 from fewstep.data.formats import is_picture
@@ -33,6 +34,7 @@ __all__ = [
     "ArrayData",
     "Batch",
     "Between",
+    "Buckets",
     "Data",
     "Dropped",
     "Encoded",

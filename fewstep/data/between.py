@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.batch import Batch, Data, is_prior
+from fewstep.data.buckets import buckets_of
 from fewstep.data.given import Around, as_data
 
 
@@ -34,6 +35,8 @@ class Between(Around):
             raise ValueError("data: prior has no rows, and a flow between two data sets needs those of both")
         if getattr(self.data, "brings_noise", False):
             raise ValueError("these data come with the noise that each row is made of: leave the source out")
+        if buckets_of(self.data) or buckets_of(source):
+            raise ValueError("a flow between two data sets pairs rows of one shape: leave buckets out of both")
         if tuple(source.shape) != tuple(self.shape):
             raise ValueError(
                 f"a sample of the source has shape {tuple(source.shape)}, one of the data {tuple(self.shape)}: they "

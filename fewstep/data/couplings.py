@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import normal
 from fewstep.data.batch import Batch, Data
+from fewstep.data.buckets import of_one_shape
 from fewstep.data.given import Around
 
 
@@ -54,12 +55,12 @@ def _may_couple(data: Data) -> bool:
 COUPLINGS: dict[str, Callable[..., Tensor]] = {"ot": couple, "ot-within-labels": couple_within_labels}
 
 
-def uncoupled(data: Data) -> Data:
+def uncoupled(data: Data, whole: bool = False) -> Data:
     """The data alone, for what shows and judges: it asks for thousands of rows at once, for no noise, and for every
-    condition."""
+    condition. Of data in buckets, the rows of one shape (``of_one_shape``), or as a ``whole`` all."""
     while isinstance(data, Around):
         data = data.data
-    return data
+    return data if whole else of_one_shape(data)
 
 
 class Coupled(Around):

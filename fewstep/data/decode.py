@@ -33,8 +33,17 @@ Source = Path | str | bytes
 Read = Callable[[slice], Sequence[Source]]
 
 
+class NoneReadError(ValueError):
+    """Of some images none can be read."""
+
+
 def decode_once(
-    read: Read, names: list[str], fingerprint: list[Any], size: int | None, channels: int, on_error: str
+    read: Read,
+    names: list[str],
+    fingerprint: list[Any],
+    size: int | tuple[int, int] | None,
+    channels: int,
+    on_error: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images as a memory map (n, C, H, W) uint8, from the cache where they are, and which of them these are.
 
@@ -45,8 +54,8 @@ def decode_once(
     """
     if channels not in _MODES:
         raise ValueError(f"channels={channels}: images have 1 (grey), 3 (RGB) or 4 (RGBA)")
-    if size is not None:
-        check_side(size)
+    for side in () if size is None else (size,) if isinstance(size, int) else size:
+        check_side(side)
     if on_error not in ("raise", "skip"):
         raise unknown("on_error", on_error, ["raise", "skip"])
     key = hashlib.sha256(json.dumps([_DECODER, fingerprint, size, channels]).encode()).hexdigest()[:32]
@@ -74,7 +83,9 @@ def check_side(size: Any) -> None:
         raise ValueError(f"size={shown(size)}: the side of an image is a whole number of pixels, 1 to {LARGEST}")
 
 
-def _fill(entry: Path, read: Read, names: list[str], size: int | None, channels: int, on_error: str) -> None:
+def _fill(
+    entry: Path, read: Read, names: list[str], size: int | tuple[int, int] | None, channels: int, on_error: str
+) -> None:
     """Writes a cache entry aside and renames it, so that what is there is whole."""
     with replace_folder(entry, keep=True) as new:  # of another process that was first, the pixels are the same
         skipped = _decode_all(new / "pixels.npy", read, names, size, channels, on_error)
@@ -82,7 +93,7 @@ def _fill(entry: Path, read: Read, names: list[str], size: int | None, channels:
 
 
 def _decode_all(
-    target: Path, read: Read, names: list[str], size: int | None, channels: int, on_error: str
+    target: Path, read: Read, names: list[str], size: int | tuple[int, int] | None, channels: int, on_error: str
 ) -> dict[int, str]:
     """Decodes all images into one .npy; returns those it could not, with the reason."""
     skipped: dict[int, str] = {}
@@ -104,12 +115,15 @@ def _decode_all(
                     raise ValueError(
                         f"images of several sizes: {first} is {shape[2]} x {shape[1]}, "
                         f"{names[i]} is {pixels.shape[2]} x {pixels.shape[1]}: say --data.size 64 (size=64 in Python) "
-                        "for the middle square of each, scaled to 64 x 64"
+                        "for the middle square of each, scaled to 64 x 64, and --data.buckets true beside it to keep "
+                        "their shapes"
                     )
                 file.write(pixels.tobytes())
                 count += 1
         if shape is None:
-            raise ValueError(f"none of the {len(names)} images can be read, the first being {names[0]}: {skipped[0]}")
+            raise NoneReadError(
+                f"none of the {len(names)} images can be read, the first being {names[0]}: {skipped[0]}"
+            )
         file.seek(0)
         _write_header(file, (count, *shape))
     return skipped
@@ -150,13 +164,29 @@ def decode(source: Source, size: int | tuple[int, int] | None, channels: int) ->
     return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
 
 
-def size_of(file: Path) -> tuple[int, int]:
-    """Height and width of an image that :func:`decode` reads, as the camera turned it."""
+def size_of(source: Source, head: bool = False) -> tuple[int, int]:
+    """Height and width of an image that :func:`decode` reads, as the camera turned it; by the ``head`` of its file
+    alone, where a PNG could say behind its pixels that it is turned, and none does."""
     from PIL import Image
 
-    with Image.open(file, formats=formats()) as picture:
-        is_turned = picture.getexif().get(_ORIENTATION, 1) > 4
+    with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as picture:
+        is_read = head and picture.format == "PNG" and not {"exif", "Raw profile type exif"} & picture.info.keys()
+        is_turned = not is_read and picture.getexif().get(_ORIENTATION, 1) > 4
         return (picture.width, picture.height) if is_turned else (picture.height, picture.width)
+
+
+def size_or_why(source: Source) -> tuple[int, int] | str:
+    """Height and width of an image, by the first bytes of its file alone; or why they cannot be read."""
+    from PIL import UnidentifiedImageError
+
+    if not isinstance(source, bytes) and (why := no_file(Path(source))):
+        return why
+    try:
+        return size_of(source, head=True)
+    except UnidentifiedImageError:
+        return "its content is no image" if source else "it is empty"
+    except Exception as error:  # as in decode
+        return briefly(error)
 
 
 def is_decodable(content: bytes) -> bool:

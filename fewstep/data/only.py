@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fewstep.common.errors import unknown
 from fewstep.data.batch import Batch, has_classes
+from fewstep.data.buckets import Bucket, buckets_of, usual
 
 
 class Only:
@@ -29,6 +30,12 @@ class Only:
         if not len(self._index):
             raise ValueError(f"only: {list(only)} leaves no rows")
         self._data, self.shape, self.size = data, tuple(data.shape), len(self._index)
+        # The index rises, so that what is left of each bucket stays together.
+        if found := buckets_of(data):
+            ends = torch.tensor([bucket.first for bucket in found] + [data.size])
+            first = torch.searchsorted(self._index, ends).tolist()
+            left = [Bucket(b.shape, i, j - i) for b, i, j in zip(found, first, first[1:], strict=False) if j > i]
+            self.buckets, self.shape = tuple(left), usual(left).shape
         self.cond = {name: value[self._index] for name, value in cond.items()}
         self.classes, self.moments = getattr(data, "classes", None), getattr(data, "moments", None)
 

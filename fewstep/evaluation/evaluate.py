@@ -13,6 +13,7 @@ from fewstep.common.distributed import World, environment, join
 from fewstep.common.randomness import generator
 from fewstep.common.sharing import rounds, told
 from fewstep.data.batch import Batch, Data, has_classes
+from fewstep.data.buckets import of_one_shape
 from fewstep.data.given import as_data
 from fewstep.data.toy import Toy
 from fewstep.evaluation.checks import check_arguments, check_training, support_of
@@ -101,7 +102,7 @@ def evaluate(
         model: the student, or a field to be solved by Euler steps; runs where it is, in eval mode.
         teacher: what it was made from.
         data: as :func:`fewstep.fit` takes it; by default the data of an exact teacher. ``count`` rows of it are
-            taken, at random, or all where it has fewer.
+            taken, at random, or all where it has fewer. Of data in buckets, those of the bucket with the most rows.
         steps, teacher_steps: step counts; by default the teacher takes those of the student, and 100.
         count: samples for each. Values at different counts cannot be compared.
         extractor: a network whose features stand for an image; see ``fewstep.evaluation.extractor``.
@@ -128,7 +129,7 @@ def evaluate(
     teacher_steps = tuple(dict.fromkeys((*steps, 100) if teacher_steps is None else teacher_steps))
     data = _as_data(data, teacher)
     check_arguments(model, teacher, data, extractor, (*steps, *teacher_steps), count, batch)
-    trained = None if training is None else as_data(training)
+    trained = None if training is None else of_one_shape(as_data(training), data.shape)
     check_training(trained, data)
     asked = data.rows(torch.zeros(1, dtype=torch.long), generator(0)).cond if cond is None else cond
     # Conditions of text fill the memory: they are read as they are needed.
@@ -269,7 +270,7 @@ def _as_data(data: Any, teacher: VelocityField | None) -> Data:
         return Toy(exact.data, exact.shape)
     if data is None:
         raise ValueError("evaluate needs data, to hold samples against: only an exact teacher brings its own")
-    return as_data(data)
+    return of_one_shape(as_data(data))
 
 
 def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:

@@ -21,6 +21,7 @@ from fewstep.common.disk import replace_file
 from fewstep.common.randomness import generator, mix
 from fewstep.common.user_folders import cache_folder
 from fewstep.data.batch import Data, has_classes
+from fewstep.data.buckets import of_one_shape
 
 _BATCH = 256
 _LEAST_UPDATES = 600  # small data sets are gone through until there were as many
@@ -113,6 +114,7 @@ def trained_classifier(
         ValueError: data without end, with under 20 rows or without ``class_labels``, images it is not made for, a
             damaged cache file.
     """
+    data = of_one_shape(data)
     if data.size is None:
         raise ValueError("a classifier trains on a data set, not on a density without end")
     if data.size < 20:

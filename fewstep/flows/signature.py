@@ -1,6 +1,7 @@
 """What a model takes and gives: the shape of a sample, its classes, the conditions that it needs."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -79,7 +80,9 @@ def sized(model: Model, shape: tuple[int, ...] | None, size: tuple[int, int]) ->
         raise ValueError(f"{said}: both sides must be multiples of {factor * step} pixels for this model")
     if "DiT" in kind and height != width:
         raise ValueError(f"{said}: a {kind} draws squares alone")
-    most = (config.get("pos_embed_max_size") or 0) * factor * step
+    places = config.get("pos_embed_max_size") or 0
+    # AuraFlow counts all places of its table, which is a square, the others those along a side.
+    most = (math.isqrt(places) if "AuraFlow" in kind else places) * factor * step
     if most and max(size) > most:
         raise ValueError(f"{said}: this {kind} draws up to {most}x{most}")
     return shape_at(model, size, shape)

@@ -7,8 +7,9 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from fewstep.common.user_folders import cache_folder
 from fewstep.data.captions import Captioned, Rows
 from fewstep.data.decode import check_side, decode, unreadable
 from fewstep.data.encoded import FACTS, FORMAT, INDEX, Encoded, read_facts
+from fewstep.data.images import check_buckets
 from fewstep.data.pairs import Pairs
 from fewstep.data.sources import listed
 from fewstep.data.texts import TEXTS
 from fewstep.flows.signature import Model, classes_of, shape_of
+from fewstep.generation.bucketing import Part, buckets_for, in_buckets
 from fewstep.generation.texts import (
     DTYPES,
     cast,
@@ -61,6 +64,9 @@ def encode(
     command: str = "fewstep.encode with the same arguments",
     progress: Progress | None = None,
     rest: bool = False,
+    buckets: bool = False,
+    step: int | None = None,
+    small: str = "enlarge",
     **options: Any,
 ) -> int:
     """As ``fewstep.encode``, for a model that is open."""
@@ -69,7 +75,7 @@ def encode(
             raise ValueError(f"{name} must be at least 1, got {value!r}")
     source = data if isinstance(data, Captioned) else listed(data, model.text is not None, **options)
     out = Path(out).expanduser()
-    facts = settings(model, source, size, dtype, on_error)
+    facts = settings(model, source, size, dtype, on_error, buckets, step, small)
     if (out / FACTS).is_file():
         refuse_others(out, facts, _KIND, read_facts(out))
     rows = source.rows
@@ -77,6 +83,10 @@ def encode(
     if rows.problems and on_error == "raise":
         row = next(iter(rows.problems))
         raise unreadable(rows.names[row], rows.problems[row])
+    parts = [Part(range(len(rows)), (facts["size"], facts["size"]), tuple(facts["shape"]))]
+    if buckets:
+        parts, columns["cut"] = in_buckets(model, source, facts)
+        facts["buckets"] = [part.described() for part in parts]
     per_shard = shard or rows_of(int(np.prod(facts["shape"])) * DTYPES[dtype].itemsize)
     facts |= {
         "count": len(rows), "shard": per_shard, "captions": len(captions),
@@ -85,7 +95,8 @@ def encode(
     claim(out / FACTS, facts, _KIND, read_facts)
 
     world, place = environment(), choose_device(device, environment())
-    total, done = -(-(len(rows) + len(captions)) // (1 if rest else world.size)), 0
+    images = sum(len(part.rows) for part in parts)
+    total, done = -(-(images + len(captions)) // (1 if rest else world.size)), 0
 
     def tick(count: int) -> None:
         nonlocal done
@@ -99,15 +110,15 @@ def encode(
         how: dict[str, Any] = {"dtype": dtype, "batch": batch, "device": place}
         texts = write_texts(model.text, captions, out, size=sides, **how, turns=turns_of(world, rest), tick=tick)
     latents: Any = copy.copy(model.latents)  # so that the VAE is let go again
-    files = [out / f"latents-{i:05d}.safetensors" for i in range(-(-len(rows) // per_shard))]
+    cut = [part.some(i, per_shard) for part in parts for i in range(0, len(part.rows), per_shard)]
+    files = [out / f"latents-{i:05d}.safetensors" for i in range(len(cut))]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for i in turns_of(world, rest)(len(files)):
-            part = range(i * per_shard, min((i + 1) * per_shard, len(rows)))
             if is_kept(files[i]):
-                tick(len(part))
+                tick(len(cut[i].rows))
                 continue
-            pictures = _pictures(rows, part, facts["size"], latents.image_channels, batch, on_error, pool)
-            keep(files[i], _encoded(latents, pictures, columns, facts, place, tick))
+            pictures = _pictures(rows, cut[i], latents.image_channels, batch, on_error, pool)
+            keep(files[i], _encoded(latents, pictures, columns, cut[i].shape, dtype, place, tick))
     missing = [file for file in (*files, *texts) if not (file.is_file() and note_of(file).is_file())]
     if not missing:
         index = {file.name: read_note(file) for file in (*files, *texts)}
@@ -128,6 +139,9 @@ def encoded_once(
     on_error: str = "raise",
     encode_batch: int = 16,
     progress: Progress | None = None,
+    buckets: bool = False,
+    step: int | None = None,
+    small: str = "enlarge",
     **options: Any,
 ) -> Encoded:
     """Data of images encoded for a model, from the cache ($FEWSTEP_CACHE, else ~/.cache/fewstep), where it is put
@@ -137,16 +151,26 @@ def encoded_once(
         encode_batch: images and captions encoded at once; the others as for :func:`encode`.
     """
     source = listed(data, model.text is not None, **options)
-    facts = settings(model, source, size, dtype, on_error)
+    facts = settings(model, source, size, dtype, on_error, buckets, step, small)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / "encoded" / key
     if not (folder / INDEX).is_file():
         how: dict[str, Any] = {"size": size, "dtype": dtype, "on_error": on_error, "batch": encode_batch}
+        how |= {"buckets": buckets, "step": step, "small": small}
         encode(model, source, folder, **how, rest=True, progress=progress, command=f"a training on {data}")
     return Encoded(folder)
 
 
-def settings(model: Model, source: Captioned, size: int | None, dtype: str, on_error: str) -> dict[str, Any]:
+def settings(
+    model: Model,
+    source: Captioned,
+    size: int | None,
+    dtype: str,
+    on_error: str,
+    buckets: bool = False,
+    step: int | None = None,
+    small: str = "enlarge",
+) -> dict[str, Any]:
     """What makes one folder of encoded data another than the next.
 
     Raises:
@@ -161,10 +185,14 @@ def settings(model: Model, source: Captioned, size: int | None, dtype: str, on_e
         raise ValueError("the model works on pixels, it has no VAE: there is nothing to encode, train on the images")
     size = latents.image_shape_of(shape_of(model))[-1] if size is None else size
     check_side(size)
+    check_buckets(buckets, size, step, small)
+    # Nothing is said of buckets where there are none: of folders from before there were any, the facts stay the same.
+    cut = {"step": buckets_for(model, size, step)[0], "small": small} if buckets else {}
     return {
         "format": FORMAT, "data": source.identity, "size": size, "dtype": dtype, "on_error": on_error,
         "shape": list(latents.shape_of((latents.image_channels, size, size))), "vae": vae_identity(latents),
         "text": None if text is None else text_identity(text), "labels": bool(classes_of(model)),
+        **cut,
     }  # fmt: skip
 
 
@@ -213,42 +241,46 @@ def _columns(model: Model, rows: Rows, name: str) -> tuple[dict[str, Tensor], li
 
 
 def _pictures(
-    rows: Rows, part: range, size: int, channels: int, batch: int, on_error: str, pool: ThreadPoolExecutor
+    rows: Rows, part: Part, channels: int, batch: int, on_error: str, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """The images of some rows, decoded a batch ahead, and which rows they are: those that can be used."""
+    batches = [part.rows[start : start + batch] for start in range(0, len(part.rows), batch)]
 
-    def begin(start: int) -> list[Any]:
-        places = slice(start, min(start + batch, part.stop))
-        return [pool.submit(decode, source, size, channels) for source in rows.read(places)]
+    def begin(some: Sequence[int]) -> list[Any]:
+        in_order = isinstance(some, range)
+        sources = rows.read(slice(some.start, some.stop)) if in_order else [rows.read(slice(i, i + 1))[0] for i in some]
+        return [pool.submit(decode, source, part.size, channels) for source in sources]
 
-    pending = begin(part.start)
-    for start in range(part.start, part.stop, batch):
-        now, pending = pending, begin(start + batch) if start + batch < part.stop else []
+    pending = begin(batches[0])
+    for places, following in pairwise([*batches, None]):
+        assert places is not None
+        now, pending = pending, [] if following is None else begin(following)
         found = {}
-        for row, job in enumerate(now, start):
+        for row, job in zip(places, now, strict=True):
             pixels = rows.problems.get(row) or job.result()
             if not isinstance(pixels, str):
                 found[row] = pixels
             elif on_error == "raise":
                 raise unreadable(rows.names[row], pixels)
-        yield list(found), np.stack(list(found.values())) if found else np.empty((0, channels, size, size), np.uint8)
+        yield list(found), np.stack(list(found.values())) if found else np.empty((0, channels, *part.size), np.uint8)
 
 
 def _encoded(
     latents: Any,
     pictures: Iterator[tuple[list[int], np.ndarray]],
     columns: dict[str, Tensor],
-    facts: dict[str, Any],
+    shape: tuple[int, ...],
+    dtype: str,
     place: torch.device,
     tick: Callable[[int], None],
 ) -> dict[str, Tensor]:
     """The rows of a shard."""
-    parts: list[Tensor] = [torch.empty(0, *facts["shape"], dtype=DTYPES[facts["dtype"]])]
+    parts: list[Tensor] = [torch.empty(0, *shape, dtype=DTYPES[dtype])]
     kept: list[int] = []
     for index, pixels in pictures:
         if index:
             images = torch.from_numpy(pixels).to(place).float().sub_(127.5).div_(127.5)
-            parts.append(cast(latents.encode(images), facts["dtype"], "latents"))
+            parts.append(cast(latents.encode(images), dtype, "latents"))
         kept += index
         tick(len(index))
     return {"latents": torch.cat(parts), **{name: value[kept] for name, value in columns.items()}}

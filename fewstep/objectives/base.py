@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.common.randomness import Generators, chunk_rows, generator, normal
 from fewstep.data.batch import Batch, is_prior
+from fewstep.data.buckets import of_one_shape
 from fewstep.flows.fields import VelocityField, check_field, check_velocity
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
@@ -198,7 +199,8 @@ class Objective(nn.Module):
         self.check_space(student)
         space = student_space(student)
         if not isinstance(space, Euclid) and not is_prior(data):  # rows may be dear to make
-            space.check(data.rows(torch.arange(min(data.size or 256, 256)), generator(0)).data)
+            alike = of_one_shape(data)
+            space.check(alike.rows(torch.arange(min(alike.size or 256, 256)), generator(0)).data)
         if self.uses_data and is_prior(data):
             raise ValueError(
                 f"{type(self).__name__} learns from data, and data: prior has only a shape and conditions: name a data "

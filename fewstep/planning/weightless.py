@@ -10,6 +10,7 @@ from torch import Tensor
 from fewstep.common.randomness import generator
 from fewstep.common.trust import is_code
 from fewstep.data import encoded, load_data, pairs
+from fewstep.data.buckets import of_one_shape
 from fewstep.data.decode import check_side
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.guided import unguided
@@ -81,7 +82,7 @@ def sample_of(recipe: Recipe, teacher: VelocityField | None) -> tuple[tuple[int,
                     return _written(inner.latents, name, kind.read_facts(folder)), None
         if inner.latents is not None or (not folder.exists() and "/" in name):
             return _sized(inner, options), None
-    data = make_data(settled(recipe, teacher), teacher, None)
+    data = of_one_shape(make_data(settled(recipe, teacher), teacher, None))
     cond = data.rows(torch.zeros(2, dtype=torch.long), generator(0)).cond
     return data.shape, {key: value.to(META) for key, value in cond.items()}
 

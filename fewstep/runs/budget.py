@@ -16,6 +16,7 @@ from fewstep.common.model_files import read_json
 from fewstep.common.parsing import checked
 from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch, Data
+from fewstep.data.buckets import of_one_shape
 from fewstep.evaluation.calls import Counts
 from fewstep.evaluation.cost import Cost, Entry, compare_costs, step_cost
 from fewstep.objectives import FlowMatching
@@ -106,6 +107,7 @@ def _measure(built: dict[str, Built], recipe: Recipe) -> tuple[Cost, dict[str, C
 
 def _batch(data: Data, rows: int) -> Batch:
     """As many rows as a step has. Samples of a teacher are not drawn for it: their values do not change the cost."""
+    data = of_one_shape(data)
     cond = getattr(data, "cond", None)
     if cond is None:
         return data.rows(torch.arange(rows) % (data.size or rows), generator(0))

@@ -1,6 +1,7 @@
 """The parts of a run, made from its recipe and called once, so that what does not fit is known before anything is
 computed."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 from fewstep.common.errors import is_out_of_memory, shortened
 from fewstep.common.randomness import generator
 from fewstep.data.batch import Data, has_classes
+from fewstep.data.buckets import Bucket, InBucket, buckets_of, of_one_shape, usual
 from fewstep.data.conditions import Dropped
 from fewstep.data.couplings import uncoupled
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.guided import Guided, unguided
-from fewstep.flows.signature import Model, classes_of, network_of, shape_of
-from fewstep.networks import MLP, ContinuousUNet, Conv1dNet, SequenceTransformer, UNet
+from fewstep.flows.signature import Model, classes_of, network_of, shape_of, sized
+from fewstep.networks import MLP, ContinuousUNet, Conv1dNet, OfDiffusers, SequenceTransformer, UNet
 from fewstep.objectives.base import Objective
 from fewstep.runs.datasets import encoded_folder, encoded_shape, make_data, null_of, settled, source_of, with_tokens
 from fewstep.runs.loading import start_of, teacher_of
@@ -70,6 +72,7 @@ def build(recipe: Recipe, out: Path | None = None, fresh: bool = False) -> Built
     student.starts_from = source_of(recipe, teacher)
     objective.check_data(data, student)
     _check_fit("student", student, recipe.data.name, data)
+    _check_buckets(student, recipe.data.name, uncoupled(data, whole=True))
     if recipe.drop is not None:
         _check_fit(
             "student",
@@ -116,12 +119,41 @@ def held_against(recipe: Recipe, teacher: VelocityField | None, data: Data) -> V
     return teacher
 
 
+def _check_buckets(model: Model, name: str, data: Data) -> None:
+    """That a student takes images of the sizes of all buckets: as far as its network says, and of the one whose shape
+    is farthest from the usual, by a call.
+
+    Raises:
+        ValueError: it does not.
+    """
+    buckets = buckets_of(data)
+    if len(buckets) < 2:
+        return
+
+    def aspect(bucket: Bucket) -> float:
+        return math.log(bucket.shape[-1] / bucket.shape[-2])
+
+    middle = aspect(usual(buckets))
+    try:
+        for bucket in buckets if isinstance(network_of(model), OfDiffusers) else ():
+            image = bucket.shape if model.latents is None else model.latents.image_shape_of(bucket.shape)
+            sized(model, bucket.shape, (image[-2], image[-1]))
+        far = max(buckets, key=lambda bucket: abs(aspect(bucket) - middle))
+        _check_fit("student", model, name, InBucket(data, far))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. With data.buckets a student takes images of many shapes: leave buckets out for one of a fixed "
+            "size, and the middle square of each image is taken"
+        ) from None
+
+
 @torch.no_grad()
 def _check_fit(who: str, model: Model, name: str, data: Data) -> None:
     """Call the model on two rows of the data's shape, with two rows of its conditions."""
-    cond = getattr(data, "cond", None)
+    alike = of_one_shape(data)
+    cond = getattr(alike, "cond", None)
     if cond is None:
-        cond = data.rows(torch.zeros(2, dtype=torch.long), generator(0)).cond
+        cond = alike.rows(torch.zeros(2, dtype=torch.long), generator(0)).cond
     classes, labels = classes_of(model), cond.get("class_labels")
     if classes and labels is None:
         raise ValueError(f"the {who} has {classes} classes, and the data {name!r} has no class_labels")

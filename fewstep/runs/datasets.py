@@ -16,6 +16,7 @@ from fewstep.common.randomness import generator
 from fewstep.data import FACTS, Encoded, Pairs, Prior, load_data
 from fewstep.data.batch import Data
 from fewstep.data.between import Between
+from fewstep.data.buckets import of_one_shape
 from fewstep.data.conditions import Dropped, Strengths
 from fewstep.data.couplings import Coupled
 from fewstep.data.decode import check_side
@@ -23,12 +24,23 @@ from fewstep.data.sources import is_pictures
 from fewstep.data.texts import NULL, read_null
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.guided import unguided
-from fewstep.flows.signature import Model, classes_of, image_channels, needed_conditions, shape_at, shape_of, takes
+from fewstep.flows.signature import (
+    Model,
+    classes_of,
+    image_channels,
+    needed_conditions,
+    network_of,
+    shape_at,
+    shape_of,
+    takes,
+)
 from fewstep.flows.sources import RowsOf
+from fewstep.generation.bucketing import buckets_for
 from fewstep.generation.encoding import check_model, encoded_once
 from fewstep.generation.teacher_samples import PromptedSamples, TeacherSamples
 from fewstep.latents.encoders import kept_null
 from fewstep.latents.prompts import TEXT_CONDITIONS
+from fewstep.networks import OfDiffusers
 from fewstep.runs.objective import follows_teacher, strength_of
 from fewstep.runs.recipe import MADE, Named, Recipe
 from fewstep.training.leaving import UNNAMED
@@ -165,7 +177,8 @@ def data_of(section: Named, model: Model | None, quiet: bool = False) -> Data:
         return load_data(name, **options)
     if is_pictures(name, options):
         size = options.get("size") or model.latents.image_shape_of(shape_of(model))[-1]
-        text = f"encoding the middle square of the images in {name} at {size} x {size} pixels, once"
+        what = "in buckets of about" if options.get("buckets") else "the middle square of each at"
+        text = f"encoding the images in {name}, {what} {size} x {size} pixels, once"
         with progress_bar(text, quiet or not environment().is_main) as progress:
             return encoded_once(model, name, progress=progress, **options)
     data = load_data(name, **options)
@@ -204,8 +217,10 @@ def with_tokens(recipe: Recipe, data: Data) -> Recipe:
 def _pictures_for(model: Model, section: Named, is_auto: bool, where: str) -> Named:
     """A section of data, of images that nothing is said of with the options that a model takes them with."""
     # A latent model has its own way from images to latents, where their size is settled too.
-    if model.latents is not None or "size" in section.options or not is_pictures(section.name, section.options):
+    if model.latents is not None or not is_pictures(section.name, section.options):
         return section
+    if "size" in section.options:
+        return _with_step(model, section)
     try:
         channels, height, width = shape_of(model)
     except ValueError:  # it does not say, or takes no images
@@ -223,14 +238,28 @@ def _pictures_for(model: Model, section: Named, is_auto: bool, where: str) -> Na
     if environment().is_main:
         folder = Path(section.name).expanduser()
         has_folders = folder.is_dir() and any(inner.is_dir() for inner in folder.iterdir())
+        shape = "buckets of about" if options.get("buckets") else "their middle square and scaled to"
         flip = "mirrored at random" if options.get("flip") else f"not mirrored (--{where}.flip true does, at random)"
         classes = ", folders are no classes" if has_folders and options.get("labels") is False else ""
         warnings.warn(
-            f"images in {section.name} are cut to their middle square and scaled to {height} x {height} pixels, the "
+            f"images in {section.name} are cut to {shape} {height} x {height} pixels, the "
             f"teacher's size (--{where}.size takes another), {flip}{classes}",
             stacklevel=3,
         )
-    return Named.model_validate({"name": section.name, **options})
+    return _with_step(model, Named.model_validate({"name": section.name, **options}))
+
+
+def _with_step(model: Model, section: Named) -> Named:
+    """A section of images in buckets with the step of their sides, one that a model takes.
+
+    Raises:
+        ValueError: a model of squares alone, a step that it does not take.
+    """
+    options = section.options
+    if not options.get("buckets") or not isinstance(network_of(model), OfDiffusers):
+        return section
+    step, _ = buckets_for(model, options["size"], options.get("step"))
+    return Named.model_validate({"name": section.name, **options, "step": step})
 
 
 def given_by(recipe: Recipe, model: Model, count: int, first: int = 0, text: bool = True) -> dict[str, Tensor]:
@@ -248,7 +277,7 @@ def given_by(recipe: Recipe, model: Model, count: int, first: int = 0, text: boo
     is_needed = needed - others or (text and model.text is not None)
     if recipe.data.name in MADE or not (is_needed or any(map(recipe.data.options.get, ("conditions", "vector")))):
         return {}
-    data = data_of(recipe.data, model)
+    data = of_one_shape(data_of(recipe.data, model))
     rows = first + torch.arange(min(count, data.size or count))
     cond = data.rows(rows % data.size if data.size else rows, generator(recipe.seed)).cond
     return {name: value for name, value in cond.items() if name not in others and takes(model, name)}

@@ -47,6 +47,9 @@ def encode(
     command: str = "fewstep.encode with the same arguments",
     progress: Progress | None = None,
     rest: bool = False,
+    buckets: bool = False,
+    step: int | None = None,
+    small: str = "enlarge",
     **options: Any,
 ) -> int:
     """Encode images and their captions for a latent model, once, into the folder ``out``; returns how many shards are
@@ -70,6 +73,12 @@ def encode(
         device: the default is the process's GPU if there is one, else the CPU.
         command: what to type to go on, told where a shard is missing.
         progress: called with the images and captions done and all those of this process.
+        buckets: keep the shapes of images: each is cut to the nearest of some sizes of about the area of the square of
+            ``size``, and each size is a bucket of the folder (``fewstep.data.aspects``). SDXL and PixArt are told the
+            size and the crop of each image.
+        step: of what the sides of buckets are multiples; by default of what the model takes, and not much finer than a
+            sixteenth of ``size``.
+        small: what becomes of an image smaller than its bucket: enlarge, or drop.
         rest: afterwards, make what the other processes have not made yet.
         options: of the kind of data (``caption``, ``image``, ``split``, ...).
 
@@ -93,5 +102,8 @@ def encode(
         command=command,
         progress=progress,
         rest=rest,
+        buckets=buckets,
+        step=step,
+        small=small,
         **options,
     )

@@ -14,6 +14,7 @@ from fewstep.common.distributed import World
 from fewstep.common.options import parse_value
 from fewstep.common.sharing import told
 from fewstep.data.batch import Data, has_classes, is_prior
+from fewstep.data.buckets import of_one_shape
 from fewstep.evaluation import measure
 from fewstep.evaluation.checks import support_of
 from fewstep.evaluation.evaluate import evaluate
@@ -68,7 +69,7 @@ def prepare(recipe: Recipe, data: Data, model: Model) -> Data:
         ValueError: data of another shape, or too few. FileNotFoundError: data or Inception weights that are not there.
     """
     section = recipe.evaluation
-    held_out = data_of(section.data, model, recipe.training.quiet) if section.data else data
+    held_out = of_one_shape(data_of(section.data, model, recipe.training.quiet), data.shape) if section.data else data
     if tuple(held_out.shape) != tuple(data.shape):
         raise ValueError(
             f"evaluation.data {held_out.shape} and data {data.shape} differ in the shape of a sample: they must agree"

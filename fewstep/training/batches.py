@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch, Data
+from fewstep.data.buckets import BucketOrder, buckets_of
 from fewstep.data.order import epoch_indices
 from fewstep.training.shares import check_shares
 
@@ -16,7 +17,8 @@ class Batches:
 
     The ``batch`` rows of a step are made of chunks of ``chunk`` rows. Chunk c of step n draws its rows from the
     generator of (seed, n, c, 1) and its noise from that of (seed, n, c, 2). Processes and micro-batches share out
-    whole chunks, in order, so that the rows and the noise of a step do not depend on how many there are.
+    whole chunks, in order, so that the rows and the noise of a step do not depend on how many there are. Of data in
+    buckets, all rows of a step are of one (``fewstep.data.buckets.BucketOrder``).
 
     Raises:
         ValueError: the batch cannot be shared out in whole chunks; names one that can.
@@ -29,12 +31,17 @@ class Batches:
         self.data, self.batch, self.chunk, self.seed = data, batch, chunk, seed
         self.accumulate, self.rows = accumulate, batch // (processes * accumulate)
         self._first = rank * accumulate * self.rows
+        self._buckets = buckets_of(data)
+        self._order = BucketOrder([b.count for b in self._buckets], batch, seed) if self._buckets else None
 
     def micro(self, step: int, index: int) -> tuple[Batch, list[torch.Generator]]:
         """Micro-batch ``index`` of this process in step ``step``, and the noise generators of its chunks."""
         offset = self._first + index * self.rows
         if self.data.size is None:
             rows = torch.zeros(self.rows, dtype=torch.long)
+        elif self._order is not None:
+            bucket, rows = self._order.rows(step, offset, self.rows)
+            rows = rows + self._buckets[bucket].first
         else:
             rows = epoch_indices(self.data.size, self.seed, step * self.batch + offset, self.rows)
         chunks = range(offset // self.chunk, (offset + self.rows) // self.chunk)

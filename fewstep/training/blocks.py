@@ -16,6 +16,7 @@ from fewstep.common.errors import shown
 from fewstep.common.model_files import read_json
 from fewstep.common.randomness import generator, normal
 from fewstep.data import ArrayData, Batch, Data
+from fewstep.data.buckets import buckets_of
 from fewstep.data.given import Around, as_data
 from fewstep.flows.chained import Chained
 from fewstep.flows.fields import NetworkField
@@ -92,6 +93,8 @@ def fit_blocks(
         raise ValueError(f"blocks are trained by FlowMatching, not by {type(objective).__name__}")
     if len(lengths) < 2 or not all(math.isfinite(g) and g > 0 for g in lengths[:-1]) or min(rows, solver_steps) < 1:
         raise ValueError(f"ou_times {shown(lengths[:-1])}, {rows} rows, {solver_steps} solver_steps: all are above 0")
+    if buckets_of(given):
+        raise ValueError("blocks are trained on rows of one shape: leave buckets out")
     if getattr(given, "brings_noise", False):
         raise ValueError("blocks noise the data themselves, and these bring noise of their own: give the data alone")
     if environment().size > 1:

@@ -26,7 +26,7 @@ _NOW_CALLED = {"teacher.guidance.told": "teacher.guidance.embedded"}
 # What ``fit`` sees of the parts themselves, and no recipe says.
 _SEEN = frozenset(
     {"objective_class", "student_class", "student_parameters", "training.seed", "source_size"}
-    | {f"data_{name}" for name in ("shape", "size", "classes", "moments")}
+    | {f"data_{name}" for name in ("shape", "size", "buckets", "classes", "moments")}
 )
 
 

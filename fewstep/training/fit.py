@@ -18,6 +18,7 @@ from fewstep.common import console, distributed
 from fewstep.common.distributed import World
 from fewstep.common.locks import owned
 from fewstep.data.batch import Data
+from fewstep.data.buckets import buckets_of
 from fewstep.data.given import as_data
 from fewstep.objectives.base import Objective
 from fewstep.objectives.finishing import name_of
@@ -96,7 +97,8 @@ def fit(
     Args:
         student, objective: see ``fewstep.objectives.base``; both are moved to the device.
         data: what ``fewstep.load_data`` gives, or any other ``Data``; a tensor or numpy array (N, ...) of rows; a
-            ``TensorDataset``, a map-style ``Dataset`` or its ``DataLoader``, of which the batches are not used.
+            ``TensorDataset``, a map-style ``Dataset`` or its ``DataLoader``, of which the batches are not used. Of
+            ``fewstep.data.Buckets``, each step sees rows of one shape.
         steps, max_seconds: where to stop, at least one of them; progress is the larger of the two shares. A run
             bounded by time depends on the clock and cannot be repeated bit for bit. The time counts everything: data,
             callbacks, checkpoints, and what earlier parts of a resumed run took.
@@ -177,6 +179,12 @@ def fit(
     if data.size is not None and data.size < batch and not quiet and world.is_main:
         each = f"{batch / data.size:.2g} times"
         console.say(f"note: {data.size} rows of data and batch={batch}: each update sees each row about {each}")
+    if (few := [one for one in buckets_of(data) if one.count < batch]) and not quiet and world.is_main:
+        console.say(
+            f"note: {len(few)} of {len(buckets_of(data))} buckets have fewer rows than batch={batch}: each of their "
+            "batches has rows several times, and comes as much more rarely; a smaller batch, or a larger data.step for "
+            "fewer buckets, mixes better"
+        )
     identity = _identity(settings, student, objective, data) | flat(fingerprint or {})
     if out is not None:
         folder.open_run(out, identity, resume)
@@ -321,6 +329,7 @@ def _identity(settings: dict[str, Any], student: nn.Module, objective: Objective
             "student_parameters": sum(p.numel() for p in student.parameters()),
             "data_shape": list(data.shape),
             "data_size": data.size,
+            "data_buckets": [[*bucket.shape, bucket.count] for bucket in buckets_of(data)] or None,
             "source_size": getattr(getattr(data, "source_data", None), "size", None),
             "data_classes": list(getattr(data, "classes", ())) or None,
             "data_moments": getattr(data, "moments", None),

@@ -9,6 +9,7 @@ import torch
 from toys.places import ROOT
 
 import fewstep
+from fewstep.data.images import image_folder
 from fewstep.runs.recipe import Recipe
 
 PAGE = (ROOT / "docs" / "guides" / "coming-from.md").read_text()
@@ -63,7 +64,7 @@ def test_every_key_that_is_named_is_one_of_a_recipe() -> None:
     for key in named:
         section, *rest = key.split(".")
         if section in ("objective", "data"):
-            known = {"size"} if section == "data" else set()
+            known = set(inspect.signature(image_folder).parameters) if section == "data" else set()
             for method in (fewstep.ConsistencyDistillation, fewstep.MeanFlow) if section == "objective" else ():
                 known |= set(inspect.signature(method).parameters)
             assert rest[0] in known, key

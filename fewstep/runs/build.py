@@ -165,7 +165,7 @@ def _check_fit(who: str, model: Model, name: str, data: Data) -> None:
     if classes and labels is not None and int(labels.max()) >= classes and not isinstance(data, Dropped):
         last = int(labels.max())
         raise ValueError(f"the data {name!r} has class_labels up to {last}, the {who} only 0 to {classes - 1}")
-    rows: dict[str, Any] = {key: value[:2] for key, value in cond.items()}
+    rows: dict[str, Any] = {key: value[torch.arange(2) % len(value)] for key, value in cond.items()}  # of a bucket, one
     if isinstance(data, Dropped):
         rows |= {key: torch.as_tensor(value).to(rows[key]).expand_as(rows[key]) for key, value in data.null.items()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -221,3 +221,19 @@ def test_what_pairs_two_data_sets_takes_one_shape(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rows of one shape: leave buckets out"):
         fewstep.Between(data, data)
     assert uncoupled(data).shape == (3, 32, 32)
+
+
+def test_a_bucket_of_one_image_with_a_class(tmp_path: Path) -> None:
+    for kind, sides in (("cat", [(64, 64), (64, 64)]), ("dog", [(64, 64), (128, 64)])):
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        for i, size in enumerate(sides):
+            Image.new("RGB", size).save(tmp_path / "photos" / kind / f"{i}.png")
+    blocks = {"down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"]}
+    options = {**blocks, "block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1}
+    tree = {
+        "name": "own", "student": {"network": "unet", "options": {**options, "num_class_embeds": 2}}, "objective": "PSD",
+        "data": {"name": str(tmp_path / "photos"), "size": 32, "buckets": True},
+        "training": {"steps": 1, "batch": 4, "quiet": True},
+    }  # fmt: skip
+    built = build(load_recipe(tree))
+    assert [bucket.count for bucket in buckets_of(built.data)] == [1, 3]

@@ -230,8 +230,9 @@ def test_a_bucket_of_one_image_with_a_class(tmp_path: Path) -> None:
             Image.new("RGB", size).save(tmp_path / "photos" / kind / f"{i}.png")
     blocks = {"down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"]}
     options = {**blocks, "block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1}
+    student = {"network": "unet", "options": {**options, "num_class_embeds": 2}}
     tree = {
-        "name": "own", "student": {"network": "unet", "options": {**options, "num_class_embeds": 2}}, "objective": "PSD",
+        "name": "own", "student": student, "objective": "PSD",
         "data": {"name": str(tmp_path / "photos"), "size": 32, "buckets": True},
         "training": {"steps": 1, "batch": 4, "quiet": True},
     }  # fmt: skip

@@ -96,10 +96,15 @@ def _check_parts(path: Path, index: dict[str, Any]) -> None:
             raise ValueError(f"{path}: {name} is {shown(part)}, and a library and a class are needed: fetch it again")
 
 
+# Pipelines that are diffusers' by another name.
+_PIPELINES = {"WanAnyFlowPipeline": "AnyFlowPipeline"}
+
+
 def class_of(index: dict[str, Any]) -> str:
     """The class of a pipeline by its index; one with code of its own has the file before it, ``["file", "Name"]``."""
     name = index.get("_class_name", "of no class")
-    return str(name[-1] if isinstance(name, list) and name else name)
+    name = str(name[-1] if isinstance(name, list) and name else name)
+    return _PIPELINES.get(name, name)
 
 
 def load_weights(model_class: Any, folder: Path, variant: str | None = None, **options: Any) -> Any:

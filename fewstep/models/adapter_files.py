@@ -16,6 +16,7 @@ from fewstep.flows.maps import FlowMap
 from fewstep.models.expert_adapters import apart, places_of, read_both
 from fewstep.models.lora import check_bare, has_lora, import_peft, inject, inner_network, trained_in_full
 from fewstep.models.lora_keys import KEYS, layers_of, read_adapter, to_kohya
+from fewstep.models.own_maps import is_own_map
 from fewstep.models.stock_steps import write_scheduler
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def save_adapter(model: NetworkField | FlowMap, folder: str | Path, keys: str = 
     network, folder = inner_network(model), Path(folder).expanduser()
     if keys not in KEYS:
         raise unknown("keys of an adapter", keys, KEYS)
-    is_stock = not isinstance(model, FlowMap) or model.ends_alone
+    is_stock = not isinstance(model, FlowMap) or model.ends_alone or is_own_map(model)
     for_diffusers = hasattr(network, "load_lora_adapter") and is_stock
     if keys == "kohya" and not (for_diffusers and type(network).__name__ == "UNet2DConditionModel"):
         name = type(network).__name__
@@ -67,7 +68,7 @@ def save_adapter(model: NetworkField | FlowMap, folder: str | Path, keys: str = 
     with cannot_write(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _save(network, folder, for_diffusers, keys)
-        if for_diffusers and isinstance(model, FlowMap):
+        if for_diffusers and isinstance(model, FlowMap) and model.ends_alone:
             write_scheduler(model, folder)
     return folder
 

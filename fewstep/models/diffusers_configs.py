@@ -26,6 +26,8 @@ from fewstep.pipelines.arguments import side_step
 BY_HAND = "wrap it by hand: DiffusionField(network, scheduler), or NetworkField(network, path, prediction)"
 # How the first DiTs and PixArts were saved: a class for both, told apart by its norm.
 _REMAPPED = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+# A scheduler that is diffusers' by another name.
+_RENAMED = {"FlowMapDiscreteScheduler": "FlowMapEulerDiscreteScheduler"}
 # The pipelines that put the image before the state: Marigold's, and GeoWizard's own.
 _IMAGE_FIRST = ("Marigold", "DepthNormalEstimation")
 # The parts of a pipeline that speak at each step, by the beginnings of their names; a prior is done before the first.
@@ -117,6 +119,8 @@ def _model_config(model: Path) -> tuple[str, dict[str, Any]]:
     name = config.get("_class_name", "of no class")
     if name == "Transformer2DModel":
         name = _REMAPPED.get(config.get("norm_type", ""), name)
+    if name == "FAR_Wan_Transformer3DModel" and config.get("init_flowmap_model") and not config.get("init_far_model"):
+        name = "AnyFlowTransformer3DModel"  # as its makers call it, without the causal parts
     if name not in FAMILIES:
         known = ", ".join(kind.__name__ for kind in FAMILIES.values())
         raise ValueError(f"the model in {model} is a {name}, and fewstep.load knows those of {known}: {BY_HAND}")
@@ -209,7 +213,7 @@ def find_scheduler(folder: Path) -> Any:
         )
     config = read_json(folders[0] / "scheduler_config.json")
     check_numbers(config, str(folders[0] / "scheduler_config.json"))
-    name = config.get("_class_name", "of no class")
+    name = _RENAMED.get(config.get("_class_name", "of no class"), config.get("_class_name", "of no class"))
     scheduler_class = getattr(diffusers, str(name), None)
     if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, diffusers.SchedulerMixin):
         raise ValueError(

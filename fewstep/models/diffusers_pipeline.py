@@ -64,7 +64,7 @@ def load_field(folder: Path, variant: str | None = None) -> DiffusionField:
     field = DiffusionField(_network(found, loaded), found.scheduler)
     field.latents, field.text, field.class_names = found.latents, found.text, class_names_in(folder)
     field.distilled = found.distilled
-    if found.distilled:
+    if found.distilled and not found.network.has_second_time:
         warnings.warn(
             f"the model in {folder} is {found.distilled}. It is read as a velocity here, and is none: draw from it "
             "with diffusers and its own scheduler, and distil the model that it was made from",

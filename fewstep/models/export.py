@@ -22,6 +22,7 @@ from fewstep.flows.schedules import PREDICTION_TYPES
 from fewstep.flows.signature import image_channels
 from fewstep.flows.tabulated import Tabulated
 from fewstep.models.folders import load_folder
+from fewstep.models.own_maps import is_own_map
 from fewstep.models.stock_steps import scheduler_of
 from fewstep.models.writing import (
     check_text,
@@ -71,6 +72,10 @@ def writer_of(model: FlowMap | VelocityField) -> Any:
             raise ValueError("no pipeline of diffusers draws with a U-Net of images that is told no second time: say t")
         scheduler_of(model)
         return write_end
+    if is_own_map(model):
+        from fewstep.models.stock_pipeline import write_own_map
+
+        return write_own_map
     if isinstance(model, FlowMap):
         diffusion_of(model)
         return _write_map

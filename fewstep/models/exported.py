@@ -45,7 +45,8 @@ def load_network(folder: Path, index: dict[str, Any], **kwargs: Any) -> Any:
             f"{folder / 'model_index.json'} names neither a unet nor a transformer: export the model again"
         )
     name = index[part][1]
-    known = {f"TwoTime{stock}": stock for stock in FAMILIES} | dict.fromkeys(_BEFORE, "UNet2DModel")
+    known = {f"TwoTime{stock}": stock for stock, family in FAMILIES.items() if not family.always_map}
+    known |= dict.fromkeys(_BEFORE, "UNet2DModel")
     if name not in (*known, "UNet2DModel"):
         raise unknown(f"network in {folder / part}", name, [*known, "UNet2DModel"])
     kind = two_time_model(known[name]) if name in known else UNet2DModel

@@ -44,6 +44,7 @@ _PIPELINES = {
     "Lumina2Transformer2DModel": "Lumina2Pipeline",
     "ChromaTransformer2DModel": "ChromaPipeline",
     "HunyuanImageTransformer2DModel": "HunyuanImagePipeline",
+    "AnyFlowTransformer3DModel": "AnyFlowPipeline",
     "WanExpertsTransformer3DModel": "WanPipeline",
     "WanTransformer3DModel": "WanPipeline",
     "LTXVideoTransformer3DModel": "LTXPipeline",

@@ -13,7 +13,7 @@ from fewstep.common.model_files import check_file, check_weights, class_names_in
 from fewstep.common.trust import check_folder, trusting
 from fewstep.flows.described import AGAIN
 from fewstep.flows.description import check_description, code_named, made_again
-from fewstep.flows.fields import NetworkField, VelocityField
+from fewstep.flows.fields import DiffusionField, NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Forward, Linear, Reversed
 from fewstep.flows.paths import Path as Trajectory
@@ -26,6 +26,7 @@ from fewstep.models.converted import is_converted, load_converted
 from fewstep.models.diffusers_configs import look_into
 from fewstep.models.diffusers_pipeline import field_of_pipeline, hub_files, lack_weights, load_field
 from fewstep.models.manifests import Diffusion, read_map_index, read_timesteps
+from fewstep.models.own_maps import strength_in
 from fewstep.models.writing import check_text, knowing
 from fewstep.networks import FAMILIES, STUDENTS
 from fewstep.training.run_files import is_run
@@ -49,7 +50,7 @@ def load_folder(source: Any, *, trust: bool = False, variant: str | None = None)
     elif is_converted(folder):
         model = load_converted(folder)
     else:
-        model = load_field(folder, variant)
+        model = _own_map(load_field(folder, variant), folder)
     knowing(model, folder)
     model.source = str(folder.resolve()) if Path(source).expanduser().is_dir() else str(source)
     return model.eval()
@@ -157,6 +158,17 @@ def _load_map(folder: Path, index: dict[str, Any]) -> FlowMap:
     if has_part(index, "vae"):
         model.latents = Latents(folder / "vae")
         model.latents.check()
+    return model
+
+
+def _own_map(field: DiffusionField, folder: Path) -> DiffusionField | FlowMap:
+    """The flow map that a model of diffusers is by itself, where it is one (HunyuanImage as distilled, AnyFlow)."""
+    network: Any = field.network
+    if not network.has_second_time:
+        return field
+    model = FlowMap(_student(network.model), field.native, field.prediction, path=field.path)
+    model.latents, model.text, model.class_names = field.latents, field.text, field.class_names
+    model.guidance = strength_in(folder) if model.network.takes_guidance else None  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 

@@ -10,6 +10,7 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Reversed
 from fewstep.flows.signature import image_channels
 from fewstep.latents.vae import VAE_FOLDERS
+from fewstep.models.own_maps import scheduler_of_map
 from fewstep.models.stock_steps import drawn_by, scheduler_of, steps_of
 from fewstep.models.wan_experts import boundary_said, models_of
 from fewstep.models.writing import (
@@ -61,6 +62,11 @@ def write_end(model: FlowMap, folder: Path) -> str:
     return _write(model, scheduler_of(model), steps_of(model), folder)
 
 
+def write_own_map(model: FlowMap, folder: Path) -> str:
+    """Write the folder of a map that its model is by itself, as the pipeline that it came from."""
+    return _write(model, scheduler_of_map(model), "num_inference_steps=4", folder)
+
+
 def _write(field: Any, scheduler: Any, steps: str, folder: Path) -> str:
     import diffusers
 
@@ -85,7 +91,7 @@ def _write(field: Any, scheduler: Any, steps: str, folder: Path) -> str:
         index["requires_safety_checker"] = False
     classes = {name: ["diffusers", type(one).__name__] for name, one in {**models, "scheduler": scheduler}.items()}
     version = {"_class_name": kind.__name__, "_diffusers_version": diffusers.__version__}
-    write_json(folder / "model_index.json", {**version, **index, **classes})
+    write_json(folder / "model_index.json", {**index, **version, **classes})
     missing = "".join(f", {name}=..." for name in gone if name not in kind._optional_components)
     if image_channels(field):
         return ""

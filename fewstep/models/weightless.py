@@ -21,6 +21,7 @@ from fewstep.networks import OfDiffusers
 META = torch.device("meta")
 # Tokens that the pipelines with a large encoder cut a prompt to (the default of ``encode_prompt``).
 LONGEST = {
+    "AnyFlowPipeline": 512,
     "AuraFlowPipeline": 256,
     "ChromaPipeline": 512,
     "Flux2KleinPipeline": 512,
@@ -40,6 +41,7 @@ LONGEST = {
 _MOST_TOKENS = 1 << 16
 # Tokens of a prompt, where no pipeline says how many its encoders make; of Stable Diffusion 3, of CLIP and T5 together.
 _TOKENS = {
+    "AnyFlowTransformer3DModel": 512,
     "AuraFlowTransformer2DModel": 256,
     "ChromaTransformer2DModel": 512,
     "Flux2Transformer2DModel": 512,

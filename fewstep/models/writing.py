@@ -206,7 +206,9 @@ def parts_in(index: dict[str, Any]) -> list[str]:
 
     names = []
     for name, value in index.items():
-        if name.startswith("_") or not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)):
+        if name in ("unet", "transformer", SECOND, "scheduler") or name.startswith("_"):
+            continue
+        if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)):
             continue
         if not re.fullmatch(r"[A-Za-z]\w*", name):
             raise ValueError(f"model_index.json names a part {name[:80]!r}: a word is needed, no path")
@@ -215,7 +217,7 @@ def parts_in(index: dict[str, Any]) -> list[str]:
                 f"model_index.json has {name} from {value[0][:80]!r}: parts of diffusers and transformers are copied"
             )
         names.append(name)
-    return [name for name in names if name not in ("unet", "transformer", SECOND, "scheduler")]
+    return names
 
 
 def is_whole_part(part: Path) -> bool:

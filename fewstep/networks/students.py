@@ -35,7 +35,8 @@ def with_second_time(
         guidance: give it an input for the strength of guidance too, the condition ``guidance`` (B,), as silent; or
             ``interval``: for the strength and the times between which it acts, (B, 3).
         second_time: how the second time goes in: t, span or late (see ``fewstep.networks.two_times``); or none: the
-            network of a map that knows the way to t = 1 alone, which stays the model that it is.
+            network of a map that knows the way to t = 1 alone, which stays the model that it is. A model that has a
+            second time by itself stays as it is, and that goes in where the model takes it.
         late_share: the share of the blocks that are told t where the second time is ``late``.
         share: have it use the very weights of ``network``, which are frozen: for a student of which an adapter alone
             is trained.
@@ -46,8 +47,8 @@ def with_second_time(
     """
     if second_time not in (*SECOND_TIMES, "none"):
         raise unknown("second_time", second_time, (*SECOND_TIMES, "none"))
-    if type(network) in STUDENTS and second_time == "none":
-        return _to_the_end(network, guidance, share)
+    if type(network) in STUDENTS and (second_time == "none" or network.has_second_time):
+        return _as_it_is(network, guidance, second_time, share)
     if type(network) in STUDENTS:
         more = {"second_time": second_time, "told_guidance": guidance, "late_share": late_share}
         return _student_of(network, more, share)
@@ -88,16 +89,21 @@ def _student_of(network: Any, more: dict[str, Any], share: bool) -> nn.Module:
     return student.train(teacher.training)
 
 
-def _to_the_end(network: Any, guidance: bool | str, share: bool) -> nn.Module:
-    """A copy of a field's network as that of a map to t = 1."""
+def _as_it_is(network: Any, guidance: bool | str, second_time: str, share: bool) -> nn.Module:
+    """A copy of a field's network as that of a map to t = 1, or of the map that its model is by itself."""
     if guidance:
         raise ValueError("second_time: none leaves a model as it is, with no input for guidance: leave guidance out")
     weights = list(network.parameters()) if share else []
-    student = ENDS[type(network)](deepcopy(network.model, {id(weight): weight for weight in weights}))
+    if second_time not in ("none", "t"):
+        name = type(network.model).__name__
+        raise ValueError(f"this {name} has a second time of its own, as it was distilled: leave second_time out")
+    kinds = ENDS if second_time == "none" else STUDENTS
+    student = kinds[type(network)](deepcopy(network.model, {id(weight): weight for weight in weights}))
     if hasattr(network, "size"):
         student.size = network.size
-    for weight in weights:  # the teacher's too
-        weight.requires_grad_(False)
+    # Those of a teacher that is frozen already train in its student; what both share does not.
+    for weight in student.parameters():
+        weight.requires_grad_(not share)
     return student.train(network.training)
 
 
@@ -162,8 +168,9 @@ def _take_tables(model: Any, teacher: Any) -> None:
 def new_parts(model: Any) -> list[tuple[Any, dict[str, Tensor]]]:
     """The embeddings that the model of a student has and that of its teacher has not, each with the weights of the one
     beside it."""
-    if not hasattr(model, "predict"):  # of diffusers' own class
-        return [(model.class_embedding, model.time_embedding.state_dict())]
+    if not hasattr(model, "predict"):  # of diffusers' own class: a U-Net, or a flow map by itself
+        labels = getattr(model, "class_embedding", None)
+        return [] if labels is None else [(labels, model.time_embedding.state_dict())]
     module: Any = model
     parts = [part for part in module.modules() if hasattr(part, "like")]  # see fewstep.networks.two_times.rows
     return [(new, part.like) for part in parts for new in part.new]

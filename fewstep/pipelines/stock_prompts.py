@@ -13,6 +13,7 @@ from torch import Tensor
 _TEXT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
 # What `encode_prompt` of a pipeline returns, in its order, as conditions of the network; None for what is not needed.
 RETURNED: dict[str, tuple[str | None, ...]] = {
+    "AnyFlowPipeline": (_TEXT, None),
     "AuraFlowPipeline": (_TEXT, None, None, None),
     "ChromaPipeline": (_TEXT, None, _MASK, None, None, None),
     "Flux2KleinPipeline": (_TEXT, None),

@@ -57,7 +57,7 @@ def use_checkpoints(student: nn.Module) -> None:
             f"gradient_checkpointing=True is for diffusers models, and the student's network is a "
             f"{type(network).__name__}: leave it out, or checkpoint in its forward (torch.utils.checkpoint)"
         )
-    network.model.enable_gradient_checkpointing()
+    network.enable_gradient_checkpointing()
 
 
 def compile_networks(*models: Any) -> None:

@@ -46,6 +46,19 @@ def check_sharding(shard: str | None, offload: bool, objective: Objective, *, pr
             raise ValueError(f"shard: fsdp2 and {type(part).__name__}: {why}")
 
 
+def check_alike(network: nn.Module) -> None:
+    """That all processes call the same blocks of a network, whatever their rows are.
+
+    Raises:
+        ValueError: it has two experts, and a process whose rows ask for one alone would not gather the other's blocks.
+    """
+    if any(hasattr(part, "is_second") for part in network.modules()):
+        raise ValueError(
+            "shard: fsdp2 gathers a block on all processes at once, and which of its two experts a "
+            f"{type(network).__name__} calls hangs on the rows of each: leave shard out, or train one expert alone"
+        )
+
+
 class Sharding:
     """The networks of a training, shared out over the processes, and what it takes to train them.
 
@@ -100,6 +113,7 @@ class Sharding:
         # Here, as its import takes two seconds.
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+        check_alike(network)
         kinds = {p.dtype for p in network.parameters() if p.requires_grad}
         if len(kinds) > 1 or any(not p.is_floating_point() for p in network.parameters()):
             found = sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters()})

@@ -17,6 +17,6 @@ def test_what_is_counted_is_so() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
     assert f"`MeanFlow()` and [{NUMBERS[len(OBJECTIVES) - len(fields) - 3]} more]" in index
     assert all(f"`{name}()`" in index or f"`{name}(FlowMatching())`" in index for name in fields)
-    assert f"[S{NUMBERS[len(FAMILIES)][1:]} families of diffusers]" in (ROOT / "README.md").read_text()
+    assert f"[{NUMBERS[len(FAMILIES)].capitalize()} families of diffusers]" in (ROOT / "README.md").read_text()
     for page in ("README.md", "docs/index.md"):
         assert NUMBERS[len(OBJECTIVES)][1:] in (ROOT / page).read_text()

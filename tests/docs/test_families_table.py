@@ -12,6 +12,7 @@ from fewstep.pipelines.stock_prompts import RETURNED
 
 # Whose prompts tell which family's model.
 _PROMPTED = {
+    "AnyFlow": "AnyFlowPipeline",
     "AuraFlow": "AuraFlowPipeline", "Chroma": "ChromaPipeline", "ConditionalUNet": "StableDiffusionPipeline",
     "Flux": "FluxPipeline", "Flux2": "Flux2KleinPipeline", "HunyuanImage": "HunyuanImagePipeline", "LTX": "LTXPipeline",
     "Lumina2": "Lumina2Pipeline", "PixArt": "PixArtSigmaPipeline", "QwenImage": "QwenImagePipeline",
@@ -42,7 +43,7 @@ def can(name: str) -> tuple[str, list[str]]:
     return family, cells
 
 
-TWINS = [name for name in NAMES if " " not in name and name != "sdxl"]
+TWINS = [*(name for name in NAMES if " " not in name and name != "sdxl"), "wan experts", "anyflow"]
 
 
 def test_every_family_has_its_row() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
+from toys.students import field_of, network
 from toys.videos import wan, wan_model, wan_vae
 
 from fewstep.flows.guided import Guided
@@ -21,6 +22,7 @@ from fewstep.planning.plan import plan
 from fewstep.runs.export import export
 from fewstep.runs.loading import load
 from fewstep.runs.recipes import load_recipe
+from fewstep.training.sharding import check_alike
 
 TEXTS = ["a cat", "a dog"]
 STEPS = 6
@@ -233,6 +235,14 @@ def test_a_plan_counts_both(tmp_path: Path) -> None:
     assert two.parameters == two.trained == 2 * one.parameters
     assert two.fixed == 2 * one.fixed
     assert two.call == one.call  # a call is one expert's
+
+
+def test_experts_are_not_sharded() -> None:
+    """As each process would wait for the blocks of an expert that the rows of another do not ask."""
+    check_alike(network("wan"))
+    for of in (network("wan experts"), FlowMap.from_field(field_of("wan experts")).network):
+        with pytest.raises(ValueError, match=r"which of its two experts .* leave shard out, or train one expert alone"):
+            check_alike(of)
 
 
 def test_what_has_no_experts_takes_no_second_strength(tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ def test_a_student_that_is_told_no_second_time_is_its_teacher(name: str) -> None
     with torch.no_grad():
         start = teacher(x, S, **cond)
         assert torch.equal(student(x, S, T, **cond), start)
+    of_frozen = with_second_time(deepcopy(teacher).requires_grad_(False), second_time="none")
+    assert all(p.requires_grad for p in of_frozen.parameters())
     shared = with_second_time(teacher, second_time="none", share=True)
     assert {*map(id, shared.parameters())} == {*map(id, teacher.parameters())}
     assert not any(p.requires_grad for p in shared.parameters())

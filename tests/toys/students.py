@@ -42,6 +42,11 @@ def network(name: str) -> Any:
             }  # fmt: skip
             model, other = (made(diffusers.WanTransformer3DModel, seed, **options) for seed in (0, 1))
             model = experts(model, other, 500.0) if "experts" in name else model
+        case "anyflow":
+            model = made(
+                diffusers.AnyFlowTransformer3DModel, num_attention_heads=2, attention_head_dim=12, in_channels=4,
+                out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+            )  # fmt: skip
         case "ltx":
             model = made(
                 diffusers.LTXVideoTransformer3DModel, num_attention_heads=2, attention_head_dim=8, in_channels=4,

@@ -34,6 +34,17 @@ def wan(**options: Any) -> Any:
     return diffusers.WanPipeline(**parts)
 
 
+def anyflow() -> Any:
+    model = made(
+        diffusers.AnyFlowTransformer3DModel, num_attention_heads=2, attention_head_dim=12, in_channels=4,
+        out_channels=4, text_dim=32, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=128,
+    )  # fmt: skip
+    return diffusers.AnyFlowPipeline(
+        tokenizer=t5_tokenizer(), text_encoder=encoders.umt5(), vae=wan_vae(), transformer=model,
+        scheduler=diffusers.FlowMapEulerDiscreteScheduler(shift=5.0),
+    )  # fmt: skip
+
+
 def ltx() -> Any:
     model = made(
         diffusers.LTXVideoTransformer3DModel, num_attention_heads=2, attention_head_dim=8, in_channels=4,

@@ -11,6 +11,7 @@ that an export carries; and a line below.
 
 from typing import Any
 
+from fewstep.networks.families.anyflow import AnyFlow, TwoTimeAnyFlow
 from fewstep.networks.families.auraflow import AuraFlow, TwoTimeAuraFlow
 from fewstep.networks.families.base import EndNetwork
 from fewstep.networks.families.chroma import Chroma, TwoTimeChroma
@@ -33,6 +34,7 @@ from fewstep.networks.two_times import code_of
 # The class in diffusers (Wan 2.2 has two models there, which are one here), and what wraps it: as a field, and with a
 # second time as a flow map.
 _BOTH: dict[str, tuple[type[Any], type[Any]]] = {
+    "AnyFlowTransformer3DModel": (AnyFlow, TwoTimeAnyFlow),
     "AuraFlowTransformer2DModel": (AuraFlow, TwoTimeAuraFlow),
     "ChromaTransformer2DModel": (Chroma, TwoTimeChroma),
     "DiTTransformer2DModel": (DiT, TwoTimeDiT),

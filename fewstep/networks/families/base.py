@@ -21,12 +21,19 @@ class OfDiffusers(nn.Module):
     patch: ClassVar[int] = 1
     # Modules inside a block that the model calls from outside of it too: units of their own where it is sharded.
     apart: ClassVar[tuple[str, ...]] = ()
+    # Whether all models of the class have a second time by themselves.
+    always_map: ClassVar[bool] = False
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
         # How the pipelines of its family call the model, on a state x (B, C, H, W) and a timestep (B,).
         self.call = code_of(self.code).call
+
+    @property
+    def has_second_time(self) -> bool:
+        """Whether the model of diffusers has a second time by itself, so that it is a flow map."""
+        return self.always_map
 
     @property
     def channels(self) -> int:
@@ -85,6 +92,14 @@ class OfDiffusers(nn.Module):
         if guidance is not None and not self.takes_guidance:
             name = type(self.model).__name__
             raise ValueError(f"this {name} takes no guidance (B,), its config has no guidance_embeds")
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Have the model compute again, in the backward pass, what it had in the forward one."""
+        own = getattr(code_of(self.code), "checkpoint_blocks", None)
+        if own is None:
+            self.model.enable_gradient_checkpointing()
+        else:  # where diffusers' own way fails
+            own(self.model)
 
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         """The conditions without which it cannot be called, and the shape of one sample's row of each.
@@ -194,12 +209,20 @@ class TwoTimeNetwork(OfDiffusers):
         if guidance is not None and not self.takes_guidance:
             name = type(self.model).__name__
             raise ValueError(f"this {name} is told no strength of guidance: FlowMap.from_field(..., guidance=True)")
+        if self.is_stock:
+            told = {} if guidance is None else {"guidance": guidance}
+            return self.call(self.model, x, s, **told, **cond, second=t)
         return self.model.predict(x, s, t, guidance, **cond)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the model is of diffusers' own class."""
+        return not hasattr(self.model, "predict")
 
     @property
     def second_time(self) -> str:
         """How the second time goes in: t, span or late (see ``fewstep.networks.two_times``)."""
-        return self.model.second_time
+        return "t" if self.is_stock else self.model.second_time
 
     @property
     def is_told_alike(self) -> bool:
@@ -208,7 +231,7 @@ class TwoTimeNetwork(OfDiffusers):
 
     @property
     def takes_guidance(self) -> bool:
-        return bool(self.model.told_guidance) or super().takes_guidance
+        return bool(getattr(self.model, "told_guidance", False)) or super().takes_guidance
 
     @property
     def takes_interval(self) -> bool:

@@ -18,6 +18,8 @@ class HunyuanImage(Sized):
     padding; the same of the letters that an image is to show, ``encoder_hidden_states_2`` and
     ``encoder_attention_mask_2``; ``guidance`` (B,) where the model was distilled to take it; ``image`` (B, C', H, W)
     where it takes more channels than the state has.
+
+    As it was distilled to few steps, by MeanFlow, it is a flow map by itself, and here the velocity of that.
     """
 
     code, first = "hunyuanimage", "x_embedder.proj"
@@ -39,6 +41,10 @@ class HunyuanImage(Sized):
         self.check_guidance(guidance)
         text = (encoder_hidden_states, encoder_attention_mask, encoder_hidden_states_2, encoder_attention_mask_2)
         return self.call(self.model, x, timestep, *text, guidance, image)
+
+    @property
+    def has_second_time(self) -> bool:
+        return bool(self.model.config["use_meanflow"])
 
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (tokens, self.model.config["text_embed_dim"]), **own_guidance(self.model)}

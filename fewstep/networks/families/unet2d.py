@@ -44,18 +44,5 @@ class TwoTimeUNet(TwoTimeNetwork, UNet):
             return self.call(self.model, x, s, t, cond.get("image"))
         return super().predict(x, s, t, guidance, **cond)
 
-    @property
-    def is_stock(self) -> bool:
-        """Whether the model is of diffusers' own class."""
-        return not hasattr(self.model, "predict")
-
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         return {} if self.is_stock else super().condition_shapes(tokens)
-
-    @property
-    def second_time(self) -> str:
-        return "t" if self.is_stock else self.model.second_time
-
-    @property
-    def takes_guidance(self) -> bool:
-        return not self.is_stock and bool(self.model.told_guidance)

@@ -53,8 +53,12 @@ class TwoTimeChromaTransformer2DModel(TwoTimeTransformer, ChromaTransformer2DMod
         self.time_text_embed = FirstAndRows(self.time_text_embed)
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Any = None) -> None:
-        # With diffusers' the single blocks lose the mask.
-        checkpoint_each([*self.transformer_blocks, *self.single_transformer_blocks])
+        checkpoint_blocks(self)
+
+
+def checkpoint_blocks(model: Any) -> None:
+    """Gradient checkpointing of a model with one time or two: with diffusers' the single blocks lose the mask."""
+    checkpoint_each([*model.transformer_blocks, *model.single_transformer_blocks])
 
 
 class FirstAndRows(ChromaCombinedTimestepTextProjEmbeddings):

@@ -21,8 +21,12 @@ def call(
     encoder_attention_mask_2: Tensor | None = None,
     guidance: Tensor | None = None,
     image: Tensor | None = None,
+    second: Tensor | None = None,
 ) -> Tensor:
-    """A ``HunyuanImageTransformer2DModel`` on the state x (B, C, H, W)."""
+    """A ``HunyuanImageTransformer2DModel`` on the state x (B, C, H, W); as it was distilled to few steps, from one
+    timestep to the ``second``, the same if not given."""
+    if second is None and model.config["use_meanflow"]:
+        second = timestep
 
     def mask_of(text: Tensor | None, mask: Tensor | None) -> Tensor | None:
         return torch.ones(text.shape[:2], device=x.device) if mask is None and text is not None else mask
@@ -35,6 +39,7 @@ def call(
         encoder_hidden_states_2=encoder_hidden_states_2,
         encoder_attention_mask_2=mask_of(encoder_hidden_states_2, encoder_attention_mask_2),
         guidance=None if guidance is None else guidance * 1000,
+        timestep_r=None if second is None else second.to(x.dtype),
     ).sample
 
 
@@ -45,8 +50,6 @@ class TwoTimeHunyuanImageTransformer2DModel(TwoTimeTransformer, HunyuanImageTran
     may_be_told = True
 
     def take_rows(self, late: bool, guided: int) -> None:
-        if self.config["use_meanflow"]:
-            raise ValueError("this HunyuanImage has a second time of its own, as it was distilled, and takes no other")
         embeddings: Any = self.time_guidance_embed
         self.embed_rows(embeddings, late, guided)
         # What refines the prompt is told the first time alone.
@@ -58,8 +61,13 @@ class TwoTimeHunyuanImageTransformer2DModel(TwoTimeTransformer, HunyuanImageTran
             self.tell_late(blocks, self.norm_out, width=self.x_embedder.proj.out_channels)
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Any = None) -> None:
-        # diffusers' calls its function with keywords that it does not take.
-        checkpoint_each([*self.transformer_blocks, *self.single_transformer_blocks])
+        checkpoint_blocks(self)
+
+
+def checkpoint_blocks(model: Any) -> None:
+    """Gradient checkpointing of a model with one time or two: diffusers' calls its function with keywords that it does
+    not take."""
+    checkpoint_each([*model.transformer_blocks, *model.single_transformer_blocks])
 
 
 def first_time(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -21,8 +21,8 @@ def add(commands: Commands) -> None:
     p.add_argument("folder", type=Path, nargs="?", help="where to (default: model, in the run folder)")
     p.add_argument("--overwrite", action="store_true", help="replace an export that is there")
     p.add_argument("--adapter", action="store_true", help="of a run with student.lora: the adapter alone")
-    text = "with --adapter: how its weights are called; kohya for older tools"
-    p.add_argument("--keys", choices=("diffusers", "kohya"), default="diffusers", help=text)
+    text = "with --adapter: how its weights are called; kohya for older tools, diffusers for the pipeline of an export"
+    p.add_argument("--keys", choices=("diffusers", "kohya", "peft"), help=text)
     text = "diffusers (default), or the bare map as a program for other runtimes"
     p.add_argument("--format", choices=("diffusers", "onnx", "torch"), default="diffusers", help=text)
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from fewstep.models.writing import moments_in
     from fewstep.runs.export import export
 
-    if args.keys != "diffusers" and not args.adapter:
+    if args.keys is not None and not args.adapter:
         raise ValueError(f"--keys {args.keys} are names of an adapter's weights: say --adapter too")
     if args.format != "diffusers":
         return _export_program(args)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.common.errors import refused, shown, unknown
 from fewstep.common.model_files import ENCODER_WEIGHTS, class_of, read_json, variant_in
-from fewstep.pipelines.stock_prompts import RETURNED, encode
+from fewstep.pipelines.stock_prompts import RETURNED, encode_prompts
 
 
 def knows_prompts(folder: Path) -> bool:
@@ -85,7 +85,7 @@ class Prompts:
                 part.to(device, self.dtype)
         parts = {"transformer": _Transformer(self._model_config), **self._encoders}
         with refused(f"the text encoders in {self.folder} cannot encode prompts", "fetch them again"):
-            return encode(self._class, parts, prompts, device)
+            return encode_prompts(self._class, parts, prompts, device)
 
     @torch.no_grad()
     def null(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from fewstep.models.lora import check_bare, has_lora, import_peft, inject, inner
 from fewstep.models.lora_keys import KEYS, layers_of, read_adapter, to_kohya
 from fewstep.models.own_maps import is_own_map
 from fewstep.models.stock_steps import write_scheduler
+from fewstep.pipelines.adapters import SECOND_TIME
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -36,7 +37,7 @@ _OF_NO_MATTER = (
 )  # fmt: skip
 
 
-def save_adapter(model: NetworkField | FlowMap, folder: str | Path, keys: str = "diffusers") -> Path:
+def save_adapter(model: NetworkField | FlowMap, folder: str | Path, keys: str | None = None) -> Path:
     """Write the adapter of a model, as safetensors; returns the folder, which :func:`load_adapter` reads.
 
     * A field of a model that diffusers loads adapters for (``UNet2DConditionModel``, SD3, Flux):
@@ -46,11 +47,14 @@ def save_adapter(model: NetworkField | FlowMap, folder: str | Path, keys: str = 
     * Any other, and every other flow map: peft's ``adapter_model.safetensors`` and ``adapter_config.json``, for
       ``peft.PeftModel.from_pretrained(network, folder)``. What trains in full beside the adapter is in it, as peft's
       ``modules_to_save``.
+    * A flow map with a second time, of such a model and with ``keys``: the file of the first kind, and
+      ``second_time.safetensors`` with what trains in full. The pipeline of an export loads both
+      (``load_lora_weights(folder)``), and adapters of its base beside them.
 
     Args:
-        keys: the names of the weights of the first kind: ``diffusers``, or ``kohya``, which older tools want of a U-Net
+        keys: the names of the weights: ``diffusers``; ``peft``; or ``kohya``, which older tools want of a U-Net
             of Stable Diffusion: ``lora_unet_..._to_q.lora_down.weight`` and an ``alpha`` a layer. Of transformers
-            ComfyUI reads the names of diffusers.
+            ComfyUI reads the names of diffusers. If not given, as above.
 
     Raises:
         ValueError: the model has no adapter, or none that these keys are for.
@@ -58,22 +62,26 @@ def save_adapter(model: NetworkField | FlowMap, folder: str | Path, keys: str = 
     if not has_lora(model):
         raise ValueError(f"this {type(model).__name__} has no adapter to save: add_lora gives it one")
     network, folder = inner_network(model), Path(folder).expanduser()
-    if keys not in KEYS:
+    if keys not in (None, *KEYS):
         raise unknown("keys of an adapter", keys, KEYS)
     is_stock = not isinstance(model, FlowMap) or model.ends_alone or is_own_map(model)
-    for_diffusers = hasattr(network, "load_lora_adapter") and is_stock
-    if keys == "kohya" and not (for_diffusers and type(network).__name__ == "UNet2DConditionModel"):
-        name = type(network).__name__
+    is_read, name = hasattr(network, "load_lora_adapter"), type(network).__name__
+    if keys == "kohya" and not (is_read and name.removeprefix("TwoTime") == "UNet2DConditionModel"):
         raise ValueError(f"keys: kohya are for the U-Nets of Stable Diffusion, and this is a {name}: leave keys out")
+    if keys == "diffusers" and not is_read:
+        raise ValueError(f"keys: diffusers are for models that diffusers adapts, and a {name} is none: leave keys out")
+    for_diffusers = is_read and (is_stock if keys is None else keys != "peft")
     with cannot_write(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _save(network, folder, for_diffusers, keys)
+        if for_diffusers and not is_stock:
+            save_file(_in_full(network), folder / SECOND_TIME, metadata={"format": "pt"})
         if for_diffusers and isinstance(model, FlowMap) and model.ends_alone:
             write_scheduler(model, folder)
     return folder
 
 
-def _save(network: Any, folder: Path, for_diffusers: bool, keys: str) -> None:
+def _save(network: Any, folder: Path, for_diffusers: bool, keys: str | None) -> None:
     from peft import get_peft_model_state_dict
 
     weights = get_peft_model_state_dict(network, adapter_name="default")
@@ -90,12 +98,18 @@ def _save(network: Any, folder: Path, for_diffusers: bool, keys: str) -> None:
             _save_stock(files[part], _prefix(network), said, own)
         return
     whole = network.peft_config["default"].modules_to_save or []
-    for name in whole:
-        weights |= {f"{name}.{key}": value for key, value in network.get_submodule(name).state_dict().items()}
+    weights |= _in_full(network)
     state = {f"base_model.model.{name}": _plain(value) for name, value in weights.items()}
     save_file(state, folder / PEFT_FILE, metadata={"format": "pt"})
     options = {"peft_type": "LORA", **options, "modules_to_save": whole or None}
     (folder / PEFT_CONFIG).write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
+
+
+def _in_full(network: Any) -> dict[str, Tensor]:
+    """The weights that train in full beside an adapter, by their names."""
+    whole = network.peft_config["default"].modules_to_save or []
+    named = {name: network.get_submodule(name).state_dict() for name in whole}
+    return {f"{name}.{key}": _plain(value) for name, state in named.items() for key, value in state.items()}
 
 
 def _save_stock(file: Path, prefix: str, options: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -135,6 +149,9 @@ def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
         is_pickle = file.suffix == ".bin" or file.with_suffix(".bin").is_file()
         way = ". A .bin can run code when it is opened: load it with diffusers, and save it anew" if is_pickle else ""
         raise FileNotFoundError(f"no adapter in {folder}: {DIFFUSERS_FILE}, or {PEFT_FILE} and {PEFT_CONFIG}{way}")
+    if file.name == DIFFUSERS_FILE and (file.parent / SECOND_TIME).is_file():
+        check_file(file.parent / SECOND_TIME)
+        weights = {**weights, **load_file(file.parent / SECOND_TIME)}
     weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
     whole = {name: weights.pop(name) for name in list(weights) if ".lora_" not in name}
     wrong = f"the adapter in {folder} is not one of this {type(network).__name__}"

@@ -26,7 +26,7 @@ _RENAMED = (
     (r"\.lora_([AB])\.\w+\.weight$", r".lora_\1.weight"),  # with the name of the adapter in it
 )
 # How the weights of an adapter may be called, where it is written.
-KEYS = ("diffusers", "kohya")
+KEYS = ("diffusers", "kohya", "peft")
 _TEXT, _KOHYA = "text_encoder", "lora_unet_"
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..networks.channels import patch_of, state_channels
 from ..networks.stock_time import takes_any_type
+from .adapters import Adapters
 from .arguments import (
     check_image,
     check_labels,
@@ -39,7 +40,7 @@ from .arguments import (
 from .latent_images import decode, factor_of
 from .native_times import coefficients, second_timestep
 from .source import whole
-from .stock_prompts import ENCODERS, encode
+from .stock_prompts import ENCODERS, encode_prompts
 
 Generators = torch.Generator | list[torch.Generator] | None
 # The parts of the pipeline beside its scheduler.
@@ -48,7 +49,7 @@ PARTS = ["unet", "transformer", "vae", *ENCODERS]
 CARRIED = "two_times"
 
 
-class FlowMapPipeline(DiffusionPipeline):
+class FlowMapPipeline(Adapters, DiffusionPipeline):
     """Samples images (B, C, H, W) from a flow map on the straight path ``x_t = t image + (1 - t) noise``.
 
     Args:
@@ -269,7 +270,7 @@ class FlowMapPipeline(DiffusionPipeline):
             cond = {"resolution": [height, width], "aspect_ratio": [height / width]}
         cond = {key: torch.tensor([value], dtype=torch.float32, device=device) for key, value in cond.items()}
         if prompt is not None:
-            cond |= encode(pipeline, self.components, [prompt] if isinstance(prompt, str) else prompt, device)
+            cond |= encode_prompts(pipeline, self.components, [prompt] if isinstance(prompt, str) else prompt, device)
         others = ("class_labels", "image", "guidance", *cond, *given)
         if missing := [name for name in self._needs if name not in others]:
             way = "give it a prompt, or pass" if pipeline else "pass"

@@ -40,16 +40,11 @@ _PADDED = {"QwenImagePipeline": 512, "ZImagePipeline": 512}
 ENCODERS = [f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
 
 
-def encode(pipeline: str, parts: dict[str, Any], prompts: list[str] | None, device: Any) -> dict[str, Tensor]:
+def encode_prompts(pipeline: str, parts: dict[str, Any], prompts: list[str] | None, device: Any) -> dict[str, Tensor]:
     """The conditions of prompts, a row each, as the pipeline of this name makes them of these parts; for None one row,
     of no prompt, as it takes them for guidance."""
-    import diffusers  # here, as the table above is read where nothing is encoded
-
-    kind = getattr(diffusers, pipeline)
-    taken = inspect.signature(kind.__init__).parameters.values()
-    own = {p.name: parts.get(p.name) for p in taken if p.default is p.empty and p.name != "self"}
-    safety = {"requires_safety_checker": False} if "safety_checker" in own else {}
-    made = kind(**{**own, **safety, "scheduler": None})
+    made = stock_pipeline(pipeline, parts)
+    kind = type(made)
     texts, is_own = prompts or [""], prompts is None and pipeline in _OWN_NULL
     options: dict[str, Any] = {"prompt_2": None, "prompt_3": None, "batch_size": len(texts)}
     options |= {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": is_own}
@@ -63,6 +58,17 @@ def encode(pipeline: str, parts: dict[str, Any], prompts: list[str] | None, devi
     if pipeline in _PADDED:
         returned = _padded(*returned, length=_PADDED[pipeline])
     return {key: value for key, value in zip(names, returned, strict=False) if key is not None}
+
+
+def stock_pipeline(name: str, parts: dict[str, Any]) -> Any:
+    """The pipeline of diffusers of this name, around parts that it does not copy; without a scheduler."""
+    import diffusers  # here, as the table above is read where nothing is encoded
+
+    kind = getattr(diffusers, name)
+    taken = inspect.signature(kind.__init__).parameters.values()
+    own = {p.name: parts.get(p.name) for p in taken if p.default is p.empty and p.name != "self"}
+    safety = {"requires_safety_checker": False} if "safety_checker" in own else {}
+    return kind(**{**own, **safety, "scheduler": None})
 
 
 def _padded(text: Any, mask: Any, length: int) -> tuple[Tensor, Tensor]:

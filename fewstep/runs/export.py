@@ -23,7 +23,7 @@ def export(
     method: str | None = None,
     quality: str | None = None,
     adapter: bool = False,
-    keys: str = "diffusers",
+    keys: str | None = None,
     trust: bool = False,
 ) -> Path:
     """Write a model as a folder, and return the folder.

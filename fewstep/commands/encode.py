@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from fewstep.commands.parser import Commands, add_command
-from fewstep.commands.shared import add_device, add_variant
+from fewstep.commands.shared import add_device, add_engine, add_variant
 from fewstep.common.console import progress_bar, say_next
 
 
@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--teacher", required=True, metavar="MODEL", help="what they are for: a diffusers folder or a run")
     text = (
         "a folder of images (captions in its metadata.jsonl), hf:NAME, a folder of save_to_disk, or webdataset "
-        "shards: a folder, a .tar or train-{0000..0099}.tar"
+        "shards: a folder, a .tar, train-{0000..0099}.tar, or such behind https:// or hf://datasets/"
     )
     p.add_argument("--data", required=True, metavar="DATA", help=text)
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to; goes on with what is there")
@@ -43,7 +43,9 @@ def add(commands: Commands) -> None:
     p.add_argument("--label", metavar="COLUMN", help="of a Hugging Face data set, that of the classes")
     p.add_argument("--split", metavar="NAME", help="of a Hugging Face data set (default: train)")
     p.add_argument("--config", metavar="NAME", help="of a Hugging Face data set")
+    p.add_argument("--keep", type=int, metavar="N", help="of shards behind addresses, so many on the disk (default: 4)")
     p.add_argument("--on-error", default="raise", metavar="DO", help="with a bad image: raise (default) or skip")
+    add_engine(p)
     add_variant(p)
     add_device(p)
 
@@ -51,14 +53,13 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     from fewstep.common.distributed import environment
     from fewstep.data import Encoded
-    from fewstep.runs.encode import encode, encoders_of
+    from fewstep.runs.encode import encode
 
     again, is_main = shlex.join(["fewstep", *args.argv]), environment().is_main
-    options = {name: getattr(args, name) for name in ("caption", "image", "label", "split", "config")}
-    model = encoders_of(args.teacher, args.variant)
+    options = {name: getattr(args, name) for name in ("caption", "image", "label", "split", "config", "keep")}
     with progress_bar("encoding", quiet=not (is_main and sys.stderr.isatty())) as progress:
         missing = encode(
-            model,
+            args.teacher,
             args.data,
             args.out,
             size=args.size,
@@ -69,6 +70,9 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             command=again,
             progress=progress,
+            variant=args.variant,
+            engine=args.engine,
+            workers=args.workers,
             buckets=args.buckets,
             step=args.step,
             small=args.small or "enlarge",

@@ -96,6 +96,13 @@ def _source(name: str, model: Any) -> Any:
     return RowsOf(data_of(Named.model_validate(parse_value("source", name)), model))
 
 
+def add_engine(p: argparse.ArgumentParser) -> None:
+    text = "who does the work: processes (default: this one, or those of torchrun or SLURM), or ray (RAY_ADDRESS)"
+    p.add_argument("--engine", default="processes", metavar="NAME", help=text)
+    text = "of ray (default: one a GPU, or one a machine)"
+    p.add_argument("--workers", type=int, metavar="N", help=text)
+
+
 def print_evaluation(evaluation: Any) -> None:
     """Its table, where there is one."""
     if evaluation is not None:

@@ -25,6 +25,7 @@ from fewstep.data.only import Only
 from fewstep.data.order import epoch_indices
 from fewstep.data.pairs import FACTS, Pairs
 from fewstep.data.prior import Prior
+from fewstep.data.remote import check_address, is_remote
 from fewstep.data.residual import Residual, upsampled
 from fewstep.data.text import Text
 from fewstep.data.toy import Toy
@@ -49,6 +50,7 @@ __all__ = [
     "upsampled",
 ]
 
+_ENCODED = "webdataset shards are for latent models, which they are encoded for"
 NAMED: dict[str, Callable[..., Any]] = {
     "checkerboard": toy.checkerboard,
     "two-moons": toy.two_moons,
@@ -80,6 +82,9 @@ def load_data(name: str | Path, **options: Any) -> Data:
         FileNotFoundError: a path that is not there.
     """
     name = str(name)
+    if is_remote(name):
+        check_address(name)
+        raise ValueError(f"{name[:200]}: {_ENCODED}")
     load: Callable[..., Any]
     source: tuple[str | Path, ...]
     if name in NAMED:
@@ -124,7 +129,7 @@ def _loader_of(path: Path) -> Callable[..., Any]:
         if path.suffix in TEXTS:
             return text.text_file
         if path.suffix == ".tar":
-            raise ValueError(f"{path}: webdataset shards are for latent models, which they are encoded for")
+            raise ValueError(f"{path}: {_ENCODED}")
         raise ValueError(f"{path} is no file of data that fewstep reads: .npy, .npz, IDX, .txt, or a folder")
     if (path / FACTS).is_file():
         return Pairs

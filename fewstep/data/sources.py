@@ -10,6 +10,7 @@ from fewstep.common.errors import unknown
 from fewstep.common.options import arguments
 from fewstep.data import encoded, pairs
 from fewstep.data.captions import Captioned, hugging_face, image_folder
+from fewstep.data.remote import is_remote
 from fewstep.data.tables import PICTURE_KINDS, is_saved_to_disk, kind_of, open_table
 from fewstep.data.tars import is_shards, webdataset
 
@@ -53,6 +54,8 @@ def listed(name: str | Path, captions: bool = True, /, **options: Any) -> Captio
 
 def opener(name: str | Path) -> Callable[..., Captioned] | None:
     """What lists the images of a data set of this name; None where it is none of images."""
+    if is_remote(str(name)):
+        return webdataset
     if str(name).startswith("hf:"):
         return hugging_face
     path = Path(name).expanduser()

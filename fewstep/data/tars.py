@@ -1,39 +1,97 @@
-"""Images and captions in webdataset shards: plain tar files, read by the places of the files in them."""
+"""Images and captions in webdataset shards: plain tar files, read by the places of the files in them, here or behind
+addresses."""
 
 import glob
+import hashlib
+import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from fewstep.common.disk import replace_file
+from fewstep.common.distributed import environment
 from fewstep.common.errors import briefly
-from fewstep.common.reading import no_file, parse_json
+from fewstep.common.reading import no_file, parse_json, read_text
+from fewstep.common.user_folders import cache_folder
 from fewstep.data.captions import Captioned, Rows, identity_of
 from fewstep.data.formats import PICTURES, is_picture
 from fewstep.data.metadata import CAPTIONS, checked, text_of
+from fewstep.data.remote import KEEP, Remote, Slots, check_address, described, is_remote
 
 _LONGEST = 1 << 20  # bytes of a caption: more is none
-_MOST_BRACES = 16
+_MOST_BRACES, _MOST = 16, 100_000  # pairs of braces, and shards behind addresses
 
 
-def webdataset(name: str | Path, caption: str | None = None, labels: bool = True, captions: bool = True) -> Captioned:
-    """Webdataset shards: a ``.tar``, a folder of them, or several by a pattern: ``train-{0000..0099}.tar``, ``*.tar``.
+def webdataset(
+    name: str | Path, caption: str | None = None, labels: bool = True, captions: bool = True, keep: int = KEEP
+) -> Captioned:
+    """Webdataset shards: a ``.tar``, a folder of them, or several by a pattern: ``train-{0000..0099}.tar``, ``*.tar``;
+    also behind addresses, ``https://host/train-{0000..0099}.tar`` or ``hf://datasets/OWNER/NAME/train-{00..99}.tar``.
 
     Files of one name are one row: an image, and its caption in a ``.txt`` or in ``text`` (else ``caption`` or
     ``prompt``) of a ``.json``; a class in a ``.cls``. Only the names are read until an image is wanted.
 
     Args:
         caption: the key of the captions in the ``.json``, or ``txt``. labels, captions: whether they are wanted.
+        keep: of shards behind addresses, how many may be on the disk, for all processes of this machine together. They
+            are fetched one after the other, once to list what is in them (which is kept) and once to read it.
 
     Raises:
-        FileNotFoundError: a shard is not there. ValueError: one is damaged or compressed, or has no images.
+        FileNotFoundError: a shard is not there. ValueError: one is damaged or compressed, or has no images; an address
+            that is none, a command (``pipe:``). ConnectionError: a server that cannot be reached.
     """
-    files = _tar_files(str(name))
-    stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    identity = identity_of("webdataset", stats, [caption, labels, captions])
-    return Captioned(str(name), identity, lambda: _shard_rows(files, caption, labels, captions))
+    if is_remote(str(name)):
+        check_address(str(name))
+        slots = Slots(cache_folder() / "shards", keep)
+        if len(urls := list(islice(_braces(str(name)), _MOST + 1))) > _MOST:
+            raise ValueError(f"{str(name)[:200]} stands for more than {_MOST:,} shards: make them larger, and fewer")
+        found = [_fetched(remote, slots) for remote in described(urls)]
+    else:
+        found = [_local(file) for file in _tar_files(str(name))]
+    identity = identity_of("webdataset", [shard.stamp for shard in found], [caption, labels, captions])
+    return Captioned(str(name), identity, lambda: _shard_rows(found, caption, labels, captions))
+
+
+Held = list[tuple[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file: ``open`` gives it for as long as it is read, ``held`` what is in it (see :func:`_grouped`)."""
+
+    name: str
+    stamp: list[Any]
+    open: Callable[[], AbstractContextManager[Path]]
+    held: Callable[[], Held]
+
+
+def _local(file: Path) -> Shard:
+    stamp = [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+    return Shard(str(file), stamp, lambda: nullcontext(file), lambda: list(_grouped(file, str(file))))
+
+
+def _fetched(remote: Remote, slots: Slots) -> Shard:
+    """A shard behind an address. What is in it is kept in the cache, so that no other start fetches it for that."""
+    key = hashlib.sha256(json.dumps(remote.stamp).encode()).hexdigest()[:32]
+    index = cache_folder() / "shard-lists" / f"{key}.json"
+
+    def held() -> Held:
+        if index.is_file():
+            return [(name, row) for name, row in parse_json(read_text(index), str(index))]
+        with slots.file(remote) as file:
+            found = list(_grouped(file, remote.name))
+        replace_file(index, json.dumps(found).encode())
+        return found
+
+    return Shard(remote.name, remote.stamp, partial(slots.file, remote), held)
 
 
 def _tar_files(name: str) -> list[Path]:
@@ -77,30 +135,35 @@ def is_shards(folder: Path) -> bool:
     return any(path.suffix == ".tar" for path in names) and not any(is_picture(path.name) for path in names)
 
 
-def _shard_rows(files: Sequence[Path], caption: str | None, labels: bool, captions: bool) -> Rows:
+def _shard_rows(shards: Sequence[Shard], caption: str | None, labels: bool, captions: bool) -> Rows:
     names: list[str] = []
-    places: list[tuple[Path, int, int]] = []
+    places: list[tuple[int, int, int]] = []
     texts: list[str | None] = []
     classes: list[int | None] = []
-    for file in files:
-        for key, row in _grouped(file):
+    # Processes begin at shards of their own, and find in the cache what others have listed meanwhile.
+    world, held = environment(), {}
+    for number in sorted(range(len(shards)), key=lambda number: (number - world.rank) % world.size):
+        held[number] = shards[number].held()
+    for number, shard in enumerate(shards):
+        for key, row in held.pop(number):
             if "picture" not in row:
                 continue
-            names.append(f"{key} in {file}")
-            places.append((file, *row["picture"]))
+            names.append(f"{key} in {shard.name}")
+            places.append((number, *row["picture"]))
             texts.append(_caption_of(row, caption, names[-1]) if captions else None)
             classes.append(int(row["cls"]) if labels and str(row.get("cls", "")).strip().isdigit() else None)
-    if not files:
+    if not shards:
         raise ValueError("no shards there that are files: .tar files are needed")
     if not names:
-        raise ValueError(f"no images ({PICTURES}) in {files[0]}{' and others' if len(files) > 1 else ''}")
+        raise ValueError(f"no images ({PICTURES}) in {shards[0].name}{' and others' if len(shards) > 1 else ''}")
 
     def read(part: slice) -> list[bytes]:
         found = []
-        for file, start, size in places[part]:
-            with file.open("rb") as opened:
-                opened.seek(start)
-                found.append(opened.read(size))
+        for number, inside in groupby(places[part], itemgetter(0)):
+            with shards[number].open() as file, file.open("rb") as opened:
+                for _, start, size in inside:
+                    opened.seek(start)
+                    found.append(opened.read(size))
         return found
 
     has_text = captions and (caption is not None or any(text is not None for text in texts))
@@ -109,7 +172,7 @@ def _shard_rows(files: Sequence[Path], caption: str | None, labels: bool, captio
     return Rows(names, read, said, numbers if len(numbers) == len(names) else None, problems=problems)
 
 
-def _grouped(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _grouped(file: Path, called: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The files of a shard by their name before the first dot: where the image is, and what is said of it."""
     key, row = "", {}
     there = file.stat().st_size
@@ -135,7 +198,7 @@ def _grouped(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     row |= {} if "\0" in text else {kind: text}  # another encoding is no text
     except Exception as error:  # a damaged header may say anything
         why = briefly(error)
-        raise ValueError(f"{file} cannot be read ({why}): it is damaged, or compressed (unpack it first)") from None
+        raise ValueError(f"{called} cannot be read ({why}): it is damaged, or compressed (unpack it first)") from None
     if row:
         yield key, row
 

@@ -3,13 +3,9 @@
 ``fewstep.data.encoded`` reads what is written here.
 """
 
-import copy
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.common.disk import replace_file
 from fewstep.common.distributed import choose_device, environment
 from fewstep.common.errors import unknown
 from fewstep.common.user_folders import cache_folder
 from fewstep.data.captions import Captioned, Rows
-from fewstep.data.decode import check_side, decode, unreadable
+from fewstep.data.decode import check_side, unreadable
 from fewstep.data.encoded import FACTS, FORMAT, INDEX, Encoded, read_facts
 from fewstep.data.images import check_buckets
 from fewstep.data.pairs import Pairs
 from fewstep.data.sources import listed
-from fewstep.data.texts import TEXTS
 from fewstep.flows.signature import Model, classes_of, shape_of
 from fewstep.generation.bucketing import Part, buckets_for, in_buckets
-from fewstep.generation.texts import (
-    DTYPES,
-    cast,
-    claim,
-    is_kept,
-    keep,
-    known_by,
-    note_of,
-    read_note,
-    refuse_others,
-    rows_of,
-    turns_of,
-    write_texts,
-)
+from fewstep.generation.encoded_shards import Encoding
+from fewstep.generation.texts import DTYPES, claim, refuse_others, rows_of, turns_of
 from fewstep.latents.encoders import text_identity, vae_identity
 
 Progress = Callable[[int, int], None]
@@ -55,21 +37,46 @@ def encode(
     data: str | Path | Captioned,
     out: str | Path,
     *,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+    rest: bool = False,
+    **how: Any,
+) -> int:
+    """As ``fewstep.encode``, for a model that is open; ``how`` is what :func:`begin` takes."""
+    place, world = choose_device(device, environment()), environment()
+    work = begin(model, data, out, place=place, **how)
+    total, done = -(-work.size // (1 if rest else world.size)), 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(min(done, total), total)
+
+    work.write_texts(turns_of(world, rest), tick)
+    work.write_latents(turns_of(world, rest), tick)
+    return work.finish()
+
+
+def begin(
+    model: Model,
+    data: str | Path | Captioned,
+    out: str | Path,
+    *,
+    place: torch.device,
     size: int | None = None,
     dtype: str = "float16",
     batch: int = 16,
     shard: int | None = None,
     on_error: str = "raise",
-    device: torch.device | str | None = None,
     command: str = "fewstep.encode with the same arguments",
-    progress: Progress | None = None,
-    rest: bool = False,
     buckets: bool = False,
     step: int | None = None,
     small: str = "enlarge",
     **options: Any,
-) -> int:
-    """As ``fewstep.encode``, for a model that is open."""
+) -> Encoding:
+    """Claim the folder ``out`` for data that are to be encoded; the arguments, and what is refused, are those of
+    ``fewstep.encode``. Every process does: they write the same bytes."""
     for name, value in (("batch", batch), ("shard", shard)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be at least 1, got {value!r}")
@@ -93,41 +100,7 @@ def encode(
         "classes": list(rows.classes) if facts["labels"] else None, "command": command,
     }  # fmt: skip
     claim(out / FACTS, facts, _KIND, read_facts)
-
-    world, place = environment(), choose_device(device, environment())
-    images = sum(len(part.rows) for part in parts)
-    total, done = -(-(images + len(captions)) // (1 if rest else world.size)), 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(min(done, total), total)
-
-    texts: list[Path] = []
-    if model.text is not None:
-        sides = (facts["size"], facts["size"])
-        how: dict[str, Any] = {"dtype": dtype, "batch": batch, "device": place}
-        texts = write_texts(model.text, captions, out, size=sides, **how, turns=turns_of(world, rest), tick=tick)
-    latents: Any = copy.copy(model.latents)  # so that the VAE is let go again
-    cut = [part.some(i, per_shard) for part in parts for i in range(0, len(part.rows), per_shard)]
-    files = [out / f"latents-{i:05d}.safetensors" for i in range(len(cut))]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for i in turns_of(world, rest)(len(files)):
-            if is_kept(files[i]):
-                tick(len(cut[i].rows))
-                continue
-            pictures = _pictures(rows, cut[i], latents.image_channels, batch, on_error, pool)
-            keep(files[i], _encoded(latents, pictures, columns, cut[i].shape, dtype, place, tick))
-    missing = [file for file in (*files, *texts) if not (file.is_file() and note_of(file).is_file())]
-    if not missing:
-        index = {file.name: read_note(file) for file in (*files, *texts)}
-        if not any(index[file.name]["rows"] for file in files):
-            raise ValueError(f"none of the {len(rows)} images of {source.name} can be used")
-        if texts:
-            index[TEXTS] = known_by((out / TEXTS).read_bytes(), len(captions))
-        replace_file(out / INDEX, (json.dumps(index, indent=1) + "\n").encode())
-    return len(missing)
+    return Encoding(model, source, out, facts, columns, captions, parts, batch, place)
 
 
 def encoded_once(
@@ -238,49 +211,3 @@ def _columns(model: Model, rows: Rows, name: str) -> tuple[dict[str, Tensor], li
         if low < 0 or high >= classes:
             raise ValueError(f"{name} has labels {low} to {high}, and the model the classes 0 to {classes - 1}")
     return columns, list(captions)
-
-
-def _pictures(
-    rows: Rows, part: Part, channels: int, batch: int, on_error: str, pool: ThreadPoolExecutor
-) -> Iterator[tuple[list[int], np.ndarray]]:
-    """The images of some rows, decoded a batch ahead, and which rows they are: those that can be used."""
-    batches = [part.rows[start : start + batch] for start in range(0, len(part.rows), batch)]
-
-    def begin(some: Sequence[int]) -> list[Any]:
-        in_order = isinstance(some, range)
-        sources = rows.read(slice(some.start, some.stop)) if in_order else [rows.read(slice(i, i + 1))[0] for i in some]
-        return [pool.submit(decode, source, part.size, channels) for source in sources]
-
-    pending = begin(batches[0])
-    for places, following in pairwise([*batches, None]):
-        assert places is not None
-        now, pending = pending, [] if following is None else begin(following)
-        found = {}
-        for row, job in zip(places, now, strict=True):
-            pixels = rows.problems.get(row) or job.result()
-            if not isinstance(pixels, str):
-                found[row] = pixels
-            elif on_error == "raise":
-                raise unreadable(rows.names[row], pixels)
-        yield list(found), np.stack(list(found.values())) if found else np.empty((0, channels, *part.size), np.uint8)
-
-
-def _encoded(
-    latents: Any,
-    pictures: Iterator[tuple[list[int], np.ndarray]],
-    columns: dict[str, Tensor],
-    shape: tuple[int, ...],
-    dtype: str,
-    place: torch.device,
-    tick: Callable[[int], None],
-) -> dict[str, Tensor]:
-    """The rows of a shard."""
-    parts: list[Tensor] = [torch.empty(0, *shape, dtype=DTYPES[dtype])]
-    kept: list[int] = []
-    for index, pixels in pictures:
-        if index:
-            images = torch.from_numpy(pixels).to(place).float().sub_(127.5).div_(127.5)
-            parts.append(cast(latents.encode(images), dtype, "latents"))
-        kept += index
-        tick(len(index))
-    return {"latents": torch.cat(parts), **{name: value[kept] for name, value in columns.items()}}

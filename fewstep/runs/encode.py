@@ -1,15 +1,20 @@
 """Encoding for a model that is named: of a diffusers folder, its VAE and text encoders alone are loaded."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fewstep.common.distributed import World, choose_device
 from fewstep.common.model_files import class_of, read_json
+from fewstep.common.on_ray import check_engine, on_ray
 from fewstep.data.captions import Captioned
 from fewstep.flows.signature import Model
 from fewstep.generation import encoding
 from fewstep.generation.encoding import Progress
+from fewstep.generation.texts import turns_of
 from fewstep.models.weightless import field_without_weights
 from fewstep.runs.loading import find_model
 
@@ -50,6 +55,9 @@ def encode(
     buckets: bool = False,
     step: int | None = None,
     small: str = "enlarge",
+    variant: str | None = None,
+    engine: str = "processes",
+    workers: int | None = None,
     **options: Any,
 ) -> int:
     """Encode images and their captions for a latent model, once, into the folder ``out``; returns how many shards are
@@ -80,6 +88,11 @@ def encode(
             sixteenth of ``size``.
         small: what becomes of an image smaller than its bucket: enlarge, or drop.
         rest: afterwards, make what the other processes have not made yet.
+        variant: of the weights of a model that is named.
+        engine: who makes the shards: processes, this one or those that were started together; or ray, the workers of
+            the cluster of $RAY_ADDRESS, else of this machine (extra ``scale``). They see the model, the data and
+            ``out`` by the same paths.
+        workers: of Ray; by default one a GPU, or one a machine where there are none.
         options: of the kind of data (``caption``, ``image``, ``split``, ...).
 
     Raises:
@@ -89,21 +102,54 @@ def encode(
     >>> encode("./stable-diffusion", "./photos", "encoded", size=512)
     >>> fit(student, ITVM(teacher), load_data("encoded"), steps=20_000)
     """
-    return encoding.encode(
-        encoders_of(model) if isinstance(model, str | Path) else model,
-        data,
-        out,
-        size=size,
-        dtype=dtype,
-        batch=batch,
-        shard=shard,
-        on_error=on_error,
-        device=device,
-        command=command,
-        progress=progress,
-        rest=rest,
-        buckets=buckets,
-        step=step,
-        small=small,
-        **options,
-    )
+    check_engine(engine, workers)
+    opened = _opened(model, variant)
+    how: dict[str, Any] = {"size": size, "dtype": dtype, "batch": batch, "shard": shard, "on_error": on_error}
+    how |= {"command": command, "buckets": buckets, "step": step, "small": small, **options}
+    if engine == "processes":
+        return encoding.encode(opened, data, out, device=device, progress=progress, rest=rest, **how)
+    work = encoding.begin(opened, data, out, place=torch.device("cpu"), **how)
+    out = Path(out).expanduser().resolve()
+    make, done = partial(_maker, model, variant, data, out, device, how), 0
+    shares = [
+        (kind, i, _TEXTS) for kind, count in (("texts", _TEXTS), ("latents", len(work.latents))) for i in range(count)
+    ]
+    for count in on_ray(shares, make, workers=workers, on_cpu=torch.device(device or "cuda").type == "cpu"):
+        done += count
+        if progress is not None:
+            progress(done, work.size)
+    if missing := work.finish():
+        raise ValueError(
+            f"{missing} shards are not in {out}, which the workers wrote: use a folder that all machines share"
+        )
+    return 0
+
+
+_TEXTS = 16  # shares of the captions
+
+
+def _opened(model: Model | str | Path, variant: str | None) -> Model:
+    return encoders_of(model, variant) if isinstance(model, str | Path) else model
+
+
+def _maker(
+    model: Model | str | Path,
+    variant: str | None,
+    data: str | Path | Captioned,
+    out: Path,
+    device: torch.device | str | None,
+    how: dict[str, Any],
+) -> Callable[[tuple[str, int, int]], int]:
+    """What makes a share of the shards in a worker, and says how many images and captions are done."""
+    work = encoding.begin(_opened(model, variant), data, out, place=choose_device(device, World()), **how)
+
+    def make(share: tuple[str, int, int]) -> int:
+        kind, number, of = share
+        counts: list[int] = []
+        if kind == "texts":
+            work.write_texts(turns_of(World(number, of), False), counts.append)
+        else:
+            work.write_latents(lambda _: [number], counts.append)
+        return sum(counts)
+
+    return make

@@ -105,7 +105,7 @@ def table(out: Path, steps: int, to: Path, seeds: list[int]) -> None:
             [
                 f"{steps} steps of batch 64 each (ITVM), {COUNT:,} samples against as many images of the test split; "
                 "mean ± standard deviation over the seeds.",
-                '`none`: from noise alone, `ITVM(starts="own")`. `teacher`: 4,096 samples of the teacher by 16 calls each.',
+                '`none`: from noise alone (`starts="own"`). `teacher`: 4,096 samples of the teacher, 16 calls each.',
             ],
         ),
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.commands.shared import numbers, open_model, size_of
+from fewstep.commands.shared import guided_by, numbers, open_model, size_of
 from fewstep.commands.steered import steered_by
 from fewstep.common.distributed import World, choose_device
 from fewstep.common.errors import shown
@@ -120,6 +120,9 @@ def prepared(args: argparse.Namespace, device: torch.device, alone: bool = True,
     """
     steered, how = steered_by(args)
     model, run = open_model(args)
+    model, guidance = guided_by(args, model)
+    if args.guidance_scale_2 is not None:
+        how = {**how, "guidance": [args.guidance_scale, args.guidance_scale_2]}
     size = size_of(args.size) if args.size else None
     own = None if run is None else run.shape
     shape = (own or shape_of(model)) if size is None else sized(model, own, size)
@@ -136,7 +139,7 @@ def prepared(args: argparse.Namespace, device: torch.device, alone: bool = True,
     given |= {"image": images_for(model, args.image, shape)} if args.image else {}
     requests = drawing.settled(model, requests, given)
 
-    options = {"grid": args.grid, "gamma": args.gamma, "solver": args.solver, "guidance": args.guidance_scale}
+    options = {"grid": args.grid, "gamma": args.gamma, "solver": args.solver, "guidance": guidance}
     options |= {"eps": _eps(args.eps), "last_step": args.last_step}
     options = {name: value for name, value in options.items() if value is not None}
     if out.suffix:
@@ -193,7 +196,7 @@ def _optimal(
     is_field = args.teacher or isinstance(model, VelocityField)
     teacher = None if run is None or is_field or not follows_teacher(run.recipe) else teacher_of(run.recipe)
     by = "itself" if teacher is None else identity(teacher)
-    solver, gamma, guidance = args.solver or "euler", args.gamma, args.guidance_scale
+    solver, gamma, guidance = args.solver or "euler", args.gamma, told.get("guidance")
     facts = found_with(model, identity(model), solver=solver, gamma=gamma, guidance=guidance, shape=shape, by=by)
     model, reference = model.to(device), None if teacher is None else teacher.to(device)
     return grid_for(

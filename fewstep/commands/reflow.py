@@ -7,7 +7,16 @@ import sys
 from pathlib import Path
 
 from fewstep.commands.parser import Commands, add_command
-from fewstep.commands.shared import MODEL, add_device, add_guidance_scale, add_source, add_variant, numbers, open_model
+from fewstep.commands.shared import (
+    MODEL,
+    add_device,
+    add_guidance_scale,
+    add_source,
+    add_variant,
+    guided_by,
+    numbers,
+    open_model,
+)
 from fewstep.common.console import progress_bar, say_next
 
 
@@ -33,7 +42,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--labels", metavar="3,5", help="classes, given to the pairs in turn (default: all)")
     p.add_argument("--prompts", metavar="FILE", help="texts, given to the pairs in turn, for a model of text")
     add_source(p)
-    add_guidance_scale(p)
+    add_guidance_scale(p, experts=True)
     p.add_argument(
         "--states",
         type=_states,
@@ -70,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
             "samples in Python, fewstep.sample(model, noise, image=...), and train on arrays"
         )
     again, is_main = shlex.join(["fewstep", *args.argv]), environment().is_main
-    is_map, guidance = isinstance(model, FlowMap), args.guidance_scale
+    is_map = isinstance(model, FlowMap)
+    model, guidance = guided_by(args, model)
     if guidance is not None and not is_map and not isinstance(model, Guided) and not takes(model, "guidance"):
         if model.text is None:
             raise ValueError(

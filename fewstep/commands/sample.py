@@ -52,7 +52,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--size", metavar="768x1024", help=text)
     text = "what stands beside the samples, in turn, for a model that takes an image: a picture, a folder of them, .npy"
     p.add_argument("--image", metavar="PATH", help=f"{text} (default: those of the run's data)")
-    add_guidance_scale(p)
+    add_guidance_scale(p, experts=True)
     p.add_argument("--latents", action="store_true", help="write the latents of a latent model, not their images")
     text = "re-noising between steps, 0 to 1 (default: the map's, mostly 0)"
     p.add_argument("--gamma", type=float, metavar="G", help=text)

@@ -22,10 +22,34 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
 
 
-def add_guidance_scale(parser: argparse.ArgumentParser) -> None:
+def add_guidance_scale(parser: argparse.ArgumentParser, experts: bool = False) -> None:
+    """``--guidance-scale``, and with ``experts`` that of a second one (see :func:`guided_by`)."""
     text = "strength of guidance, for a model of text or one that takes it"
     parser.add_argument("--guidance-scale", type=float, metavar="W", help=text)
     parser.add_argument("--guidance", action=OldSpelling, now="--guidance-scale", type=float)
+    if experts:
+        text = "the same where the second of two experts answers, as of Wan 2.2"
+        parser.add_argument("--guidance-scale-2", type=float, metavar="W", help=text)
+
+
+def guided_by(args: argparse.Namespace, model: Any) -> tuple[Any, float | None]:
+    """A model guided as both strengths say, where a second is given, and the strength that is left to be told it.
+
+    Raises:
+        ValueError: a second strength without a first, or for a model that has no two experts.
+    """
+    from fewstep.flows.guided import Guided
+    from fewstep.flows.maps import FlowMap
+    from fewstep.latents.encoders import kept_null
+
+    first, second = args.guidance_scale, args.guidance_scale_2
+    if second is None:
+        return model, first
+    if first is None:
+        raise ValueError(f"--guidance-scale-2 {second:g} is for the second expert: say --guidance-scale too")
+    if isinstance(model, FlowMap | Guided) or model.text is None:
+        raise ValueError(f"--guidance-scale-2 {second:g} is for a teacher of text with two experts: leave it out")
+    return Guided(model, first, null=kept_null(model.text), scale_2=second), None
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

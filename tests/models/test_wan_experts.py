@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -12,9 +13,11 @@ from torch import Tensor
 from toys.students import field_of, network
 from toys.videos import wan, wan_model, wan_vae
 
+from fewstep.cli import main
+from fewstep.common.randomness import sample_generators
 from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import sample
+from fewstep.flows.sampling import sample, sample_noise
 from fewstep.flows.solvers import integrate
 from fewstep.models.adapter_files import DIFFUSERS_FILE, load_adapter, save_adapter
 from fewstep.models.lora import add_lora, merge_lora
@@ -213,6 +216,27 @@ def test_a_consistency_student_of_both_runs_in_the_stock_pipeline(tmp_path: Path
     card = (tmp_path / "fast" / "README.md").read_text()
     assert "load_into_transformer_2=True" in card
     assert "sigmas=" not in card  # which its pipeline does not take
+
+
+@pytest.mark.takes_seconds
+def test_the_command_takes_a_strength_for_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experts(tmp_path / "two")
+    field, words = loaded(tmp_path / "two"), ["sample", str(tmp_path / "two"), "--prompt", *TEXTS, "--latents"]
+    words += ["--steps", "4", "--size", "16x16", "--count", "2", "--out", str(tmp_path / "x.npy")]
+    assert main([*words, "--guidance-scale", "4", "--guidance-scale-2", "2"]) == 0
+    found = torch.from_numpy(np.load(tmp_path / "x.npy"))
+    guided = Guided(field, 4.0, null=field.text.null(), scale_2=2.0)
+    start = sample_noise(tuple(found.shape), sample_generators(0, range(2)))
+    torch.testing.assert_close(found, sample(guided, start, 4, **field.text.encode(TEXTS)), atol=1e-4, rtol=0)
+    plain = sample(Guided(field, 4.0, null=field.text.null()), start, 4, **field.text.encode(TEXTS))
+    assert (plain - found).abs().max() > 1e-3
+    capsys.readouterr()
+    assert main([*words, "--guidance-scale-2", "2"]) == 2
+    assert "say --guidance-scale too" in capsys.readouterr().err
+    wan().save_pretrained(tmp_path / "one")
+    words[1] = str(tmp_path / "one")
+    assert main([*words, "--guidance-scale", "4", "--guidance-scale-2", "2"]) == 2
+    assert "it is for a field of two experts" in capsys.readouterr().err
 
 
 def test_a_plan_counts_both(tmp_path: Path) -> None:

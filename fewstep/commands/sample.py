@@ -58,7 +58,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--gamma", type=float, metavar="G", help=text)
     text = (
         "times of the steps: uniform (default), shifted, quadratic, gaussian(C) of data with that deviation, native "
-        "(those of DDIM), or optimal (found once, and kept with a run)"
+        "(those of the model's pipeline), or optimal (found once, and kept with a run)"
     )
     p.add_argument("--grid", default="uniform", metavar="NAME", help=text)
     p.add_argument("--solver", metavar="NAME", help="for a velocity field: euler (default), midpoint, heun, adaptive")

@@ -16,6 +16,7 @@ from fewstep.flows.paths import Linear, Path
 from fewstep.flows.predictions import KINDS
 from fewstep.flows.reflected import Reflected
 from fewstep.flows.schedules import kind_of, schedule_of
+from fewstep.flows.shifts import Shift, shift_of
 from fewstep.flows.sources import Source
 from fewstep.flows.spaces import Box, Euclid, Space
 from fewstep.networks import FAMILIES, WanExperts
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # What is known of a field, and goes with it into those that are made of it.
 KNOWN = (
     "latents", "text", "class_names", "moments", "source", "distilled", "coupling", "starts_from", "space", "chain",
+    "shift",
 )  # fmt: skip
 
 
@@ -47,6 +49,7 @@ class VelocityField(nn.Module):
         coupling: how noise and data were paired where it was trained, such as ``ot``; empty where they were
             independent, as a score needs.
         starts_from: what its samples start from, where that is no normal noise (a path between two data sets).
+        shift: how its scheduler moves times, where it is a flow-match one (``fewstep.flows.shifts``).
         space: where its samples live (``fewstep.flows.spaces``).
         chain: the kind of a Markov chain of tokens that it is (``fewstep.flows.chains``), which is no velocity.
     """
@@ -61,6 +64,7 @@ class VelocityField(nn.Module):
     class_names: tuple[str, ...] = ()
     moments: tuple[float, float] | None = None
     starts_from: Source | None = None
+    shift: Shift | None = None
     space: Space = Euclid()
     chain: str = ""
 
@@ -312,3 +316,4 @@ class DiffusionField(NetworkField):
         native, prediction = schedule_of(scheduler)
         super().__init__(network, native, prediction, path=path or Linear())
         self.scheduler = scheduler
+        self.shift = shift_of(scheduler, network)

@@ -11,6 +11,7 @@ from fewstep.flows.change_of_path import scaling
 from fewstep.flows.fields import NetworkField, VelocityField, check_field, checked
 from fewstep.flows.guided import unguided
 from fewstep.flows.paths import Path
+from fewstep.flows.shifts import Shift
 from fewstep.flows.sources import Source
 from fewstep.flows.spaces import Euclid, Space
 from fewstep.networks import with_second_time
@@ -41,8 +42,8 @@ class FlowMap(nn.Module):
             only knows the way to t = 1 (a consistency model).
         guidance: the strength of guidance that ``fewstep.sample`` tells it if nothing is said, None for none: of a map
             that takes one.
-        latents, text, class_names, moments, source, starts_from, space: as those of a :class:`VelocityField`; a map
-            made by ``from_field`` has its field's, all but the source.
+        latents, text, class_names, moments, source, starts_from, shift, space: as those of a :class:`VelocityField`; a
+            map made by ``from_field`` has its field's, all but the source.
     """
 
     gamma: float = 0.0
@@ -53,6 +54,7 @@ class FlowMap(nn.Module):
     moments: tuple[float, float] | None = None
     source: str | None = None
     starts_from: Source | None = None
+    shift: Shift | None = None
     space: Space = Euclid()
 
     def __init__(
@@ -119,7 +121,7 @@ class FlowMap(nn.Module):
             load_by_name(network, field.network)
         student = cls(network, field.native, field.prediction, path=field.path, space=field.space)
         student.latents, student.text, student.class_names = field.latents, field.text, field.class_names
-        student.moments, student.starts_from = field.moments, field.starts_from
+        student.moments, student.starts_from, student.shift = field.moments, field.starts_from, field.shift
         student.gamma = 1.0 if student.ends_alone else 0.0
         return student
 

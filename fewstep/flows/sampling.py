@@ -21,7 +21,7 @@ from fewstep.flows.guided import Guided, unguided
 from fewstep.flows.interpolants import DenoisedField, check_between, sample_between
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
-from fewstep.flows.signature import check_call, device_of
+from fewstep.flows.signature import check_call, device_of, shape_of, token_count
 from fewstep.flows.solvers import SOLVERS, integrate
 from fewstep.flows.spaces import Tokens
 from fewstep.flows.stochastic import Eps, check_sde, integrate_sde
@@ -55,8 +55,10 @@ def sample(
         steps: how many steps from t = 0 to t = 1.
         grid: uniform, shifted, quadratic; gaussian(c), the best for Gaussian data of deviation c (``gaussian_grid``; c
             is 1 where it is not said, for latents and data that were normalised); tokens, at which rows of tokens are
-            decided evenly; native: equal steps of the schedule that a diffusion model was trained on, which is where
-            DDIM takes its own; or the times themselves, rising from 0 to 1 (``fewstep.optimal_grid`` finds them).
+            decided evenly; native: where the model's own pipeline takes its steps, of a diffusion model equal ones of
+            the schedule that it was trained on, as DDIM does, of a flow-match model those that its scheduler shifts, by
+            the number of tokens of the noise where it does so (``fewstep.flows.shifts``); or the times themselves,
+            rising from 0 to 1 (``fewstep.optimal_grid`` finds them).
         solver: for fields: euler, midpoint, heun, adaptive. With ``eps`` euler (Euler-Maruyama), heun (weak order 2) or
             ancestral (DDPM's).
         gamma: for maps: 0 is deterministic, 1 is consistency sampling; see :func:`sample_map`. By default the map's
@@ -77,7 +79,10 @@ def sample(
 
     >>> images = fewstep.sample(student, torch.randn(64, 3, 32, 32), steps=2)
     """
-    times = check_options(model, steps, grid=grid, solver=solver, gamma=gamma, eps=eps, last_step=last_step)
+    shape = tuple(noise.shape[1:])
+    times = check_options(
+        model, steps, grid=grid, solver=solver, gamma=gamma, eps=eps, last_step=last_step, shape=shape
+    )
     noise, cond = placed(model, noise, cond)
     if isinstance(model, FlowMap):
         gamma = model.gamma if gamma is None else gamma
@@ -156,6 +161,7 @@ def check_options(
     gamma: float | None = None,
     eps: Eps | None = None,
     last_step: str | None = None,
+    shape: tuple[int, ...] | None = None,
     **_: Any,
 ) -> Tensor:
     """The times of the steps (N + 1,), once it is clear that ``sample`` takes these options for this model.
@@ -193,7 +199,7 @@ def check_options(
         raise unknown("solver", solver, SOLVERS)
     if last_step is not None and eps is None:
         raise ValueError(f"last_step={last_step!r} is how a sampler with noise ends: give eps too")
-    return _times(grid, steps, model)
+    return _times(grid, steps, model, shape)
 
 
 def _check_gamma(gamma: float) -> None:
@@ -247,8 +253,12 @@ def sample_noise(shape: tuple[int, ...], generators: Generators, dtype: torch.dt
     return normal(torch.empty(shape, dtype=dtype), generators)
 
 
-def _times(grid: str | Tensor, steps: int, model: Any) -> Tensor:
+def _times(grid: str | Tensor, steps: int, model: Any, shape: tuple[int, ...] | None) -> Tensor:
     if isinstance(grid, str):
+        if grid == "native" and (shift := getattr(unguided(model), "shift", None)) is not None:
+            step_grid(steps)  # which refuses numbers that are none
+            times = shift.grid(steps, token_count(model, shape_of(model) if shape is None else shape))
+            return model.path.time_of(times, 1 - times)
         if grid == "native" and (native := getattr(unguided(model), "native", None)) is not None:
             times = step_grid(steps)
             inner = native.coefficients(times[1:-1])

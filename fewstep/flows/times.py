@@ -22,6 +22,16 @@ GRIDS = ("uniform", "shifted", "quadratic")
 _MOST_STEPS = 1_000_000
 
 
+# Before a distribution: times as it has them, then moved as the model's own scheduler moves those of its steps.
+NATIVE = "native"
+
+
+def without_native(distribution: str) -> tuple[str, bool]:
+    """A distribution without ``native`` before it, and whether that was there; ``native`` alone is of uniform times."""
+    first, _, rest = distribution.strip().partition(" ")
+    return (rest.strip() or "uniform", True) if first == NATIVE else (distribution, False)
+
+
 @cache
 def read_times(distribution: str) -> tuple[str, tuple[float, ...]]:
     """The name and the numbers of a distribution, said as ``logit-normal`` or ``logit-normal(-0.4, 1)``.
@@ -65,10 +75,13 @@ def draw_times(rows: int, generators: Generators, distribution: str = "uniform")
     * tokens(V, share): as calls(share), of times at which tokens of a vocabulary of V are decided evenly
       (``fewstep.flows.token_times``).
 
+    ``native`` before one of them, as in ``native logit-normal(0, 1)``, is for objectives, which move the times so as
+    the scheduler of their model does (:func:`moved_natively`); here it changes nothing.
+
     Raises:
         ValueError: if the distribution is not known.
     """
-    name, numbers = read_times(distribution)
+    name, numbers = read_times(without_native(distribution)[0])
     u = uniform(rows, generators)
     match name:
         case "logit-normal":
@@ -103,6 +116,7 @@ def draw_pairs(
             (Of two sorted uniform numbers, s is uniform on [0, 1 - (t - s)], and stays so.) Ends then go as far as
             the strip reaches.
     """
+    distribution, _ = without_native(distribution)
     name, numbers = read_times(distribution)
     if name == "tokens":
         pairs = draw_pairs(rows, generators, f"calls({numbers[1]})", ends, longest)

@@ -131,7 +131,7 @@ def draw_batches(
     """
     each = 1 if steered is None else steered.particles
     model, begin, conditions = _starts(model, requests, batches, shape, size, given, guidance, each)
-    check_options(model, steps, **options)
+    check_options(model, steps, shape=shape, **options)
     draw_rows = sample if steered is None else steered.seen(partial(finished, model))
 
     def made() -> Iterator[tuple[Sequence[int], Tensor]]:

@@ -16,8 +16,9 @@ from fewstep.flows.fields import VelocityField, check_field, check_velocity
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
 from fewstep.flows.products import Product
+from fewstep.flows.signature import token_count
 from fewstep.flows.spaces import Euclid, Space, Tokens
-from fewstep.flows.times import read_times
+from fewstep.flows.times import NATIVE, read_times, without_native
 
 # Some rows of a batch: those of a slice, or these (n,).
 Index = slice | Tensor
@@ -230,6 +231,31 @@ class Objective(nn.Module):
             )
 
 
+def moved_natively(distribution: str, student: Any, times: Tensor, data: Tensor) -> Tensor:
+    """Times (B,) as a distribution wants them: with ``native`` before it, moved as the scheduler of the student's model
+    does for samples of so many tokens as ``data`` (B, ...) has."""
+    if not without_native(distribution)[1]:
+        return times
+    return student.shift.moved(times, token_count(student, tuple(data.shape[1:])))
+
+
+def check_native(distribution: str, student: Any) -> None:
+    """That a distribution with ``native`` before it is for a student whose model has a scheduler that moves times.
+
+    Raises:
+        ValueError: it is not, or the scheduler's are those of a number of steps.
+    """
+    if not without_native(distribution)[1]:
+        return
+    if (shift := getattr(student, "shift", None)) is None:
+        raise ValueError(
+            f"times: {distribution}: {NATIVE} moves times as the flow-match scheduler of the student's model does, and "
+            "this one has none: name the distribution alone"
+        )
+    if shift.by_steps:
+        shift.strength(1)
+
+
 def check_decay(method: str, ema: float) -> float:
     """The decay of a student copy, which lies in [0, 1)."""
     if not 0 <= ema < 1:
@@ -239,7 +265,7 @@ def check_decay(method: str, ema: float) -> float:
 
 def check_options(method: str, times: str, **in_unit: float) -> None:
     """Raise for a distribution of times that is not known, or an option that does not lie in [0, 1]."""
-    read_times(times)
+    read_times(without_native(times)[0])
     for name, value in in_unit.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{method}'s {name} is {value}: it lies in [0, 1]")

@@ -26,6 +26,7 @@ class FMM(TwoTime):
     """
 
     term = "lagrangian"
+    moves_pairs = False
     sources = ("2406.07507",)
 
     def __init__(

@@ -17,8 +17,10 @@ from fewstep.objectives.base import (
     Batch,
     Loss,
     Objective,
+    check_native,
     check_options,
     latent_of,
+    moved_natively,
     noise_of,
     squared_error,
     student_space,
@@ -34,7 +36,7 @@ class FlowMatching(Objective):
 
     Args:
         times: uniform, or logit-normal, which images prefer (arXiv 2403.03206), or see
-            ``fewstep.flows.times.draw_times``.
+            ``fewstep.flows.times.draw_times``; ``native logit-normal(0, 1)`` moves them as the model's scheduler does.
         error_in: velocity, data, tokens or auto, as in :class:`TwoTime`: the velocity of a network that predicts data
             is its output over 1 - t, and the rows near t = 1 would drown all others.
     """
@@ -63,6 +65,7 @@ class FlowMatching(Objective):
         space = student_space(student)
         noise = noise_of(batch, generator, space)
         t = as_times(draw_times(len(batch), generator, self.times), noise)
+        t = moved_natively(self.times, student, t, noise)
         latent = latent_of(student.path, noise, generator)
         x, dx = space.between(student.path, noise, batch.data, t, latent)
         if (tokens := tokens_of(self, student)) is not None:
@@ -91,6 +94,7 @@ class FlowMatching(Objective):
 
     def check_student(self, student: Any) -> None:
         """Anything with a ``path`` and a ``velocity`` will do."""
+        check_native(self.times, student)
         if not (hasattr(student, "path") and hasattr(student, "velocity")):
             own, name = type(self).__name__, type(student).__name__
             raise ValueError(f"{own} trains a VelocityField or a FlowMap, not a {name}: NetworkField(network)")

@@ -8,8 +8,8 @@ from fewstep.common.randomness import Generators
 from fewstep.data.batch import Batch
 from fewstep.flows.broadcasting import as_times
 from fewstep.flows.interpolants import DenoisedField
-from fewstep.flows.times import draw_times
-from fewstep.objectives.base import Loss, Objective, check_options, latent_of, noise_of, squared_error
+from fewstep.flows.times import draw_times, read_times
+from fewstep.objectives.base import Loss, Objective, latent_of, noise_of, squared_error
 
 
 class StochasticInterpolant(Objective):
@@ -30,7 +30,7 @@ class StochasticInterpolant(Objective):
 
     def __init__(self, antithetic: bool = True, times: str = "uniform") -> None:
         super().__init__()
-        check_options(type(self).__name__, times)
+        read_times(times)
         self.antithetic, self.times = antithetic, times
 
     def forward(

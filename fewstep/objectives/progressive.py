@@ -101,6 +101,7 @@ class Shortcut(TwoTime):
     """
 
     term = "shortcut"
+    moves_pairs = False
     any_space = True
     sources = ("2410.12557",)
 
@@ -151,6 +152,7 @@ class PFMM(TwoTime):
     """
 
     term = "progressive"
+    moves_pairs = False
     sources = ("2406.07507", "2202.00512")
     round: Tensor
 

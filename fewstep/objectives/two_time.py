@@ -23,8 +23,10 @@ from fewstep.objectives.base import (
     Index,
     Loss,
     Objective,
+    check_native,
     check_options,
     latent_of,
+    moved_natively,
     noise_of,
     split_rows,
     squared_error,
@@ -66,7 +68,8 @@ class TwoTime(Objective):
     Args:
         teacher: the frozen field, or None to train from data.
         diagonal: the share of rows on s = t.
-        times, ends: see :func:`fewstep.flows.times.draw_pairs`.
+        times, ends: see :func:`fewstep.flows.times.draw_pairs`; ``native`` before a distribution moves both times
+            towards the noise as the scheduler of the student's model does, by the number of tokens of the batch.
         adaptive: p of the weight ``1 / (error + 0.001)^p`` (arXiv 2505.13447), with no gradient; 0 for none. The error
             is a mean over components, so that it does not depend on their number. Where the goal is noisy (no
             teacher), a weight that goes with the noise biases what is learned.
@@ -92,6 +95,8 @@ class TwoTime(Objective):
     # Whether goals are made of u itself, as near as it gets: u and goal are then to see the same dropout, as two draws
     # of it differ by more than what is to be learned.
     goal_has_u = False
+    # Whether native times are those of the rows off the diagonal too: not where their lengths are the method's own.
+    moves_pairs = True
     # The weights of terms that are added to the loss as they are, each a mean over its rows.
     beside: Mapping[str, float] = MappingProxyType({})
     # Terms that see the rows of all parts.
@@ -144,6 +149,10 @@ class TwoTime(Objective):
             goal = self.goal(student, rows, now)
         again()
         return student.average_velocity(rows.x, rows.s, rows.t, **rows.cond) - goal
+
+    def check_student(self, student: Any) -> None:
+        super().check_student(student)
+        check_native(self.times, student)
 
     def pairs(self, rows: int, generator: Generators, now: Now) -> tuple[Tensor, Tensor]:
         """The times s, t of the rows off the diagonal, each (rows,)."""
@@ -266,6 +275,9 @@ class TwoTime(Objective):
         start, fraction = self.starts(count, generator), uniform(count, generator)
         cond = batch.cond
         s, t, start, fraction = (as_times(value, noise) for value in (s, t, start, fraction))
+        start = moved_natively(self.times, student, start, noise)
+        if self.moves_pairs:
+            s, t = (moved_natively(self.times, student, value, noise) for value in (s, t))
         diagonal = shared[self.diagonal_term]
         if self.from_noise:
             s = torch.zeros_like(s)

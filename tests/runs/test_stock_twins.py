@@ -16,6 +16,7 @@ from toys.families import tiny_pipeline
 from toys.videos import ltx, wan
 
 from fewstep.flows.maps import FlowMap
+from fewstep.flows.sampling import check_options
 from fewstep.flows.solvers import integrate
 from fewstep.runs.export import export
 from fewstep.runs.loading import load
@@ -60,6 +61,34 @@ def test_a_field_of_a_folder_draws_the_images_of_its_pipeline(name: str, tmp_pat
     assert not torch.equal(wanted[0], wanted[1])
     assert field.latents.encode(images).shape == noise.shape
     assert field.latents.image_shape_of(field.latents.shape_of((3, side, side))) == (3, side, side)
+
+
+# By the tokens of a sample, with more of them for some than for others; and one number for all.
+SHIFTED: dict[str, Any] = {
+    "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192,
+    "shift_terminal": 0.02,
+}  # fmt: skip
+
+
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize(
+    "name", ["flux", "flux2", "qwenimage", "z-image", "lumina2", "chroma", "sd3", "auraflow", "ltx"]
+)
+def test_native_steps_are_those_of_the_pipeline(name: str, tmp_path: Path) -> None:
+    pipeline = ltx() if name == "ltx" else tiny_pipeline(name)
+    pipeline.set_progress_bar_config(disable=True)
+    how = {"shift": 3.0} if name == "auraflow" else {**SHIFTED, **({"shift_terminal": None} if name == "sd3" else {})}
+    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**how)
+    pipeline.save_pretrained(tmp_path)
+    field: Any = load(tmp_path)
+    height, width = {"ltx": (64, 96), "lumina2": (16, 32), "auraflow": (16, 16)}.get(name, (16, 24))
+    options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "height": height, "width": width}
+    options |= {"num_frames": 9} if name == "ltx" else {}
+    pipeline(prompt=list(TEXTS), **options, **UNGUIDED.get(name, {"guidance_scale": 1.0}))
+    frames = (9,) if name == "ltx" else ()
+    shape = field.latents.shape_of((3, *frames, height, width))
+    times = check_options(field, 3, grid="native", shape=shape)
+    torch.testing.assert_close(times, 1 - pipeline.scheduler.sigmas.double(), atol=5e-7, rtol=0)
 
 
 @pytest.mark.takes_seconds

@@ -16,6 +16,7 @@ class AuraFlow(OfDiffusers):
     """
 
     code, first = "auraflow", "pos_embed.proj"
+    names_sigmas = False
     model: "AuraFlowTransformer2DModel"
 
     def forward(

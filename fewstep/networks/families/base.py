@@ -23,6 +23,11 @@ class OfDiffusers(nn.Module):
     apart: ClassVar[tuple[str, ...]] = ()
     # Whether all models of the class have a second time by themselves.
     always_map: ClassVar[bool] = False
+    # Whether its pipeline names the noise levels of its steps, down to one over their number, or leaves them to the
+    # scheduler.
+    names_sigmas: ClassVar[bool] = True
+    # Whether its pipeline counts the channels of a sample for its tokens, where noise levels follow their number.
+    counts_channels: ClassVar[bool] = False
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ class Lumina2(OfDiffusers):
     """
 
     code, first = "lumina2", ""
+    counts_channels = True
     model: "Lumina2Transformer2DModel"
 
     def forward(

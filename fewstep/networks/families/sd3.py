@@ -16,6 +16,7 @@ class SD3(OfDiffusers):
     ``pooled_projections`` (B, D'); ``image`` (B, C', H, W) where it takes more channels than the state has."""
 
     code, first = "sd3", "pos_embed.proj"
+    names_sigmas = False
     model: "SD3Transformer2DModel"
 
     def forward(

@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
@@ -72,15 +73,17 @@ def on_ray(
     with redirect_stdout(sys.stderr), _cluster() as ray:
         count, needs = _room(ray, workers, on_cpu)
         rows = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items))
-        done = rows.map_batches(
-            _Worker,
-            fn_constructor_args=(make, os.getcwd()),
-            batch_size=1,
-            concurrency=min(count, len(items)),
-            max_restarts=_AGAIN,
-            max_task_retries=_AGAIN,
-            **needs,
-        )
+        with warnings.catch_warnings():  # Ray 2.64 takes no bound on what is tried again: the extra stays below it
+            warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+            done = rows.map_batches(
+                _Worker,
+                fn_constructor_args=(make, os.getcwd()),
+                batch_size=1,
+                concurrency=min(count, len(items)),
+                max_restarts=_AGAIN,
+                max_task_retries=_AGAIN,
+                **needs,
+            )
         try:
             for row in done.iter_rows():
                 made, refusal = pickle.loads(row["made"])
@@ -128,6 +131,7 @@ def _said(error: Exception) -> tuple[type[Exception], str]:
 @contextmanager
 def _cluster() -> Iterator[Any]:
     """Ray, connected: as the caller has it, to $RAY_ADDRESS, or to a cluster of this machine for the while."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what fails is said by the error
     ray: Any = import_module("ray")
     import_module("ray.data")
     context = ray.data.DataContext.get_current()

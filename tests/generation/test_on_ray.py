@@ -1,11 +1,14 @@
 """Encoding and sampling by the workers of a Ray cluster: what one process makes, also where a worker is killed."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from toys.captions import captioned_folder, pipeline_folder
 from toys.dying import dying_rows, squares
@@ -127,6 +130,33 @@ def test_a_folder_is_gone_on_with_by_either_engine(
     assert contents(Path("shoes")) == whole
     assert main([*words, "--engine", "ray", "--seed", "1"]) == 2
     assert "holds other images" in capsys.readouterr().err
+
+
+@pytest.mark.takes_seconds
+def test_without_an_address_this_machine_does_it(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    env |= {"PYTHONPATH": path, "RAY_worker_niceness": "0"}
+    words = [
+        sys.executable,
+        "-m",
+        "fewstep",
+        "sample",
+        "eight-gaussians",
+        "--steps",
+        "4",
+        "--count",
+        "6",
+        "--batch",
+        "3",
+    ]
+    words += ["--device", "cpu", "--out", "x.npy", "--engine", "ray"]
+    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert (done.returncode, done.stdout) == (0, "x.npy: 6 samples, 4 network calls each\n"), done.stderr
+    assert "next:" in done.stderr
+    assert [line for line in done.stderr.splitlines() if "deprecated" in line or " E " in line] == []
+    assert len(np.load(tmp_path / "x.npy")) == 6
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ Table = tuple[list[str], list[list[Any]]]
 _USUAL = {"teacher": "distill", "data": "photos-teacher"}
 CARDS = (24, 48, 80)  # GB
 CALLS = (1, 2, 4, 8)
+SHARED_BY = (1, 2, 4, 8, 16)
 _UNITS = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"), (0.0, "us"))
 
 
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     print_table(*memory_table(found))
     columns, fits = fit_table(found)
     print_table(columns, fits)
+    if found.recipe.training.shard is not None or found.total(found.step.rows) > CARDS[0] * 2**30:
+        print_table(*shard_table(found))
     print_table(*time_table(found, [args.gpu] if args.gpu else list(GPUS), args.utilization))
     print(notes(found, args.utilization))
     flags = next((row[3] for row in fits if row[1] is not None), "")
@@ -119,6 +122,20 @@ def fit_table(plan: "Plan") -> Table:
         else:
             rows.append([f"{card} GB", fit.micro, f"{fit.bytes / GIB:.1f}", flags_of({**keys, **fit.keys})])
     return ["GPU", "rows at once", "GiB", "with"], rows
+
+
+def shard_table(plan: "Plan") -> Table:
+    """What each of some GPUs holds and sends where they share the weights (``--training.shard fsdp2``)."""
+    rows: list[list[Any]] = []
+    for gpus in SHARED_BY:
+        kept, at_once = plan.shards.fixed(gpus), plan.rows_of(gpus)
+        if at_once is None:
+            rows.append([gpus, None, size(kept), None, None, None])
+        else:
+            all_of_it = plan.sharded_total(gpus, at_once)
+            rows.append([gpus, at_once, size(kept), size(plan.shards.gathered), f"{all_of_it / 2**30:.1f}"])
+            rows[-1].append(size(plan.sent(gpus, at_once)))
+    return ["GPUs, sharded", "rows at once", "kept by each", "whole at once", "GiB of each", "sent an update"], rows
 
 
 def size(value: float) -> str:

@@ -24,6 +24,7 @@ from fewstep.common.errors import TrainingError, briefly, shortened
 _SILENT = 10.0  # seconds of waiting before a word is said
 _PATIENCE = 5.0  # seconds, with processes that may have died
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+_TOGETHER: ContextVar[bool] = ContextVar("together", default=False)
 _STORES: list[dist.Store] = []  # of the group that was made here
 
 
@@ -137,6 +138,21 @@ def summed(values: Tensor) -> Tensor:
     return total
 
 
+def anywhere(flag: Tensor) -> bool:
+    """Whether a flag is up, in any process where they call networks :func:`together`: what one calls then, all call."""
+    return bool(summed(flag.to(torch.int32)) if _TOGETHER.get() else flag)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, networks are sharded, and no process can call one without the others."""
+    token = _TOGETHER.set(True)
+    try:
+        yield
+    finally:
+        _TOGETHER.reset(token)
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """Inside, a process talks to no other: what it tries is its own, and may be tried more often than elsewhere."""
@@ -225,10 +241,11 @@ def _meet(world: World, device: torch.device) -> None:
         if not world.is_main:
             _reach(where[0], int(where[1]), patience.total_seconds())
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=patience))
+        # torchrun that starts them again (--max-restarts) may keep the store, and in it where those before were.
+        store = dist.PrefixStore(f"fewstep/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         _STORES.append(store)
-        store.set(f"fewstep/{world.rank}", "here")
-        store.wait([f"fewstep/{rank}" for rank in range(world.size)], patience)
-        store = dist.PrefixStore("fewstep", store)
+        store.set(f"{world.rank}", "here")
+        store.wait([f"{rank}" for rank in range(world.size)], patience)
         dist.init_process_group(_backend(device), store=store, rank=world.rank, world_size=world.size)
     except (RuntimeError, OSError) as error:
         raise LostProcessError(
@@ -294,8 +311,8 @@ def _drop(is_lost: bool) -> None:
         return
     with suppress(RuntimeError):
         for store in [] if is_lost else _STORES:
-            store.set(f"fewstep/left/{dist.get_rank()}", "left")
-            names = [f"fewstep/left/{rank}" for rank in range(dist.get_world_size())]
+            store.set(f"left/{dist.get_rank()}", "left")
+            names = [f"left/{rank}" for rank in range(dist.get_world_size())]
             end = time.monotonic() + _PATIENCE
             while not store.check(names) and time.monotonic() < end:  # a wait of torch's would fill the terminal
                 time.sleep(0.1)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.common.distributed import anywhere
 from fewstep.data.conditions import blank
 from fewstep.flows.broadcasting import as_times, expand
 from fewstep.flows.fields import VelocityField
@@ -61,7 +62,7 @@ class Guided(VelocityField):
         scale = self._scale_at(t) if guidance is None else guidance.to(t)
         inside = (t >= self.interval[0]) & (t <= self.interval[1])
         # Asking waits for a GPU, and all times are inside the whole interval.
-        if (isinstance(scale, float | int) and scale == 1) or (self.interval != (0, 1) and not inside.any()):
+        if (isinstance(scale, float | int) and scale == 1) or (self.interval != (0, 1) and not anywhere(inside.any())):
             return self.field(x, t, **cond)
         null = replaced(cond, self.null)
         if self.weak is None:  # both calls as one batch

@@ -117,6 +117,7 @@ class Adversarial(Finishing):
         self.penalty, self.loss, self.slopes, self.adaptive = penalty, loss, slopes, adaptive
         if isinstance(diffused, dict):
             diffused = arguments("objective.diffused", Diffused, diffused, given=("critic",))
+        self.needs_whole = "adaptive: true asks for the gradient of one weight: say adaptive: false" if adaptive else ""
         self.diffused = diffused
         self.critic: nn.Module | None = None
         self.wanted: str | dict[str, Any] = "auto"

@@ -48,6 +48,7 @@ class DiffTuning(Objective):
         ValueError: an option out of its range, a model with classes and no null, samples of another shape.
     """
 
+    needs_whole = "it draws from the model as it was, which it keeps beside: leave shard out"
     sources = ("2406.00773", "2210.02747")
     trains_field = True
 

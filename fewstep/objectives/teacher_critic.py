@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.distributed import is_sharded
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, normal, uniform
 from fewstep.flows.fields import NetworkField, VelocityField
@@ -98,10 +99,13 @@ class TeacherCritic(nn.Module):
     def forward(self, x: Tensor, *, time: Tensor, noise: Tensor, **cond: Tensor) -> Tensor:
         field = self.field
         noised, _ = field.path.sample(noise, x, time)
-        with recording(field.network, self.layers, stop=True) as seen, suppress(Enough):
-            field(noised, time, **{name: value for name, value in cond.items() if takes(field, name)})
-        logits = [head(seen[name], time) for name, head in zip(self.layers, self.heads, strict=True)]
-        return torch.stack(logits).mean(0)
+        is_shared = is_sharded(field.network)
+        told, output = {name: value for name, value in cond.items() if takes(field, name)}, None
+        with recording(field.network, self.layers, stop=not is_shared) as seen, suppress(Enough):
+            output = field(noised, time, **told)
+        logits = torch.stack([head(seen[name], time) for name, head in zip(self.layers, self.heads, strict=True)])
+        # Shards are brought together for the way back by the end of a call: so it leads through that.
+        return logits.mean(0) + 0 * output.flatten(1).mean(1) if output is not None else logits.mean(0)
 
     def _try(self, names: Sequence[str], shape: tuple[int, ...], cond: Mapping[str, Tensor] | None) -> dict[str, int]:
         """The channels of the features of those of these modules that see x, in the order in which they run."""

@@ -8,7 +8,7 @@ and ``utilization`` say.
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,8 @@ from fewstep.models.weightless import META
 from fewstep.objectives.base import Objective
 from fewstep.planning.counting import Counted, count_call, count_step
 from fewstep.planning.gpus import GPUS
+from fewstep.planning.parts import Part, parts_of
+from fewstep.planning.shards import Shards, calls_of
 from fewstep.planning.weightless import conditions, sample_of, teacher_without_weights
 from fewstep.runs.loading import start_of
 from fewstep.runs.objective import make_objective, trains_map
@@ -33,6 +35,7 @@ from fewstep.runs.students import make_student
 from fewstep.training.computing import PRECISIONS, use_checkpoints
 from fewstep.training.ema import Ema
 from fewstep.training.run import own_state
+from fewstep.training.sharding import networks_of
 from fewstep.training.shares import default_chunk
 from fewstep.training.step import checkpoints_followed, players_of
 
@@ -42,22 +45,13 @@ CONTEXT, LOST = 1 * GIB, 0.05
 
 
 @dataclass(frozen=True)
-class Part:
-    """What lies in memory through the whole training: ``numbers`` of them, in ``bytes``."""
-
-    name: str
-    numbers: int
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a recipe will need on one GPU.
 
-    ``parameters`` of the student, ``trained`` of them. ``parts`` lie in memory throughout. ``step`` is the recipe's
-    micro-batch, ``least`` the smallest one that its objective takes. ``checkpoint``: bytes of one on disk. ``call``:
-    FLOPs of the student for one sample; ``teacher_call`` those of the teacher, 0 without one. ``row``: bytes of a row's
-    latents and conditions kept in float16, ``shape`` a row's.
+    ``parameters`` of the student, ``trained`` of them. ``parts`` lie in memory throughout. ``shards``: what several
+    GPUs keep of them, and send. ``step`` is the recipe's micro-batch, ``least`` the smallest that its objective takes.
+    ``checkpoint``: bytes of one on disk. ``call``: FLOPs of the student for one sample; ``teacher_call`` those of the
+    teacher, 0 without one. ``row``: bytes of a row's latents and conditions kept in float16, ``shape`` a row's.
     """
 
     recipe: Recipe
@@ -66,6 +60,7 @@ class Plan:
     trained: int
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    shards: Shards
     step: Counted
     least: Counted
     checkpoint: int
@@ -88,6 +83,22 @@ class Plan:
     def total(self, rows: int) -> int:
         """Bytes of a training with micro-batches of so many rows, with what a GPU adds."""
         return math.ceil((self.fixed + self.passing(rows)) / (1 - LOST)) + CONTEXT
+
+    def rows_of(self, gpus: int) -> int | None:
+        """Rows at once on each of so many GPUs: as in the recipe, or as many as its part of the batch leaves; None
+        where the batch cannot be shared out, or leaves a term of the loss without rows."""
+        share, left = divmod(self.recipe.training.batch, gpus)
+        fit = [rows for rows in _divisors(share) if self.least.rows <= rows <= self.step.rows]
+        return fit[-1] if fit and not left else None
+
+    def sharded_total(self, gpus: int, rows: int) -> int:
+        """Bytes of each GPU where a training is sharded over so many, with what a GPU adds."""
+        held = self.shards.fixed(gpus) + self.shards.gathered + self.passing(rows)
+        return math.ceil(held / (1 - LOST)) + CONTEXT
+
+    def sent(self, gpus: int, rows: int) -> int:
+        """Bytes that a GPU sends in an update, and as many that it gets."""
+        return self.shards.sent(gpus) * self.recipe.training.batch // (gpus * rows)
 
     @property
     def flops(self) -> int:
@@ -117,7 +128,9 @@ def plan(recipe: Recipe) -> Plan:
     >>> plan(load_recipe("sdxl-itvm", {"data": "./photos"})).fixed / GIB
     """
     training, run = recipe.training, _build(recipe)
-    step = run.counted(training.batch // training.accumulate)
+    networks = networks_of(run.student, run.objective, [x for x in (run.average, run.target) if x is not None])
+    with calls_of(networks) as calls:
+        step = run.counted(training.batch // training.accumulate)
     network = getattr(run.student.network, "model", run.student.network)
     one = run.batch(1)
     times = (0.0, 1.0) if isinstance(run.student, FlowMap) else (0.0,)
@@ -127,7 +140,8 @@ def plan(recipe: Recipe) -> Plan:
         sum(p.numel() for p in run.student.parameters()),
         sum(p.numel() for p in run.student.parameters() if p.requires_grad),
         run.shape,
-        _parts(run),
+        parts_of(**_holders(run)),
+        Shards.of(networks, calls, PRECISIONS[training.precision], training.offload, _holders(run)),
         step,
         _least(run, step),
         _checkpoint(run),
@@ -226,38 +240,20 @@ def _build(recipe: Recipe) -> _Run:
     return _Run(recipe, student, objective, teacher, average, slow, shape, given)
 
 
-def _parts(run: _Run) -> tuple[Part, ...]:
-    """What lies in memory, each tensor once: what teacher or copies share with the student is its own."""
-    trained = _trained(run)
-    seen: set[int] = set()
-
-    def part(name: str, tensors: Iterable[Tensor]) -> Part:
-        new = [tensor for tensor in tensors if id(tensor) not in seen]
-        seen.update(map(id, new))
-        return Part(name, sum(x.numel() for x in new), sum(x.nbytes for x in new))
-
-    parts = [
-        part("weights that train", trained),
-        part("weights that stay", _tensors(run.student)),
-        part("teacher", _tensors(run.teacher)),
-        part("objective", _tensors(run.objective)),
-        part("averaged weights", _tensors(run.average)),
-        part("slow copy of the objective", _tensors(run.target)),
-        *(
-            Part(name, count * sum(p.numel() for p in trained), count * sum(p.nbytes for p in trained))
-            for name, count in {"gradients": 1, "two moments of AdamW": 2}.items()
-        ),
-    ]
-    return tuple(part for part in parts if part.numbers)
+def _holders(run: _Run) -> dict[str, Any]:
+    return {
+        "trained": _trained(run),
+        "student": run.student,
+        "teacher": run.teacher,
+        "objective": run.objective,
+        "average": run.average,
+        "target": run.target,
+    }
 
 
 def _trained(run: _Run) -> list[nn.Parameter]:
     """What the optimizers change."""
     return [p for player in players_of(run.objective, run.student).values() for p in player.parameters]
-
-
-def _tensors(module: nn.Module | None) -> list[Tensor]:
-    return [] if module is None else [*module.parameters(), *module.buffers()]
 
 
 def _checkpoint(run: _Run) -> int:

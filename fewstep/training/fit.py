@@ -161,7 +161,7 @@ def fit(
         raise ValueError(f"compile=True compiles student.network, and {type(student).__name__} has none")
     if gradient_checkpointing:
         use_checkpoints(student)
-    check_sharding(shard, offload, objective, precision=precision, compile=compile)
+    check_sharding(shard, offload, student, objective, precision=precision, compile=compile)
     trackers.check(track)
     world = distributed.environment()
     device = distributed.choose_device(device, world)
@@ -206,6 +206,8 @@ def fit(
                     console.say(f"note: {line}")
 
         sharding = Sharding(world, device, half, offload) if shard else None
+        if sharding is not None:
+            stack.enter_context(distributed.together())
         here = placed(student, objective, world, device, ema=ema, ema_warmup=ema_warmup, sharding=sharding)
         step, model = here.step, here.model
         players = players_of(objective, student)

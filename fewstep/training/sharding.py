@@ -7,6 +7,7 @@ averages follow, and optimizers move, those rows alone. What has no network, suc
 small critic, stays whole on every process, and its gradients are averaged after the backward pass.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from itertools import chain
@@ -25,7 +26,9 @@ from fewstep.objectives.teacher_critic import TeacherCritic
 SHARDS = ("fsdp2",)
 
 
-def check_sharding(shard: str | None, offload: bool, objective: Objective, *, precision: str, compile: bool) -> None:
+def check_sharding(
+    shard: str | None, offload: bool, student: nn.Module, objective: Objective, *, precision: str, compile: bool
+) -> None:
     """Refuse, before anything is spent, what a sharded training does not do.
 
     Raises:
@@ -41,9 +44,10 @@ def check_sharding(shard: str | None, offload: bool, objective: Objective, *, pr
         raise ValueError("shard: fsdp2 has no gradient scaler, which precision: fp16 needs: take bf16 or float32")
     if compile:
         raise ValueError("compile and shard: fsdp2 do not go together yet: leave one of them out")
-    for part in objective.modules():
-        if isinstance(part, Objective) and (why := part.needs_whole):
-            raise ValueError(f"shard: fsdp2 and {type(part).__name__}: {why}")
+    for part in (part for whole in (student, objective, *_teachers(objective)) for part in whole.modules()):
+        if why := getattr(part, "needs_whole", ""):
+            name = type(getattr(part, "model", part)).__name__
+            raise ValueError(f"shard: fsdp2 does not go with a {name}: {why}")
 
 
 def check_alike(network: nn.Module) -> None:
@@ -73,10 +77,13 @@ class Sharding:
     def __init__(self, world: World, device: torch.device, half: torch.dtype | None, offload: bool) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
+        # Of views that are changed in place after a block: none of the models here does, as their gradients show.
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         self.world, self.device = world, device
         self._mesh = init_device_mesh(device.type, (world.size,))
         self._half, self._offload = half, offload
-        self._roots: list[tuple[Any, str, nn.Module]] = []  # who holds a network, by what name, and its empty copy
+        # The networks, who holds each by what name, and a copy without numbers.
+        self._roots: list[tuple[Any, list[tuple[nn.Module, str]], nn.Module]] = []
         self._plain: list[nn.Parameter] = []
         self._buffers: list[tuple[nn.Module, str]] = []
         self._seen: dict[tuple[int, str], tuple[int, int]] = {}
@@ -89,12 +96,11 @@ class Sharding:
     def shard(self, student: nn.Module, objective: Objective, copies: Iterable[nn.Module]) -> None:
         """Share out every network of these, and move the rest to the device."""
         parts = list(dict.fromkeys([student, *copies, objective, *_teachers(objective)]))
-        held = list(dict.fromkeys(place for part in parts for place in _networks(part)))
-        shared = _shared_weights([getattr(holder, name) for holder, name in held])
-        for holder, name in held:
-            network = getattr(holder, name)
-            self._roots.append((holder, name, _emptied(network)))
-            self._share_out(network, getattr(holder, "apart", ()))
+        held = networks_of(student, objective, copies)
+        shared = _shared_weights(held)
+        for network, places in held.items():
+            self._roots.append((network, places, _emptied(network)))
+            self._share_out(network, units_of(network, places[0][0]))
         for first, *others in shared:  # one shard of a frozen weight serves all networks that have it
             for module, name in others:
                 module._parameters[name] = getattr(*first)
@@ -109,7 +115,7 @@ class Sharding:
     def _moved_there(self, tensor: Any) -> Tensor:
         return tensor if is_shard(tensor) else tensor.to(self.device)
 
-    def _share_out(self, network: nn.Module, apart: Iterable[str]) -> None:
+    def _share_out(self, network: nn.Module, units: Iterable[nn.Module]) -> None:
         # Here, as its import takes two seconds.
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -124,7 +130,7 @@ class Sharding:
         policy = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self._offload else OffloadPolicy()
         options: Any = {"mesh": self._mesh, "reshard_after_forward": True, "offload_policy": policy}
         sums = {"reduce_dtype": torch.float32 if kinds <= {torch.float32} else None, "cast_forward_inputs": False}
-        for unit in (*map(network.get_submodule, apart), *units_of(network)):
+        for unit in units:
             fully_shard(unit, mp_policy=MixedPrecisionPolicy(param_dtype=self._half, **sums), **options)
         fully_shard(network, mp_policy=MixedPrecisionPolicy(**sums), **options)
 
@@ -158,12 +164,11 @@ class Sharding:
 
     def forget_calls(self) -> None:
         """torch notes each call of a network until its next backward pass, which those that only answer never have."""
-        for holder, name, _ in self._roots:
-            state: Any = getattr(holder, name)._get_fsdp_state()
-            if (order := getattr(state._comm_ctx, "post_forward_order", None)) is not None:  # there from its first call
-                order.clear()
+        for network, _, _ in self._roots:
+            order = getattr(network._get_fsdp_state()._comm_ctx, "post_forward_order", [])  # there from its first call
+            order.clear()
             part: Any
-            for part in getattr(holder, name).modules():
+            for part in network.modules():
                 state = part._get_fsdp_state() if hasattr(part, "_get_fsdp_state") else None
                 for group in () if state is None else state._fsdp_param_groups:
                     group._post_forward_indices.clear()
@@ -172,25 +177,45 @@ class Sharding:
         """Put whole networks, on the CPU, in the place of the sharded ones of student, average and teachers. All
         processes call it."""
         wanted = {place for part in (student, average, *_teachers(objective)) for place in _networks(part)}
-        for holder, name, whole in self._roots:
-            if (holder, name) in wanted:
-                sharded = getattr(holder, name)
-                weights = {key: _whole(value) for key, value in sharded.state_dict().items()}
-                whole.load_state_dict(weights, assign=True)
-                setattr(holder, name, whole.train(sharded.training))
+        for network, places, whole in self._roots:
+            if wanted.isdisjoint(places):
+                continue
+            weights = {key: _whole(value) for key, value in network.state_dict().items()}
+            whole.load_state_dict(weights, assign=True)
+            for holder, name in places:
+                setattr(holder, name, whole.train(network.training))
 
 
-def units_of(network: nn.Module) -> Iterator[nn.Module]:
-    """The blocks of a network: the entries of its outermost lists of modules, those that have weights."""
+def networks_of(
+    student: nn.Module, objective: Objective, copies: Iterable[nn.Module]
+) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """The networks that are shared out, and who holds each of them by what name."""
+    held: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for part in dict.fromkeys([student, *copies, objective, *_teachers(objective)]):
+        for holder, name in _networks(part):
+            places = held.setdefault(getattr(holder, name), [])
+            if (holder, name) not in places:
+                places.append((holder, name))
+    return held
+
+
+def units_of(network: nn.Module, holder: nn.Module) -> list[nn.Module]:
+    """What is whole while it computes, and a share otherwise: the blocks of a network, and what is called by itself."""
+    apart: tuple[str, ...] = getattr(holder, "apart", ())
+    return [*map(network.get_submodule, apart), *_blocks(network)]
+
+
+def _blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """The entries of a network's outermost lists of modules, those that have weights."""
     for child in network.children() if not isinstance(network, nn.Sequential) else [network]:
         if isinstance(child, nn.ModuleList | nn.Sequential):
             for entry in child:
                 if isinstance(entry, nn.ModuleList):
-                    yield from units_of(entry)
+                    yield from _blocks(entry)
                 elif has_weights(entry):
                     yield entry
         else:
-            yield from units_of(child)
+            yield from _blocks(child)
 
 
 def has_weights(module: nn.Module) -> bool:
@@ -219,7 +244,7 @@ def _teachers(objective: Objective) -> list[nn.Module]:
     return found
 
 
-def _shared_weights(networks: list[nn.Module]) -> list[list[tuple[nn.Module, str]]]:
+def _shared_weights(networks: Iterable[nn.Module]) -> list[list[tuple[nn.Module, str]]]:
     """Frozen weights that several networks have: where each of them is."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for network in networks:

@@ -33,6 +33,7 @@ from fewstep.objectives import ITVM, LMD, FlowMatching
 from fewstep.planning import plan as planning
 from fewstep.planning.counting import LikeAGpu, count_call, count_step
 from fewstep.planning.plan import GIB, GPUS, Plan, changes, fit_on, plan
+from fewstep.planning.shards import Shards
 from fewstep.planning.weightless import carried, sample_of, teacher_without_weights
 from fewstep.runs.build import build
 from fewstep.runs.export import export
@@ -355,7 +356,7 @@ def _plan(recipe: Any, fixed: int, per_row: int) -> Plan:
     counted = {rows: planning.Counted(rows, 100 * rows, 0, per_row * rows) for rows in (2, recipe.training.batch)}
     part = (planning.Part("weights that train", fixed // 4, fixed),)
     least, step = counted[2], counted[recipe.training.batch]
-    return Plan(recipe, "FlowMap", 10, 10, (2,), part, step, least, 0, 10, 20, 4)
+    return Plan(recipe, "FlowMap", 10, 10, (2,), part, Shards((), 0, {}, frozenset(), False), step, least, 0, 10, 20, 4)
 
 
 def test_the_largest_micro_batch_that_fits_and_the_keys_that_say_so() -> None:

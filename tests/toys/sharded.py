@@ -40,8 +40,8 @@ class Latents:
 
 
 def field_of(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> NetworkField:
-    model = tiny_model(name, **options).to(dtype)
-    return NetworkField(FAMILIES[type(model).__name__](model))
+    model = tiny_model(name, **options)
+    return NetworkField(FAMILIES[type(model).__name__](model)).to(dtype)
 
 
 def objective_of(method: str | dict[str, Any], teacher: NetworkField) -> Objective:

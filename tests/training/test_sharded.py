@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from toys.families import tiny_pipeline
 from toys.sharded import launch, train
 
+from fewstep.cli import main
 from fewstep.common.errors import TrainingError
 from fewstep.training import checkpoints
 
@@ -25,6 +27,7 @@ from pathlib import Path
 import torch.distributed as dist
 from safetensors.torch import save_file
 from toys.sharded import train
+from fewstep.cli import main
 
 folder, options = Path(sys.argv[1]), {{"shard": "fsdp2", "checkpoint_every": 3}}
 for name, (twin, method, more) in json.loads({json.dumps(json.dumps(RUNS))}).items():
@@ -36,6 +39,10 @@ if dist.get_rank() == 0:
 dist.barrier()
 for name in ("again", "from-one"):
     train("dit", "ITVM", folder / name, **options)
+flags = "--steps 4 --training.batch 16 --training.chunk 4 --training.shard fsdp2 --training.device cpu --data.count 32"
+flags += " --evaluation.count 0 --evaluation.every 2 --training.quiet true"
+where = ["--teacher", str(folder / "pipeline"), "--data", "teacher", "--out", str(folder / "distilled")]
+assert main(["distill", *where, *flags.split()]) == 0
 """
 
 
@@ -59,6 +66,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     middle(one / "itvm", folder / "from-one")
+    tiny_pipeline("dit").save_pretrained(folder / "pipeline")
     launch(SCRIPT, folder, 2)
     return folder
 
@@ -115,6 +123,18 @@ def test_each_process_ends_with_the_whole_average(two: Path, name: str) -> None:
         whole = load_file(two / f"{name}-{rank}.safetensors")
         assert kept.keys() <= whole.keys()
         assert all(torch.equal(whole[key], value) for key, value in kept.items())
+
+
+@pytest.mark.takes_seconds
+def test_a_recipe_is_watched_and_exported_as_any_other(two: Path, tmp_path: Path) -> None:
+    run, export = two / "distilled", tmp_path / "export"
+    assert {file.name for file in (run / "samples").iterdir()} == {"step-00000002.png", "step-00000004.png"}
+    assert main(["export", str(run), str(export)]) == 0
+    average = checkpoints.load(run / "checkpoints/step-00000004").tensors["ema"]
+    exported = load_file(export / "transformer/diffusion_pytorch_model.safetensors")
+    assert exported.keys() == {key.removeprefix("network.model.") for key in average}
+    for key, value in average.items():
+        assert torch.equal(exported[key.removeprefix("network.model.")], value), key
 
 
 @pytest.mark.takes_seconds

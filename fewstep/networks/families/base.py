@@ -28,6 +28,8 @@ class OfDiffusers(nn.Module):
     names_sigmas: ClassVar[bool] = True
     # Whether its pipeline counts the channels of a sample for its tokens, where noise levels follow their number.
     counts_channels: ClassVar[bool] = False
+    # Why it cannot be sharded, and the way out; empty where it can.
+    needs_whole: ClassVar[str] = ""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -48,6 +48,7 @@ class WanExperts(Wan):
     (``fewstep.networks.two_times.wan_experts``). Conditions as those of one."""
 
     code, first = "wan_experts", ""
+    needs_whole = "which expert is called depends on a process's own rows: train one expert, or leave shard out"
     model: Any
 
     def is_second(self, timestep: Tensor) -> Tensor:

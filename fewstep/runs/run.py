@@ -80,7 +80,8 @@ def _run(recipe: Recipe, out: Path, fresh: bool, is_main: bool) -> Finished:
         prepare(recipe, uncoupled(built.data), built.student)
     if is_main:
         _begin(out, recipe, fresh)
-    device = distributed.choose_device(recipe.training.device, distributed.environment())
+    world = distributed.environment()
+    device = distributed.choose_device(recipe.training.device, world)
     is_sharded = recipe.training.shard is not None
     if built.teacher is not None and not is_sharded:  # an objective without a teacher would leave it where it is
         built.teacher.to(device)
@@ -97,7 +98,7 @@ def _run(recipe: Recipe, out: Path, fresh: bool, is_main: bool) -> Finished:
             resume=not fresh,
             **recipe.training.model_dump(),
         )
-        if is_main and is_sharded:  # all that was shared out is whole again, on the CPU
+        if is_sharded:  # all that was shared out is whole again, on the CPU
             result.ema.to(device)
             if built.teacher is not None:
                 built.teacher.to(device)
@@ -105,12 +106,11 @@ def _run(recipe: Recipe, out: Path, fresh: bool, is_main: bool) -> Finished:
             # Only now: one that went on may have got other steps, and `fit` has seen that it is the same run.
             _write_recipe(out, recipe)
             watch.draw(result.ema, result.step)
-    if not is_main:
-        return Finished(result, None)
     if result.stopped == "interrupted" or recipe.evaluation.count == 0:
         return Finished(result, None)
-    model = cast(Model, result.ema)
-    evaluation = judge(model, recipe, uncoupled(built.data), built.teacher, out, quiet=recipe.training.quiet)
+    model, quiet = cast(Model, result.ema), recipe.training.quiet
+    with distributed.join(world, device):
+        evaluation = judge(model, recipe, uncoupled(built.data), built.teacher, out, quiet=quiet, world=world)
     return Finished(result, evaluation)
 
 

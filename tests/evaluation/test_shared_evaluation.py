@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -171,6 +172,43 @@ def test_the_command_writes_the_report_of_one_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run/quality.json").read_bytes() == alone
     assert done.stdout.count("report.html have it too") == 1
+
+
+COUNTED = """
+import os, sys
+from fewstep.evaluation import evaluate
+from fewstep.cli import main
+
+made, drawn = [], evaluate.sample
+
+def sample(*args, **options):
+    made.append(1)
+    return drawn(*args, **options)
+
+evaluate.sample = sample
+code = main(sys.argv[1:])
+print("batches", os.environ["RANK"], len(made), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize("shard", [None, "fsdp2"])
+def test_the_end_of_a_training_is_measured_by_all_its_processes(tmp_path: Path, shard: str | None) -> None:
+    (tmp_path / "counted.py").write_text(COUNTED)
+    evaluation = {**RUN["evaluation"], "count": 230}  # five batches
+    training = {**RUN["training"], "chunk": 16, "shard": shard}
+    (tmp_path / "recipe.json").write_text(json.dumps({**RUN, "training": training, "evaluation": evaluation}))
+    words = ["distill", str(tmp_path / "recipe.json"), "--out", str(tmp_path / "run"), "--training.device", "cpu"]
+    done = ended(start([str(tmp_path / "counted.py"), *words], 2))
+    assert [code for code, _ in done] == [0, 0], done
+    found = (tmp_path / "run/quality.json").read_bytes()
+    batches = [int(re.findall(r"batches \d (\d+)", said)[0]) for _, said in done]
+    assert batches[0] > batches[1] >= 2 * len(evaluation["steps"])  # of the student alone 3 and 2 batches, twice
+    ((code, said),) = ended(start(["-m", "fewstep", "evaluate", str(tmp_path / "run"), "--device", "cpu"], 1))
+    assert code == 0, said
+    assert (tmp_path / "run/quality.json").read_bytes() == found
+    assert (tmp_path / "run/report.html").is_file()
 
 
 # What happens to process 1 after some batches.

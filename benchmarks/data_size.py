@@ -78,6 +78,14 @@ def measured(out: Path, size: str, seed: int, steps: int, extractor: Any) -> lis
     return rows
 
 
+def cell(values: list[float]) -> Any:
+    """Mean and standard deviation; of one seed the number alone."""
+    if len(values) < 2:
+        return float(f"{values[0]:.3g}") if values else None
+    spread = statistics.stdev(values)
+    return {"mean": float(f"{statistics.mean(values):.3g}"), "std": float(f"{spread:.2g}")}
+
+
 def table(out: Path, steps: int, to: Path, seeds: list[int]) -> None:
     """The results file, of what was measured."""
     rows: list[Row] = [row for file in sorted(out.glob("*-seed*.json")) for row in json.loads(file.read_text())]
@@ -87,11 +95,8 @@ def table(out: Path, steps: int, to: Path, seeds: list[int]) -> None:
             cells = []
             for calls in CALLS:
                 values = [r[metric] for r in rows if r["size"] == size and r["nfe"] == calls and metric in r]
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                cells.append(
-                    {"mean": float(f"{statistics.mean(values):.3g}"), "std": float(f"{spread:.2g}")} if values else None
-                )
-            if any(cells):
+                cells.append(cell(values))
+            if any(one is not None for one in cells):
                 lines.append([metric, size, *cells])
     write(
         to,

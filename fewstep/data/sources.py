@@ -14,6 +14,8 @@ from fewstep.data.remote import is_remote
 from fewstep.data.tables import PICTURE_KINDS, is_saved_to_disk, kind_of, open_table
 from fewstep.data.tars import is_shards, webdataset
 
+# What an encoding of images takes beside the options of their kind.
+_OF_ENCODING = ("size", "buckets", "step", "small", "dtype", "on_error")
 # Files of folders that are other data.
 _OTHERS = (pairs.FACTS, encoded.FACTS, "*idx3-ubyte*", "*_batch*.bin")
 
@@ -48,7 +50,7 @@ def listed(name: str | Path, captions: bool = True, /, **options: Any) -> Captio
     takes = [option for option in signature(load).parameters if option not in ("name", "captions")]
     for option in options:
         if option not in takes:
-            raise unknown(f"option of {name}", option, [*takes, "size", "dtype", "on_error"])
+            raise unknown(f"option of {name}", option, [*takes, *_OF_ENCODING])
     return load(name, captions=captions, **arguments("data", load, options, given=("name", "captions")))
 
 

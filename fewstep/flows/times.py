@@ -33,15 +33,18 @@ def without_native(distribution: str) -> tuple[str, bool]:
 
 
 @cache
-def read_times(distribution: str) -> tuple[str, tuple[float, ...]]:
+def read_times(distribution: str, known: tuple[str, ...] = DISTRIBUTIONS) -> tuple[str, tuple[float, ...]]:
     """The name and the numbers of a distribution, said as ``logit-normal`` or ``logit-normal(-0.4, 1)``.
+
+    Args:
+        known: what an error lists, of which ``native`` is one only where times are moved.
 
     Raises:
         ValueError: it is not known, or not with these numbers.
     """
     name, bracket, rest = distribution.replace(" ", "").partition("(")
     if name not in _NUMBERS:
-        raise unknown("distribution of times", distribution, DISTRIBUTIONS)
+        raise unknown("distribution of times", distribution, known)
     wanted = _NUMBERS[name]
     try:
         numbers = tuple(float(part) for part in rest.removesuffix(")").split(",")) if bracket else wanted

@@ -18,7 +18,7 @@ from fewstep.flows.paths import Path
 from fewstep.flows.products import Product
 from fewstep.flows.signature import token_count
 from fewstep.flows.spaces import Euclid, Space, Tokens
-from fewstep.flows.times import NATIVE, read_times, without_native
+from fewstep.flows.times import DISTRIBUTIONS, NATIVE, read_times, without_native
 
 # Some rows of a batch: those of a slice, or these (n,).
 Index = slice | Tensor
@@ -265,7 +265,7 @@ def check_decay(method: str, ema: float) -> float:
 
 def check_options(method: str, times: str, **in_unit: float) -> None:
     """Raise for a distribution of times that is not known, or an option that does not lie in [0, 1]."""
-    read_times(without_native(times)[0])
+    read_times(without_native(times)[0], (NATIVE, *DISTRIBUTIONS))
     for name, value in in_unit.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{method}'s {name} is {value}: it lies in [0, 1]")

@@ -227,6 +227,8 @@ def test_what_is_no_source(tmp_path: Path) -> None:
     captioned_folder(tmp_path / "photos")
     with pytest.raises(ValueError, match=r"unknown option of .* 'captain': did you mean 'caption'\?"):
         listed(tmp_path / "photos", captain="x")
+    with pytest.raises(ValueError, match=r"unknown option of .* 'bucket': did you mean 'buckets'\?"):
+        listed(tmp_path / "photos", bucket=True)
     with pytest.raises(FileNotFoundError, match=r"no data at .*gone"):
         listed(tmp_path / "gone")
     with pytest.raises(ValueError, match="digits is no data of images that can be encoded"):

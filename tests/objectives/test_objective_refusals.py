@@ -47,6 +47,7 @@ from fewstep.objectives import (
         (ITVM, {"warmup": -1.0}, "ITVM's warmup is -1.0"),
         (ITVM, {"initial_weight": -1.0}, r"ITVM's weights are \(-1.0, 1.0\): they are not negative"),
         (ITVM, {"times": "unifrom"}, "unknown distribution of times 'unifrom': did you mean 'uniform'"),
+        (ITVM, {"times": "natve"}, "unknown distribution of times 'natve': did you mean 'native'"),
         (LMD, {"times": "normal"}, "unknown distribution of times 'normal'"),
         (LMD, {"diagonal": -0.1}, "LMD's diagonal is -0.1"),
         (LMD, {"diagonal": 1.0}, "LMD's diagonal is 1: that leaves no row"),

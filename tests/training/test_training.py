@@ -1,6 +1,7 @@
 """The loop: what it computes, what it says, when it stops and what it refuses."""
 
 import math
+import re
 from copy import deepcopy
 
 import pytest
@@ -21,7 +22,7 @@ from fewstep.training.ema import Ema
 from fewstep.training.fit import fit
 from fewstep.training.run import every
 from fewstep.training.schedules import schedule_factor
-from fewstep.training.shares import default_chunk
+from fewstep.training.shares import check_shares, default_chunk
 
 # Schedules and averages: closed forms
 
@@ -398,3 +399,13 @@ def test_data_that_does_not_fit_the_network():
 
 
 # Where the numbers go
+
+
+@pytest.mark.parametrize(("batch", "processes"), [(4, 2), (8, 2), (64, 3), (100, 8), (256, 16), (7, 2)])
+def test_what_a_batch_that_cannot_be_shared_is_told_can_be_shared(batch: int, processes: int) -> None:
+    with pytest.raises(ValueError, match="cannot be shared equally") as refused:
+        check_shares(batch, default_chunk(batch), processes=processes)
+    ways = re.findall(r"batch=(\d+) with chunk=(\d+)", str(refused.value))
+    assert len(ways) == (2 if batch % processes == 0 else 1)
+    for rows, chunk in ways:
+        check_shares(int(rows), int(chunk), processes=processes)

@@ -114,10 +114,17 @@ def load_weights(model_class: Any, folder: Path, variant: str | None = None, **o
         options: of its ``from_pretrained``.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`check_weights`, or weights that are not those of its config.json.
+        FileNotFoundError, ValueError: as :func:`check_weights`, or weights that are not those of its config.json, or
+            that are quantised.
     """
     check_weights(folder, variant=variant)
     config, where = read_json(folder / "config.json"), str(folder / "config.json")
+    if packed := config.get("quantization_config"):
+        kind = packed.get("quant_method") if isinstance(packed, dict) else packed
+        raise ValueError(
+            f"the weights in {folder} are quantised ({shown(kind)}), and whole ones are needed: take the model as it "
+            "was before; student.lora.base: nf4 then keeps a frozen one in 4 bits"
+        )
     check_numbers(config, where)
     _check_kinds(model_class, config, where)
     options = {"output_loading_info": True, **plainly(model_class), **options}

@@ -13,8 +13,8 @@ from torch import nn
 
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.models.half_base import unhalve
 from fewstep.networks import OfDiffusers, SecondTime, TwoTimeNetwork, new_parts
+from fewstep.networks.frozen_base import restore_base
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -85,8 +85,9 @@ def has_lora(model: nn.Module) -> bool:
 def merge_lora(model: Model) -> Model:
     """A copy of the model with the adapter added into its weights: plain layers, nothing frozen, the same outputs up
     to rounding. Without an adapter, just a copy."""
-    model = deepcopy(model).requires_grad_(True)
-    unhalve(model)
+    model = deepcopy(model)
+    restore_base(model)
+    model.requires_grad_(True)
     if not has_lora(model):
         return model
     from peft.tuners.tuners_utils import BaseTunerLayer

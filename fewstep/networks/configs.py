@@ -6,6 +6,7 @@ import torch
 
 from fewstep.common.errors import shown
 from fewstep.networks.families.base import OfDiffusers
+from fewstep.networks.frozen_base import take_packed
 
 
 def keep_facts(model: Any, source: Any) -> None:
@@ -48,7 +49,9 @@ def with_image(network: Any, channels: int) -> Any:
     weights, name = teacher.state_dict(), f"{network.first}.weight"
     first = weights[name].new_zeros(model.state_dict()[name].shape)
     first[:, : weights[name].shape[1]] = weights[name]
-    torch.nn.Module.to(model, next(network.parameters())).load_state_dict({**weights, name: first})
+    torch.nn.Module.to(model, next(network.parameters()))
+    take_packed(model, teacher)
+    model.load_state_dict({**weights, name: first})
     widened = type(network)(model)
     if hasattr(network, "size"):
         widened.size = network.size

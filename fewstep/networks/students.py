@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fewstep.common.errors import unknown
 from fewstep.networks.configs import keep_facts, public_config
 from fewstep.networks.families import ENDS, STUDENTS, UNet, two_time_model
+from fewstep.networks.frozen_base import take_packed
 from fewstep.networks.two_times.base import SECOND_TIMES
 
 
@@ -131,6 +132,7 @@ def _take_weights(model: Any, teacher: Any, share: bool) -> None:
     last layer of zeros."""
     from fewstep.networks.two_times.rows import LabelAndTimes
 
+    take_packed(model, teacher)
     weights = teacher.state_dict(keep_vars=share)
     buffers = dict(teacher.named_buffers())
     for name, part in list(model.named_modules()):

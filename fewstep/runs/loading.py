@@ -24,8 +24,8 @@ from fewstep.flows.guided import unguided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.signature import Model
 from fewstep.models.folders import has_one_variant, load_folder
-from fewstep.models.half_base import halve
 from fewstep.models.lora import has_lora, merge_lora
+from fewstep.networks.frozen_base import check_base, keep_base
 from fewstep.runs.datasets import coupling_of, data_of, encoded_folder, null_of, source_of
 from fewstep.runs.methods import find_objective
 from fewstep.runs.objective import sampled_at, trains_map
@@ -285,9 +285,11 @@ def _teacher_of(path: Path, recipe: Recipe) -> VelocityField | None:
 def teacher_of(recipe: Recipe) -> VelocityField | None:
     if recipe.teacher is None:
         return None
+    if (lora := recipe.student.lora) is not None:
+        check_base(lora.base)
     teacher, path = make_teacher(recipe.teacher, encoded_folder(recipe)), path_of(recipe.student)
     check_teacher(recipe, teacher)
-    lora, inner = recipe.student.lora, unguided(teacher)
-    if lora is not None and lora.base == "bfloat16" and isinstance(inner, NetworkField):
-        halve(inner.requires_grad_(False).network)  # before anything asks which teacher it is
+    inner = unguided(teacher)
+    if lora is not None and lora.base != "float32" and isinstance(inner, NetworkField):
+        keep_base(lora.base, inner.requires_grad_(False).network)  # before anything asks which teacher it is
     return teacher if path is None or teacher.path.same_as(path) else teacher.on(path)

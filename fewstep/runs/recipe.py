@@ -85,9 +85,10 @@ class Lora(Section):
         default=None, description="layers by the ends of their names, or a regular expression; else by the model"
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="of the adapter's input")
-    base: Literal["float32", "bfloat16"] = Field(
+    base: Literal["float32", "bfloat16", "int8", "nf4"] = Field(
         default="float32",
-        description="the type that the frozen linear layers are kept in; bfloat16 halves them, the teacher's too",
+        description="what the frozen linear layers are kept in, the teacher's too: bfloat16 halves them; int8 and nf4 "
+        "(4 bits) take bitsandbytes",
     )
 
 

@@ -24,7 +24,6 @@ from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.reflected import Reflected
 from fewstep.flows.spaces import Box, Space, Tokens
 from fewstep.flows.token_times import Deciding
-from fewstep.models.half_base import halve
 from fewstep.models.lora import add_lora
 from fewstep.networks import (
     MLP,
@@ -37,6 +36,7 @@ from fewstep.networks import (
     gains_second_time,
 )
 from fewstep.networks.configs import set_size, with_image
+from fewstep.networks.frozen_base import keep_base
 from fewstep.runs.recipe import PATHS, Student
 from fewstep.runs.warm_start import started
 
@@ -93,8 +93,7 @@ def make_student(
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             add_lora(model, **section.lora.model_dump(exclude={"base"}))  # pyright: ignore[reportArgumentType]
-        if section.lora.base == "bfloat16":
-            halve(*(one.network for one in (model, inner) if isinstance(one, FlowMap | NetworkField)))
+        keep_base(section.lora.base, *(m.network for m in (model, inner) if isinstance(m, FlowMap | NetworkField)))
         if section.image is not None and isinstance(network := model.network, OfDiffusers):
             first = network.first
             if not hasattr(network.model.get_submodule(first), "lora_A"):
@@ -119,7 +118,7 @@ def _bare_student(
                 )
             field = _started(inner, section, shape)
             if not is_map:
-                return field.requires_grad_(True)
+                return field if section.lora else field.requires_grad_(True)  # an adapter says what trains
             return FlowMap.from_field(
                 field,
                 share=section.lora is not None,

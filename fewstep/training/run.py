@@ -222,9 +222,10 @@ def check_mark(now: Sequence[float], checkpoint: Checkpoint) -> None:
 
 def mark(weights: Iterable[Tensor]) -> list[float]:
     """Two numbers that tell other weights apart, whatever the machine: the norm, and a projection, of some 4096 numbers
-    of each tensor, from all over it. Not bits, as weights may be computed anew (a merged adapter)."""
+    of each tensor, from all over it. Not bits, as weights may be computed anew (a merged adapter); and of packed ones
+    not the integers, which may then round to the next, but the scales beside them."""
     square = along = torch.zeros((), dtype=torch.float64)
-    for index, weight in enumerate(weights):
+    for index, weight in enumerate(weight for weight in weights if weight.is_floating_point()):
         first = weight.detach().flatten()[:: max(1, weight.numel() // 4096)].cpu().double()
         square = square + first.square().sum()
         along = along + (first * torch.cos(index + torch.arange(len(first), dtype=torch.float64))).sum()

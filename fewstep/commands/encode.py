@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--size", type=int, metavar="N", help="side of the images in pixels (default: the model's)")
     text = "keep their shapes: cut each to one of several sizes, all of about the area of N x N (default: squares)"
     p.add_argument("--buckets", action="store_true", help=text)
-    p.add_argument("--step", type=int, metavar="N", help="with --buckets: what their sides are multiples of")
+    p.add_argument("--bucket-step", type=int, metavar="N", help="with --buckets: what their sides are multiples of")
     p.add_argument("--small", metavar="DO", help="with --buckets: images smaller than theirs: enlarge (default), drop")
     p.add_argument("--dtype", default="float16", metavar="NAME", help="float16 (default), bfloat16 or float32")
     p.add_argument("--batch", type=int, default=16, metavar="N", help="images encoded at once (default: 16)")
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             engine=args.engine,
             workers=args.workers,
             buckets=args.buckets,
-            step=args.step,
+            bucket_step=args.bucket_step,
             small=args.small or "enlarge",
             **{name: value for name, value in options.items() if value is not None},
         )

@@ -43,7 +43,7 @@ def step_for(size: int, multiple: int = 8, step: int | None = None) -> int:
         )
     if step is not None:
         if type(step) is not int or step < 1 or step % multiple or step > size:
-            raise ValueError(f"step: {shown(step)}: a multiple of {multiple} up to the size, {size}, is needed")
+            raise ValueError(f"bucket_step: {shown(step)}: a multiple of {multiple} up to the size, {size}, is needed")
         return step
     fine = [k for k in range(multiple, size + 1, multiple) if size % k == 0 and k <= max(multiple, size // _FINENESS)]
     return fine[-1]

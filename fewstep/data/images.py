@@ -36,7 +36,7 @@ def image_folder(
     beside: str | None = None,
     beside_channels: int = 3,
     buckets: bool = False,
-    step: int | None = None,
+    bucket_step: int | None = None,
     small: str = "enlarge",
 ) -> ArrayData | Buckets:
     """All images in a folder and below it that Pillow reads, in the order of their names.
@@ -56,7 +56,7 @@ def image_folder(
         beside_channels: of that image: 1, 3 or 4.
         buckets: keep the shapes of images: each is cut to the nearest of some sizes, all of about the area of the
             square of ``size`` (``fewstep.data.aspects``), and the rows of each size are a bucket.
-        step: of what the sides of buckets are multiples; by default of 8, and not much finer than ``size / 16``.
+        bucket_step: of what the sides of buckets are multiples; by default of 8, and not much finer than ``size / 16``.
         small: what becomes of images smaller than their bucket: enlarge, or drop.
 
     Raises:
@@ -68,7 +68,7 @@ def image_folder(
     files = [folder.root / name for name in folder.names]
     fingerprint = [stamp(folder.root, name) for name in folder.names]
     classes, numbers = folder.classes() if labels else ([], [])
-    check_buckets(buckets, size, step, small)
+    check_buckets(buckets, size, bucket_step, small)
     if buckets:
         known = {"class_labels": np.array(numbers)} if classes else {}
 
@@ -78,7 +78,7 @@ def image_folder(
             named = [folder.names[row] for row in rows]
             return {"image": _beside(Path(beside).expanduser(), named, bucket, beside_channels, folder.root)}
 
-        how = Bucketing(size or 0, step, small, channels, on_error)
+        how = Bucketing(size or 0, bucket_step, small, channels, on_error)
         said = {"classes": classes, "name": str(folder.root)}
         return in_buckets(how, files.__getitem__, list(map(str, files)), fingerprint, known, more, flip=flip, **said)
     pixels, kept = decode_once(files.__getitem__, list(map(str, files)), fingerprint, size, channels, on_error)
@@ -95,7 +95,7 @@ def image_folder(
     return ArrayData(pixels, cond, flip, classes=classes, name=str(folder.root))
 
 
-def check_buckets(buckets: bool, size: int | None, step: int | None, small: str) -> None:
+def check_buckets(buckets: bool, size: int | None, bucket_step: int | None, small: str) -> None:
     """That what is said of buckets is said beside them.
 
     Raises:
@@ -103,8 +103,8 @@ def check_buckets(buckets: bool, size: int | None, step: int | None, small: str)
     """
     if buckets and size is None:
         raise ValueError("buckets: true cuts images to about the area of a square: say its side, --data.size 512")
-    if not buckets and (step is not None or small != "enlarge"):
-        name = "step" if step is not None else "small"
+    if not buckets and (bucket_step is not None or small != "enlarge"):
+        name = "bucket_step" if bucket_step is not None else "small"
         raise ValueError(f"{name} is said of buckets of aspects, and there are none: say buckets: true beside it")
 
 
@@ -113,7 +113,7 @@ class Bucketing:
     """How images are put into buckets: as the options of :func:`image_folder` say."""
 
     size: int
-    step: int | None
+    bucket_step: int | None
     small: str
     channels: int
     on_error: str
@@ -135,7 +135,7 @@ def in_buckets(
         more: gives further conditions of some rows, of a bucket of this height and width.
         options: of the arrays.
     """
-    sizes = bucket_sizes(how.size, step_for(how.size, 8 if how.step is None else 1, how.step))
+    sizes = bucket_sizes(how.size, step_for(how.size, 8 if how.bucket_step is None else 1, how.bucket_step))
     put = assign(sizes_of(read, names, fingerprint), names, sizes, how.small, how.on_error)
     parts: list[ArrayData] = []
     for bucket, rows in zip(put.sizes, put.rows, strict=True):
@@ -192,7 +192,7 @@ def hugging_face(
     labels: bool = True,
     channels_last: bool | None = None,
     buckets: bool = False,
-    step: int | None = None,
+    bucket_step: int | None = None,
     small: str = "enlarge",
 ) -> ArrayData | Buckets:
     """A data set of the Hugging Face hub by name, or a folder that ``save_to_disk`` wrote.
@@ -205,7 +205,7 @@ def hugging_face(
         config: the configuration, for a name on the hub that has several.
         image: the column of the data; by default the first of images, else the first of arrays.
         label: the column of the class labels; by default the first ``ClassLabel``.
-        size, channels, on_error, buckets, step, small: for images, as in ``image_folder``.
+        size, channels, on_error, buckets, bucket_step, small: for images, as in ``image_folder``.
         normalize, channels_last: for arrays, as in ``fewstep.data.files.npy``.
 
     Raises:
@@ -223,11 +223,11 @@ def hugging_face(
     if kinds[image] in PICTURE_KINDS:
         row_names = [f"row {i} of {name}" for i in range(len(table))]
         read = undecoded(table, image, kinds[image])
-        check_buckets(buckets, size, step, small)
+        check_buckets(buckets, size, bucket_step, small)
         if buckets:
             known = {"class_labels": np.array(read_column(table, label))} if label and labels else {}
             names = table.features[label].names if label and kinds[label] == "ClassLabel" else ()
-            how = Bucketing(size or 0, step, small, channels, on_error)
+            how = Bucketing(size or 0, bucket_step, small, channels, on_error)
             said = {"classes": names, "name": where, "flip": flip}
             return in_buckets(how, read, row_names, [table._fingerprint, image], known, **said)
         pixels, kept = decode_once(read, row_names, [table._fingerprint, image], size, channels, on_error)

@@ -65,13 +65,13 @@ class Part:
 
 
 def in_buckets(model: Model, source: Captioned, facts: dict[str, Any]) -> tuple[list[Part], Tensor]:
-    """The images of each bucket, by the ``size``, ``step``, ``small`` and ``on_error`` of ``facts``; and the cut of
-    each image (N, 4): its height, its width, and the top and left of its crop.
+    """The images of each bucket, by the ``size``, ``bucket_step``, ``small`` and ``on_error`` of ``facts``; and the
+    cut of each image (N, 4): its height, its width, and the top and left of its crop.
 
     Raises:
         ValueError: a model of squares, an image that cannot be read, or none that can be used.
     """
-    rows, (_, sizes) = source.rows, buckets_for(model, facts["size"], facts["step"])
+    rows, (_, sizes) = source.rows, buckets_for(model, facts["size"], facts["bucket_step"])
     found = sizes_of(rows.read, rows.names, source.identity)
     usable = [rows.problems.get(row, own) for row, own in enumerate(found)]
     put = assign(usable, rows.names, sizes, facts["small"], facts["on_error"])

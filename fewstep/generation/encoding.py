@@ -71,7 +71,7 @@ def begin(
     on_error: str = "raise",
     command: str = "fewstep.encode with the same arguments",
     buckets: bool = False,
-    step: int | None = None,
+    bucket_step: int | None = None,
     small: str = "enlarge",
     **options: Any,
 ) -> Encoding:
@@ -82,7 +82,7 @@ def begin(
             raise ValueError(f"{name} must be at least 1, got {value!r}")
     source = data if isinstance(data, Captioned) else listed(data, model.text is not None, **options)
     out = Path(out).expanduser()
-    facts = settings(model, source, size, dtype, on_error, buckets, step, small)
+    facts = settings(model, source, size, dtype, on_error, buckets, bucket_step, small)
     if (out / FACTS).is_file():
         refuse_others(out, facts, _KIND, read_facts(out))
     rows = source.rows
@@ -113,7 +113,7 @@ def encoded_once(
     encode_batch: int = 16,
     progress: Progress | None = None,
     buckets: bool = False,
-    step: int | None = None,
+    bucket_step: int | None = None,
     small: str = "enlarge",
     **options: Any,
 ) -> Encoded:
@@ -124,12 +124,12 @@ def encoded_once(
         encode_batch: images and captions encoded at once; the others as for :func:`encode`.
     """
     source = listed(data, model.text is not None, **options)
-    facts = settings(model, source, size, dtype, on_error, buckets, step, small)
+    facts = settings(model, source, size, dtype, on_error, buckets, bucket_step, small)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / "encoded" / key
     if not (folder / INDEX).is_file():
         how: dict[str, Any] = {"size": size, "dtype": dtype, "on_error": on_error, "batch": encode_batch}
-        how |= {"buckets": buckets, "step": step, "small": small}
+        how |= {"buckets": buckets, "bucket_step": bucket_step, "small": small}
         encode(model, source, folder, **how, rest=True, progress=progress, command=f"a training on {data}")
     return Encoded(folder)
 
@@ -141,7 +141,7 @@ def settings(
     dtype: str,
     on_error: str,
     buckets: bool = False,
-    step: int | None = None,
+    bucket_step: int | None = None,
     small: str = "enlarge",
 ) -> dict[str, Any]:
     """What makes one folder of encoded data another than the next.
@@ -158,9 +158,9 @@ def settings(
         raise ValueError("the model works on pixels, it has no VAE: there is nothing to encode, train on the images")
     size = latents.image_shape_of(shape_of(model))[-1] if size is None else size
     check_side(size)
-    check_buckets(buckets, size, step, small)
+    check_buckets(buckets, size, bucket_step, small)
     # Nothing is said of buckets where there are none: of folders from before there were any, the facts stay the same.
-    cut = {"step": buckets_for(model, size, step)[0], "small": small} if buckets else {}
+    cut = {"bucket_step": buckets_for(model, size, bucket_step)[0], "small": small} if buckets else {}
     return {
         "format": FORMAT, "data": source.identity, "size": size, "dtype": dtype, "on_error": on_error,
         "shape": list(latents.shape_of((latents.image_channels, size, size))), "vae": vae_identity(latents),

@@ -258,8 +258,8 @@ def _with_step(model: Model, section: Named) -> Named:
     options = section.options
     if not options.get("buckets") or not isinstance(network_of(model), OfDiffusers):
         return section
-    step, _ = buckets_for(model, options["size"], options.get("step"))
-    return Named.model_validate({"name": section.name, **options, "step": step})
+    step, _ = buckets_for(model, options["size"], options.get("bucket_step"))
+    return Named.model_validate({"name": section.name, **options, "bucket_step": step})
 
 
 def given_by(recipe: Recipe, model: Model, count: int, first: int = 0, text: bool = True) -> dict[str, Tensor]:

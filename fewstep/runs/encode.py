@@ -53,7 +53,7 @@ def encode(
     progress: Progress | None = None,
     rest: bool = False,
     buckets: bool = False,
-    step: int | None = None,
+    bucket_step: int | None = None,
     small: str = "enlarge",
     variant: str | None = None,
     engine: str = "processes",
@@ -84,8 +84,8 @@ def encode(
         buckets: keep the shapes of images: each is cut to the nearest of some sizes of about the area of the square of
             ``size``, and each size is a bucket of the folder (``fewstep.data.aspects``). SDXL and PixArt are told the
             size and the crop of each image.
-        step: of what the sides of buckets are multiples; by default of what the model takes, and not much finer than a
-            sixteenth of ``size``.
+        bucket_step: of what the sides of buckets are multiples; by default of what the model takes, and not much finer
+            than a sixteenth of ``size``.
         small: what becomes of an image smaller than its bucket: enlarge, or drop.
         rest: afterwards, make what the other processes have not made yet.
         variant: of the weights of a model that is named.
@@ -105,7 +105,7 @@ def encode(
     check_engine(engine, workers)
     opened = _opened(model, variant)
     how: dict[str, Any] = {"size": size, "dtype": dtype, "batch": batch, "shard": shard, "on_error": on_error}
-    how |= {"command": command, "buckets": buckets, "step": step, "small": small, **options}
+    how |= {"command": command, "buckets": buckets, "bucket_step": bucket_step, "small": small, **options}
     if engine == "processes":
         return encoding.encode(opened, data, out, device=device, progress=progress, rest=rest, **how)
     work = encoding.begin(opened, data, out, place=torch.device("cpu"), **how)

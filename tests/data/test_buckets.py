@@ -54,7 +54,7 @@ def test_buckets_have_the_area_of_the_square_and_sides_that_a_model_takes(size: 
 def test_a_size_or_step_that_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="multiples of 64, so the size is 448 or 512"):
         step_for(500, 64)
-    with pytest.raises(ValueError, match="step: 48: a multiple of 32 up to the size, 512"):
+    with pytest.raises(ValueError, match="bucket_step: 48: a multiple of 32 up to the size, 512"):
         step_for(512, 32, 48)
 
 
@@ -95,7 +95,7 @@ def messy(root: Path) -> Path:
 def test_a_messy_folder_is_put_into_buckets(tmp_path: Path) -> None:
     folder = messy(tmp_path / "photos")
     with pytest.warns(UserWarning, match="smaller than their bucket") as said:
-        data = load_data(folder, size=64, buckets=True, step=16, on_error="skip")
+        data = load_data(folder, size=64, buckets=True, bucket_step=16, on_error="skip")
     assert isinstance(data, Buckets)
     told = [str(one.message) for one in said]
     assert told == [
@@ -164,8 +164,8 @@ def test_what_is_said_of_buckets_is_said_beside_them(tmp_path: Path) -> None:
     noisy((64, 64)).save(root / "0.png")
     with pytest.raises(ValueError, match="say its side"):
         load_data(root, buckets=True)
-    with pytest.raises(ValueError, match="step is said of buckets"):
-        load_data(root, size=64, step=16)
+    with pytest.raises(ValueError, match="bucket_step is said of buckets"):
+        load_data(root, size=64, bucket_step=16)
     noisy((96, 64)).save(root / "1.png")
     with pytest.raises(ValueError, match=r"--data\.buckets true"):
         load_data(root)

@@ -52,7 +52,7 @@ def photos(root: Path) -> Path:
 
 
 def make(model: Any, data: Path, out: Path, **options: Any) -> int:
-    how = {"size": 32, "shard": 2, "batch": 2, "device": "cpu", "buckets": True, "dtype": "float32", "step": 4}
+    how = {"size": 32, "shard": 2, "batch": 2, "device": "cpu", "buckets": True, "dtype": "float32", "bucket_step": 4}
     return encode(model, data, out, **{**how, **options})
 
 
@@ -71,7 +71,7 @@ def test_rows_are_the_latents_of_their_bucket(folders: dict[str, Path], tmp_path
     assert [bucket.count for bucket in buckets_of(rows)] == [2, 3, 1]
     assert (rows.shape, rows.size) == ((4, 16, 16), 6)
     # The same pixels as a folder of images in buckets has, through the VAE.
-    pixels = load_data(data, size=32, buckets=True, step=4)
+    pixels = load_data(data, size=32, buckets=True, bucket_step=4)
     for bucket in buckets_of(rows):
         index = torch.arange(bucket.first, bucket.first + bucket.count)
         images = pixels.rows(index, generator(0)).data
@@ -136,8 +136,8 @@ def test_killed_and_shared_the_bytes_are_the_same(
     assert missing == 0
     assert files(tmp_path / "shared") == files(tmp_path / "whole")
     # Other buckets are other data.
-    with pytest.raises(ValueError, match="step is 4 there and 8 here"):
-        make(model, data, tmp_path / "whole", step=8)
+    with pytest.raises(ValueError, match="bucket_step is 4 there and 8 here"):
+        make(model, data, tmp_path / "whole", bucket_step=8)
 
 
 @pytest.mark.filterwarnings("ignore:1 of 6 images are smaller")
@@ -147,11 +147,11 @@ def test_the_cache_and_images_that_cannot_be_used(folders: dict[str, Path], tmp_
     (data / "3.png").write_bytes((data / "3.png").read_bytes()[:-400])  # all of the tallest bucket
     (data / "5.txt").unlink()
     with pytest.raises(ValueError, match=r"5\.png cannot be read \(it has no caption\)"):
-        encoded_once(model, data, size=32, buckets=True, step=4)
+        encoded_once(model, data, size=32, buckets=True, bucket_step=4)
     with pytest.warns(UserWarning, match="1 of 6 images cannot be read"):
-        rows = encoded_once(model, data, size=32, buckets=True, step=4, on_error="skip")
+        rows = encoded_once(model, data, size=32, buckets=True, bucket_step=4, on_error="skip")
     assert [bucket.count for bucket in buckets_of(rows)] == [2, 2]
-    again = encoded_once(model, data, size=32, buckets=True, step=4, on_error="skip")
+    again = encoded_once(model, data, size=32, buckets=True, bucket_step=4, on_error="skip")
     assert again.folder == rows.folder
     assert encoded_once(model, data, size=32, on_error="skip").buckets is None
 
@@ -159,7 +159,7 @@ def test_the_cache_and_images_that_cannot_be_used(folders: dict[str, Path], tmp_
 def test_a_folder_from_before_there_were_buckets(folders: dict[str, Path], tmp_path: Path) -> None:
     model: Any = fewstep.load(folders["sd"])
     encode(model, captioned_folder(tmp_path / "photos"), tmp_path / "old", size=32, shard=2, device="cpu")
-    assert not {"step", "small", "buckets"} & json.loads((tmp_path / "old" / "encoded.json").read_text()).keys()
+    assert not {"bucket_step", "small", "buckets"} & json.loads((tmp_path / "old" / "encoded.json").read_text()).keys()
     assert Encoded(tmp_path / "old").buckets is None
     with pytest.raises(ValueError, match="encoded at one size, 32: encode the images anew with --buckets"):
         load_data(tmp_path / "old", buckets=True)
@@ -199,7 +199,7 @@ def test_by_the_command(
     data, out = photos(tmp_path / "photos"), tmp_path / "out"
     shutil.copytree(folders["sd"], tmp_path / "sd")
     words = ["encode", "--teacher", str(tmp_path / "sd"), "--data", str(data), "--out", str(out), "--device", "cpu"]
-    words += ["--size", "32", "--buckets", "--step", "4", "--small", "drop"]
+    words += ["--size", "32", "--buckets", "--bucket-step", "4", "--small", "drop"]
     monkeypatch.setattr(sys, "argv", ["fewstep", *words])
     with pytest.warns(UserWarning, match="1 of 6 images are smaller than their bucket and left out"):
         assert main(words) == 0

@@ -68,7 +68,7 @@ FAMILIES = ("sd", "sdxl", "pixart", "sd3", "flux", "flux2", "qwenimage", "z-imag
 @pytest.mark.parametrize("name", [*FAMILIES, "hunyuanimage"])
 def test_a_student_of_each_family_trains_on_all_shapes(tmp_path: Path, name: str) -> None:
     teacher = pipeline_folder(tmp_path / name, name)
-    data = {"name": str(photos(tmp_path / "photos")), "size": 16, "buckets": True, "step": 4}
+    data = {"name": str(photos(tmp_path / "photos")), "size": 16, "buckets": True, "bucket_step": 4}
     built = build(load_recipe(recipe_of(teacher, data)))
     shapes = [bucket.shape[1:] for bucket in buckets_of(built.data)]
     assert shapes == [(6, 10), (8, 8), (10, 6)]
@@ -97,7 +97,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.takes_seconds
 def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     teacher, data = pipeline_folder(tmp_path / "sdxl", "sdxl"), photos(tmp_path / "photos")
-    encode(str(teacher), data, tmp_path / "encoded", size=32, buckets=True, step=4, device="cpu")
+    encode(str(teacher), data, tmp_path / "encoded", size=32, buckets=True, bucket_step=4, device="cpu")
     tree = recipe_of(teacher, {"name": str(tmp_path / "encoded"), "buckets": True})
     whole = run(load_recipe(tree), tmp_path / "whole")
     run(load_recipe(tree, {"training.steps": "2", "training.schedule": "constant"}), tmp_path / "other")
@@ -117,7 +117,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     # Of other images it is another run.
     Image.new("RGB", (64, 64)).save(data / "9.png")
     (data / "9.txt").write_text("a cat")
-    encode(str(teacher), data, tmp_path / "more", size=32, buckets=True, step=4, device="cpu")
+    encode(str(teacher), data, tmp_path / "more", size=32, buckets=True, bucket_step=4, device="cpu")
     tree["data"] = {"name": str(tmp_path / "more")}
     with pytest.raises(ValueError, match="belongs to another recipe"):
         run(load_recipe(tree), tmp_path / "whole")
@@ -170,7 +170,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["dit", "auraflow"])  # whose twin has a position table of 4 x 4 places
 def test_a_network_of_one_shape_is_refused_before_images_are_encoded(tmp_path: Path, name: str) -> None:
     teacher = pipeline_folder(tmp_path / name, name)
-    data = {"name": str(photos(tmp_path / "photos")), "size": 16, "buckets": True, "step": 4}
+    data = {"name": str(photos(tmp_path / "photos")), "size": 16, "buckets": True, "bucket_step": 4}
     with pytest.raises(ValueError, match=r"takes images of one shape .*leave buckets out"):
         build(load_recipe(recipe_of(teacher, data)))
     assert not (tmp_path / "cache" / "encoded").exists()
@@ -191,11 +191,11 @@ def test_pixels_in_buckets_by_class(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="are cut to buckets of about 32 x 32 pixels, the teacher's size"):
         run(load_recipe(tree), tmp_path / "run")
     recipe = load_recipe(tmp_path / "run" / "recipe.yaml", look=True)
-    assert recipe.data.options == {"size": 32, "labels": False, "buckets": True, "step": 2}
+    assert recipe.data.options == {"size": 32, "labels": False, "buckets": True, "bucket_step": 2}
     found = json.loads((tmp_path / "run" / "quality.json").read_text())
     assert found["facts"]["shape"] == [3, 32, 32]
-    tree["data"] |= {"size": 30, "step": 7}
-    with pytest.raises(ValueError, match="step: 7: a multiple of 2 up to the size, 30"):
+    tree["data"] |= {"size": 30, "bucket_step": 7}
+    with pytest.raises(ValueError, match="bucket_step: 7: a multiple of 2 up to the size, 30"):
         build(load_recipe(tree))
 
 

@@ -15,7 +15,7 @@ from fewstep.data.tables import PICTURE_KINDS, is_saved_to_disk, kind_of, open_t
 from fewstep.data.tars import is_shards, webdataset
 
 # What an encoding of images takes beside the options of their kind.
-_OF_ENCODING = ("size", "buckets", "step", "small", "dtype", "on_error")
+_OF_ENCODING = ("size", "buckets", "bucket_step", "small", "dtype", "on_error")
 # Files of folders that are other data.
 _OTHERS = (pairs.FACTS, encoded.FACTS, "*idx3-ubyte*", "*_batch*.bin")
 

@@ -14,7 +14,7 @@ from fewstep.common.distributed import World
 from fewstep.common.options import parse_value
 from fewstep.common.sharing import told
 from fewstep.data.batch import Data, has_classes, is_prior
-from fewstep.data.buckets import of_one_shape
+from fewstep.data.buckets import InBucket, of_one_shape
 from fewstep.evaluation import measure
 from fewstep.evaluation.checks import support_of
 from fewstep.evaluation.evaluate import evaluate
@@ -75,7 +75,10 @@ def prepare(recipe: Recipe, data: Data, model: Model) -> Data:
             f"evaluation.data {held_out.shape} and data {data.shape} differ in the shape of a sample: they must agree"
         )
     if held_out.size is not None and held_out.size < 4:
-        raise ValueError(f"{held_out.size} rows of data are too few to judge by: 4 at least, or evaluation.count: 0")
+        bucket = f" in {held_out.shape}, the bucket with the most," if isinstance(held_out, InBucket) else ""
+        raise ValueError(
+            f"{held_out.size} rows of data{bucket} are too few to judge by: 4 at least, or evaluation.count: 0"
+        )
     if is_prior(held_out) and (wanted := set(section.metrics or ()) - {*measure.ENDS, "outside", "diversity"}):
         raise ValueError(
             f"evaluation.metrics asks for {sorted(wanted)[0]}, and data: prior has no rows to hold samples against: "

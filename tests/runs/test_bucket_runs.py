@@ -18,7 +18,7 @@ from toys.captions import pipeline_folder
 from toys.places import ROOT, TESTS
 
 import fewstep
-from fewstep.data.buckets import buckets_of
+from fewstep.data.buckets import buckets_of, of_one_shape
 from fewstep.data.couplings import uncoupled
 from fewstep.evaluation import evaluate as evaluation
 from fewstep.runs import judge
@@ -238,3 +238,14 @@ def test_a_bucket_of_one_image_with_a_class(tmp_path: Path) -> None:
     }  # fmt: skip
     built = build(load_recipe(tree))
     assert [bucket.count for bucket in buckets_of(built.data)] == [1, 3]
+
+
+def test_a_bucket_that_is_too_small_to_judge_by_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, size in enumerate([(16, 16), (16, 16), (32, 16), (16, 32)]):  # width and height
+        Image.new("RGB", size, (40 * i, 90, 30)).save(folder / f"{i}.png")
+    data = fewstep.load_data(folder, size=16, buckets=True, bucket_step=4)
+    tree = {"data": {"name": str(folder)}, "objective": "FlowMatching", "student": "unet", "training": {"steps": 1}}
+    with pytest.raises(ValueError, match=r"2 rows of data in \(3, 16, 16\), the bucket with the most, are too few"):
+        judge.prepare(load_recipe({**tree, "name": "few"}), of_one_shape(data), None)  # pyright: ignore[reportArgumentType]

@@ -214,9 +214,8 @@ def test_a_checkpoint_without_a_player_is_named(tmp_path: Path):
     optimizers = adamw(players, torch.device("cpu"), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     run = Run(student, objective, players, optimizers, scaler, None, None, None, {})
-    found = fewstep.training.checkpoints.load(tmp_path / "checkpoints" / "step-00000002")
     with pytest.raises(ValueError, match="no optimizer of 'fake', and those of student"):
-        run.restore(found)
+        run.restore(tmp_path / "checkpoints" / "step-00000002")
 
 
 def test_student_fake_and_teacher_may_be_three_on_one_base():

@@ -33,7 +33,10 @@ def watcher(monkeypatch, tmp_path):
 
 def train(made, seconds_a_step: float) -> None:
     for step in range(1, 81):
-        made(SimpleNamespace(step=step, progress=(step - 1) / 80, seconds=seconds_a_step * step, ema=None, log=dict))
+        seconds = seconds_a_step * step
+        made(
+            SimpleNamespace(step=step, progress=(step - 1) / 80, seconds=seconds, ema=None, log=dict, is_sharded=False)
+        )
 
 
 def test_a_picture_each_eighth_of_a_long_training_and_none_in_a_short_one(watcher):

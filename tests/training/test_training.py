@@ -128,7 +128,7 @@ def test_every_row_is_seen_once_an_epoch():
 
 def test_chunks_come_from_the_batch_alone():
     assert [default_chunk(n) for n in (16, 64, 100, 256, 250)] == [16, 64, 50, 64, 50]
-    with pytest.raises(ValueError, match=r"batch=96 .*3 process.*multiple of 192\. Use batch=192 with chunk=64"):
+    with pytest.raises(ValueError, match=r"batch=96 .*3 process.*multiple of 192\. Say both, batch=192 with chunk=64"):
         Batches(Rows(9), 96, 64, 0, processes=3)
     Batches(Rows(9), 192, 64, 0, processes=3)
     with pytest.raises(ValueError, match="accumulate=3"):

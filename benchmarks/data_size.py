@@ -15,12 +15,11 @@ Writes benchmarks/results/data-size.json (--out).
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import FOLDER, here, write
+from record import FOLDER, here, spread, write
 
 import fewstep
 from fewstep.common.randomness import generator
@@ -78,14 +77,6 @@ def measured(out: Path, size: str, seed: int, steps: int, extractor: Any) -> lis
     return rows
 
 
-def cell(values: list[float]) -> Any:
-    """Mean and standard deviation; of one seed the number alone."""
-    if len(values) < 2:
-        return float(f"{values[0]:.3g}") if values else None
-    spread = statistics.stdev(values)
-    return {"mean": float(f"{statistics.mean(values):.3g}"), "std": float(f"{spread:.2g}")}
-
-
 def table(out: Path, steps: int, to: Path, seeds: list[int]) -> None:
     """The results file, of what was measured."""
     rows: list[Row] = [row for file in sorted(out.glob("*-seed*.json")) for row in json.loads(file.read_text())]
@@ -95,7 +86,7 @@ def table(out: Path, steps: int, to: Path, seeds: list[int]) -> None:
             cells = []
             for calls in CALLS:
                 values = [r[metric] for r in rows if r["size"] == size and r["nfe"] == calls and metric in r]
-                cells.append(cell(values))
+                cells.append(spread(values))
             if any(one is not None for one in cells):
                 lines.append([metric, size, *cells])
     write(

@@ -14,12 +14,11 @@ Writes benchmarks/results/data-to-data.json (--out).
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import FOLDER, here, write
+from record import FOLDER, here, spread, write
 from torch import Tensor
 
 import fewstep
@@ -135,13 +134,6 @@ def table(folder: Path, out: Path, seeds: list[int]) -> None:
         rows=cells,
         **here(sorted({row["seed"] for row in rows})),
     )
-
-
-def spread(values: list[float]) -> Any:
-    if not values:
-        return None
-    mean = float(f"{statistics.mean(values):.3g}")
-    return mean if len(values) == 1 else {"mean": mean, "std": float(f"{statistics.stdev(values):.2g}")}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -68,6 +69,14 @@ class Results(BaseModel):
     def sentences(self) -> list[str]:
         """The notes without those that only say what is missing."""
         return [note for note in self.notes if not note.endswith(f": {NOT_RECORDED}")]
+
+
+def spread(values: Sequence[float]) -> Any:
+    """The cell of one number at several seeds: mean and standard deviation; of one seed it alone, of none nothing."""
+    if not values:
+        return None
+    mean = float(f"{statistics.mean(values):.3g}")
+    return mean if len(values) == 1 else {"mean": mean, "std": float(f"{statistics.stdev(values):.2g}")}
 
 
 def read(path: Path) -> Results:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from toys.families import tiny_pipeline
-from toys.places import ROOT
+from toys.processes import torchrun
 from toys.sampling import Draw, close
 
 from fewstep.cli import main
@@ -164,12 +162,7 @@ def test_two_processes_draw_what_one_does(models: Path, tmp_path: Path, draws: D
         "words = ['sample', *sys.argv[1:], '--device', 'cpu']\n"
         "sys.exit(main([*words, '--out', 'two.npy']) or main([*words, '--out', 'two']))\n"
     )
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        [*launch, str(models / "classes"), *words], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = torchrun(script, models / "classes", *words, timeout=300)
     assert done.stdout == "two.npy: 9 samples, 2 network calls each\ntwo: 9 samples, 2 network calls each\n"
     close(np.load("two.npy"), one)
     assert sorted(os.listdir("two")) == sorted(os.listdir("one"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from toys.places import ROOT, TESTS
+from toys.processes import torchrun
 from toys.training import PLAYERS, Matching, Rows, Student, players
 
 from fewstep.common import distributed
@@ -62,13 +63,7 @@ except ValueError as error:
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     (folder / "train.py").write_text(SCRIPT)
-    paths = [str(TESTS), str(ROOT)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(folder / "train.py"), str(folder)], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = torchrun(folder / "train.py", folder)
     # Where a step uses all parameters, torch says so from C++, once a process.
     assert done.stderr.count("find_unused_parameters=True") <= 2
     return folder

@@ -1,7 +1,6 @@
 """Several processes measure what one does, to the last bit, and keep little however many samples there are."""
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys.places import ROOT, TESTS
+from toys.processes import environment, torchrun
 
 from fewstep.common.distributed import World
 from fewstep.common.sharing import in_turn, rounds
@@ -81,11 +80,6 @@ text = json.dumps({name: json.loads(one.to_json()) for name, one in found.items(
 shown = {name: {key: len(value) for key, value in one.samples.items()} for name, one in found.items()}
 (Path(sys.argv[1]) / f"shown-{rank}.json").write_text(json.dumps(shown))
 """
-
-
-def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join([str(TESTS), str(ROOT)])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **more}
 
 
 def start(words: list[str], size: int) -> list["subprocess.Popen[str]"]:
@@ -165,11 +159,7 @@ def test_the_command_writes_the_report_of_one_process(tmp_path: Path) -> None:
     assert code == 0, said
     alone = (tmp_path / "run/quality.json").read_bytes()
     (tmp_path / "run/quality.json").unlink()
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fewstep", *words]
-    done = subprocess.run(
-        [sys.executable, *launch], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = torchrun("-m", "fewstep", *words, timeout=240, cwd=tmp_path)
     assert (tmp_path / "run/quality.json").read_bytes() == alone
     assert done.stdout.count("report.html have it too") == 1
 

@@ -149,13 +149,18 @@ def test_the_weights_of_a_wan_with_both_embeddings_alike_are_that_wan() -> None:
         torch.testing.assert_close(found, wan(x, timesteps, **cond), atol=1e-5, rtol=1e-5)
 
 
+def field_in(name: str, model: Any) -> DiffusionField:
+    """The velocity that a map has where both times are one."""
+    kind: Any = AnyFlow if name == "anyflow" else HunyuanImage
+    return DiffusionField(kind(model.network.model), diffusers.FlowMatchEulerDiscreteScheduler())
+
+
 @pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", STATES)
 def test_its_field_and_a_student_of_it_are_the_map_itself(name: str, tmp_path: Path) -> None:
     write(name, tmp_path)
     model = loaded(name, tmp_path)
-    kind: Any = AnyFlow if name == "anyflow" else HunyuanImage
-    field = DiffusionField(kind(model.network.model), diffusers.FlowMatchEulerDiscreteScheduler())
+    field = field_in(name, model)
     cond, x, t = conditions(model), noise(name), torch.tensor([0.3, 0.8])
     student = FlowMap.from_field(field)
     with torch.no_grad():
@@ -176,8 +181,7 @@ def test_it_trains_on(name: str, tmp_path: Path) -> None:
     """A step with each group of objectives reaches the embedding of the second time; checkpoints change no gradient."""
     write(name, tmp_path)
     model = loaded(name, tmp_path)
-    kind: Any = AnyFlow if name == "anyflow" else HunyuanImage
-    teacher = DiffusionField(kind(model.network.model), diffusers.FlowMatchEulerDiscreteScheduler())
+    teacher = field_in(name, model)
     doubled = {key: value.repeat_interleave(2, 0) for key, value in conditions(model).items()}
     batch = Batch(noise(name).repeat_interleave(2, 0), doubled)
     second = "delta_embedder" if name == "anyflow" else "timestep_embedder_r"

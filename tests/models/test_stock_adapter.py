@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
-from toys.families import tiny_pipeline
+from toys.adapters import base_of
 
 from fewstep.cli import main
 from fewstep.flows.fields import NetworkField
@@ -22,14 +22,6 @@ from fewstep.runs.loading import load
 
 TEXTS = ["a cat", "a dog"]
 NAMES = ["sd", "sdxl", "sd3", "flux"]
-
-
-def teacher_of(name: str, folder: Path) -> Any:
-    tiny_pipeline(name).save_pretrained(folder)
-    field: Any = load(folder)
-    if hasattr(field.network, "size"):
-        field.network.size = 8
-    return field
 
 
 def adapted(model: Any, seed: int) -> Any:
@@ -82,7 +74,7 @@ def expected(student: FlowMap, pipe: Any, noise: torch.Tensor) -> torch.Tensor:
 @pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stock_pipeline_with_the_adapter_draws_what_fewstep_does(name: str, tmp_path: Path) -> None:
-    field = teacher_of(name, tmp_path / "base")
+    field = base_of(name, tmp_path / "base")
     student = adapted(FlowMap.from_field(field, second_time="none", share=True), 1)
     assert (student.gamma, student.ends_alone) == (1.0, True)
     save_adapter(student, tmp_path / "fast")
@@ -90,7 +82,7 @@ def test_a_stock_pipeline_with_the_adapter_draws_what_fewstep_does(name: str, tm
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
     found = drawn(pipe, name, noise, 1)
     torch.testing.assert_close(found, expected(student, pipe, noise), atol=1e-4, rtol=0)
-    plain = FlowMap.from_field(teacher_of(name, tmp_path / "again"), second_time="none")
+    plain = FlowMap.from_field(base_of(name, tmp_path / "again"), second_time="none")
     assert (expected(plain, pipe, noise) - found).abs().max() > 1e-3  # the adapter is heard
     # Back: on a fresh student of the same base.
     other = FlowMap.from_field(field, second_time="none", share=True)
@@ -103,7 +95,7 @@ def test_a_stock_pipeline_with_the_adapter_draws_what_fewstep_does(name: str, tm
 def test_in_several_steps_with_the_noise_of_the_scheduler(name: str, tmp_path: Path) -> None:
     if name == "flux":
         pytest.skip("its pipeline draws the noise of packed latents in another order")
-    field = teacher_of(name, tmp_path / "base")
+    field = base_of(name, tmp_path / "base")
     student = adapted(FlowMap.from_field(field, second_time="none"), 1)
     save_adapter(student, tmp_path / "fast")
     pipe = stock(tmp_path / "base", tmp_path / "fast", name)
@@ -115,10 +107,10 @@ def test_in_several_steps_with_the_noise_of_the_scheduler(name: str, tmp_path: P
 @pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_it_stacks_with_a_style(name: str, tmp_path: Path) -> None:
-    base = teacher_of(name, tmp_path / "base")
+    base = base_of(name, tmp_path / "base")
     style = adapted(NetworkField(base.network, base.native, base.prediction, path=base.path), 2)
     save_adapter(style, tmp_path / "style")
-    field = teacher_of(name, tmp_path / "same")
+    field = base_of(name, tmp_path / "same")
     student = adapted(FlowMap.from_field(field, second_time="none"), 1)
     save_adapter(student, tmp_path / "fast")
     pipe = stock(tmp_path / "base", tmp_path / "fast", name)
@@ -135,7 +127,7 @@ def test_it_stacks_with_a_style(name: str, tmp_path: Path) -> None:
 
 
 def test_what_such_a_student_cannot(tmp_path: Path) -> None:
-    field = teacher_of("sd", tmp_path / "base")
+    field = base_of("sd", tmp_path / "base")
     student = FlowMap.from_field(field, second_time="none")
     with pytest.raises(ValueError, match=r"ITVM trains ends before t = 1 too, .* take ConsistencyDistillation"):
         ITVM(field).check_student(student)
@@ -151,7 +143,7 @@ def test_what_such_a_student_cannot(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_from_the_command_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained as LoRA, exported as an adapter and as a whole: both draw in a stock pipeline what the run draws."""
-    teacher_of(name, tmp_path / "base")
+    base_of(name, tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     recipe = {
@@ -180,7 +172,7 @@ def test_from_the_command_line(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 def test_by_the_names_of_kohya(name: str, tmp_path: Path) -> None:
     """diffusers reads both, and so does fewstep; with a scale that is not 1."""
-    field = teacher_of(name, tmp_path / "base")
+    field = base_of(name, tmp_path / "base")
     student = FlowMap.from_field(field, second_time="none")
     torch.manual_seed(1)
     add_lora(student, rank=2, alpha=3.0)
@@ -201,7 +193,7 @@ def test_by_the_names_of_kohya(name: str, tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_for_it(tmp_path: Path) -> None:
-    student = adapted(FlowMap.from_field(teacher_of("sd3", tmp_path / "base"), second_time="none"), 1)
+    student = adapted(FlowMap.from_field(base_of("sd3", tmp_path / "base"), second_time="none"), 1)
     with pytest.raises(ValueError, match=r"keys: kohya are for the U-Nets .* SD3Transformer2DModel: leave keys out"):
         save_adapter(student, tmp_path / "fast", keys="kohya")
     with pytest.raises(ValueError, match="unknown keys of an adapter 'koya': did you mean 'kohya'"):

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toys.families import tiny_pipeline
+from toys.adapters import base_of
 
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
@@ -18,7 +18,6 @@ from fewstep.models.adapter_files import DIFFUSERS_FILE, PEFT_FILE, load_adapter
 from fewstep.models.lora import add_lora, merge_lora
 from fewstep.pipelines.adapters import SECOND_TIME
 from fewstep.runs.export import export
-from fewstep.runs.loading import load
 
 TEXTS = ["a cat", "a dog"]
 KEYS = [("sd", "diffusers"), ("sd", "kohya"), ("flux", "diffusers")]
@@ -26,15 +25,6 @@ KEYS = [("sd", "diffusers"), ("sd", "kohya"), ("flux", "diffusers")]
 
 def noise() -> Tensor:
     return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
-
-
-def base_of(name: str, folder: Path) -> Any:
-    if not folder.exists():
-        tiny_pipeline(name).save_pretrained(folder)
-    field: Any = load(folder)
-    if hasattr(field.network, "size"):
-        field.network.size = 8
-    return field
 
 
 def trained(model: Any, seed: int) -> Any:

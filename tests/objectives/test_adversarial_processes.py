@@ -1,14 +1,11 @@
 """A critic on two processes is one on one: second derivatives, the noise's controller, the adaptive weight."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys.places import ROOT, TESTS
+from toys.processes import torchrun
 
 SCRIPT = """
 import sys
@@ -38,13 +35,7 @@ train("difference", slopes="difference", diffused={"images": 400, "interval": 2}
 def trained(folder: Path, processes: int) -> Path:
     folder.mkdir()
     (folder / "train.py").write_text(SCRIPT)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT)]), "CUDA_VISIBLE_DEVICES": ""}
-    env |= {"OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*launch, str(folder / "train.py"), str(folder)], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(folder / "train.py", folder, processes=processes)
     return folder
 
 

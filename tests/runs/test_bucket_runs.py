@@ -2,9 +2,6 @@
 that take one shape, which say so before anything is computed."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from toys.captions import pipeline_folder
-from toys.places import ROOT, TESTS
+from toys.processes import torchrun
 
 import fewstep
 from fewstep.data.buckets import buckets_of, of_one_shape
@@ -155,12 +152,8 @@ fit(FlowMap(Net()), PSD(), data, 12, out=Path(sys.argv[1]), batch=16, chunk=4, l
 @pytest.mark.takes_seconds
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT)]), "CUDA_VISIBLE_DEVICES": ""}
     for processes in (1, 2):
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        words += [str(tmp_path / "train.py"), str(tmp_path / f"{processes}")]
-        done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
+        torchrun(tmp_path / "train.py", tmp_path / f"{processes}", processes=processes, timeout=200)
     one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
     assert one.keys() == two.keys()
     for key in one:

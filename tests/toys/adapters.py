@@ -1,5 +1,8 @@
 """Models with adapters of a LoRA, and short trainings of them."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from fewstep.flows.fields import NetworkField
@@ -7,8 +10,20 @@ from fewstep.flows.maps import FlowMap
 from fewstep.models.lora import add_lora
 from fewstep.networks import MLP
 from fewstep.objectives import FlowMatching
+from fewstep.runs.loading import load
 from fewstep.training.fit import fit
+from toys.families import tiny_pipeline
 from toys.unet import tiny_field
+
+
+def base_of(name: str, folder: Path) -> Any:
+    """A tiny pipeline's field, read from its folder, which is written where it is not there."""
+    if not folder.exists():
+        tiny_pipeline(name).save_pretrained(folder)
+    field: Any = load(folder)
+    if hasattr(field.network, "size"):
+        field.network.size = 8
+    return field
 
 
 def points(seed=0, dtype=torch.float32, **options):

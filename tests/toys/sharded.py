@@ -3,9 +3,6 @@
 In float64, unless said: what the order of sums does to AdamW's first steps is then far from all that could be wrong.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from fewstep.networks.families import FAMILIES
 from fewstep.objectives.base import Objective
 from fewstep.training.run import Result
 from toys.families import conditions, tiny_model
-from toys.places import ROOT, TESTS
+from toys.processes import torchrun
 
 TRAINING: dict[str, Any] = {"steps": 6, "batch": 16, "chunk": 4, "log_every": 1, "quiet": True, "device": "cpu"}
 
@@ -72,13 +69,4 @@ def launch(script: str, folder: Path, processes: int, *more: str) -> None:
     """Run a script by torchrun, its folder as the first argument."""
     file = folder / "train.py"
     file.write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*command, *more, str(file), str(folder)], env=environment(), capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def environment() -> dict[str, str]:
-    paths = os.pathsep.join([str(TESTS), str(ROOT)])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    torchrun(*more, file, folder, processes=processes)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys.sharded import environment
+from toys.processes import environment
 
 from fewstep.training import checkpoints
 

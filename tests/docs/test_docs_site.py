@@ -183,5 +183,9 @@ def test_drawings_are_whole_and_the_same_again() -> None:
 
 def test_every_guide_is_listed_once_with_what_it_is_for() -> None:
     guides = ROOT / "docs" / "guides"
-    listed = re.findall(r"^\* \[[^\]]+\]\(([\w-]+)\.md\)[:,] \S", (guides / "index.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted({page.stem for page in guides.glob("*.md")} - {"index"})
+    index = (guides / "index.md").read_text()
+    listed = re.findall(r"^\* \[[^\]]+\]\(([\w-]+)\.md\)[:,] \S", index, re.MULTILINE)
+    pages = sorted({page.stem for page in guides.glob("*.md")} - {"index"})
+    assert sorted(listed) == pages
+    menu = index.partition("```{toctree}")[2].partition("```")[0]
+    assert sorted(re.findall(r"^[\w-]+$", menu, re.MULTILINE)) == pages  # or the site is not built

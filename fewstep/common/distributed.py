@@ -1,6 +1,7 @@
 """One process or several, started by torchrun, ``accelerate launch`` or SLURM, on torch.distributed itself."""
 
 import atexit
+import importlib
 import os
 import re
 import socket
@@ -208,6 +209,9 @@ def join(world: World, device: torch.device, group: bool = False) -> Iterator[No
         LostProcessError: the others do not come in time, or one of them has ended.
     """
     if (world.size > 1 or group) and not dist.is_initialized():
+        # Its functions keep the group that there is when it is imported, and with it threads of gloo beyond the end of
+        # the group: one that lets go of a tensor while Python ends aborts the process.
+        importlib.import_module("torch.distributed.nn.functional")
         if world.size > 1:
             _meet(world, device)
         else:

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,13 +20,19 @@ from fewstep.training.fit import fit
 
 # Four trainings one after another in the same processes.
 SCRIPT = """
-import os, signal, sys
+import atexit, os, signal, sys
 from pathlib import Path
 import torch
 from toys.training import PLAYERS, Matching, Rows, Student, players
 from fewstep.training.fit import fit
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+
+def threads_left():
+    tasks = Path("/proc/self/task").glob("*/comm")
+    (folder / f"threads-{rank}").write_text("".join(sorted(task.read_text() for task in tasks)))
+
+atexit.register(threads_left)  # called after the group is left, since it is registered before
 
 def train(name, **options):
     options = {"steps": 12, "batch": 32, "chunk": 4, "seed": 5, "log_every": 3, "quiet": True, **options}
@@ -128,6 +135,15 @@ def test_a_folder_that_is_not_shared_is_noticed(two):
     for rank, step in ((0, 12), (1, 0)):
         assert f"different checkpoints in {two}" in (two / f"apart-{rank}").read_text()
         assert f"process {rank}: step {step}" in (two / f"apart-{rank}").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are told by Linux")
+def test_no_thread_of_the_group_outlives_it(two: Path) -> None:
+    """One that lets go of a tensor while Python ends aborts a process whose training went well."""
+    for rank in (0, 1):
+        threads = (two / f"threads-{rank}").read_text()
+        assert "python" in threads
+        assert "gloo" not in threads
 
 
 @pytest.mark.parametrize("name", ["foo", "cuda:99", "cpu:x"])

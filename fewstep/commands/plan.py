@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     print_table(*memory_table(found))
     columns, fits = fit_table(found)
     print_table(columns, fits)
-    if found.recipe.training.shard is not None or found.total(found.step.rows) > CARDS[0] * 2**30:
+    training, is_large = found.recipe.training, found.total(found.step.rows) > CARDS[0] * 2**30
+    if training.shard is not None or (is_large and training.optimizer is None):  # the others are not sharded
         print_table(*shard_table(found))
     print_table(*time_table(found, [args.gpu] if args.gpu else list(GPUS), args.utilization))
     print(notes(found, args.utilization))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fewstep.training.eight_bits import bytes_of_moments
+
 
 @dataclass(frozen=True)
 class Part:
@@ -22,12 +24,14 @@ def parts_of(
     objective: nn.Module,
     average: nn.Module | None,
     target: nn.Module | None,
+    eight_bit: bool = False,
     kept: Callable[[Tensor], int] = Tensor.numel,
 ) -> tuple[Part, ...]:
     """What lies in memory, each tensor once: what teacher or copies share with the student is its own.
 
     Args:
         trained: what the optimizers change.
+        eight_bit: whether these keep moments in 8 bits.
         kept: how many of a tensor's numbers are kept.
     """
     seen: set[int] = set()
@@ -51,6 +55,9 @@ def parts_of(
         part("gradients", trained),
         part("two moments of AdamW", trained, 2),
     ]
+    if eight_bit:
+        counts = [kept(tensor) for tensor in trained]
+        parts[-1] = Part("two moments in 8 bits", 2 * sum(counts), sum(map(bytes_of_moments, counts)))
     return tuple(part for part in parts if part.numbers)
 
 

@@ -33,6 +33,7 @@ from fewstep.runs.recipe import Recipe
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.students import make_student
 from fewstep.training.computing import PRECISIONS, use_checkpoints
+from fewstep.training.eight_bits import bytes_of_moments, is_eight_bit
 from fewstep.training.ema import Ema
 from fewstep.training.run import own_state
 from fewstep.training.sharding import networks_of
@@ -248,6 +249,7 @@ def _holders(run: _Run) -> dict[str, Any]:
         "objective": run.objective,
         "average": run.average,
         "target": run.target,
+        "eight_bit": _is_eight_bit(run.recipe),
     }
 
 
@@ -261,9 +263,12 @@ def _checkpoint(run: _Run) -> int:
     frozen = {name for name, p in run.student.named_parameters(remove_duplicate=False) if not p.requires_grad}
     models = [model for model in (run.student, run.average, run.target) if model is not None]
     saved = [value for model in models for name, value in model.state_dict().items() if name not in frozen]
-    return sum(
-        x.nbytes for x in [*saved, *own_state(run.objective, run.student).values(), *_trained(run), *_trained(run)]
-    )
+    moments = [bytes_of_moments(p.numel()) if _is_eight_bit(run.recipe) else 2 * p.nbytes for p in _trained(run)]
+    return sum(x.nbytes for x in [*saved, *own_state(run.objective, run.student).values()]) + sum(moments)
+
+
+def _is_eight_bit(recipe: Recipe) -> bool:
+    return is_eight_bit(recipe.training.optimizer, recipe.training.shard)
 
 
 def _least(run: _Run, step: Counted) -> Counted:

@@ -180,6 +180,9 @@ class Training(Section):
     lr: Above = Field(default=1e-3, description="highest learning rate of AdamW")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="of AdamW")
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
+    optimizer: str | None = Field(
+        default=None, description="adamw8bit: AdamW's two moments in 8 bits each, by bitsandbytes; else those of AdamW"
+    )
     schedule: str = Field(default="cosine", description="cosine or constant")
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
     clip: Above | None = Field(default=1.0, description="largest gradient norm; null for no limit")
@@ -201,6 +204,11 @@ class Training(Section):
     log_every: Count = Field(default=50, description="steps between lines of metrics.jsonl")
     track: tuple[str, ...] = Field(default=(), description="any of tensorboard, trackio, wandb")
     quiet: bool = Field(default=False, description="no progress bar")
+
+    @field_validator("optimizer")
+    @classmethod
+    def _usual(cls, value: str | None) -> str | None:
+        return None if value == "adamw" else value  # one run, whether said or not
 
 
 class Evaluation(Section):

@@ -25,6 +25,7 @@ from fewstep.objectives.finishing import name_of
 from fewstep.training import folder, interrupt, trackers
 from fewstep.training.batches import Batches
 from fewstep.training.computing import compile_networks, half_precision, threads_for, use_checkpoints
+from fewstep.training.eight_bits import check_eight_bits, is_eight_bit
 from fewstep.training.ema import Model
 from fewstep.training.fingerprint import flat
 from fewstep.training.floors import Floors
@@ -63,6 +64,7 @@ def fit(
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
+    optimizer: str | None = None,
     schedule: str = "cosine",
     warmup: int = 0,
     clip: float | None = 1.0,
@@ -109,6 +111,8 @@ def fit(
             shared out, so batch must be a multiple of chunk x processes x accumulate.
         accumulate: micro-batches per update and process; saves memory, changes nothing else.
         lr, betas, weight_decay: of AdamW, one for each player of ``objective.parameter_groups``.
+        optimizer: ``adamw8bit`` keeps AdamW's two moments in 8 bits each, by bitsandbytes (the extra ``quantised``),
+            where a weight has 4096 numbers at least; ``adamw``, or None, in the type of the weights.
         schedule, warmup: see ``fewstep.training.schedules``; a longer continuation (``steps``) stretches the cosine.
         clip: the largest gradient norm of a player, None for no limit.
         ema, ema_warmup: decay of the averaged weights, None for none, and whether it rises from 0.1 as (1 + n) /
@@ -162,6 +166,8 @@ def fit(
     if gradient_checkpointing:
         use_checkpoints(student)
     check_sharding(shard, offload, student, objective, precision=precision, compile=compile)
+    if eight_bit := is_eight_bit(optimizer, shard):
+        check_eight_bits(student, objective)
     trackers.check(track)
     world = distributed.environment()
     device = distributed.choose_device(device, world)
@@ -174,7 +180,7 @@ def fit(
     settings = {
         "seed": seed, "batch": batch, "chunk": chunk, "accumulate": accumulate, "lr": lr, "betas": betas,
         "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup, "clip": clip, "ema": ema,
-        "ema_warmup": ema_warmup, "precision": precision,
+        "ema_warmup": ema_warmup, "precision": precision, "optimizer": "adamw8bit" if eight_bit else None,
     }  # fmt: skip
     if data.size is not None and data.size < batch and not quiet and world.is_main:
         each = f"{batch / data.size:.2g} times"
@@ -215,7 +221,7 @@ def fit(
             student,
             objective,
             players,
-            adamw(players, device, lr=lr, betas=betas, weight_decay=weight_decay),
+            adamw(players, device, lr=lr, betas=betas, weight_decay=weight_decay, eight_bit=eight_bit),
             torch.amp.GradScaler("cuda", enabled=half is torch.float16),
             average=here.average,
             slow=here.slow,

@@ -10,7 +10,7 @@ from typing import Any, Generic, Literal
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.distributed import World, is_sharded, local, shard_like
+from fewstep.common.distributed import World, is_sharded
 from fewstep.common.errors import refused
 from fewstep.common.model_files import put_in
 from fewstep.objectives.base import Objective, Player
@@ -18,6 +18,7 @@ from fewstep.training import checkpoints
 from fewstep.training.checkpoints import Checkpoint, Sizes, Tensors
 from fewstep.training.ema import Ema, Model
 from fewstep.training.meter import Meter
+from fewstep.training.moments import empty_moment, give_back, moments_of, options_of
 from fewstep.training.run_files import CHECKPOINTS
 
 
@@ -76,12 +77,12 @@ class Run:
         for group, model in self._models.items():
             tensors[group] = {name: value for name, value in model.state_dict().items() if name not in still}
         for player, optimizer in self.optimizers.items():
-            tensors[f"optimizer-{player}"] = _flatten(optimizer, self.players[player])
+            tensors[f"optimizer-{player}"] = moments_of(optimizer, self.players[player])
         state = {
             "seconds": self.seconds,
             "losses": self.losses,
             "sums": self.meter.sums,
-            "optimizers": {player: _options(optimizer) for player, optimizer in self.optimizers.items()},
+            "optimizers": {player: options_of(optimizer) for player, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "threads": self.threads,
             "fingerprint": self.fingerprint,
@@ -118,7 +119,7 @@ class Run:
             shared = {name: state_of[name] for name in state_of.keys() - own_state(self.objective, self.student).keys()}
             self.objective.load_state_dict({**shared, **tensors.get("objective", {})})
             for player, optimizer in self.optimizers.items():  # one that has not moved yet has nothing to keep
-                _unflatten(optimizer, tensors.get(f"optimizer-{player}", {}))
+                give_back(optimizer, tensors.get(f"optimizer-{player}", {}))
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.seconds, self.losses = checkpoint.step, state["seconds"], state["losses"]
             self.threads = state.get("threads") or torch.get_num_threads()  # that of a run from before it was kept
@@ -140,7 +141,7 @@ class Run:
                 raise ValueError(f"{found} of the objective")
             for player, of in self.players.items():
                 group = f"optimizer-{player}"
-                wanted[group] = {key: _moment(key, size, of) for key, size in sizes.get(group, {}).items()}
+                wanted[group] = {key: empty_moment(key, size, of) for key, size in sizes.get(group, {}).items()}
         return wanted
 
 
@@ -250,43 +251,3 @@ def differing(wanted: Mapping[str, torch.Size], found: Mapping[str, torch.Size])
             say = lambda shape: "absent" if shape is None else tuple(shape)  # noqa: E731
             return f"{name!r} is {say(there)} there and {say(here)} here"
     return None
-
-
-def _flatten(optimizer: torch.optim.Optimizer, player: Player) -> dict[str, Tensor]:
-    """Adam's tensors as ``INDEX.NAME``, the index counting the player's parameters; sharded as these are."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": shard_like(value, player.parameters[index]) if value.ndim else value
-        for index, values in state.items()
-        for name, value in values.items()
-    }
-
-
-def _moment(key: str, size: torch.Size, player: Player) -> Tensor:
-    """An empty tensor for one of the moments of a player's parameters."""
-    index, _, name = key.partition(".")
-    if name == "step":
-        return torch.zeros(size)
-    parameters = player.parameters
-    if not index.isdigit() or int(index) >= len(parameters) or parameters[int(index)].shape != size:
-        raise ValueError(f"the moment {key} of shape {tuple(size)} is of no parameter here")
-    like = parameters[int(index)]
-    return shard_like(torch.zeros_like(local(like)), like)
-
-
-def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give an optimizer its moments back: the shares of them, where they are sharded."""
-    whole = optimizer.state_dict()
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        whole["state"].setdefault(int(index), {})[name] = local(value)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, state in whole["state"].items():
-        shapes = {name: value.shape for name, value in state.items() if name != "step"}
-        if "step" not in state or shapes != dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[index].shape):
-            raise ValueError(f"the moments of parameter {index} are not those that AdamW keeps of it")
-    optimizer.load_state_dict(whole)
-
-
-def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]

@@ -18,6 +18,7 @@ from fewstep.common.randomness import Generators, mix
 from fewstep.data.batch import Batch
 from fewstep.objectives.base import Objective, Player
 from fewstep.training.adamw import AdamW
+from fewstep.training.eight_bits import adamw8bit
 
 _DROPOUT = 3  # after the words of the rows (1) and the noise (2) of a step
 _SMALLEST_SCALE = 1e-4
@@ -87,20 +88,24 @@ def players_of(objective: Objective, student: nn.Module) -> dict[str, Player]:
 
 
 def adamw(
-    players: dict[str, Player], device: torch.device, *, lr: float, betas: tuple[float, float], weight_decay: float
+    players: dict[str, Player],
+    device: torch.device,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eight_bit: bool = False,
 ) -> dict[str, torch.optim.Optimizer]:
-    """One AdamW a player, of the shares of its parameters that this process keeps."""
-    fused = device.type in ("cpu", "cuda")  # three times as fast as foreach on small networks
-    return {
-        name: AdamW(
-            [nn.Parameter(local(p)) if is_shard(p) else p for p in player.parameters],
-            lr=lr * player.lr,
-            betas=player.betas or betas,
-            weight_decay=weight_decay,
-            fused=fused,
-        )
-        for name, player in players.items()
-    }
+    """One AdamW a player, of the shares of its parameters that this process keeps; its moments in 8 bits, if so."""
+    made: dict[str, torch.optim.Optimizer] = {}
+    for name, player in players.items():
+        parameters = [nn.Parameter(local(p)) if is_shard(p) else p for p in player.parameters]
+        options: dict[str, Any] = {"betas": player.betas or betas, "weight_decay": weight_decay}
+        if eight_bit:
+            made[name] = adamw8bit(parameters, lr=lr * player.lr, **options)
+        else:  # fused is three times as fast as foreach on small networks
+            made[name] = AdamW(parameters, lr=lr * player.lr, fused=device.type in ("cpu", "cuda"), **options)
+    return made
 
 
 def update(

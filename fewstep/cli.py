@@ -22,7 +22,7 @@ from fewstep.commands import (
     train,
     ui,
 )
-from fewstep.commands.messages import one_line, short_messages
+from fewstep.commands.messages import one_line, short_messages, tell_torchrun
 from fewstep.commands.parser import CommandParser, Parser, arguments_of
 from fewstep.common.errors import OUT_OF_MEMORY, TrainingError, briefly, is_out_of_memory, shown, unknown
 from fewstep.common.trust import trusting
@@ -56,11 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif isinstance(error, OSError) and error.errno and error.filename:
             error = OSError(f"{shown(error.filename)} cannot be used as a file or folder: {error.strerror}")
         print(f"error: {one_line(error)}", file=sys.stderr)
+        tell_torchrun(error)
         return 1 if isinstance(error, TrainingError | WriteError) else 2
     except (MemoryError, RuntimeError) as error:
         if is_debug or not is_out_of_memory(error):
             raise
         print(f"error: {OUT_OF_MEMORY} ({briefly(error)})", file=sys.stderr)
+        tell_torchrun(error)
         return 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

@@ -1,10 +1,14 @@
 """What is said while a command runs, in lines that can be read: errors, warnings, and what libraries log."""
 
+import json
 import logging
+import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fewstep.common.errors import shortened
@@ -21,6 +25,16 @@ def as_flags(text: str) -> str:
     for python, flag in (("resume=False", "--fresh"), ("overwrite=True", "--overwrite")):
         text = text.replace(f"{python} ({flag})", flag).replace(python, flag)
     return text
+
+
+def tell_torchrun(error: BaseException) -> None:
+    """Leave an error where torchrun looks for the first of all, which it shows at its end. What one process says of
+    another that has ended is never the first."""
+    if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        line, moment = one_line(error), time.time() + getattr(error, "follows", 0.0)
+        more = {"py_callstack": line, "timestamp": f"{moment:.0f}"}
+        with suppress(OSError):
+            Path(place).write_text(json.dumps({"message": {"message": line, "extraInfo": more}}))
 
 
 @contextmanager

@@ -7,13 +7,13 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
-from threading import Timer
-from typing import Any
+from threading import Thread, Timer
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from fewstep.common.errors import TrainingError, briefly, shortened
 
+Made = TypeVar("Made")
 _SILENT = 10.0  # seconds of waiting before a word is said
 _PATIENCE = 5.0  # seconds, with processes that may have died
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
@@ -31,6 +32,8 @@ _STORES: list[dist.Store] = []  # of the group that was made here
 
 class LostProcessError(TrainingError):
     """The processes of a run are not all there."""
+
+    follows = 5.0  # seconds, at least, after what ended the others
 
 
 @dataclass(frozen=True)
@@ -244,12 +247,8 @@ def _meet(world: World, device: torch.device) -> None:
     try:
         if not world.is_main:
             _reach(where[0], int(where[1]), patience.total_seconds())
-        store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=patience))
-        # torchrun that starts them again (--max-restarts) may keep the store, and in it where those before were.
-        store = dist.PrefixStore(f"fewstep/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = _waited(lambda: _gathering(world, patience))
         _STORES.append(store)
-        store.set(f"{world.rank}", "here")
-        store.wait([f"{rank}" for rank in range(world.size)], patience)
         dist.init_process_group(_backend(device), store=store, rank=world.rank, world_size=world.size)
     except (RuntimeError, OSError) as error:
         raise LostProcessError(
@@ -258,6 +257,36 @@ def _meet(world: World, device: torch.device) -> None:
         ) from error
     finally:
         note.cancel()
+
+
+def _gathering(world: World, patience: timedelta) -> dist.Store:
+    """The store of all processes, once they are there."""
+    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=patience))
+    # torchrun that starts them again (--max-restarts) may keep the store, and in it where those before were.
+    store = dist.PrefixStore(f"fewstep/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store.set(f"{world.rank}", "here")
+    store.wait([f"{rank}" for rank in range(world.size)], patience)
+    return store
+
+
+def _waited(wait: Callable[[], Made]) -> Made:
+    """What a function of torch's gives that waits: aside, as no signal would be heard here until it ends."""
+    found: list[Made] = []
+    raised: list[Exception] = []
+
+    def work() -> None:
+        try:
+            found.append(wait())
+        except Exception as error:
+            raised.append(error)
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if raised:
+        raise raised[0]
+    return found[0]
 
 
 def _backend(device: torch.device) -> str:

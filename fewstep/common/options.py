@@ -173,6 +173,8 @@ def in_one_line(
     if "instance of Sequence" in said or said.endswith("valid tuple") or said.endswith("valid list"):
         example = f", such as [{first['input']}]" if isinstance(first["input"], int | float) else ""
         said = f"Input should be a list{example}"
+    if first["type"] in ("bool_parsing", "bool_type"):
+        said = "Input should be true or false"
     return ValueError(f"{dotted} is {shown(first['input'])}: {said[0].lower()}{said[1:]}")
 
 

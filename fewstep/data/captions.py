@@ -33,7 +33,8 @@ class Rows:
     """Images, a row each: ``read`` gives the files (or their bytes) of a slice, ``names`` what to call them.
 
     ``captions`` and ``labels`` (whole numbers, of ``classes``) are one a row, None where there are none. ``problems``
-    says of rows that cannot be used why.
+    says of rows that cannot be used why. ``sizes`` are height and width of each, or why it cannot be read, where they
+    are known already.
     """
 
     names: Sequence[str]
@@ -42,6 +43,7 @@ class Rows:
     labels: Sequence[int] | None = None
     classes: tuple[str, ...] = ()
     problems: dict[int, str] = field(default_factory=dict)
+    sizes: Sequence[tuple[int, int] | str] | None = None
 
     def __len__(self) -> int:
         return len(self.names)

@@ -16,6 +16,11 @@ from fewstep.data.tars import is_shards, webdataset
 
 # What an encoding of images takes beside the options of their kind.
 _OF_ENCODING = ("size", "buckets", "bucket_step", "small", "dtype", "on_error")
+_KINDS = {
+    image_folder: "a folder of images",
+    hugging_face: "a Hugging Face data set",
+    webdataset: "webdataset shards",
+}
 # Files of folders that are other data.
 _OTHERS = (pairs.FACTS, encoded.FACTS, "*idx3-ubyte*", "*_batch*.bin")
 
@@ -47,11 +52,17 @@ def listed(name: str | Path, captions: bool = True, /, **options: Any) -> Captio
             f"{name} is no data of images that can be encoded: a folder, hf:NAME, what save_to_disk wrote, or "
             "webdataset shards (.tar) are"
         )
-    takes = [option for option in signature(load).parameters if option not in ("name", "captions")]
+    takes = _options_of(load)
     for option in options:
         if option not in takes:
+            if kinds := [what for other, what in _KINDS.items() if option in _options_of(other)]:
+                raise ValueError(f"{option} is an option of {kinds[0]}, and {name} is {_KINDS[load]}: leave it out")
             raise unknown(f"option of {name}", option, [*takes, *_OF_ENCODING])
     return load(name, captions=captions, **arguments("data", load, options, given=("name", "captions")))
+
+
+def _options_of(load: Callable[..., Captioned]) -> list[str]:
+    return [option for option in signature(load).parameters if option not in ("name", "captions")]
 
 
 def opener(name: str | Path) -> Callable[..., Captioned] | None:

@@ -22,6 +22,7 @@ from fewstep.common.errors import briefly
 from fewstep.common.reading import no_file, parse_json, read_text
 from fewstep.common.user_folders import cache_folder
 from fewstep.data.captions import Captioned, Rows, identity_of
+from fewstep.data.decode import size_or_why
 from fewstep.data.formats import PICTURES, is_picture
 from fewstep.data.metadata import CAPTIONS, checked, text_of
 from fewstep.data.remote import KEEP, Remote, Slots, check_address, described, is_remote
@@ -79,7 +80,8 @@ def _local(file: Path) -> Shard:
 
 
 def _fetched(remote: Remote, slots: Slots) -> Shard:
-    """A shard behind an address. What is in it is kept in the cache, so that no other start fetches it for that."""
+    """A shard behind an address. What is in it, the sizes of images too, is kept in the cache, so that no other start
+    fetches it for that."""
     key = hashlib.sha256(json.dumps(remote.stamp).encode()).hexdigest()[:32]
     index = cache_folder() / "shard-lists" / f"{key}.json"
 
@@ -87,7 +89,7 @@ def _fetched(remote: Remote, slots: Slots) -> Shard:
         if index.is_file():
             return [(name, row) for name, row in parse_json(read_text(index), str(index))]
         with slots.file(remote) as file:
-            found = list(_grouped(file, remote.name))
+            found = list(_grouped(file, remote.name, is_measured=True))
         replace_file(index, json.dumps(found).encode())
         return found
 
@@ -140,6 +142,7 @@ def _shard_rows(shards: Sequence[Shard], caption: str | None, labels: bool, capt
     places: list[tuple[int, int, int]] = []
     texts: list[str | None] = []
     classes: list[int | None] = []
+    sizes: list[Any] = []
     # Processes begin at shards of their own, and find in the cache what others have listed meanwhile.
     world, held = environment(), {}
     for number in sorted(range(len(shards)), key=lambda number: (number - world.rank) % world.size):
@@ -150,6 +153,7 @@ def _shard_rows(shards: Sequence[Shard], caption: str | None, labels: bool, capt
                 continue
             names.append(f"{key} in {shard.name}")
             places.append((number, *row["picture"]))
+            sizes.append(row.get("size"))
             texts.append(_caption_of(row, caption, names[-1]) if captions else None)
             classes.append(int(row["cls"]) if labels and str(row.get("cls", "")).strip().isdigit() else None)
     if not shards:
@@ -169,11 +173,13 @@ def _shard_rows(shards: Sequence[Shard], caption: str | None, labels: bool, capt
     has_text = captions and (caption is not None or any(text is not None for text in texts))
     said, problems = checked(texts) if has_text else (None, {})
     numbers = [number for number in classes if number is not None]
-    return Rows(names, read, said, numbers if len(numbers) == len(names) else None, problems=problems)
+    measured = [tuple(size) if isinstance(size, list) else size for size in sizes] if all(sizes) else None
+    return Rows(names, read, said, numbers if len(numbers) == len(names) else None, problems=problems, sizes=measured)
 
 
-def _grouped(file: Path, called: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The files of a shard by their name before the first dot: where the image is, and what is said of it."""
+def _grouped(file: Path, called: str, is_measured: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The files of a shard by their name before the first dot: where the image is, and what is said of it; of one that
+    ``is_measured`` how large the image is."""
     key, row = "", {}
     there = file.stat().st_size
     try:
@@ -192,6 +198,8 @@ def _grouped(file: Path, called: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     raise ValueError(f"{member.name[:80]!r} should have {member.size} bytes, which are not there")
                 if is_picture(f"image.{kind}"):
                     row["picture"] = member.offset_data, member.size
+                    if is_measured and (content := tar.extractfile(member)):
+                        row["size"] = size_or_why(content.read())
                 elif kind in ("txt", "json", "cls") and member.size <= _LONGEST:
                     content = tar.extractfile(member)
                     text = content.read().decode("utf-8-sig", errors="replace") if content else ""

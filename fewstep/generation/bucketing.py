@@ -72,7 +72,7 @@ def in_buckets(model: Model, source: Captioned, facts: dict[str, Any]) -> tuple[
         ValueError: a model of squares, an image that cannot be read, or none that can be used.
     """
     rows, (_, sizes) = source.rows, buckets_for(model, facts["size"], facts["bucket_step"])
-    found = sizes_of(rows.read, rows.names, source.identity)
+    found = sizes_of(rows.read, rows.names, source.identity) if rows.sizes is None else rows.sizes
     usable = [rows.problems.get(row, own) for row, own in enumerate(found)]
     put = assign(usable, rows.names, sizes, facts["small"], facts["on_error"])
     cuts = torch.zeros(len(rows), 4, dtype=torch.int32)

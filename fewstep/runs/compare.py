@@ -23,8 +23,8 @@ from fewstep.runs.run import run
 from fewstep.runs.side_by_side import Comparison, Training
 from fewstep.training import checkpoints
 from fewstep.training.fingerprint import check_recipe
-from fewstep.training.folder import check_ours
-from fewstep.training.run_files import CHECKPOINTS, FAILED, METRICS, QUALITY, RECIPE
+from fewstep.training.folder import begin, check_ours
+from fewstep.training.run_files import CHECKPOINTS, FAILED, METRICS, QUALITY, RECIPE, read_mark
 from fewstep.training.trackers import read_metrics
 
 STEPS = (1, 2, 4, 8, 16)
@@ -188,6 +188,8 @@ def _train(label: str, recipe: Recipe, folder: Path) -> Training:
         except FAILURES as error:  # all that can be refused has been: this is the method's own
             failed = shortened(str(error))
             note = {"why": failed, "recipe": recipe.as_dict()}
+            if not read_mark(folder):  # one that was refused leaves nothing
+                begin(folder)
             replace_file(folder / FAILED, json.dumps(note, indent=2).encode())
     metrics = folder / METRICS
     last = (read_metrics(metrics) if metrics.is_file() else [])[-1:] or [{}]

@@ -57,7 +57,7 @@ def run(recipe: Recipe, out: Path, *, fresh: bool = False) -> Finished:
     is_main = distributed.environment().is_main
     if not fresh:
         check_from_recipe(out)
-    with owned(out, "trained") if is_main else nullcontext():
+    with owned(out, "trained") if is_main else nullcontext(), folder.unless_refused(out if is_main else None):
         return _run(recipe, out, fresh, is_main)
 
 

@@ -198,7 +198,9 @@ def fit(
     with interrupt.catch() as signal, ExitStack() as stack:
         if out is not None and world.is_main:
             stack.enter_context(owned(out, "trained"))
-        stack.enter_context(distributed.join(world, device, group=shard is not None))
+            stack.enter_context(folder.unless_refused(out))
+        with interrupt.let_through():  # others may be waited for
+            stack.enter_context(distributed.join(world, device, group=shard is not None))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         world.barrier()  # from here on nobody else changes the folder
         found = None if out is None else folder.open_run(out, identity, resume)

@@ -3,12 +3,13 @@
 import json
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fewstep.common.disk import replace_file, sweep
+from fewstep.common.locks import LOCK
 from fewstep.common.options import as_yaml, read_yaml
 from fewstep.common.received import own_folder
 from fewstep.common.version import __version__
@@ -20,6 +21,7 @@ from fewstep.training.run_files import (
     METRICS,
     RECIPE,
     SAMPLES,
+    STUDENT,
     TEACHER_SAMPLES,
     TENSORBOARD,
     is_ours,
@@ -96,6 +98,37 @@ def prepare(out: Path, fingerprint: Mapping[str, Any], resume: bool) -> None:
     for place in (out, out / SAMPLES):
         sweep(place)
     begin(out, fingerprint, threads_of(out))
+
+
+@contextmanager
+def unless_refused(out: Path | None) -> Iterator[None]:
+    """A run that is refused within, before it had anything to keep, leaves no folder behind that looks like one that
+    can be gone on with: of a folder that was empty, or not there, what was written is taken away again."""
+    is_new = out is not None and _is_empty(out)
+    try:
+        yield
+    except ValueError:
+        if is_new and out is not None:
+            _take_back(out)
+        raise
+
+
+def _is_empty(out: Path) -> bool:
+    return not out.exists() or (out.is_dir() and set(os.listdir(out)) <= {LOCK})
+
+
+def _take_back(out: Path) -> None:
+    """Remove what :func:`prepare` and :func:`write_recipe` have made, where that is all there is."""
+    files, folders = (METRICS, STUDENT, RECIPE, MARK), (CHECKPOINTS, SAMPLES)
+    if not out.is_dir() or set(os.listdir(out)) - {*files, *folders, LOCK}:  # samples of the teacher, ...
+        return
+    if (out / METRICS).is_file() and (out / METRICS).stat().st_size:
+        return
+    for name in folders:
+        with suppress(OSError):
+            (out / name).rmdir()
+    for name in files if not any((out / name).exists() for name in folders) else ():
+        (out / name).unlink(missing_ok=True)
 
 
 def threads_of(out: Path) -> int | None:

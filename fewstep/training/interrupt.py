@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 class Interrupt:
@@ -28,6 +29,10 @@ class Interrupt:
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
 
+# What signals meant before each of the blocks that catch them now, the outermost first.
+_before: list[dict[int, Any]] = []
+
+
 @contextmanager
 def catch(*numbers: int) -> Iterator[Interrupt]:
     """Catch these signals within, SIGINT and SIGTERM if none is said; a second SIGINT raises KeyboardInterrupt. A
@@ -38,10 +43,27 @@ def catch(*numbers: int) -> Iterator[Interrupt]:
         yield interrupt
         return
     before = {number: signal.signal(number, interrupt) for number in numbers or (signal.SIGINT, signal.SIGTERM)}
+    _before.append(before)
     try:
         yield interrupt
     finally:
+        _before.pop()
         for number, handler in before.items():
             signal.signal(number, handler)
     if interrupt.terminated:
         signal.raise_signal(signal.SIGTERM)
+
+
+@contextmanager
+def let_through() -> Iterator[None]:
+    """Within, signals do what they do without fewstep: where there is nothing yet to finish or to write."""
+    if threading.current_thread() is not threading.main_thread() or not _before:
+        yield
+        return
+    outermost = {number: handler for before in reversed(_before) for number, handler in before.items()}
+    caught = {number: signal.signal(number, handler) for number, handler in outermost.items()}
+    try:
+        yield
+    finally:
+        for number, handler in caught.items():
+            signal.signal(number, handler)

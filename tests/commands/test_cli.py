@@ -375,3 +375,24 @@ def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(
 def test_python_m_fewstep_is_the_same_command() -> None:
     said = subprocess.run([sys.executable, "-m", "fewstep", "--version"], capture_output=True, text=True)
     assert said.stdout.strip() == f"fewstep {fewstep.__version__}"
+
+
+def test_torchrun_shows_the_line_of_the_process_that_was_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    from fewstep.commands.messages import tell_torchrun
+    from fewstep.common.distributed import LostProcessError
+
+    files = [tmp_path / "0.json", tmp_path / "1.json"]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(files[0]))
+    tell_torchrun(LostProcessError("another process of this run has ended"))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(files[1]))
+    said = refused(capsys, "distill", "no-such-recipe")
+    failures = {rank: ProcessFailure(rank, 1, 2, str(file)) for rank, file in enumerate(files)}
+    shown = str(ChildFailedError("fewstep", failures)).partition("Root Cause")[2]
+    assert f"traceback : {said.splitlines()[0].removeprefix('error: ')}\n" in shown
+    assert "another process" not in shown
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "nowhere" / "0.json"))
+    assert refused(capsys, "distill", "no-such-recipe") == said

@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -215,6 +218,20 @@ def test_a_process_whose_others_never_come_says_so():
         assert said.startswith(f"error: process {rank} of 2: not all came to 127.0.0.1:{ports[rank]} within 1 seconds")
         assert "unset RANK and WORLD_SIZE; FEWSTEP_PATIENCE=SECONDS waits longer" in said
         assert len(said) < 400
+
+
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_the_others_can_be_stopped(number):
+    port = free_port()
+    process = by_hand(0, port, 100)
+    while process.poll() is None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == -number, said[-2000:]
 
 
 @pytest.mark.takes_seconds

@@ -229,6 +229,10 @@ def test_what_is_no_source(tmp_path: Path) -> None:
         listed(tmp_path / "photos", captain="x")
     with pytest.raises(ValueError, match=r"unknown option of .* 'bucket': did you mean 'buckets'\?"):
         listed(tmp_path / "photos", bucket=True)
+    for option, kind in (("keep", "webdataset shards"), ("image", "a Hugging Face data set")):
+        said = f"^{option} is an option of {kind}, and .*photos is a folder of images: leave it out$"
+        with pytest.raises(ValueError, match=said):
+            listed(tmp_path / "photos", **{option: 2})
     with pytest.raises(FileNotFoundError, match=r"no data at .*gone"):
         listed(tmp_path / "gone")
     with pytest.raises(ValueError, match="digits is no data of images that can be encoded"):

@@ -1,6 +1,7 @@
 """Shards behind addresses: read in order, so many at most on the disk, gone on with, and shared by processes."""
 
 import re
+import tarfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -182,6 +183,26 @@ def test_encoded_by_processes_as_from_files(shards: Path, server: Server, tmp_pa
     assert main(["encode", *words, "--batch", "2", "--device", "cpu", "--dtype", "float32", "--keep", "1"]) == 0
     assert server.asked - before == Counter({"train-003.tar": 1})  # the one that was missing
     assert (tmp_path / "two/latents-00003.safetensors").read_bytes() == one["latents-00003.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore:.* of 5 images")
+def test_in_buckets_a_shard_is_fetched_once_to_list_it_and_once_a_bucket(
+    shards: Path, server: Server, tmp_path: Path
+) -> None:
+    sd = pipeline_folder(tmp_path / "sd", "sd")
+    with tarfile.open(shards / "train-002.tar") as tar:
+        (place,) = [member.offset_data for member in tar if member.name.endswith(".png")]
+    with (shards / "train-002.tar").open("r+b") as damaged:
+        damaged.seek(place)
+        damaged.write(bytes(64))
+    how: dict[str, Any] = {"size": 16, "buckets": True, "bucket_step": 4, "shard": 1, "on_error": "skip"}
+    how |= {"batch": 2, "device": "cpu", "dtype": "float32"}
+    assert encode(sd, shards, tmp_path / "one", **how) == 0
+    assert encode(sd, f"{server.url}/train-{{000..004}}.tar", tmp_path / "two", keep=1, **how) == 0
+    assert server.asked == Counter({f"train-{i:03d}.tar": 1 if i == 2 else 2 for i in range(COUNT)})
+    one, two = ({f.name: f.read_bytes() for f in (tmp_path / name).glob("*.safetensors")} for name in ("one", "two"))
+    assert one == two
+    assert len(load_data(tmp_path / "two")) == COUNT - 1
 
 
 def test_the_token_of_the_hub_is_for_the_hub_alone(

@@ -112,6 +112,7 @@ def test_teacher_none_is_no_teacher() -> None:
         ({"training.steps": "0"}, "training.steps is 0: input should be greater than 0"),
         ({"training.steps": "2.5"}, "training.steps is 2.5: input should be a valid integer"),
         ({"training.steps": "null"}, "training.steps or training.max_seconds is needed"),
+        ({"training.compile": "ja"}, "training.compile is 'ja': input should be true or false"),
         ({"training.ema": "1.0"}, "training.ema is 1.0: input should be less than 1"),
         ({"training": "3"}, "training is 3: input should be a valid dictionary"),
         ({"seed.x": "1"}, "seed is {'x': 1}: input should be a valid integer"),

@@ -155,6 +155,44 @@ def test_the_recipe_counts_before_there_is_a_checkpoint(tmp_path: Path, monkeypa
     assert run(other, out, fresh=True).result.step == 4
 
 
+class Wrong(Matching):
+    """What fails in its first step."""
+
+    def forward(self, *given: Any, **more: Any) -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+@pytest.mark.takes_seconds
+def test_a_start_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    out, refused = tmp_path / "run", load_recipe(POINTS, {"training.precision": "fp16", "training.device": "cpu"})
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        run(refused, out)
+    assert not out.exists()
+    out.mkdir()
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        run(refused, out)
+    with pytest.raises(ValueError, match="the first step failed"):
+        fit(Student(), Wrong(), Rows(100), steps=2, batch=16, out=out, quiet=True)
+    assert os.listdir(out) == []
+    # One that was there stays, and what the teacher drew for it, which may have taken hours.
+    before = sorted(file.name for file in trained(out).rglob("*"))
+    with pytest.raises(ValueError, match="belongs to another recipe"):
+        run(refused, out)
+    assert sorted(file.name for file in out.rglob("*")) == before
+    drawn = tmp_path / "drawn" / run_files.TEACHER_SAMPLES_FILE
+
+    def draw() -> None:
+        with folder.unless_refused(drawn.parent):
+            folder.begin(drawn.parent)
+            drawn.write_bytes(b"hours")
+            raise ValueError("not so")
+
+    with pytest.raises(ValueError, match="not so"):
+        draw()
+    assert run_files.is_ours(drawn.parent)
+    assert drawn.is_file()
+
+
 @pytest.mark.takes_seconds
 def test_a_recipe_that_was_edited_is_not_what_the_checkpoint_is_of(tmp_path: Path, capsys: Any) -> None:
     out = trained(tmp_path / "run")

@@ -21,7 +21,7 @@ from fewstep.flows.fields import VelocityField
 from fewstep.flows.identity import identity
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import count_calls
-from fewstep.flows.signature import shape_of, sized
+from fewstep.flows.signature import rate_of, shape_of, sized
 from fewstep.flows.spaces import Tokens
 from fewstep.generation import drawing
 from fewstep.generation.beside import images_for
@@ -29,6 +29,7 @@ from fewstep.generation.images import check_out, claim, missing, picture_name, s
 from fewstep.generation.placement import place
 from fewstep.generation.requests import Requests, class_names, class_numbers, class_words, is_number, read_lines
 from fewstep.generation.sharing import shares
+from fewstep.generation.sounds import save_sounds
 from fewstep.latents.encoders import text_identity, vae_identity
 from fewstep.runs.datasets import given_by
 from fewstep.runs.loading import teacher_of
@@ -46,6 +47,7 @@ class Drawn:
         run: the run that the model is of, if it is of one.
         told: what the drawing is told besides: conditions, sizes, the times of the steps.
         options: those of them that the flags say, and ``how`` it is steered, for files.
+        rate: how many numbers are a second, where samples are written as sound.
     """
 
     args: argparse.Namespace
@@ -59,6 +61,12 @@ class Drawn:
     told: dict[str, Any]
     options: dict[str, Any]
     how: dict[str, Any] = field(default_factory=dict)
+    rate: int | None = None
+
+    @property
+    def suffix(self) -> str:
+        """Of the files in a folder."""
+        return ".png" if self.rate is None else ".wav"
 
     @property
     def is_folder(self) -> bool:
@@ -81,7 +89,9 @@ class Drawn:
         """Those rows that are not in the folder yet, where it is one."""
         if not self.is_folder:
             return [*batches]
-        return [rows for rows in (missing(self.out, rows, self.requests.count) for rows in batches) if rows]
+        return [
+            rows for rows in (missing(self.out, rows, self.requests.count, self.suffix) for rows in batches) if rows
+        ]
 
     def claim(self) -> None:
         """Begin the folder, where it is one."""
@@ -89,7 +99,7 @@ class Drawn:
             found = {"grid": self.told["grid"].tolist()} if self.args.grid == "optimal" else {}
             options = {"steps": self.steps, **self.options, **self.how}
             facts = _facts(self.args, self.model, self.requests, self.told["given"], self.shape, options)
-            claim(self.out, facts | found, self.requests)
+            claim(self.out, facts | found, self.requests, self.suffix)
 
     def draw(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor | None]]:
         """The samples of each batch as they are done; None where they are in the folder. What cannot be is refused at
@@ -101,9 +111,14 @@ class Drawn:
             name, count = without_places(self.args.model), self.requests.count  # an image goes to others
             for rows, samples in drawn:
                 if self.is_folder:
+                    files = [self.out / picture_name(i, count, self.suffix) for i in rows]
+                    if self.rate is not None:
+                        save_sounds(samples, self.rate, files)
+                        yield rows, None
+                        continue
                     said = {"steps": self.steps, **self.options, **self.how}
                     texts = [{"model": name, **says(self.requests, i), **said} for i in rows]
-                    save_pictures(samples, [self.out / picture_name(i, count) for i in rows], texts)
+                    save_pictures(samples, files, texts)
                 yield rows, None if self.is_folder else samples
 
         return made()
@@ -131,9 +146,12 @@ def prepared(args: argparse.Namespace, device: torch.device, alone: bool = True,
     written = shape if latents is None else latents.image_shape_of(shape)
     is_drawn = (len(written) == 3 and written[0] in (1, 3)) or written == (2,)
     is_text = isinstance(model.space, Tokens)
-    out = args.out or Path("samples.txt" if is_text else "samples.png" if is_drawn else "samples.npy")
-    check_out(out, written, is_text)
+    rate = None if args.latents and model.latents is not None else rate_of(model)
+    usual = "samples.txt" if is_text else "samples.png" if is_drawn else "samples.npy"
+    usual = "samples" if rate is not None else usual
     requests = _requests(args, model)
+    out = args.out or Path(usual)
+    check_out(out, written, is_text, rate, requests.count)
     rows = {"count": requests.count, "first": requests.first, "text": not requests.prompts}
     given = {} if run is None or args.image else given_by(run.recipe, model, **rows)
     given |= {"image": images_for(model, args.image, shape)} if args.image else {}
@@ -151,7 +169,7 @@ def prepared(args: argparse.Namespace, device: torch.device, alone: bool = True,
             raise ValueError(f"--eps {args.eps}: an optimal grid is that of the ODE; leave out one of --eps and --grid")
         found = _optimal(args, model, run, requests, steps, shape, told, device, alone) if grid is None else grid
         told["grid"] = found
-    return Drawn(args, model, run, requests, steps, shape, out, steered, told, options, how)
+    return Drawn(args, model, run, requests, steps, shape, out, steered, told, options, how, rate)
 
 
 Share = tuple[Sequence[int], Tensor | None, int, list[float]]

@@ -39,7 +39,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--seed", type=int, metavar="N", help="sample i of a seed is always the same (default: 0)")
     p.add_argument("--first", type=int, default=0, metavar="I", help="go on with sample I of the seed (default: 0)")
     p.add_argument("--seeds", metavar="5,9,17", help="in the place of --seed and --count: sample 0 of each of these")
-    p.add_argument("--out", type=Path, metavar="PATH", help="a .png grid, .npy, .npz, .txt, or a folder (goes on)")
+    p.add_argument("--out", type=Path, metavar="PATH", help="a .png grid, .npy, .npz, .txt, .wav, or a folder")
     add_source(p)
     text = "classes by number or name, given to the samples in turn (default: all)"
     p.add_argument("--labels", metavar="3,cat", help=text)
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         # Not those of text, many times larger than the samples.
         kept = given.keys() - (TEXT_CONDITIONS if work.model.text is not None else ())
         turns = {name: given[name][[i % len(given[name]) for i in range(work.requests.count)]] for name in sorted(kept)}
-        write(whole, {**labels_of(work.requests), **turns}, work.out, work.model.space)
+        write(whole, {**labels_of(work.requests), **turns}, work.out, work.model.space, work.rate)
     there = f" ({work.requests.count - new} were there)" if new < work.requests.count else ""
     print(
         f"{work.out}: {work.requests.count} samples{there}" + (f", {called / new:g} network calls each" if new else "")
@@ -166,7 +166,7 @@ def _by_workers(work: Any, world: Any, device: Any, progress: Any) -> tuple[int,
         progress(done, total)
     if not work.is_folder:
         return total, called, torch.cat([parts[rows[0]] for rows in batches]), counts
-    if lost := missing(work.out, range(work.requests.count), work.requests.count):
+    if lost := missing(work.out, range(work.requests.count), work.requests.count, work.suffix):
         raise ValueError(
             f"{len(lost)} samples are not in {work.out}, which the workers wrote: use a folder that all machines share"
         )

@@ -18,7 +18,7 @@ from fewstep.common.received import plain_name
 WEIGHTS = "diffusion_pytorch_model"
 _MOST_CLASSES = _MOST_NUMBER = 1 << 20
 _MOST_LAYERS = 1000
-_PARTS = re.compile(r"unet|transformer|scheduler|vae|vqvae|movq|(text_encoder|tokenizer)(_\d)?")
+_PARTS = re.compile(r"unet|transformer|scheduler|vae|vqvae|movq|projection_model|(text_encoder|tokenizer)(_\d)?")
 ENCODER_WEIGHTS = "model"  # of a text encoder, as transformers writes them
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.paths import Forward, Linear, Reversed
-from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.preconditioned import Cosine, Preconditioned
 from fewstep.flows.sampling import count_calls
+from fewstep.flows.scheduler_classes import cosine_scheduler_class
 from fewstep.flows.schedules import PREDICTION_TYPES
 from fewstep.flows.solvers import integrate
 from fewstep.flows.tabulated import Tabulated
@@ -162,6 +163,8 @@ def scheduler_of(field: NetworkField) -> Any:
             return diffusers.DDPMScheduler(len(betas), trained_betas=betas, prediction_type=prediction)
         case Preconditioned() as edm, ("edm" | "v") as kind:
             return _edm_euler(edm, "epsilon" if kind == "edm" else "v_prediction")
+        case Cosine(scale=1.0), "v":
+            return cosine_scheduler_class()()
         case Reversed(scale=scale), ("noise" | "data") as kind:
             told: Any = {"prediction_type": PREDICTION_TYPES[kind], "use_flow_sigmas": True}
             return diffusers.DPMSolverMultistepScheduler(round(scale), **told)
@@ -177,7 +180,8 @@ def scheduler_of(field: NetworkField) -> Any:
 def sampler_of(field: NetworkField) -> Any:
     """diffusers' own deterministic sampler of first order for a field's network, of the config of its scheduler, by
     which it reads what the network predicts: DDIM without clipping and with steps that begin at the schedule's last
-    one, EDM's Euler, a flow-match one, or DPM-Solver++: for flow sigmas, and for a schedule that begins where its
+    one, EDM's Euler (asked at angles on a cosine schedule, whose own samplers draw noise on the way or are of a higher
+    order), a flow-match one, or DPM-Solver++: for flow sigmas, and for a schedule that begins where its
     network's prediction says nothing of the data."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
 
@@ -192,6 +196,8 @@ def sampler_of(field: NetworkField) -> Any:
         return FlowScheduler(
             config.get("num_train_timesteps", 1000), shift=config.get("shift", 1.0), invert_sigmas=inverted
         )
+    if isinstance(field.native, Cosine):
+        return _cosine_euler(config)
     if isinstance(field.native, Preconditioned):
         if type(scheduler).__name__.startswith("EDM"):
             return EDMEulerScheduler.from_config(scheduler.config, final_sigmas_type="zero")
@@ -220,6 +226,19 @@ def _edm_euler(edm: Preconditioned, prediction_type: Any) -> Any:
     return EDMEulerScheduler(edm.sigma_min, edm.sigma_max, edm.sigma_data, prediction_type=prediction_type)
 
 
+def _cosine_euler(config: Mapping[str, Any]) -> Any:
+    from diffusers import EDMEulerScheduler
+
+    class CosineEuler(EDMEulerScheduler):
+        """EDM's Euler, whose network is asked at the angle between data and noise, a right one of which is 1."""
+
+        def precondition_noise(self, sigma: Any) -> Tensor:
+            return torch.as_tensor(sigma).atan() / math.pi * 2
+
+    ends = config.get("sigma_min", 0.3), config.get("sigma_max", 500.0)
+    return CosineEuler(*ends, sigma_data=1.0, sigma_schedule="exponential", prediction_type="v_prediction")
+
+
 def steps_for(field: NetworkField, steps: Sequence[int] | None) -> tuple[int, ...]:
     """The numbers of steps to compare at, rising; by default some 10, 50 and 200.
 
@@ -230,7 +249,7 @@ def steps_for(field: NetworkField, steps: Sequence[int] | None) -> tuple[int, ..
     asked = STEPS if steps is None else tuple(sorted(set(steps)))
     if not asked or asked[0] < 1:
         raise ValueError(f"steps {list(steps or ())}: one number of steps or more is needed, each at least 1")
-    if isinstance(field.native, Linear | Preconditioned):
+    if isinstance(field.native, Linear | Preconditioned | Cosine):
         if asked[0] < 2 and isinstance(field.native, Preconditioned):
             raise ValueError("steps 1: EDM's sampler needs 2 at least, from its most noise to its least")
         return asked
@@ -272,7 +291,7 @@ def _times(sampler: Any, field: NetworkField, steps: int) -> tuple[Tensor, Tenso
     if isinstance(native, Linear):
         sigmas = sampler.sigmas.double()
         return (sigmas if isinstance(native, Forward) else 1 - sigmas), torch.tensor(1.0)
-    if isinstance(native, Preconditioned):
+    if isinstance(native, Preconditioned | Cosine):
         sigmas = sampler.sigmas.double()  # of data + sigma noise
         return 1 / (1 + sigmas), sampler.init_noise_sigma / (1 + sigmas[0])
     signal = sampler.alphas_cumprod.double()[sampler.timesteps]

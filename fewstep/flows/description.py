@@ -29,9 +29,10 @@ from fewstep.flows.interpolants import Interpolant
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Forward, Linear, Reversed, Trigonometric, VariancePreserving
 from fewstep.flows.paths import Path as Trajectory
-from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.preconditioned import Cosine, Preconditioned
 from fewstep.flows.products import Product
 from fewstep.flows.reflected import Reflected
+from fewstep.flows.scheduler_classes import scheduler_class
 from fewstep.flows.spaces import Box, Euclid, Space, Tokens, Torus
 from fewstep.flows.tabulated import Tabulated
 from fewstep.flows.token_times import Deciding
@@ -61,6 +62,7 @@ _TRAJECTORIES: dict[str, type[Any]] = {
     c.__name__: c
     for c in (
         ChainedPath,
+        Cosine,
         Deciding,
         Forward,
         Interpolant,
@@ -258,7 +260,7 @@ def _scheduler_of(config: Mapping[str, Any], where: str) -> Any:
         raise ValueError(f"diffusers has no scheduler {shown(config['name'])}: it was written by another version")
     check_numbers(config["config"], f"{where}: scheduler.config")
     with refused(f"{where}: diffusers cannot make the {config['name']} that it describes", AGAIN):
-        return getattr(diffusers, config["name"]).from_config(config["config"])
+        return scheduler_class(config["name"]).from_config(config["config"])
 
 
 def _trajectory(path: Trajectory) -> dict[str, Any]:

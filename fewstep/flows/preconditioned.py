@@ -1,4 +1,4 @@
-"""The path of EDM's networks, and the scaling that they are preconditioned with."""
+"""The trigonometric path as networks of diffusion are asked on it: by an angle, or under the scaling of EDM."""
 
 import math
 from dataclasses import dataclass
@@ -7,6 +7,22 @@ import torch
 from torch import Tensor
 
 from fewstep.flows.paths import Trigonometric
+
+
+@dataclass(frozen=True)
+class Cosine(Trigonometric):
+    """The trigonometric path for networks asked at ``scale (1 - t)``, the angle between data and noise, a right one of
+    which is ``scale``: the continuous cosine schedule of v-diffusion (arXiv 2202.00512, appendix D), on which Stable
+    Audio and Dance Diffusion were trained."""
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"{self}: 0 < scale is needed")
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return (1 - t) * self.scale
 
 
 @dataclass(frozen=True)

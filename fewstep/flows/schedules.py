@@ -9,7 +9,7 @@ from typing import Any
 
 from fewstep.common.errors import unknown
 from fewstep.flows.paths import Forward, Path, Reversed
-from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.preconditioned import Cosine, Preconditioned
 from fewstep.flows.tabulated import Tabulated
 
 # How diffusers' schedulers name what a network predicts: on a diffusion schedule, and under the scaling of EDM.
@@ -17,6 +17,7 @@ PREDICTION_TYPES = {"noise": "epsilon", "data": "sample", "v": "v_prediction"}
 _ON_A_TABLE = {name: kind for kind, name in PREDICTION_TYPES.items()}
 _ON_EDM = {"epsilon": "edm", "v_prediction": "v"}
 _ON_THE_LINE = {"flow_prediction": "flow", "epsilon": "noise", "sample": "data"}
+_ON_A_CIRCLE = {"v_prediction": "v"}
 # Zero terminal SNR. Some schedulers write just 2^-24 there for their own divisions; others reach less in earnest.
 _NO_SIGNAL = (0.0, 2**-24)
 
@@ -55,6 +56,9 @@ def schedule_of(scheduler: Any) -> tuple[Path, str]:
       (``invert_sigmas``);
     * those with ``use_flow_sigmas``: the same path, where the network predicts what ``prediction_type`` says;
     * EDM schedulers, and Euler with continuous timesteps: the scaling of arXiv 2206.00364;
+    * Stable Audio's (``CosineDPMSolverMultistepScheduler``) and Dance Diffusion's (``IPNDMScheduler``), whose timesteps
+      are the share of a right angle: the cosine schedule, with v. Where sampling ends (``sigma_min``) is no end of what
+      the network knows;
     * any other with ``alphas_cumprod``: that table.
 
     Raises:
@@ -77,6 +81,12 @@ def schedule_of(scheduler: Any) -> tuple[Path, str]:
     if name.startswith("EDM"):
         native = Preconditioned(config.sigma_data, config.sigma_min, config.sigma_max)
         return native, _kind(prediction, _ON_EDM)
+    if name == "IPNDMScheduler":
+        return Cosine(), "v"
+    if name.startswith("CosineDPM"):
+        if config.sigma_data != 1:
+            raise ValueError(f"{name} with sigma_data {config.sigma_data}: it is known with 1 alone")
+        return Cosine(), _kind(prediction, _ON_A_CIRCLE)
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         raise ValueError(

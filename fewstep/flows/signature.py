@@ -41,6 +41,15 @@ def shape_of(model: Model) -> tuple[int, ...]:
     )
 
 
+def rate_of(model: Model) -> int | None:
+    """Of a model of sound, how many numbers of a waveform (C, L) are a second; None for another, or where it does not
+    say."""
+    if model.latents is not None:
+        return model.latents.rate
+    rate = getattr(network_of(model), "rate", None)
+    return rate if type(rate) is int and rate > 0 else None
+
+
 def shape_at(model: Model, size: tuple[int, int], own: tuple[int, ...] | None = None) -> tuple[int, ...]:
     """The shape of a model's samples, of images of ``size`` (height, width) in pixels.
 

@@ -16,9 +16,10 @@ from fewstep.common.model_files import read_json
 from fewstep.evaluation.grids import image_grid
 from fewstep.evaluation.plots import points_figure
 from fewstep.evaluation.style import png
-from fewstep.flows.signature import Model, shape_of
+from fewstep.flows.signature import Model, rate_of, shape_of
 from fewstep.flows.spaces import Space, Tokens
 from fewstep.generation.requests import Requests
+from fewstep.generation.sounds import save_sounds
 from fewstep.training.fingerprint import differences
 
 # In a folder of images: what they were all drawn with, and what each of them is.
@@ -28,9 +29,12 @@ _MAY_DIFFER = ("model",)
 
 
 def suffix_of(model: Model) -> str:
-    """The kind of file that a model's samples can be seen in, or else kept in: .png, .txt or .npz."""
+    """What stands behind the name of what a model's samples can be seen in, or else kept in: .png, .txt or .npz; of
+    sound the end of a folder's name, which is of .wav files."""
     if isinstance(model.space, Tokens):
         return ".txt"
+    if rate_of(model) is not None:
+        return "-sounds"
     try:
         shape = shape_of(model)
     except ValueError:  # a network of one's own that does not say
@@ -38,8 +42,14 @@ def suffix_of(model: Model) -> str:
     return ".npz" if model.latents is None and shape != (2,) and (len(shape) != 3 or shape[0] not in (1, 3)) else ".png"
 
 
-def check_out(out: Path, shape: tuple[int, ...], is_text: bool = False) -> None:
+def check_out(
+    out: Path, shape: tuple[int, ...], is_text: bool = False, rate: int | None = None, count: int = 1
+) -> None:
     """Refuse, before anything is drawn, a file that samples of this shape cannot be written to.
+
+    Args:
+        rate: of waveforms, how many numbers are a second.
+        count: how many samples there are to be.
 
     Raises:
         ValueError: no suffix that is known, or images of what is none.
@@ -48,11 +58,18 @@ def check_out(out: Path, shape: tuple[int, ...], is_text: bool = False) -> None:
     """
     if is_text and out.suffix not in (".txt", ".npy", ".npz"):
         raise ValueError(f"--out {out}: samples of text are written as .txt, a line each, .npy or .npz")
-    if not is_text and out.suffix not in ("", ".png", ".npy", ".npz"):
+    if rate is not None and out.suffix not in ("", ".wav", ".npy", ".npz"):
+        raise ValueError(f"--out {out}: sound is written as .wav, .npy, .npz, or into a folder of .wav files")
+    if rate is not None and out.suffix == ".wav" and count != 1:
+        raise ValueError(f"--out {out}: a .wav has one sample, and these are {count}: --count 1, or a folder")
+    if rate is None and out.suffix == ".wav":
+        raise ValueError(f"--out {out}: it is not known how many numbers of these samples are a second: write a .npy")
+    if not is_text and out.suffix not in ("", ".png", ".wav", ".npy", ".npz"):
         raise ValueError(f"--out {out}: samples are written as .png (a grid), .npy, .npz, or into a folder of PNGs")
     is_image = len(shape) == 3 and shape[0] in (1, 3)
     if (
         not is_text
+        and rate is None
         and not is_image
         and not (shape == (2,) and out.suffix == ".png")
         and out.suffix not in (".npy", ".npz")
@@ -70,12 +87,16 @@ def check_out(out: Path, shape: tuple[int, ...], is_text: bool = False) -> None:
         raise FileExistsError(f"--out {out}: the folder is not empty, and nothing in it is overwritten")
 
 
-def write(samples: Tensor, cond: Mapping[str, Tensor], out: Path, space: Space | None = None) -> None:
+def write(
+    samples: Tensor, cond: Mapping[str, Tensor], out: Path, space: Space | None = None, rate: int | None = None
+) -> None:
     """Samples (N, ...) to ``out``: a grid (.png), the numbers (.npy; .npz with conditions), tokens of a ``space`` as a
-    line of text each (.txt), or a folder of PNGs."""
+    line of text each (.txt), one sound of a ``rate`` (.wav), or a folder of PNGs."""
     if out.suffix == ".txt" and isinstance(space, Tokens):
         lines = [line.replace("\n", " ").replace("\r", " ") for line in space.text(samples)]
         replace_file(out, "".join(f"{line}\n" for line in lines).encode())
+    elif out.suffix == ".wav" and rate is not None:
+        save_sounds(samples, rate, [out])
     elif out.suffix in (".npy", ".npz"):
         content = io.BytesIO()
         named: dict[str, Any] = {name: value.numpy() for name, value in {"data": samples, **cond}.items()}
@@ -87,9 +108,9 @@ def write(samples: Tensor, cond: Mapping[str, Tensor], out: Path, space: Space |
         save_pictures(samples, [out / picture_name(i, len(samples)) for i in range(len(samples))])
 
 
-def picture_name(i: int, count: int) -> str:
+def picture_name(i: int, count: int, suffix: str = ".png") -> str:
     """The file of sample i of so many, in their order by name."""
-    return f"{i:0{max(5, len(str(count - 1)))}d}.png"
+    return f"{i:0{max(5, len(str(count - 1)))}d}{suffix}"
 
 
 def save_pictures(images: Tensor, files: Sequence[Path], texts: Sequence[Mapping[str, Any]] | None = None) -> None:
@@ -112,8 +133,9 @@ def save_pictures(images: Tensor, files: Sequence[Path], texts: Sequence[Mapping
         list(pool.map(save, range(len(files))))
 
 
-def claim(out: Path, facts: Mapping[str, Any], requests: Requests) -> None:
-    """Begin a folder of images, or see that it was begun by the same command, whose missing ones are then to draw.
+def claim(out: Path, facts: Mapping[str, Any], requests: Requests, suffix: str = ".png") -> None:
+    """Begin a folder of images, or of files of another ``suffix``, or see that it was begun by the same command, whose
+    missing ones are then to draw.
 
     ``samples.json`` has the facts, ``samples.jsonl`` a line for each image. Every process may call this: they write
     the same bytes.
@@ -129,7 +151,7 @@ def claim(out: Path, facts: Mapping[str, Any], requests: Requests) -> None:
             )
         if (out / LINES).exists():
             return
-    lines = ({"file_name": picture_name(i, requests.count), **says(requests, i)} for i in range(requests.count))
+    lines = ({"file_name": picture_name(i, requests.count, suffix), **says(requests, i)} for i in range(requests.count))
     replace_file(out / LINES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
 
@@ -138,6 +160,6 @@ def says(requests: Requests, i: int) -> dict[str, Any]:
     return {name: value for name, value in vars(requests[i]).items() if value is not None}
 
 
-def missing(out: Path, rows: Sequence[int], count: int) -> list[int]:
+def missing(out: Path, rows: Sequence[int], count: int, suffix: str = ".png") -> list[int]:
     """Those of the rows whose images are not there."""
-    return [i for i in rows if not (out / picture_name(i, count)).is_file()]
+    return [i for i in rows if not (out / picture_name(i, count, suffix)).is_file()]

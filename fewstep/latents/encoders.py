@@ -11,12 +11,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fewstep.common.disk import replace_file
-from fewstep.common.model_files import ENCODER_WEIGHTS, read_json, weight_paths
+from fewstep.common.model_files import ENCODER_WEIGHTS, WEIGHTS, read_json, weight_paths
 from fewstep.common.reading import no_file
 from fewstep.common.user_folders import cache_folder
 from fewstep.data.shards import read_shard
 from fewstep.latents.prompts import Prompts, text_parts
 from fewstep.latents.vae import Latents
+from fewstep.pipelines.stock_prompts import PROJECTION
 
 _TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 # Keys of a config.json that say where it is from and by what it was written, not what the model is.
@@ -46,7 +47,8 @@ def text_identity(text: Prompts) -> str | None:
     digest = hashlib.sha256(str(text.index.get("force_zeros_for_empty_prompt", True)).encode())
     for part in text_parts(text.index):
         said = {file for pattern in _TEXT_FILES for file in (text.folder / part).glob(pattern)}
-        files = sorted({*weight_paths(text.folder / part, ENCODER_WEIGHTS, text.variant), *said})
+        kind = WEIGHTS if part == PROJECTION else ENCODER_WEIGHTS
+        files = sorted({*weight_paths(text.folder / part, kind, text.variant), *said})
         if not files:
             return None
         for file in files:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fewstep.common.errors import refused, shown, unknown
-from fewstep.common.model_files import ENCODER_WEIGHTS, class_of, read_json, variant_in
-from fewstep.pipelines.stock_prompts import RETURNED, encode_prompts
+from fewstep.common.model_files import ENCODER_WEIGHTS, class_of, load_weights, read_json, variant_in
+from fewstep.latents.vae import sound_of
+from fewstep.pipelines.stock_prompts import PROJECTION, RETURNED, encode_prompts
 
 
 def knows_prompts(folder: Path) -> bool:
@@ -60,7 +61,12 @@ class Prompts:
 
     @torch.no_grad()
     def encode(
-        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, device: torch.device | str = "cpu"
+        self,
+        prompts: Sequence[str],
+        *,
+        size: tuple[int, int] | None = None,
+        seconds: tuple[float, float] | None = None,
+        device: torch.device | str = "cpu",
     ) -> dict[str, Tensor]:
         """The conditions of prompts, one row each: ``encoder_hidden_states`` (B, tokens, D) and what else the model
         takes.
@@ -68,6 +74,7 @@ class Prompts:
         Args:
             size: height and width of the image in pixels, for models that are told (SDXL, PixArt-alpha at 1024); by
                 default what the model was made for.
+            seconds: where the sound begins and ends, for a model of sound; by default all that it makes at once.
             device: where the encoders run and the conditions are.
 
         Raises:
@@ -76,16 +83,20 @@ class Prompts:
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts are a list of texts, such as ['a cat'], not {prompts!r}")
+        if seconds is not None and (self._class != "StableAudioPipeline" or not 0 <= seconds[0] < seconds[1]):
+            raise ValueError(f"seconds are {seconds!r}: for a model of sound, where it begins and, after that, ends")
         device = torch.device(device)
-        return {**self._encode(list(prompts), device), **self._sizes(size, len(prompts), device)}
+        return {**self._encode(list(prompts), device, seconds), **self._sizes(size, len(prompts), device)}
 
-    def _encode(self, prompts: list[str] | None, device: torch.device) -> dict[str, Tensor]:
+    def _encode(
+        self, prompts: list[str] | None, device: torch.device, seconds: tuple[float, float] | None = None
+    ) -> dict[str, Tensor]:
         for part in self._encoders.values():
             if isinstance(part, torch.nn.Module):
-                part.to(device, self.dtype)
+                torch.nn.Module.to(part, device, self.dtype)  # past the warnings of diffusers
         parts = {"transformer": _Transformer(self._model_config), **self._encoders}
         with refused(f"the text encoders in {self.folder} cannot encode prompts", "fetch them again"):
-            return encode_prompts(self._class, parts, prompts, device)
+            return encode_prompts(self._class, parts, prompts, device, seconds or self._seconds)
 
     @torch.no_grad()
     def null(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -114,6 +125,14 @@ class Prompts:
         return {
             name: torch.tensor([value], dtype=self.dtype, device=device).repeat(rows, 1) for name, value in told.items()
         }
+
+    @property
+    def _seconds(self) -> tuple[float, float] | None:
+        """Where the sound of a model begins and ends, at its longest; None for one that makes none."""
+        if self._class != "StableAudioPipeline":
+            return None
+        factor, rate = sound_of(read_json(self.folder / "vae" / "config.json"))
+        return 0.0, self._model_config.get("sample_size", 1024) * factor / rate
 
     @cached_property
     def _model_config(self) -> dict[str, Any]:
@@ -180,6 +199,10 @@ def load_encoders(folder: Path, index: dict[str, Any], variant: str | None = Non
 
     parts = {}
     for name in text_parts(index):
+        if name == PROJECTION:
+            parts[name] = load_weights(projection_class(folder, index), folder / name, variant).eval()
+            torch.nn.Module.to(parts[name], kwargs.get("dtype"))
+            continue
         options: dict[str, Any] = {}
         if name.startswith("text_encoder"):
             found = variant_in(folder / name, ENCODER_WEIGHTS, variant)
@@ -223,12 +246,26 @@ def encoder_class(folder: Path, index: dict[str, Any], name: str) -> str:
     return kind
 
 
+def projection_class(folder: Path, index: dict[str, Any]) -> Any:
+    """The class in diffusers of the part that brings text and seconds to one width.
+
+    Raises:
+        ValueError: another class than Stable Audio's.
+    """
+    from diffusers.pipelines.stable_audio import StableAudioProjectionModel
+
+    known = StableAudioProjectionModel.__name__
+    if index[PROJECTION][1] != known:
+        raise unknown(f"class of {PROJECTION} in {folder / 'model_index.json'}", str(index[PROJECTION][1]), [known])
+    return StableAudioProjectionModel
+
+
 def text_parts(index: dict[str, Any]) -> list[str]:
-    """The names of the tokenizers and text encoders that a pipeline's index has."""
+    """The names of the tokenizers and text encoders that a pipeline's index has, and of a projection behind them."""
     return [
         name
         for name, value in index.items()
-        if re.fullmatch(r"(text_encoder|tokenizer)(_\d)?", name)
+        if re.fullmatch(rf"(text_encoder|tokenizer)(_\d)?|{PROJECTION}", name)
         and isinstance(value, list)
         and value[:1] not in ([], [None])
     ]

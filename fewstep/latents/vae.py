@@ -1,5 +1,6 @@
 """The latent space of a latent model: what its VAE makes of images, and images again."""
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ KNOWN_VAES = (
     "AutoencoderKLLTXVideo",
     "AutoencoderKLQwenImage",
     "AutoencoderKLWan",
+    "AutoencoderOobleck",
     "AutoencoderTiny",
     "VQModel",
 )
@@ -32,7 +34,7 @@ _AT_ONCE = 4
 
 class Latents:
     """Images (B, C, H, W) in [-1, 1] as latents (B, c, h, w) in the units of the model, and back; of a video model,
-    videos (B, C, F, H, W) as (B, c, f, h, w).
+    videos (B, C, F, H, W) as (B, c, f, h, w), and of one of sound waveforms (B, C, L) as (B, c, l).
 
     The VAE is loaded when it is first needed, and goes where the tensors are. Copies of a model share it.
 
@@ -60,6 +62,9 @@ class Latents:
         if self._class not in KNOWN_VAES:
             raise unknown("VAE", self._class, KNOWN_VAES)
         self.is_video = self._class in ("AutoencoderKLWan", "AutoencoderKLLTXVideo")
+        self.is_sound = self._class == "AutoencoderOobleck"
+        # Of sound: how many numbers of a waveform are a second.
+        self.rate = sound_of(config)[1] if self.is_sound else None
         # Channels of its latents and images; how many pixels of an image are one of its latents, along each side; and
         # how many frames of a video, after the first.
         self.channels, self.image_channels, self.factor, self._frames = _sizes(self._class, config)
@@ -90,12 +95,22 @@ class Latents:
         Raises:
             ValueError: an image that the VAE does not take.
         """
-        if len(image_shape) != 3 + self.is_video:
+        if len(image_shape) != 3 + self.is_video - self.is_sound:
             kind, axes = ("videos", "(C, F, H, W)") if self.is_video else ("images", "(C, H, W)")
+            kind, axes = ("waveforms", "(C, L)") if self.is_sound else (kind, axes)
             raise ValueError(f"the VAE takes {kind} {axes}, these have the shape {image_shape}")
-        channels, *frames, height, width = image_shape
-        if channels != self.image_channels:
-            raise ValueError(f"the VAE takes images of {self.image_channels} channels, these have {channels}")
+        if image_shape[0] != self.image_channels:
+            what = "waveforms" if self.is_sound else "images"
+            raise ValueError(f"the VAE takes {what} of {self.image_channels} channels, these have {image_shape[0]}")
+        if self.is_sound:
+            length = image_shape[1]
+            if length % self.factor or not length:
+                raise ValueError(
+                    f"waveforms of {length} numbers: the VAE makes one latent of {self.factor}, so a multiple of that "
+                    "is needed: add silence, or cut them"
+                )
+            return self.channels, length // self.factor
+        _, *frames, height, width = image_shape
         if height % self.factor or width % self.factor:
             raise ValueError(
                 f"images of {height} x {width}: the VAE makes one latent of {self.factor} x {self.factor} pixels, so "
@@ -108,6 +123,8 @@ class Latents:
 
     def image_shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape (C, H, W) of the image of latents (c, h, w)."""
+        if self.is_sound:
+            return self.image_channels, shape[-1] * self.factor
         frames = [(count - 1) * self._frames + 1 for count in shape[1:-2]]
         return self.image_channels, *frames, shape[-2] * self.factor, shape[-1] * self.factor
 
@@ -130,10 +147,10 @@ class Latents:
         Raises:
             ValueError: latents of another number of channels than the VAE's.
         """
-        if latents.ndim != 4 + self.is_video or latents.shape[1] != self.channels:
-            axes = "f, h, w" if self.is_video else "h, w"
+        if latents.ndim != 4 + self.is_video - self.is_sound or latents.shape[1] != self.channels:
+            axes = "f, h, w" if self.is_video else "l" if self.is_sound else "h, w"
             raise ValueError(f"latents of shape {tuple(latents.shape)}: this VAE decodes (B, {self.channels}, {axes})")
-        at_once = 1 if self.is_video else _AT_ONCE
+        at_once = 1 if self.is_video or self.is_sound else _AT_ONCE
         return decode(self.vae.to(latents.device), latents, at_once).to(latents.dtype)
 
 
@@ -154,6 +171,9 @@ def _sizes(kind: str, config: Mapping[str, Any]) -> tuple[int, int, int, int]:
         halves = 2 ** sum(config.get("spatio_temporal_scaling", (True, True, True, False)))
         sides = _number(config, "patch_size", 4) * halves, _number(config, "patch_size_t", 1) * halves
         return _number(config, "latent_channels", 128), _number(config, "in_channels", 3), *sides
+    if kind == "AutoencoderOobleck":
+        channels = _number(config, "decoder_input_channels", 64), _number(config, "audio_channels", 2)
+        return *channels, sound_of(config)[0], 1
     levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (64,)
     if not isinstance(levels, list | tuple):
         raise ValueError(f"the config of this {kind} has the block_out_channels {shown(levels)}, and a list is needed")
@@ -163,6 +183,20 @@ def _sizes(kind: str, config: Mapping[str, Any]) -> tuple[int, int, int, int]:
     )
     patch = 2 if kind == "AutoencoderKLFlux2" else 1  # the model sees 2 x 2 patches of its latents
     return channels * patch**2, _number(config, "in_channels", 3), factor * patch, 1
+
+
+def sound_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Of a VAE of sound: how many numbers of a waveform are one of its latents, and how many a second.
+
+    Raises:
+        ValueError: its config does not say them.
+    """
+    lengths = config.get("downsampling_ratios", (2, 4, 4, 8, 8))
+    if not isinstance(lengths, list | tuple) or not all(type(one) is int and one > 0 for one in lengths):
+        raise ValueError(
+            f"the config of the VAE has downsampling_ratios {shown(lengths)}, and numbers are needed: fetch it again"
+        )
+    return math.prod(lengths), _number(config, "sampling_rate", 44100)
 
 
 def _number(config: Mapping[str, Any], key: str, usual: int) -> int:

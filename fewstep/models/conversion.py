@@ -13,7 +13,7 @@ from fewstep.evaluation.agreement import Agreement, scheduler_of
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.paths import Linear
 from fewstep.flows.paths import Path as Trajectory
-from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.preconditioned import Cosine, Preconditioned
 from fewstep.flows.tabulated import Tabulated
 from fewstep.networks import OfDiffusers
 
@@ -34,7 +34,7 @@ class Conversion:
         left_out: parts that the original's folder does not have whole, and that the pipeline does without.
         by_hand: why the pipeline can be loaded but not called, empty where it can be.
         scheduler, flow_scheduler: the class of the original's, and of the folder's.
-        schedule: the name of the betas, or EDM, or flow.
+        schedule: the name of the betas, or EDM, cosine or flow.
         train_steps: steps of a discrete schedule, None for a continuous one.
         log_snr: of the schedule's noisiest and cleanest point with a signal, log(alpha^2 / sigma^2); None for a flow.
         zero_snr: whether the schedule has a last step without signal.
@@ -140,12 +140,13 @@ def describe(field: NetworkField) -> dict[str, Any]:
         if options.get("clip_sample"):
             options["clip_sample_range"] = config.get("clip_sample_range", 1.0)
         options |= {name: config[name] for name in _CHOICES if config.get(name) not in (None, 0, False)}
+    other = "cosine" if isinstance(field.native, Cosine) else "flow" if ends is None else "EDM"
     steps = field.native.steps if isinstance(field.native, Tabulated) else None
     trained = "trained betas" if config.get("trained_betas") is not None else f"{config.get('beta_schedule')} betas"
     return {
         "model": type(model).__name__,
         "scheduler": type(scheduler).__name__,
-        "schedule": trained if steps else "flow" if ends is None else "EDM",
+        "schedule": trained if steps else other,
         "train_steps": len(scheduler.betas) if steps else None,
         "log_snr": None if ends is None else (2 * ends[0], 2 * ends[1]),
         "zero_snr": isinstance(field.native, Tabulated) and field.native.ends_in_noise,

@@ -18,7 +18,10 @@ from fewstep.networks.configs import keep_facts, public_config
 # The diffusers models that have a class in `fewstep.networks.flow_model`.
 FLOWS = {
     name: f"Flow{name}"
-    for name in ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel")
+    for name in (
+        *("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel"),
+        "StableAudioDiTModel",
+    )
 }
 # Where the original's scheduler is: no sampler needs it, but it says what the network was trained on.
 ORIGINAL = "diffusion_scheduler"

@@ -13,6 +13,7 @@ from fewstep.common.model_files import (
     class_of,
     read_json,
 )
+from fewstep.flows.scheduler_classes import scheduler_class
 from fewstep.flows.schedules import schedule_of, todays_config
 from fewstep.latents.prompts import Prompts, knows_prompts
 from fewstep.latents.vae import VAE_FOLDERS, Latents
@@ -186,9 +187,10 @@ def _check_call(network: Any, model: Path) -> None:
     name, config = type(network.model).__name__, network.model.config
     step = side_step(config)
     shape = network.shape if network.has_size else (network.channels, 8 * step, 8 * step)
-    if any(side % step for side in shape[-2:]):
+    sides = shape[1:][-2:]
+    if any(side % step for side in sides):
         raise ValueError(
-            f"the {name} in {model} says that its samples are {' x '.join(map(str, shape[-2:]))}, and it takes sides "
+            f"the {name} in {model} says that its samples are {' x '.join(map(str, sides))}, and it takes sides "
             f"that are multiples of {step}: write the sample_size that it was trained with into its config.json"
         )
     x, cond = torch.empty(1, *shape, device="meta"), network.blank(shape, 1, 8, "meta")
@@ -214,12 +216,12 @@ def find_scheduler(folder: Path) -> Any:
     config = read_json(folders[0] / "scheduler_config.json")
     check_numbers(config, str(folders[0] / "scheduler_config.json"))
     name = _RENAMED.get(config.get("_class_name", "of no class"), config.get("_class_name", "of no class"))
-    scheduler_class = getattr(diffusers, str(name), None)
-    if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, diffusers.SchedulerMixin):
+    kind = scheduler_class(str(name))
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
         raise ValueError(
             f"the scheduler in {folders[0]} is a {shortened(str(name), 60)}, which diffusers does not have: {BY_HAND}"
         )
-    made: Any = scheduler_class
+    made: Any = kind
     with refused(f"diffusers cannot make a {name} of {folders[0] / 'scheduler_config.json'}", "fetch it again"):
         return made.from_config(todays_config(config))
 

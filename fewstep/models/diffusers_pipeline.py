@@ -21,9 +21,10 @@ from fewstep.models.diffusers_configs import Found, look_into
 from fewstep.models.wan_experts import SECOND
 from fewstep.networks import WanExperts
 from fewstep.networks.configs import experts, keep_facts
+from fewstep.pipelines.stock_prompts import PROJECTION
 
 # The parts of a pipeline that have weights of diffusers' own.
-_WEIGHED = ("unet", "transformer", SECOND, *VAE_FOLDERS)
+_WEIGHED = ("unet", "transformer", SECOND, *VAE_FOLDERS, PROJECTION)
 
 
 def hub_files(variant: str | None = None) -> list[str]:

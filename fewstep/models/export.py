@@ -17,9 +17,9 @@ from fewstep.flows.fields import DiffusionField, NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Forward, Linear, Reversed
 from fewstep.flows.paths import Path as Trajectory
-from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.preconditioned import Cosine, Preconditioned
 from fewstep.flows.schedules import PREDICTION_TYPES
-from fewstep.flows.signature import image_channels
+from fewstep.flows.signature import image_channels, rate_of
 from fewstep.flows.tabulated import Tabulated
 from fewstep.models.folders import load_folder
 from fewstep.models.own_maps import is_own_map
@@ -110,6 +110,8 @@ def diffusion_of(model: FlowMap | NetworkField) -> dict[str, Any] | None:
             return {"prediction_type": "velocity"}
         case Reversed(scale=scale), ("noise" | "data") as kind:
             return {"prediction_type": PREDICTION_TYPES[kind], "timesteps": scale}
+        case Cosine(scale=scale), ("noise" | "data" | "v") as kind:
+            return {"prediction_type": PREDICTION_TYPES[kind], "right_angle": scale}
         case Tabulated(log_ratios=table), ("noise" | "data" | "v") as kind:
             ends = {"ends_in_noise": True} if model.native.ends_in_noise else {}
             return {"prediction_type": PREDICTION_TYPES[kind], "log_ratios": table, **ends}
@@ -151,6 +153,8 @@ def _write_map(model: FlowMap, folder: Path) -> None:
         "needs": ", ".join(network.needed),
         "id2label": {str(number): name for number, name in enumerate(model.class_names) if name} or None,
     }
+    if (rate := rate_of(model)) is not None:
+        index["rate"] = rate
     if model.latents is not None:
         index |= {"vae": write_vae(model.latents, folder / "vae"), "factor": model.latents.factor}
     if model.text is not None:

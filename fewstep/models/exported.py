@@ -105,5 +105,5 @@ class FlowMapPipeline(flow_map.FlowMapPipeline):
             parts["scheduler"] = FlowMapEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         if isinstance(index.get("needs"), list):  # of earlier versions
             index["needs"] = ", ".join(index["needs"])
-        told = ("diffusion", "gamma", "guidance", "shape", "needs", "id2label", "text", "factor")
+        told = ("diffusion", "gamma", "guidance", "shape", "needs", "id2label", "text", "factor", "rate")
         return cls(**{key: index[key] for key in told if key in index} | parts)

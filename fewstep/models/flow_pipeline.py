@@ -14,6 +14,7 @@ from fewstep.models.conversion import Conversion
 from fewstep.models.converted import FLOWS, ORIGINAL
 from fewstep.models.export import diffusion_of, no_pipeline
 from fewstep.models.model_card import fewstep_code
+from fewstep.models.stock_steps import drawn_as
 from fewstep.models.wan_experts import boundary_said, models_of
 from fewstep.models.writing import (
     copy_part,
@@ -48,6 +49,7 @@ _PIPELINES = {
     "WanExpertsTransformer3DModel": "WanPipeline",
     "WanTransformer3DModel": "WanPipeline",
     "LTXVideoTransformer3DModel": "LTXPipeline",
+    "StableAudioDiTModel": "StableAudioPipeline",
 }
 _CODE = "flow_model"
 
@@ -213,7 +215,7 @@ def _code(conversion: Conversion, field: Any) -> str:
     trust += "".join(f", {part}=..." for part in conversion.missing)
     load = _LOAD.format(name=name, trust=trust)
     if not conversion.by_hand:
-        usual = 'images = pipe("a photo of a cat", num_inference_steps=50).images'
+        usual = '{named} = pipe("{prompt}", num_inference_steps=50).{drawn}'.format(**drawn_as(field))
         return load + _CALLS.get(conversion.pipeline, usual)
     if conversion.model != "UNet2DModel" or field.latents is not None:
         return fewstep_code(field, name)

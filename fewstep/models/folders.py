@@ -17,7 +17,7 @@ from fewstep.flows.fields import DiffusionField, NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Forward, Linear, Reversed
 from fewstep.flows.paths import Path as Trajectory
-from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.preconditioned import Cosine, Preconditioned
 from fewstep.flows.schedules import PREDICTION_TYPES
 from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.prompts import Prompts
@@ -189,10 +189,12 @@ def _spoken(diffusion: Diffusion | None, timesteps: float) -> tuple[Trajectory, 
         native = Preconditioned(diffusion.sigma_data, diffusion.sigma_min, diffusion.sigma_max)
         return native, "v" if kind == "v_prediction" else "edm"
     kinds = {name: kind for kind, name in PREDICTION_TYPES.items()}
+    if diffusion.right_angle is not None:
+        return Cosine(diffusion.right_angle), kinds[kind]
     if diffusion.timesteps is not None:
         return Reversed(diffusion.timesteps), kinds[kind]
     if diffusion.log_ratios is None:
-        raise ValueError(f"diffusion in model_index.json has no log_ratios, timesteps or sigmas: {AGAIN}")
+        raise ValueError(f"diffusion in model_index.json has no log_ratios, timesteps, right_angle or sigmas: {AGAIN}")
     return Tabulated(tuple(diffusion.log_ratios), diffusion.ends_in_noise), kinds[kind]
 
 

@@ -26,6 +26,7 @@ class Diffusion(Said):
 
     prediction_type: Literal["velocity", "epsilon", "sample", "v_prediction"]
     timesteps: Above | None = None
+    right_angle: Above | None = None
     ends_in_noise: bool = False
     log_ratios: Annotated[list[Finite], Field(min_length=2, max_length=1_000_000)] | None = None
     sigma_data: Above | None = None

@@ -10,7 +10,8 @@ import yaml
 from fewstep.common.version import __version__
 from fewstep.flows.description import NETWORKS
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.signature import classes_of, image_channels, shape_of
+from fewstep.flows.signature import classes_of, image_channels, rate_of, shape_of
+from fewstep.models.stock_steps import a_prompt
 from fewstep.networks import OfDiffusers
 from fewstep.objectives import OBJECTIVES
 
@@ -34,7 +35,7 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
 generator = torch.Generator().manual_seed(0)
-{given}images = pipe({count}, num_inference_steps=2, generator=generator{cond}).images"""
+{given}{drawn} = pipe({count}, num_inference_steps=2, generator=generator{cond}).{drawn}"""
 
 _FEWSTEP_CODE = """\
 import torch
@@ -44,7 +45,7 @@ model = fewstep.load("{name}"{trust})
 {given}samples = fewstep.sample(model, {start}, steps={steps}{cond}){decode}"""
 
 _DECODE = """
-images = model.latents.decode(samples)"""
+{drawn} = model.latents.decode(samples)"""
 
 _SIZE = """\
 height, width = 64, 64  # {what}
@@ -63,7 +64,7 @@ conditions = {{}}  # {names}: tensors with one row an image
 """
 
 _TEXT = """\
-text = model.text.encode(["a photo of a cat"] * 4)
+text = model.text.encode(["{prompt}"] * 4)
 """
 
 
@@ -109,7 +110,7 @@ def card(model: Any, name: str, origin: Origin = Origin(), no_pipeline: str = ""
         )
     front = {
         "library_name": "diffusers" if is_of_diffusers else "fewstep",
-        **({"pipeline_tag": "text-to-image"} if model.text is not None else {}),
+        **({"pipeline_tag": f"text-to-{_kind(model)}"} if model.text is not None else {}),
         "tags": ["fewstep", "flow-map" if is_map else "flow-matching"],
         **origin.base,
     }
@@ -147,6 +148,10 @@ def _coupled(model: Any) -> str:
     )
 
 
+def _kind(model: Any) -> str:
+    return "image" if rate_of(model) is None else "audio"
+
+
 def _method(origin: Origin) -> str:
     lines = [_credit(origin.method)] if origin.method else []
     lines += [f"All that decided the training is in [{origin.recipe}]({origin.recipe})."] if origin.recipe else []
@@ -167,7 +172,7 @@ def fewstep_code(model: Any, name: str) -> str:
     if image_channels(model):
         given, cond = given + _image(model), f"{cond}, image=image"
     if model.text is not None:
-        given, cond = given + _TEXT, f"{cond}, **text"
+        given, cond = given + _TEXT.format(prompt=a_prompt(model)), f"{cond}, **text"
     is_own = not isinstance(getattr(model, "network", None), (OfDiffusers, *NETWORKS.values()))  # its code comes along
     return _FEWSTEP_CODE.format(
         name=name,
@@ -176,7 +181,7 @@ def fewstep_code(model: Any, name: str) -> str:
         start="start" if model.path.two_sided else f"torch.randn({_shape(model)})",
         steps=2 if isinstance(model, FlowMap) else 50,
         cond=cond,
-        decode=_DECODE if model.latents is not None else "",
+        decode=_DECODE.format(drawn=_drawn(model)) if model.latents is not None else "",
     )
 
 
@@ -189,12 +194,16 @@ def _pipeline_code(model: Any, name: str) -> str:
     if image_channels(model):
         given, cond = given + _image(model, factor), f"{cond}, image=image"
     if model.text is not None:
-        count = '["a photo of a cat"] * 4'
+        count = f'["{a_prompt(model)}"] * 4'
     elif others := [need for need in model.network.needed if need not in ("class_labels", "guidance")]:
         given, cond = given + _CONDITIONS.format(names=", ".join(others)), f"{cond}, **conditions"
     if model.network.takes_guidance:
         cond = f"{cond}, guidance_scale={model.guidance or 1.0:g}"
-    return _PIPELINE_CODE.format(name=name, given=given, count=count, cond=cond)
+    return _PIPELINE_CODE.format(name=name, given=given, count=count, cond=cond, drawn=_drawn(model))
+
+
+def _drawn(model: Any) -> str:
+    return "images" if rate_of(model) is None else "audios"
 
 
 def _image(model: Any, factor: int = 1) -> str:

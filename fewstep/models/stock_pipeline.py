@@ -11,7 +11,7 @@ from fewstep.flows.paths import Reversed
 from fewstep.flows.signature import image_channels
 from fewstep.latents.vae import VAE_FOLDERS
 from fewstep.models.own_maps import scheduler_of_map
-from fewstep.models.stock_steps import drawn_by, scheduler_of, steps_of
+from fewstep.models.stock_steps import drawn_as, scheduler_of, steps_of
 from fewstep.models.wan_experts import boundary_said, models_of
 from fewstep.models.writing import (
     copy_part,
@@ -30,7 +30,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}"{missing})
-images = pipe({given}, {steps}).{drawn}"""
+{named} = pipe({given}, {steps}).{drawn}"""
 
 
 def check_stock(field: NetworkField) -> None:
@@ -95,5 +95,6 @@ def _write(field: Any, scheduler: Any, steps: str, folder: Path) -> str:
     missing = "".join(f", {name}=..." for name in gone if name not in kind._optional_components)
     if image_channels(field):
         return ""
-    given = '"a photo of a cat"' if field.text is not None else "class_labels=[0, 1]"
-    return _CODE.format(name="{name}", missing=missing, given=given, steps=steps, drawn=drawn_by(field))
+    words = drawn_as(field)
+    given = f'"{words.pop("prompt")}"' if field.text is not None else "class_labels=[0, 1]"
+    return _CODE.format(name="{name}", missing=missing, given=given, steps=steps, **words)

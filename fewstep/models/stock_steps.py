@@ -8,6 +8,7 @@ from typing import Any
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Reversed
 from fewstep.flows.schedules import PREDICTION_TYPES
+from fewstep.flows.signature import rate_of
 from fewstep.flows.tabulated import Tabulated
 from fewstep.networks import Wan, WanExperts
 
@@ -23,7 +24,7 @@ pipe = diffusers.DiffusionPipeline.from_pretrained(BASE)
 pipe.load_lora_weights(FOLDER, adapter_name="fast")
 {second}pipe.scheduler = diffusers.{scheduler}.from_pretrained(FOLDER, subfolder="scheduler")
 # pipe.load_lora_weights(STYLE, adapter_name="style"); pipe.set_adapters(["fast", "style"], [1.0, 0.8])
-images = pipe("a photo of a cat", {steps}).{drawn}
+{named} = pipe("{prompt}", {steps}).{drawn}
 ```
 """
 _SECOND = """\
@@ -63,13 +64,26 @@ def write_scheduler(model: FlowMap, folder: Path) -> None:
     scheduler: Any = scheduler_of(model)
     scheduler.save_pretrained(folder / "scheduler")
     second = _SECOND if isinstance(model.network, WanExperts) else ""
-    told = {"scheduler": type(scheduler).__name__, "steps": steps_of(model), "drawn": drawn_by(model)}
+    told = {"scheduler": type(scheduler).__name__, "steps": steps_of(model), **drawn_as(model)}
     (folder / "README.md").write_text(_CARD.format(second=second, **told))
+
+
+def a_prompt(model: Any) -> str:
+    """What a model of text may be asked for, in examples."""
+    return "rain on a tin roof" if rate_of(model) is not None else "a photo of a cat"
 
 
 def drawn_by(model: Any) -> str:
     """What the output of a model's pipeline is called."""
+    if rate_of(model) is not None:
+        return "audios"
     return "frames" if model.latents is not None and model.latents.is_video else "images"
+
+
+def drawn_as(model: Any) -> dict[str, str]:
+    """The words of an example's call: what it asks for, what that is named, and what it is called there."""
+    drawn = drawn_by(model)
+    return {"prompt": a_prompt(model), "drawn": drawn, "named": "audios" if drawn == "audios" else "images"}
 
 
 def steps_of(model: FlowMap) -> str:

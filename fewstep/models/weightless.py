@@ -38,6 +38,8 @@ LONGEST = {
     "WanPipeline": 512,
     "ZImagePipeline": 512,
 }
+# Behind those of its prompts, a Stable Audio has two that say where the sound begins and ends.
+_MORE = {"StableAudioPipeline": 2}
 _MOST_TOKENS = 1 << 16
 # Tokens of a prompt, where no pipeline says how many its encoders make; of Stable Diffusion 3, of CLIP and T5 together.
 _TOKENS = {
@@ -53,6 +55,7 @@ _TOKENS = {
     "QwenImageTransformer2DModel": 512,
     "SD3Transformer2DModel": 333,
     "SanaTransformer2DModel": 300,
+    "StableAudioDiTModel": 130,
     "UNet2DConditionModel": 77,
     "WanExpertsTransformer3DModel": 512,
     "WanTransformer3DModel": 512,
@@ -102,7 +105,7 @@ def _tokens(model: Any) -> int:
     clip = read_json(file).get("model_max_length", 77)
     if type(clip) is not int or not 0 < clip <= _MOST_TOKENS:
         raise ValueError(f"{file} has model_max_length {shown(clip)}, and a number of tokens is needed: fetch it again")
-    return clip + (large or 0)
+    return clip + (large or 0) + _MORE.get(text.pipeline, 0)
 
 
 def _class(model: Any) -> str:

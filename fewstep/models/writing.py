@@ -24,10 +24,11 @@ from fewstep.common.reading import parse_json, read_text
 from fewstep.common.received import copy_file, is_place
 from fewstep.common.version import __version__
 from fewstep.flows.fields import VelocityField
-from fewstep.latents.prompts import Prompts, encoder_class, text_parts
+from fewstep.latents.prompts import Prompts, encoder_class, projection_class, text_parts
 from fewstep.latents.vae import Latents
 from fewstep.models.manifests import read_mark
 from fewstep.models.wan_experts import SECOND
+from fewstep.pipelines.stock_prompts import PROJECTION
 from fewstep.training.run_files import RECIPE
 
 # In every folder that fewstep writes: it alone says that the folder may be replaced.
@@ -254,6 +255,10 @@ def check_text(text: Prompts) -> None:
         part = text.folder / name
         if not part.is_dir():
             raise FileNotFoundError(f"no {name} in {text.folder}, which its model_index.json names: fetch it")
+        if name == PROJECTION:
+            projection_class(text.folder, text.index)
+            check_weights(part, variant=text.variant)
+            continue
         encoder_class(text.folder, text.index, name)
         if name.startswith("text_encoder"):
             check_weights(part, ENCODER_WEIGHTS, text.variant)

@@ -11,6 +11,7 @@ it needs torch and diffusers alone::
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,11 @@ from diffusers import (
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     PixArtTransformer2DModel,
+    StableAudioDiTModel,
     UNet2DConditionModel,
     UNet2DModel,
 )
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from .held import held_ratios
@@ -72,6 +75,8 @@ def _step(ratio: Tensor, diffusion: dict[str, Any]) -> Tensor:
     """The network's own time where log(data / noise) is this, (B,)."""
     if "sigma_data" in diffusion:
         return -ratio / 4
+    if "right_angle" in diffusion:
+        return diffusion["right_angle"] * (-ratio).exp().atan() * 2 / math.pi
     if "timesteps" in diffusion:
         return torch.sigmoid(-ratio) * diffusion["timesteps"]
     table = torch.tensor(diffusion["log_ratios"], dtype=ratio.dtype, device=ratio.device).flip(0)  # rising
@@ -92,7 +97,9 @@ class FromDiffusion:
         diffusion: what the network was trained as: ``prediction_type`` (epsilon, sample, v_prediction), and
             ``log_ratios``, log(alpha / sigma) of every step of a variance-preserving schedule, falling, and
             ``ends_in_noise`` where one more, of noise alone, stands behind them; or EDM's ``sigma_data``, ``sigma_min``
-            and ``sigma_max`` (arXiv 2206.00364); or ``timesteps``, that of pure noise on the straight path.
+            and ``sigma_max`` (arXiv 2206.00364); or ``right_angle``, the timestep of pure noise on the cosine schedule,
+            of which the timestep is the angle between data and noise; or ``timesteps``, that of pure noise on the
+            straight path.
         flow_timesteps: the timestep of pure noise, as the flow-match scheduler has it.
     """
 
@@ -192,6 +199,22 @@ class FlowPixArtTransformer2DModel(FromDiffusion, PixArtTransformer2DModel):
     ) -> Any:
         def network(x: Tensor, step: Any) -> Any:
             return PixArtTransformer2DModel.forward(self, x, encoder_hidden_states, step, *args, **kwargs)
+
+        return self._flow(network, hidden_states, timestep, return_dict)
+
+
+class FlowStableAudioDiTModel(FromDiffusion, StableAudioDiTModel):
+    """A diffusion ``StableAudioDiTModel`` as a flow-match model."""
+
+    __init__ = _with_diffusion(StableAudioDiTModel.__init__)
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Any = None, *args: Any, return_dict: bool = True, **kwargs: Any
+    ) -> Any:
+        def network(x: Any, step: Any) -> Any:
+            # The object that diffusers would return is one it warns of.
+            given = StableAudioDiTModel.forward(self, x, step, *args, return_dict=False, **kwargs)
+            return Transformer2DModelOutput(sample=given[0])
 
         return self._flow(network, hidden_states, timestep, return_dict)
 

@@ -44,6 +44,10 @@ def sizes_of(height: int | None, width: int | None, own: Any, factor: int, confi
         factor: how many pixels a latent is, along each side.
         config: of the network.
     """
+    if own is not None and not isinstance(own, int) and len(own) == 1:
+        if height is not None or width is not None:
+            raise ValueError("this model makes sound, which has no height and width: leave them out")
+        return tuple(own)
     if own is None and (height is None or width is None):
         other = "or the noise to start from as latents (B, C, H, W)"
         raise ValueError(f"this model has no fixed size: pass height and width, {other}")
@@ -55,11 +59,27 @@ def sizes_of(height: int | None, width: int | None, own: Any, factor: int, confi
     return *own[:-2], rows or own[-2], columns or own[-1]
 
 
+def seconds_of(begin: float, end: float | None, longest: float | None) -> tuple[float, float] | None:
+    """Where sound begins and ends, in seconds; None for what is none.
+
+    Args:
+        longest: how much the model makes at once; None where it is not known of it that it makes sound.
+    """
+    if longest is None:
+        if begin or end is not None:
+            raise ValueError("audio_start_in_s and audio_end_in_s are of models of sound: leave them out")
+        return None
+    end = longest if end is None else end
+    if not 0 <= begin < end or end - begin > longest:
+        raise ValueError(f"sound from {begin} to {end} seconds: this model makes {longest:g} seconds at most")
+    return float(begin), float(end)
+
+
 def check_state(shape: tuple[int, ...], channels: int, dims: int, config: Any) -> None:
     """That the network takes states of this shape, (B, channels, ...) with ``dims`` dimensions."""
     if len(shape) != dims or shape[1] != channels:
         raise ValueError(f"latents have shape {shape}: noise (B, {channels}, ...) of {dims} dimensions is needed")
-    if any(size < 1 or size % side_step(config) for size in shape[-2:]):
+    if any(size < 1 or size % side_step(config) for size in shape[2:][-2:]):
         raise ValueError(f"latents have shape {shape}: this model takes sides of multiples of {side_step(config)}")
     if _is_dit(config) and shape[-1] != shape[-2]:
         raise ValueError(f"states of {shape[-2]} x {shape[-1]} are asked for: this model makes squares alone")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers import AudioPipelineOutput, DiffusionPipeline, FlowMapEulerDiscreteScheduler, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -35,9 +35,10 @@ from .arguments import (
     check_whole,
     count_of,
     numbers,
+    seconds_of,
     sizes_of,
 )
-from .latent_images import decode, factor_of
+from .latent_images import cut, decode, factor_of
 from .native_times import coefficients, second_timestep
 from .source import whole
 from .stock_prompts import ENCODERS, encode_prompts
@@ -58,13 +59,14 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
             ``network.predict(x, s, t, guidance, **conditions)`` gives diffusers' flow (noise - image), averaged from s
             to t, unless ``diffusion`` says otherwise.
         vae: of a map in the latent space of a VAE: what makes images of its latents, or None.
-        text_encoder, tokenizer, ...: those of a model of text, or None.
+        text_encoder, tokenizer, projection_model, ...: those of a model of text, or None.
         diffusion: for a map distilled from another model, what the network still speaks. Of a diffusion model
             ``{"prediction_type": "epsilon", "sample" or "v_prediction", "log_ratios": [...]}``, the latter
             log(alpha / sigma) of every step of the schedule, falling, and ``ends_in_noise`` where one more, of noise
             alone, stands behind them; of EDM (arXiv 2206.00364) with ``sigma_data``, ``sigma_min`` and ``sigma_max`` in
-            their place; on the straight path with ``timesteps``, that of pure noise.
-            ``{"prediction_type": "velocity"}`` is image - noise, by a network whose timesteps run from noise to image.
+            their place; on the cosine schedule with ``right_angle`` and on the straight path with ``timesteps``, that
+            of pure noise. ``{"prediction_type": "velocity"}`` is image - noise, by a network whose timesteps run from
+            noise to image.
         gamma: the default of a call: 1 for a map that only knows the way to the image (a consistency model).
         guidance: the default of a call's ``guidance_scale``, None for 1.
         shape: of one state, (C, H, W); its sizes are the default of a call's. Of the network's config, if not given.
@@ -74,9 +76,10 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
         text: ``{"pipeline": NAME}``, the class of diffusers whose ``encode_prompt`` makes the conditions of prompts, by
             the text encoders.
         factor: of a map in the latent space of a VAE: how many pixels a latent is, along each side.
+        rate: of a map of sound, states (B, C, L): how many numbers of a waveform are a second.
     """
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->unet->transformer->vae"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->projection_model->unet->transformer->vae"
     _optional_components: ClassVar[list[str]] = PARTS
 
     # The parts have no defaults: what has one is no part to diffusers, which would load over what it is passed.
@@ -92,6 +95,7 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
         tokenizer: Any,
         tokenizer_2: Any,
         tokenizer_3: Any,
+        projection_model: Any,
         diffusion: dict | None = None,
         gamma: float = 0.0,
         guidance: float | None = None,
@@ -100,20 +104,22 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
         id2label: dict[str, str] | None = None,
         text: dict | None = None,
         factor: int | None = None,
+        rate: int | None = None,
     ) -> None:
         super().__init__()
         if unet is None and transformer is None:
             raise ValueError("a FlowMapPipeline is nothing without its network: pass a unet or a transformer")
         one = {"text_encoder": text_encoder, "tokenizer": tokenizer}
         two = {"text_encoder_2": text_encoder_2, "tokenizer_2": tokenizer_2}
-        three = {"text_encoder_3": text_encoder_3, "tokenizer_3": tokenizer_3}
+        three = {"text_encoder_3": text_encoder_3, "tokenizer_3": tokenizer_3, "projection_model": projection_model}
         self.register_modules(scheduler=scheduler, unet=unet, transformer=transformer, vae=vae, **one, **two, **three)
-        config = {"diffusion": diffusion, "gamma": gamma, "guidance": guidance}
-        self.register_to_config(**config, shape=shape, needs=needs, id2label=id2label, text=text, factor=factor)
+        config = {"diffusion": diffusion, "gamma": gamma, "guidance": guidance, "shape": shape, "needs": needs}
+        self.register_to_config(**config, id2label=id2label, text=text, factor=factor, rate=rate)
         self._diffusion = diffusion or {}
         # The timestep of pure noise.
         steps = len(self._diffusion.get("log_ratios", [])) + bool(self._diffusion.get("ends_in_noise"))
-        self._last = steps - 1 if steps else scheduler.config["num_train_timesteps"]
+        angle = self._diffusion.get("right_angle")
+        self._last = angle or (steps - 1 if steps else scheduler.config["num_train_timesteps"])
         # The state's channels; behind them an image goes in where more do, and a variance may come out.
         self._channels = shape[0] if shape else state_channels(self.network.config)
         self._factor = factor or factor_of(vae)
@@ -142,8 +148,10 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
         guidance_scale: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        audio_start_in_s: float = 0.0,
+        audio_end_in_s: float | None = None,
         **conditions: Tensor,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput | AudioPipelineOutput | tuple:
         """Images in ``num_inference_steps`` network calls.
 
         Args:
@@ -161,7 +169,9 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
             guidance_scale: the strength of guidance, for a model that is told it; it costs no further call. 1 is none,
                 and the default if the model has no other.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the latter two in [0, 1]; or "latent": the state
-                as it is. Of videos, states are (B, C, F, H, W), and the others have their frames F behind B.
+                as it is. Of videos, states are (B, C, F, H, W), and the others have their frames F behind B. Of sound
+                (``.audios``), states are (B, C, L), and all others waveforms (B, C, L) in [-1, 1]: "pt", or arrays.
+            audio_start_in_s, audio_end_in_s: of sound, where it begins and ends, in seconds; by default all of it.
             conditions: those of the network by its own names, (B, ...), such as ``encoder_hidden_states``: made
                 beforehand, in the place of a prompt's.
         """
@@ -196,10 +206,13 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
         check_state(shape, self._channels, len(self.config["shape"] or "CHW") + 1, config)
         check_image(image, (count, config["in_channels"] // patch_of(config) - self._channels, *shape[2:]))
 
+        longest = shape[-1] * self._factor / self.config["rate"] if self.config["rate"] else None
+        seconds = seconds_of(audio_start_in_s, audio_end_in_s, longest)
+
         device = self._execution_device
         # The state stays in float32, whatever the type of the network.
         x = self._noise(shape, generator, device) if latents is None else latents.to(device, torch.float32)
-        cond = self._text(prompt, conditions, count, shape[-2:], device)
+        cond = self._text(prompt, conditions, count, shape[-2:], device, seconds)
         if labels is not None:
             cond["class_labels"] = labels.to(device).expand(count, *labels.shape[1:])
         if image is not None:
@@ -221,6 +234,12 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
             x = t / r * self._map(x, s, r, **cond) + gamma * (1 - t) * self._noise(shape, generator, device)
 
         images: Any = x
+        if x.ndim == 3:
+            if output_type != "latent":
+                images = cut(x if self.vae is None else decode(self.vae, x), seconds, self.config["rate"])
+            images = images if output_type in ("pt", "latent") else images.cpu().numpy()
+            self.maybe_free_model_hooks()
+            return AudioPipelineOutput(audios=images) if return_dict else (images,)
         if output_type != "latent":
             images = ((x if self.vae is None else decode(self.vae, x)) / 2 + 0.5).clamp(0, 1)
             images = images.transpose(1, 2) if images.ndim == 5 else images  # a video is a row of frames
@@ -256,7 +275,13 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
         return any(self.network.config.get(key) for key in ("told_guidance", "guidance_embeds"))
 
     def _text(
-        self, prompt: str | list[str] | None, given: dict[str, Tensor], count: int, sizes: tuple[int, ...], device: Any
+        self,
+        prompt: str | list[str] | None,
+        given: dict[str, Tensor],
+        count: int,
+        sizes: tuple[int, ...],
+        device: Any,
+        seconds: tuple[float, float] | None,
     ) -> dict[str, Tensor]:
         """The conditions of text: those that are given, and for what is missing those of the prompts, (B, ...)."""
         pipeline = self._prompted
@@ -270,7 +295,8 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
             cond = {"resolution": [height, width], "aspect_ratio": [height / width]}
         cond = {key: torch.tensor([value], dtype=torch.float32, device=device) for key, value in cond.items()}
         if prompt is not None:
-            cond |= encode_prompts(pipeline, self.components, [prompt] if isinstance(prompt, str) else prompt, device)
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            cond |= encode_prompts(pipeline, self.components, prompts, device, seconds)
         others = ("class_labels", "image", "guidance", *cond, *given)
         if missing := [name for name in self._needs if name not in others]:
             way = "give it a prompt, or pass" if pipeline else "pass"

@@ -1,8 +1,9 @@
-"""Images of latents.
+"""Images of latents; of those of sound, waveforms.
 
 It is part of the ``pipeline.py`` of an export, so it needs torch alone.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 
 def decode(vae: Any, latents: Tensor, at_once: int = 4) -> Tensor:
-    """Images (B, C, H, W) in [-1, 1] from latents in the units of the network; of videos, (B, C, F, H, W).
+    """Images (B, C, H, W) in [-1, 1] from latents in the units of the network; of videos, (B, C, F, H, W), and of
+    sound waveforms (B, C, L).
 
     Args:
         at_once: how many go into one call: the activations of a decoder are large.
@@ -45,6 +47,13 @@ def encode(vae: Any, images: Tensor, generator: torch.Generator | None = None) -
     return (z - shift) * scale
 
 
+def cut(sound: Tensor, seconds: tuple[float, float] | None, rate: int | None) -> Tensor:
+    """Waveforms (B, C, L) in [-1, 1], from the second where they are to begin to that where they are to end."""
+    if seconds is not None and rate is not None:
+        sound = sound[..., int(seconds[0] * rate) : int(seconds[1] * rate)]
+    return sound.clamp(-1, 1)
+
+
 def units(vae: Any, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
     """What is taken from the latents z of a VAE, and what the rest is multiplied by, for the units of the network."""
     config = vae.config
@@ -75,6 +84,8 @@ def factor_of(vae: Any) -> int:
     config = vae.config
     if told := config.get("scale_factor_spatial") or getattr(vae, "spatial_compression_ratio", None):
         return told
+    if (lengths := config.get("downsampling_ratios")) is not None:
+        return math.prod(lengths)
     if (halves := config.get("temperal_downsample")) is not None:
         return 2 ** len(halves)
     levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or [64]

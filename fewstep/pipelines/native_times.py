@@ -81,6 +81,8 @@ def _place(diffusion: dict[str, Any], time: float) -> tuple[tuple[float, float],
     held = min(max(ratio, low), high)
     if "sigma_data" in diffusion:
         return (low, high), ratio, held, -held / 4
+    if "right_angle" in diffusion:
+        return (low, high), ratio, held, diffusion["right_angle"] * math.atan(_exp(-held)) * 2 / math.pi
     if "timesteps" in diffusion:
         return (low, high), ratio, held, diffusion["timesteps"] / (1 + _exp(held))
     table = diffusion["log_ratios"]

@@ -26,6 +26,7 @@ RETURNED: dict[str, tuple[str | None, ...]] = {
     "PixArtSigmaPipeline": (_TEXT, _MASK, None, None),
     "QwenImagePipeline": (_TEXT, f"{_TEXT}_mask"),
     "SanaPipeline": (_TEXT, _MASK, None, None),
+    "StableAudioPipeline": (_TEXT, "global_hidden_states"),
     "StableDiffusion3Pipeline": (_TEXT, None, "pooled_projections", None),
     "StableDiffusionPipeline": (_TEXT, None),
     "StableDiffusionXLPipeline": (_TEXT, None, "text_embeds", None),
@@ -38,11 +39,24 @@ _OWN_NULL = ("Lumina2Pipeline", "SanaPipeline")
 _PADDED = {"QwenImagePipeline": 512, "ZImagePipeline": 512}
 # The parts that encode, by their names in every pipeline.
 ENCODERS = [f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
+# That of Stable Audio brings text and seconds to one width.
+PROJECTION = "projection_model"
+ENCODERS += [PROJECTION]
 
 
-def encode_prompts(pipeline: str, parts: dict[str, Any], prompts: list[str] | None, device: Any) -> dict[str, Tensor]:
+def encode_prompts(
+    pipeline: str,
+    parts: dict[str, Any],
+    prompts: list[str] | None,
+    device: Any,
+    seconds: tuple[float, float] | None = None,
+) -> dict[str, Tensor]:
     """The conditions of prompts, a row each, as the pipeline of this name makes them of these parts; for None one row,
-    of no prompt, as it takes them for guidance."""
+    of no prompt, as it takes them for guidance.
+
+    Args:
+        seconds: where sound begins and ends.
+    """
     made = stock_pipeline(pipeline, parts)
     kind = type(made)
     texts, is_own = prompts or [""], prompts is None and pipeline in _OWN_NULL
@@ -52,12 +66,26 @@ def encode_prompts(pipeline: str, parts: dict[str, Any], prompts: list[str] | No
     told = ("max_sequence_length", "complex_human_instruction", "system_prompt")
     options |= {name: called[name].default for name in told if name in called}
     returned = made.encode_prompt(list(texts), **{key: value for key, value in options.items() if key in known})
+    if isinstance(returned, Tensor):
+        if seconds is None:
+            raise ValueError(f"a {pipeline} is told where sound begins and ends: its rate is needed, as its VAE has it")
+        return _of_sound(made, returned, prompts is None, seconds)
     names = RETURNED[pipeline]
     if is_own:
         returned = returned[2:]
     if pipeline in _PADDED:
         returned = _padded(*returned, length=_PADDED[pipeline])
     return {key: value for key, value in zip(names, returned, strict=False) if key is not None}
+
+
+def _of_sound(made: Any, text: Tensor, is_null: bool, seconds: tuple[float, float]) -> dict[str, Tensor]:
+    """The conditions of a Stable Audio: of text (B, tokens, D), and of where the sound begins and ends. For guidance it
+    takes zeros where those of the text are, and its seconds as they are."""
+    begin, end = made.encode_duration(*seconds, text.device, False, len(text))
+    tokens = torch.cat([text, begin, end], dim=1)
+    if is_null:
+        return {_TEXT: torch.zeros_like(tokens)}
+    return {_TEXT: tokens, "global_hidden_states": torch.cat([begin, end], dim=2)}
 
 
 def stock_pipeline(name: str, parts: dict[str, Any]) -> Any:

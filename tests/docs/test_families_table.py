@@ -16,7 +16,8 @@ _PROMPTED = {
     "AuraFlow": "AuraFlowPipeline", "Chroma": "ChromaPipeline", "ConditionalUNet": "StableDiffusionPipeline",
     "Flux": "FluxPipeline", "Flux2": "Flux2KleinPipeline", "HunyuanImage": "HunyuanImagePipeline", "LTX": "LTXPipeline",
     "Lumina2": "Lumina2Pipeline", "PixArt": "PixArtSigmaPipeline", "QwenImage": "QwenImagePipeline",
-    "SD3": "StableDiffusion3Pipeline", "Sana": "SanaPipeline", "Wan": "WanPipeline", "WanExperts": "WanPipeline",
+    "SD3": "StableDiffusion3Pipeline", "Sana": "SanaPipeline", "StableAudio": "StableAudioPipeline",
+    "Wan": "WanPipeline", "WanExperts": "WanPipeline",
     "ZImage": "ZImagePipeline",
 }  # fmt: skip
 
@@ -43,7 +44,7 @@ def can(name: str) -> tuple[str, list[str]]:
     return family, cells
 
 
-TWINS = [*(name for name in NAMES if " " not in name and name != "sdxl"), "wan experts", "anyflow"]
+TWINS = [*(name for name in NAMES if " " not in name and name != "sdxl"), "wan experts", "anyflow", "stable audio"]
 
 
 def test_every_family_has_its_row() -> None:

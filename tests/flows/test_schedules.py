@@ -1,20 +1,29 @@
 """What schedulers say of their networks: every family of diffusers, drawn schedules, EDM, flow matching."""
 
+import math
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    IPNDMScheduler,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from toys.cosine import cosine_scheduler
 
 from fewstep.evaluation.agreement import compare_samplers
 from fewstep.flows.exact import GaussianField, MixtureField
 from fewstep.flows.fields import DiffusionField
 from fewstep.flows.paths import Forward, Linear, Reversed
-from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.preconditioned import Cosine, Preconditioned
+from fewstep.flows.scheduler_classes import cosine_scheduler_class
 from fewstep.flows.schedules import schedule_of
 from fewstep.flows.solvers import integrate
 from fewstep.flows.tabulated import Tabulated
@@ -205,6 +214,63 @@ def test_edm_sampling_is_its_own_schedulers() -> None:
     got = integrate(field, noise * sigmas[0] * grid[0], grid, "euler")
     # x1 + n x0 = 80 x0 to begin with in the one, and the scheduler computes in float32.
     torch.testing.assert_close(got, x, atol=2e-4, rtol=0)
+
+
+class Turned(nn.Module):
+    """The perfect network of a cosine schedule for Gaussian data: v, by the rule of v-diffusion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Tensor] = []
+
+    def forward(self, z: Tensor, time: Tensor) -> Tensor:
+        self.asked.append(time)
+        angle = time.double()[:, None] * math.pi / 2
+        a, s = angle.cos(), angle.sin()
+        cov = (a**2)[..., None] * COV + (s**2)[..., None] * torch.eye(2, dtype=F64)
+        data = MEAN + a * (torch.linalg.solve(cov, z.double() - a * MEAN) @ COV)
+        noise = s * torch.linalg.solve(cov, z.double() - a * MEAN)
+        return (a * noise - s * data).to(z)
+
+
+@pytest.mark.parametrize("scheduler", [cosine_scheduler(), IPNDMScheduler()])
+def test_a_cosine_schedule_is_exact_to_both_its_ends(scheduler: Any) -> None:
+    """Stable Audio's and Dance Diffusion's, of whose schedulers sigma_min is where sampling ends."""
+    network = Turned()
+    field = DiffusionField(network, scheduler)
+    t = torch.cat([torch.tensor([0.0, 1e-9, 1 / 501, 0.8, 0.99, 1.0]), torch.linspace(0.01, 0.99, 60)]).double()
+    x = torch.randn(len(t), 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    assert (field(x, t) - GAUSS(x, t)).abs().max() < 1e-12
+    torch.testing.assert_close(network.asked[0], ((1 - t) / t).atan() * 2 / math.pi, atol=1e-15, rtol=0)
+    assert field.native == Cosine()
+
+
+def test_what_cosine_schedulers_compute_is_what_the_field_says() -> None:
+    scheduler = cosine_scheduler()
+    scheduler.set_timesteps(20)
+    sigmas, network = scheduler.sigmas[:-1].double(), Turned()
+    x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=F64) * (1 + sigmas[:, None] ** 2).sqrt()
+    output = network(scheduler.precondition_inputs(x, sigmas[:, None]), scheduler.timesteps)
+    torch.testing.assert_close(scheduler.timesteps.double(), network.asked[0].double(), atol=0, rtol=0)
+    data = scheduler.precondition_outputs(x, output, sigmas[:, None])
+    grid = 1 / (1 + sigmas)
+    z = x * grid[:, None]
+    velocity = DiffusionField(network, scheduler)(z, grid)
+    torch.testing.assert_close(z + (1 - grid)[:, None] * velocity, data, atol=1e-6, rtol=0)  # its times are float32
+
+
+def test_without_its_package_the_scheduler_is_known_by_the_config_that_it_has() -> None:
+    own, here = cosine_scheduler(sigma_min=0.1), cosine_scheduler_class()(sigma_min=0.1)
+    assert type(here).__name__ == type(own).__name__
+    assert dict(here.config) == dict(own.config)
+    assert schedule_of(here) == schedule_of(own) == (Cosine(), "v")
+
+
+def test_cosine_schedulers_of_other_data_or_predictions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"CosineDPMSolverMultistepScheduler with sigma_data 0\.5: it is known with 1"):
+        schedule_of(cosine_scheduler(sigma_data=0.5))
+    with pytest.raises(ValueError, match="unknown prediction type 'sample'"):
+        schedule_of(cosine_scheduler(prediction_type="sample"))
 
 
 def test_continuous_timesteps_are_edm_with_data_of_deviation_one() -> None:

@@ -113,6 +113,6 @@ def test_folders_without_a_vae(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", "in_channels": 3}))
     with pytest.raises(FileNotFoundError, match="no VAE in"):
         Latents(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderOobleck", "latent_channels": 32}))
-    with pytest.raises(ValueError, match=r"unknown VAE 'AutoencoderOobleck'.*AutoencoderKL"):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLMochi", "latent_channels": 12}))
+    with pytest.raises(ValueError, match=r"unknown VAE 'AutoencoderKLMochi'.*AutoencoderKL"):
         Latents(tmp_path)

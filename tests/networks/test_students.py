@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from toys.families import ddim, tiny_model
-from toys.students import NAMES, S, T, field_of, loud, network, rows
+from toys.students import HEARD_ONCE, NAMES, S, T, field_of, loud, network, rows
 from toys.unet import tiny_unet
 
 from fewstep.common.randomness import generator
@@ -42,7 +42,7 @@ CALLS = [(name, how, told) for name in NAMES for how in SECOND_TIMES for told in
 
 
 def refused(name: str, how: str, told: bool) -> bool:
-    return (name, how) in (("pixart", "late"), ("chroma", "late")) or (name.endswith(" told") and told)
+    return (name in HEARD_ONCE and how == "late") or (name.endswith(" told") and told)
 
 
 @pytest.mark.takes_seconds
@@ -117,6 +117,8 @@ def test_a_map_starts_as_its_field_whatever_that_was_trained_as(name: str, sched
 def test_what_a_model_has_no_room_for_is_refused() -> None:
     with pytest.raises(ValueError, match="PixArt is told the size of the image with its time: say t"):
         with_second_time(network("pixart"), second_time="late")
+    with pytest.raises(ValueError, match="Stable Audio hears its time once, before its first block: say t"):
+        with_second_time(network("stable audio"), second_time="late")
     with pytest.raises(ValueError, match="told the strength of guidance as it is: leave guidance out"):
         with_second_time(network("flux told"), guidance=True)
     told = FAMILIES["UNet2DConditionModel"](tiny_model("sd", time_cond_proj_dim=8))
@@ -341,7 +343,19 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, how: str) -> None
 
 @pytest.mark.takes_seconds
 @pytest.mark.parametrize(
-    "name", ["unet of classes", "sdxl", "dit", "pixart of one size", "sd3", "flux", "wan", "flux2", "qwenimage"]
+    "name",
+    [
+        "unet of classes",
+        "sdxl",
+        "dit",
+        "pixart of one size",
+        "sd3",
+        "flux",
+        "wan",
+        "flux2",
+        "qwenimage",
+        "stable audio",
+    ],
 )
 def test_a_student_is_traced_as_one_graph(name: str) -> None:
     """What torch.compile needs; the code that it makes is tried in the slow test."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fewstep.flows.change_of_path import scaling
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.paths import Forward, Linear, Path, Reversed
-from fewstep.flows.preconditioned import Preconditioned
+from fewstep.flows.preconditioned import Cosine, Preconditioned
 from fewstep.flows.tabulated import Tabulated
 from fewstep.models.export import diffusion_of
 from fewstep.models.folders import _spoken
@@ -41,12 +41,13 @@ scalings = st.builds(
     st.floats(0.1, 3.0), st.floats(1e-5, 1.0), st.floats(1.5, 1e6),
 )  # fmt: skip
 lines = st.builds(Reversed, st.sampled_from([1.0, 500.0, 1000.0]))
+circles = st.builds(Cosine, st.sampled_from([1.0, 500.0]))
 SPOKEN = [(tables, kind) for kind in ("noise", "data", "v")] + [(scalings, kind) for kind in ("edm", "v")]
-SPOKEN += [(lines, kind) for kind in ("noise", "data")]
+SPOKEN += [(lines, kind) for kind in ("noise", "data")] + [(circles, kind) for kind in ("noise", "data", "v")]
 
 
 @pytest.mark.takes_seconds
-@pytest.mark.parametrize(("natives", "kind"), SPOKEN, ids=["table"] * 3 + ["EDM"] * 2 + ["line"] * 2)
+@pytest.mark.parametrize(("natives", "kind"), SPOKEN, ids=["table"] * 3 + ["EDM"] * 2 + ["line"] * 2 + ["circle"] * 3)
 def test_the_three_are_one(natives: Any, kind: str) -> None:
     @settings(max_examples=40, deadline=None, derandomize=True, database=None)
     @given(native=natives)

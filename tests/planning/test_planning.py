@@ -454,6 +454,7 @@ PARAMETERS = {
     "Qwen/Qwen-Image": 20_430_401_088,
     "Tongyi-MAI/Z-Image": 6_154_908_736,
     "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": 1_604_462_752,
+    "stabilityai/stable-audio-open-1.0": 1_056_939_136,
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14_288_491_584,
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 2 * 14_288_491_584,
 }

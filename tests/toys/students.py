@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from fewstep.flows.fields import DiffusionField
 from fewstep.networks import FAMILIES
 from fewstep.networks.configs import experts
+from toys.cosine import cosine_scheduler
 from toys.families import MODELS, conditions, made, tiny_model
+from toys.sounds import stable_audio_model
 from toys.unet import tiny_unet
 
 NAMES = [
@@ -23,7 +25,11 @@ NAMES = [
     "wan",
     "wan experts",
     "ltx",
+    "stable audio",
 ]
+
+# They mix their time into something else, or hear it at one place: no block of theirs can be told another.
+HEARD_ONCE = ("pixart", "chroma", "stable audio")
 
 
 def network(name: str) -> Any:
@@ -52,6 +58,8 @@ def network(name: str) -> Any:
                 diffusers.LTXVideoTransformer3DModel, num_attention_heads=2, attention_head_dim=8, in_channels=4,
                 out_channels=4, cross_attention_dim=16, caption_channels=16, num_layers=3,
             )  # fmt: skip
+        case "stable audio":
+            model = stable_audio_model()
         case _:
             model = tiny_model(name)
     return FAMILIES[type(model).__name__](model)
@@ -64,6 +72,8 @@ def rows(name: str, count: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
     known = {"unet": {}, "unet of classes": {"class_labels": torch.arange(count) % 5}}
     prompt = {"encoder_hidden_states": torch.randn(count, 8, 16, generator=draw)}
     known |= {"wan": prompt, "wan experts": prompt, "ltx": prompt}
+    if name == "stable audio":
+        shape, known[name] = (4, 8), {**prompt, "global_hidden_states": torch.randn(count, 1, 32, generator=draw)}
     cond = known[name] if name in known else conditions(name.split(" ")[0], count)
     if name == "pixart of one size":
         cond = {"encoder_hidden_states": cond["encoder_hidden_states"]}
@@ -73,7 +83,8 @@ def rows(name: str, count: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def field_of(name: str) -> DiffusionField:
-    return DiffusionField(network(name), FlowMatchEulerDiscreteScheduler())
+    own: dict[str, Any] = {"stable audio": cosine_scheduler()}
+    return DiffusionField(network(name), own.get(name) or FlowMatchEulerDiscreteScheduler())
 
 
 S, T = torch.tensor([100.0, 730.0]), torch.tensor([50.0, 20.0])

@@ -25,6 +25,7 @@ from fewstep.networks.families.pixart import PixArt, TwoTimePixArt
 from fewstep.networks.families.qwenimage import QwenImage, TwoTimeQwenImage
 from fewstep.networks.families.sana import Sana, TwoTimeSana
 from fewstep.networks.families.sd3 import SD3, TwoTimeSD3
+from fewstep.networks.families.stable_audio import StableAudio, TwoTimeStableAudio
 from fewstep.networks.families.unet2d import TwoTimeUNet, UNet
 from fewstep.networks.families.unet2d_condition import ConditionalUNet, TwoTimeConditionalUNet
 from fewstep.networks.families.wan import TwoTimeWan, TwoTimeWanExperts, Wan, WanExperts
@@ -47,6 +48,7 @@ _BOTH: dict[str, tuple[type[Any], type[Any]]] = {
     "QwenImageTransformer2DModel": (QwenImage, TwoTimeQwenImage),
     "SD3Transformer2DModel": (SD3, TwoTimeSD3),
     "SanaTransformer2DModel": (Sana, TwoTimeSana),
+    "StableAudioDiTModel": (StableAudio, TwoTimeStableAudio),
     "UNet2DConditionModel": (ConditionalUNet, TwoTimeConditionalUNet),
     "UNet2DModel": (UNet, TwoTimeUNet),
     "WanExpertsTransformer3DModel": (WanExperts, TwoTimeWanExperts),

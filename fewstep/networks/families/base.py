@@ -166,6 +166,32 @@ class Sized(OfDiffusers):
         return self.channels, *((self.size, self.size) if isinstance(self.size, int) else self.size)
 
 
+class OfSignals(OfDiffusers):
+    """One of signals: its config says how long they are."""
+
+    first = ""  # an image cannot go in beside the state
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of one sample, (C, L).
+
+        Raises:
+            ValueError: its config has no length.
+        """
+        length = self.model.config["sample_size"]
+        if type(length) is not int or length < 1:
+            raise ValueError(
+                f"the config of this {type(self.model).__name__} has the sample_size {shown(length)}, and the length "
+                "of its signals is needed: write it into its config.json"
+            )
+        return self.channels, length
+
+    @property
+    def rate(self) -> int | None:
+        """How many numbers of a signal are a second, where its config says so."""
+        return self.model.config.get("sample_rate")
+
+
 def _with_conditions(forward: Any, one_time: Any) -> Any:
     """``forward``, whose signature ends in the conditions of that of a network of one time: which a network takes is
     read off it."""

@@ -28,6 +28,7 @@ _KEYS: dict[str, Any] = {"second_time": "t", "told_guidance": False, "late_share
 class TwoTimes:
     """What a model below has more than its parent: some keys of its config, and ``predict``."""
 
+    noisiest = 1000.0  # the timestep of pure noise: how large a number it is told may be
     last_share = 1 / 3  # of the blocks, told t in the place of s where the second time is ``late``
 
     def __init__(
@@ -108,10 +109,11 @@ class TwoTimes:
         if not self.told_guidance:
             return second[:, None]
         strength = torch.ones_like(t) if guidance is None else guidance.to(t)
-        # Strengths are a few units, and ends of an interval parts of one; the frequencies are made for hundreds.
+        # Strengths are a few units, and ends of an interval parts of one; the frequencies are made for times.
+        unit = self.noisiest / 10
         if self.told_guidance == "interval":
             strength, low, high = strength.unbind(1) if strength.ndim == 2 else (strength, 0 * t, 0 * t + 1)
-            return torch.stack([second, 100 * strength, 1000 * low, 1000 * high], dim=-1)
+            return torch.stack([second, unit * strength, self.noisiest * low, self.noisiest * high], dim=-1)
         if strength.ndim == 2:
             raise ValueError(f"guidance with an interval, for a {type(self).__name__} that is told the strength alone")
-        return torch.stack([second, 100 * strength], dim=-1)
+        return torch.stack([second, unit * strength], dim=-1)

@@ -21,6 +21,22 @@ class RowProjection(nn.Module):
         return self.project(rows.flatten()).unflatten(0, rows.shape)
 
 
+class RowWaves(nn.Module):
+    """The same for waves of random frequencies, which are weights of a model and keep their name.
+
+    Args:
+        base: a Fourier projection of diffusers.
+    """
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.weight, self.log, self.flip_sin_to_cos = base.weight, base.log, base.flip_sin_to_cos
+        self._kind: Any = type(base)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self._kind.forward(self, rows.flatten()).unflatten(0, rows.shape)
+
+
 def embedding_like(base: TimestepEmbedding) -> TimestepEmbedding:
     """Another embedding of the widths of ``base``, with biases where it has them."""
     first, last = base.linear_1, base.linear_2

@@ -12,7 +12,8 @@ from .rows import RowEmbedding, RowProjection, hear
 
 
 class TwoTimeTransformer(TwoTimes):
-    """A transformer: its ``timestep`` is rows of s, t and, where it is told it, 100 times the strength of guidance."""
+    """A transformer: its ``timestep`` is rows of s, t and, where it is told it, 100 times the strength of guidance
+    (a tenth of it where times run to 1)."""
 
     call: Any  # how the pipelines of its family call it
     may_be_told = False  # whether some models of the family take a guidance of their own, by ``guidance_embeds``

@@ -157,7 +157,8 @@ def prepared(args: argparse.Namespace, device: torch.device, alone: bool = True,
     given |= {"image": images_for(model, args.image, shape)} if args.image else {}
     requests = drawing.settled(model, requests, given)
 
-    options = {"grid": args.grid, "gamma": args.gamma, "solver": args.solver, "guidance": guidance}
+    named = args.grid or getattr(model, "grid", "uniform")
+    options = {"grid": named, "gamma": args.gamma, "solver": args.solver, "guidance": guidance}
     options |= {"eps": _eps(args.eps), "last_step": args.last_step}
     options = {name: value for name, value in options.items() if value is not None}
     if out.suffix:

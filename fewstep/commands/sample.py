@@ -57,10 +57,11 @@ def add(commands: Commands) -> None:
     text = "re-noising between steps, 0 to 1 (default: the map's, mostly 0)"
     p.add_argument("--gamma", type=float, metavar="G", help=text)
     text = (
-        "times of the steps: uniform (default), shifted, quadratic, gaussian(C) of data with that deviation, native "
-        "(those of the model's pipeline), or optimal (found once, and kept with a run)"
+        "times of the steps: uniform (default; of a map that was trained at native times, native), shifted, quadratic, "
+        "gaussian(C) of data with that deviation, native (those of the model's pipeline), or optimal (found once, and "
+        "kept with a run)"
     )
-    p.add_argument("--grid", default="uniform", metavar="NAME", help=text)
+    p.add_argument("--grid", metavar="NAME", help=text)
     p.add_argument("--solver", metavar="NAME", help="for a velocity field: euler (default), midpoint, heun, adaptive")
     text = "for a velocity field, noise on the way: a number, kappa (as in DDPM), sigma, linear, decreasing, or "
     text += "increasing-decreasing (default: none, an ODE); solvers with it: euler, heun, ancestral"

@@ -37,6 +37,20 @@ class Scheduler(Said):
     config: dict[str, Any]
 
 
+class ShiftSaid(Said):
+    """A ``fewstep.pipelines.shifts.Shift``."""
+
+    factor: Above = 1.0
+    line: tuple[tuple[Finite, Finite], tuple[Finite, Finite]] | None = None
+    kind: Literal["exponential", "linear"] = "exponential"
+    terminal: Annotated[float, Field(ge=0, lt=1)] | None = None
+    least: Annotated[float, Field(gt=0, lt=1)] | None = None
+    most: Annotated[float, Field(gt=0, le=1)] = 1.0
+    after: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    by_steps: bool = False
+    side: Count | None = 1
+
+
 class Described(Said):
     """A model in words, as ``fewstep.flows.description`` has it."""
 
@@ -48,5 +62,7 @@ class Described(Said):
     prediction: str
     shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=4)] | None = None
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.0
+    grid: Literal["uniform", "native"] = "uniform"
+    shift: ShiftSaid | None = None
     guidance: Finite | None = None
     scheduler: Scheduler | None = None

@@ -33,6 +33,7 @@ from fewstep.flows.preconditioned import Cosine, Preconditioned
 from fewstep.flows.products import Product
 from fewstep.flows.reflected import Reflected
 from fewstep.flows.scheduler_classes import scheduler_class
+from fewstep.flows.shifts import shift_said
 from fewstep.flows.spaces import Box, Euclid, Space, Tokens, Torus
 from fewstep.flows.tabulated import Tabulated
 from fewstep.flows.token_times import Deciding
@@ -93,6 +94,12 @@ def describe(model: Any) -> dict[str, Any]:
         "prediction": model.prediction,
         "path": _trajectory(model.path),
         **({"gamma": model.gamma, "guidance": model.guidance} if is_map else {}),
+        **({"grid": model.grid} if is_map and model.grid != "uniform" else {}),
+        **(
+            {}
+            if model.shift is None or isinstance(model, DiffusionField)
+            else {"shift": dataclasses.asdict(model.shift)}
+        ),
         **({"class_names": list(model.class_names)} if model.class_names else {}),
         **_shape(model.network),
         **({} if isinstance(model.space, Euclid) else {"space": space_said(model.space)}),
@@ -150,6 +157,9 @@ def made_again(config: Mapping[str, Any], where: str = _WHERE) -> FlowMap | Netw
         say_shape(model, config["shape"])
     if isinstance(model, FlowMap):
         model.gamma, model.guidance = config.get("gamma", 0.0), config.get("guidance")
+        model.grid = config.get("grid", "uniform")
+    if config.get("shift"):
+        model.shift = shift_said(config["shift"])
     return model
 
 

@@ -40,7 +40,7 @@ def invert(
     steps: int = 4,
     *,
     strength: float = 1.0,
-    grid: str | Tensor = "uniform",
+    grid: str | Tensor | None = None,
     solver: str | None = None,
     iterations: int = 12,
     tolerance: float | None = None,
@@ -74,7 +74,7 @@ def invert(
     >>> edited = fewstep.sample(student, noise, steps=4, class_labels=others)
     """
     solver = solver or ("euler" if isinstance(model, FlowMap) else "heun")
-    times = check_edit(model, steps, strength, grid=grid, solver=solver)
+    times = check_edit(model, steps, strength, grid=grid, solver=solver, shape=tuple(data.shape[1:]))
     if iterations < 0 or (tolerance is not None and not tolerance > 0):
         raise ValueError(f"iterations is {iterations}, tolerance {tolerance}: not negative, and above 0")
     data, cond = placed(model, check_data(data), cond)
@@ -123,7 +123,7 @@ def resume(
     steps: int = 1,
     *,
     strength: float = 1.0,
-    grid: str | Tensor = "uniform",
+    grid: str | Tensor | None = None,
     solver: str = "euler",
     gamma: float | None = None,
     generator: Generators | None = None,
@@ -134,7 +134,8 @@ def resume(
     Raises:
         ValueError: a state that is not finite, a strength outside (0, 1], or as ``fewstep.sample``.
     """
-    times = check_edit(model, steps, strength, is_onward=True, grid=grid, solver=solver, gamma=gamma)
+    options: dict[str, Any] = {"grid": grid, "solver": solver, "gamma": gamma, "shape": tuple(state.shape[1:])}
+    times = check_edit(model, steps, strength, is_onward=True, **options)
     state, cond = placed(model, check_data(state), cond)
     return _onward(model, state, _beside(times, state), solver, gamma, generator, **cond)
 
@@ -145,7 +146,7 @@ def sdedit(
     steps: int = 1,
     *,
     strength: float = 0.5,
-    grid: str | Tensor = "uniform",
+    grid: str | Tensor | None = None,
     solver: str = "euler",
     gamma: float | None = None,
     generator: Generators | None = None,
@@ -163,7 +164,8 @@ def sdedit(
     Raises:
         ValueError: data that are not finite, a strength outside (0, 1], or as ``fewstep.sample``.
     """
-    times = check_edit(model, steps, strength, is_onward=True, grid=grid, solver=solver, gamma=gamma)
+    options: dict[str, Any] = {"grid": grid, "solver": solver, "gamma": gamma, "shape": tuple(data.shape[1:])}
+    times = check_edit(model, steps, strength, is_onward=True, **options)
     data, cond = placed(model, check_data(data), cond)
     generator = torch.default_generator if generator is None else generator
     times = _beside(times, data)
@@ -182,7 +184,7 @@ def flow_edit(
     strength: float = 0.7,
     average: int = 1,
     sampled: int = 0,
-    grid: str | Tensor = "uniform",
+    grid: str | Tensor | None = None,
     solver: str = "euler",
     generator: Generators | None = None,
 ) -> Tensor:
@@ -209,7 +211,7 @@ def flow_edit(
         ValueError: an average below 1, ``sampled`` outside 0 to ``steps``, several steps of a map that only knows the
             way to t = 1, or as :func:`sdedit`.
     """
-    times = check_edit(model, steps, strength, grid=grid, solver=solver)
+    times = check_edit(model, steps, strength, grid=grid, solver=solver, shape=tuple(data.shape[1:]))
     if average < 1 or not 0 <= sampled <= steps:
         raise ValueError(f"average is {average}, sampled {sampled}: at least 1, and 0 to the {steps} steps")
     start = check_data(data)

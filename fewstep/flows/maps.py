@@ -40,6 +40,8 @@ class FlowMap(nn.Module):
     Attributes:
         gamma: how ``fewstep.sample`` re-noises between steps if nothing is said: 0, not at all, or 1 for a map that
             only knows the way to t = 1 (a consistency model).
+        grid: where ``fewstep.sample`` takes its steps if nothing is said: uniform, or native for a map that was trained
+            at native times.
         guidance: the strength of guidance that ``fewstep.sample`` tells it if nothing is said, None for none: of a map
             that takes one.
         latents, text, class_names, moments, source, starts_from, shift, space: as those of a :class:`VelocityField`; a
@@ -47,6 +49,7 @@ class FlowMap(nn.Module):
     """
 
     gamma: float = 0.0
+    grid: str = "uniform"
     guidance: float | None = None
     latents: "Latents | None" = None
     text: "Prompts | None" = None

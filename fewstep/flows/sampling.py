@@ -21,7 +21,7 @@ from fewstep.flows.guided import Guided, unguided
 from fewstep.flows.interpolants import DenoisedField, check_between, sample_between
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
-from fewstep.flows.signature import check_call, device_of, shape_of, token_count
+from fewstep.flows.signature import check_call, device_of, shape_of
 from fewstep.flows.solvers import SOLVERS, integrate
 from fewstep.flows.spaces import Tokens
 from fewstep.flows.stochastic import Eps, check_sde, integrate_sde
@@ -34,7 +34,7 @@ def sample(
     noise: Tensor,
     steps: int = 1,
     *,
-    grid: str | Tensor = "uniform",
+    grid: str | Tensor | None = None,
     solver: str = "euler",
     gamma: float | None = None,
     eps: Eps | None = None,
@@ -58,7 +58,8 @@ def sample(
             decided evenly; native: where the model's own pipeline takes its steps, of a diffusion model equal ones of
             the schedule that it was trained on, as DDIM does, of a flow-match model those that its scheduler shifts, by
             the number of tokens of the noise where it does so (``fewstep.flows.shifts``); or the times themselves,
-            rising from 0 to 1 (``fewstep.optimal_grid`` finds them).
+            rising from 0 to 1 (``fewstep.optimal_grid`` finds them). By default uniform, but native for a map that was
+            trained at native times.
         solver: for fields: euler, midpoint, heun, adaptive. With ``eps`` euler (Euler-Maruyama), heun (weak order 2) or
             ancestral (DDPM's).
         gamma: for maps: 0 is deterministic, 1 is consistency sampling; see :func:`sample_map`. By default the map's
@@ -111,8 +112,8 @@ def sample_states(
     model: FlowMap | VelocityField, noise: Tensor, steps: int, *, solver: str = "euler", **cond: Any
 ) -> Tensor:
     """The noise and the states after each of ``steps`` equal steps, (B, steps + 1, ...): the last are, to the bit, what
-    ``sample`` gives, without noise in between. Arguments and errors as there."""
-    times = check_options(model, steps, solver=solver)
+    ``sample`` gives on a uniform grid, without noise in between. Arguments and errors as there."""
+    times = check_options(model, steps, grid="uniform", solver=solver)
     x, cond = placed(model, noise, cond)
     times = times.to(x.device, torch.promote_types(x.dtype, torch.float32))
     states = [x]
@@ -156,7 +157,7 @@ def check_options(
     model: FlowMap | VelocityField,
     steps: int,
     *,
-    grid: str | Tensor = "uniform",
+    grid: str | Tensor | None = None,
     solver: str = "euler",
     gamma: float | None = None,
     eps: Eps | None = None,
@@ -199,7 +200,7 @@ def check_options(
         raise unknown("solver", solver, SOLVERS)
     if last_step is not None and eps is None:
         raise ValueError(f"last_step={last_step!r} is how a sampler with noise ends: give eps too")
-    return _times(grid, steps, model, shape)
+    return grid_times(model, steps, grid, shape)
 
 
 def _check_gamma(gamma: float) -> None:
@@ -253,11 +254,23 @@ def sample_noise(shape: tuple[int, ...], generators: Generators, dtype: torch.dt
     return normal(torch.empty(shape, dtype=dtype), generators)
 
 
-def _times(grid: str | Tensor, steps: int, model: Any, shape: tuple[int, ...] | None) -> Tensor:
+def grid_times(
+    model: Any, steps: int, grid: str | Tensor | None = None, shape: tuple[int, ...] | None = None
+) -> Tensor:
+    """The times (steps + 1,) at which :func:`sample` takes its steps.
+
+    Args:
+        grid: as there.
+        shape: of one sample; by default what the model says.
+
+    Raises:
+        ValueError: a grid that is not known, or no number of steps.
+    """
+    grid = getattr(model, "grid", "uniform") if grid is None else grid
     if isinstance(grid, str):
         if grid == "native" and (shift := getattr(unguided(model), "shift", None)) is not None:
             step_grid(steps)  # which refuses numbers that are none
-            times = shift.grid(steps, token_count(model, shape_of(model) if shape is None else shape))
+            times = shift.grid(steps, shift.tokens(shape_of(model) if shape is None else shape))
             return model.path.time_of(times, 1 - times)
         if grid == "native" and (native := getattr(unguided(model), "native", None)) is not None:
             times = step_grid(steps)

@@ -71,7 +71,7 @@ def schedule_of(scheduler: Any) -> tuple[Path, str]:
     steps = float(config.get("num_train_timesteps", 1000))
     if "FlowMatch" in name or "FlowMap" in name:
         return (Forward(steps), "velocity") if config.get("invert_sigmas") else (Reversed(steps), "flow")
-    if _has_flow_sigmas(scheduler) or prediction == "flow_prediction":
+    if has_flow_sigmas(scheduler) or prediction == "flow_prediction":
         if prediction == "v_prediction":
             raise ValueError(
                 f"{name} with use_flow_sigmas and prediction_type: v_prediction contradicts itself: v is of schedules "
@@ -116,7 +116,7 @@ def schedule_of(scheduler: Any) -> tuple[Path, str]:
         raise ValueError(f"the schedule of this {name} cannot be: {error}") from None
 
 
-def _has_flow_sigmas(scheduler: Any) -> bool:
+def has_flow_sigmas(scheduler: Any) -> bool:
     """Whether it goes by flow sigmas: configs keep keys of other classes, of which a class makes nothing."""
     known = inspect.signature(type(scheduler).__init__).parameters
     return "use_flow_sigmas" in known and bool(scheduler.config.use_flow_sigmas)

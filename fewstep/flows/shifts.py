@@ -1,99 +1,52 @@
-"""Where the pipelines of flow-match models take their steps: times moved towards the noise, further for larger images.
+"""How the scheduler of a flow-match model moves the times of its steps, read from its config."""
 
-Noise levels ``sigma = 1 - t`` of equal steps become ``a sigma / (1 + (a - 1) sigma)`` (arXiv 2403.03206, eq. 23). The
-strength a is one number, or follows the number of tokens of a sample, ``a = exp(mu)`` with mu on a line through two
-points that the scheduler's config has.
-"""
-
-import math
-from dataclasses import dataclass
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from fewstep.flows.schedules import has_flow_sigmas
 from fewstep.networks import OfDiffusers
+from fewstep.pipelines.arguments import side_step
+from fewstep.pipelines.shifts import Shift
 
-# How Flux.2's pipeline has mu: lines in the number of tokens for 10 and 200 steps, and between them one in the steps
-# (black-forest-labs/flux2, sampling.py; past 4300 tokens the line of 200 steps alone).
-_AT_10, _AT_200, _MOST = (8.73809524e-05, 1.89833333), (0.00016927, 0.45666666), 4300
+__all__ = ["Shift", "shift_of", "shift_said"]
 
-
-@dataclass(frozen=True)
-class Shift:
-    """How a scheduler moves times.
-
-    Attributes:
-        factor: the strength, where it is one number.
-        line: mu at two numbers of tokens, ``((tokens, mu), (tokens, mu))``, where it follows them.
-        kind: how mu becomes the strength: exponential, or linear (mu itself).
-        terminal: the last noise level before 0 of a grid of steps, to which the others are stretched.
-        least: the last noise level before it is moved; where nothing is said, one over the number of steps.
-        by_steps: whether mu is that of Flux.2, which follows the number of steps too.
-    """
-
-    factor: float = 1.0
-    line: tuple[tuple[float, float], tuple[float, float]] | None = None
-    kind: str = "exponential"
-    terminal: float | None = None
-    least: float | None = None
-    by_steps: bool = False
-
-    def strength(self, tokens: int, steps: int | None = None) -> float:
-        """a, for samples of so many tokens.
-
-        Raises:
-            ValueError: Flux.2's, which is that of a number of steps.
-        """
-        if self.line is None:
-            return self.factor
-        if self.by_steps:
-            if steps is None:
-                raise ValueError("native times are those of a number of steps for Flux.2: name times without native")
-            mu = _flux2(tokens, steps)
-        else:
-            (few, low), (many, high) = self.line
-            mu = low + (high - low) * (tokens - few) / (many - few)
-        return math.exp(mu) if self.kind == "exponential" else mu
-
-    def moved(self, t: Tensor, tokens: int) -> Tensor:
-        """Times in [0, 1], moved towards the noise: ``t / (t + a (1 - t))``; the ends stay.
-
-        Raises:
-            ValueError: as :meth:`strength`.
-        """
-        return t / (t + self.strength(tokens) * (1 - t))
-
-    def grid(self, steps: int, tokens: int) -> Tensor:
-        """The times (steps + 1,) of a pipeline's steps, float64, from 0 to 1."""
-        least = 1 / steps if self.least is None else self.least
-        sigma, a = torch.linspace(1, least, steps, dtype=torch.float64), self.strength(tokens, steps)
-        rest = 1 - a * sigma / (1 + (a - 1) * sigma)
-        if self.terminal and steps > 1:
-            rest = rest * (1 - self.terminal) / rest[-1]
-        return torch.cat([rest, rest.new_ones(1)])
+# Those that go by the noise levels of flow-match models, as their pipelines name them or they have them by themselves.
+_FLOW_MATCH = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
+_SPACED_OTHERWISE = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+    "invert_sigmas",
+)
 
 
-def _flux2(tokens: int, steps: int) -> float:
-    at_10, at_200 = (slope * tokens + start for slope, start in (_AT_10, _AT_200))
-    return at_200 if tokens > _MOST else at_200 + (at_200 - at_10) / 190 * (steps - 200)
+def shift_said(said: Mapping[str, Any]) -> Shift:
+    """A shift as a file has it, ``dataclasses.asdict`` in JSON."""
+    line = said.get("line")
+    return Shift(**{**said, "line": line and tuple(map(tuple, line))})
 
 
 def shift_of(scheduler: Any, network: Any = None) -> Shift | None:
-    """How a flow-match scheduler moves times; None for any other, and for one whose steps are spaced otherwise (Karras,
-    exponential, beta) or run from noise to data.
+    """How a flow-match scheduler, or another with ``use_flow_sigmas``, moves times; None for any other, and for one
+    whose steps are spaced otherwise (Karras, exponential, beta) or run from noise to data.
 
     Args:
         network: of the model, which knows of its pipeline where the steps end, and how tokens become mu.
     """
-    config = scheduler.config
-    if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
+    name, config = type(scheduler).__name__, scheduler.config
+    if any(config.get(key) for key in _SPACED_OTHERWISE) or "Inverse" in name:
         return None
-    others = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
-    if any(config.get(name) for name in others):
+    inner = network if isinstance(network, OfDiffusers) else None
+    side = 1 if inner is None else None if inner.counts_channels else side_step(inner.model.config)
+    if name == "FlowMapEulerDiscreteScheduler":
+        return Shift(float(config.get("shift", 1.0)), side=side)
+    has_flow = has_flow_sigmas(scheduler)
+    if name not in _FLOW_MATCH and not has_flow:
         return None
-    factor, line, is_dynamic = float(config.get("shift", 1.0)), None, bool(config.get("use_dynamic_shifting"))
-    if is_dynamic and not isinstance(network, OfDiffusers):
+    line, is_dynamic = None, bool(config.get("use_dynamic_shifting"))
+    if is_dynamic and inner is None:
         return None
     if is_dynamic:
         (few, low), (many, high) = line = (
@@ -102,13 +55,15 @@ def shift_of(scheduler: Any, network: Any = None) -> Shift | None:
         )
         if None in (low, high) or few == many:
             return None
-    least = None
-    if (
-        isinstance(network, OfDiffusers) and not network.names_sigmas
-    ):  # those of the scheduler, which moves its last one twice
-        last = 1 / config.get("num_train_timesteps", 1000)
-        least = last if is_dynamic else factor * last / (1 + (factor - 1) * last)
+    factor, last = float(config.get("flow_shift" if has_flow else "shift", 1.0)), 1 / config["num_train_timesteps"]
+    levels: dict[str, float] = {}
+    is_named = inner is None or inner.names_sigmas
+    takes_named = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    if has_flow and not (takes_named and inner is not None and is_named):
+        levels = {"after": last} if takes_named else {"most": 1 - last}  # UniPC, and all others
+    elif not is_named:  # those of the scheduler, which moves its last one twice
+        levels = {"least": last if is_dynamic else factor * last / (1 + (factor - 1) * last)}
+    kind, terminal = config.get("time_shift_type", "exponential"), config.get("shift_terminal")
     return Shift(
-        factor, line, config.get("time_shift_type", "exponential"), config.get("shift_terminal"), least,
-        by_steps=getattr(network, "code", "") == "flux2",
+        factor, line, kind, terminal, by_steps=getattr(network, "code", "") == "flux2", side=side, **levels
     )  # fmt: skip

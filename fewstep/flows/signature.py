@@ -97,14 +97,6 @@ def sized(model: Model, shape: tuple[int, ...] | None, size: tuple[int, int]) ->
     return shape_at(model, size, shape)
 
 
-def token_count(model: Model, shape: tuple[int, ...]) -> int:
-    """Of how many tokens a model's pipeline takes a sample of this shape to be, where its noise levels follow it."""
-    inner = network_of(model)
-    if not isinstance(inner, OfDiffusers):
-        return 1
-    return shape[0] if inner.counts_channels else math.prod(shape[1:]) // side_step(inner.model.config) ** 2
-
-
 def classes_of(model: Model) -> int:
     """How many classes a model is conditioned on, 0 for none; a network of one's own says it as ``classes``."""
     inner = network_of(model)

@@ -39,7 +39,7 @@ def steer(
     eps: Eps | None = None,
     ess: float = 0.5,
     greedy: bool = False,
-    grid: str | Tensor = "uniform",
+    grid: str | Tensor | None = None,
     generator: Generators | None = None,
     **cond: Any,
 ) -> Particles:
@@ -82,7 +82,7 @@ def steer(
     >>> particles = fewstep.steer(student, torch.randn(4 * 16, 1, 28, 28), 4, reward, groups=4)
     >>> images = particles.draw()  # 4 images, each of 16
     """
-    times = check_options(model, steps, grid=grid, gamma=gamma, eps=eps)
+    times = check_options(model, steps, grid=grid, gamma=gamma, eps=eps, shape=tuple(noise.shape[1:]))
     _check_population(noise, groups, ess, greedy, generator)
     noise, cond = placed(model, noise, cond)
     source = torch.default_generator if generator is None else generator

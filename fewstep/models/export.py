@@ -4,6 +4,7 @@ The module is not called ``export``, as importing it would then hide the functio
 """
 
 import inspect
+from dataclasses import asdict
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -23,7 +24,7 @@ from fewstep.flows.signature import image_channels, rate_of
 from fewstep.flows.tabulated import Tabulated
 from fewstep.models.folders import load_folder
 from fewstep.models.own_maps import is_own_map
-from fewstep.models.stock_steps import scheduler_of
+from fewstep.models.stock_steps import scheduler_of, shift_config
 from fewstep.models.writing import (
     check_text,
     save_part,
@@ -148,6 +149,8 @@ def _write_map(model: FlowMap, folder: Path) -> None:
         "scheduler": ["diffusers", type(scheduler).__name__],
         "diffusion": diffusion_of(model),
         "gamma": model.gamma,
+        "grid": model.grid,
+        "shift": None if model.shift is None else asdict(model.shift),
         "guidance": model.guidance,
         "shape": _shape(network),
         "needs": ", ".join(network.needed),
@@ -196,7 +199,9 @@ def _scheduler(model: NetworkField) -> Any:
 
     if isinstance(model, DiffusionField):
         return model.scheduler
-    return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=_timesteps(model.native))
+    return diffusers.FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=_timesteps(model.native), **shift_config(model)
+    )
 
 
 def no_pipeline(model: NetworkField, scheduler: Any = None) -> str:

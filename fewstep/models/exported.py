@@ -106,4 +106,4 @@ class FlowMapPipeline(flow_map.FlowMapPipeline):
         if isinstance(index.get("needs"), list):  # of earlier versions
             index["needs"] = ", ".join(index["needs"])
         told = ("diffusion", "gamma", "guidance", "shape", "needs", "id2label", "text", "factor", "rate")
-        return cls(**{key: index[key] for key in told if key in index} | parts)
+        return cls(**{key: index[key] for key in (*told, "shift", "grid") if key in index} | parts)

@@ -19,6 +19,7 @@ from fewstep.flows.paths import Forward, Linear, Reversed
 from fewstep.flows.paths import Path as Trajectory
 from fewstep.flows.preconditioned import Cosine, Preconditioned
 from fewstep.flows.schedules import PREDICTION_TYPES
+from fewstep.flows.shifts import shift_said
 from fewstep.flows.tabulated import Tabulated
 from fewstep.latents.prompts import Prompts
 from fewstep.latents.vae import Latents
@@ -154,6 +155,7 @@ def _load_map(folder: Path, index: dict[str, Any]) -> FlowMap:
         network.size = said.shape[1] if len(said.shape) == 3 else said.shape[1:]
     model = FlowMap(network, native, prediction, path=Linear())
     model.gamma, model.guidance, model.text = said.gamma, said.guidance, text
+    model.grid, model.shift = said.grid, None if said.shift is None else shift_said(said.shift.model_dump())
     model.class_names = class_names_in(folder)
     if has_part(index, "vae"):
         model.latents = Latents(folder / "vae")
@@ -168,6 +170,7 @@ def _own_map(field: DiffusionField, folder: Path) -> DiffusionField | FlowMap:
         return field
     model = FlowMap(_student(network.model), field.native, field.prediction, path=field.path)
     model.latents, model.text, model.class_names = field.latents, field.text, field.class_names
+    model.shift = field.shift
     model.guidance = strength_in(folder) if model.network.takes_guidance else None  # pyright: ignore[reportAttributeAccessIssue]
     return model
 

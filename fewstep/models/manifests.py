@@ -8,7 +8,7 @@ from pydantic import Field
 
 from fewstep.common.model_files import read_json
 from fewstep.common.parsing import checked
-from fewstep.flows.described import AGAIN, Above, Count, Finite, Said
+from fewstep.flows.described import AGAIN, Above, Count, Finite, Said, ShiftSaid
 
 Part = tuple[str | None, str | None]
 
@@ -42,6 +42,8 @@ class MapIndex(Said):
     vae: Part | None = None
     diffusion: Diffusion | None = None
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.0
+    grid: Literal["uniform", "native"] = "uniform"
+    shift: ShiftSaid | None = None
     guidance: Finite | None = None
     shape: Annotated[tuple[Count, ...], Field(min_length=2, max_length=4)] | None = None
     text: dict[str, Any] | None = None

@@ -11,7 +11,7 @@ from fewstep.flows.paths import Reversed
 from fewstep.flows.signature import image_channels
 from fewstep.latents.vae import VAE_FOLDERS
 from fewstep.models.own_maps import scheduler_of_map
-from fewstep.models.stock_steps import drawn_as, scheduler_of, steps_of
+from fewstep.models.stock_steps import drawn_as, scheduler_of, shift_config, steps_of
 from fewstep.models.wan_experts import boundary_said, models_of
 from fewstep.models.writing import (
     copy_part,
@@ -53,7 +53,7 @@ def write_stock(field: NetworkField, folder: Path) -> str:
     is called with more."""
     import diffusers
 
-    scheduler = field.scheduler if isinstance(field, DiffusionField) else diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler = getattr(field, "scheduler", None) or diffusers.FlowMatchEulerDiscreteScheduler(**shift_config(field))
     return _write(field, scheduler, "num_inference_steps=50", folder)
 
 

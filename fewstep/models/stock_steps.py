@@ -10,6 +10,7 @@ from fewstep.flows.paths import Reversed
 from fewstep.flows.schedules import PREDICTION_TYPES
 from fewstep.flows.signature import rate_of
 from fewstep.flows.tabulated import Tabulated
+from fewstep.flows.times import NATIVE
 from fewstep.networks import Wan, WanExperts
 
 _CARD = """\
@@ -47,7 +48,8 @@ def scheduler_of(model: FlowMap) -> Any:
 
     match model.native, model.prediction:
         case Reversed(scale=steps), "flow":
-            return diffusers.FlowMatchLCMScheduler(num_train_timesteps=round(steps), shift=1.0)
+            moved: dict[str, Any] = shift_config(model) if model.grid == NATIVE else {"shift": 1.0}
+            return diffusers.FlowMatchLCMScheduler(num_train_timesteps=round(steps), **moved)
         case Tabulated(log_ratios=table, ends_in_noise=is_noise), ("noise" | "data" | "v") as kind:
             powers = [1.0, *(1 / (1 + math.exp(-2 * ratio)) for ratio in table), *[0.0] * is_noise]  # alpha^2
             betas = [1 - after / before for before, after in pairwise(powers)]
@@ -57,6 +59,20 @@ def scheduler_of(model: FlowMap) -> Any:
         f"diffusers has no scheduler for consistency sampling with a network that predicts {model.prediction} on "
         f"{model.native}: leave second_time out, and export the pipeline that carries its own"
     )
+
+
+def shift_config(model: Any) -> dict[str, Any]:
+    """What the config of a flow-match scheduler of diffusers says of how a model's moves times; empty where nothing."""
+    if (shift := model.shift) is None:
+        return {}
+    said = {"shift": shift.factor, "shift_terminal": shift.terminal}
+    if shift.line is None:
+        return said
+    (few, low), (many, high) = shift.line
+    return said | {
+        "use_dynamic_shifting": True, "base_image_seq_len": few, "base_shift": low, "max_image_seq_len": many,
+        "max_shift": high, "time_shift_type": shift.kind,
+    }  # fmt: skip
 
 
 def write_scheduler(model: FlowMap, folder: Path) -> None:
@@ -90,6 +106,7 @@ def steps_of(model: FlowMap) -> str:
     """What such a pipeline is called with for four steps; those of Wan take no sigmas."""
     network: Any = model.network
     by_sigmas = isinstance(model.native, Reversed) and not isinstance(network, Wan)
+    by_sigmas = by_sigmas and (model.grid != NATIVE or network.names_sigmas)
     steps = "sigmas=[1.0, 0.75, 0.5, 0.25]" if by_sigmas else "num_inference_steps=4"
     guidance = model.guidance or 3.5 if network.takes_guidance else 1.0  # told, as Flux.1-dev is; or none
     return f"{steps}, guidance_scale={guidance}"

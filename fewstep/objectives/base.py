@@ -16,7 +16,6 @@ from fewstep.flows.fields import VelocityField, check_field, check_velocity
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
 from fewstep.flows.products import Product
-from fewstep.flows.signature import token_count
 from fewstep.flows.spaces import Euclid, Space, Tokens
 from fewstep.flows.times import DISTRIBUTIONS, NATIVE, read_times, without_native
 
@@ -78,7 +77,8 @@ class Objective(nn.Module):
     it. It knows no device, optimizer or data set, and draws random numbers only from the generators handed in.
 
     ``sources`` are the arXiv numbers of its papers. ``gamma`` is how the students it makes are sampled when nothing is
-    said: 0, or 1 where they only know the way to t = 1 (consistency models), see ``fewstep.sample``. ``trains_field``
+    said: 0, or 1 where they only know the way to t = 1 (consistency models), and ``grid`` where they take their steps
+    then: uniform, or native where all they learn is at native times; see ``fewstep.sample``. ``trains_field``
     says that what it trains is a velocity field, not a flow map. ``needs_rows``: it learns from real rows, so a recipe
     whose teacher makes the data has none for it. ``uses_data``: it learns from the rows of a batch at all; else these
     only say the shape of a sample, and the conditions. ``around``: it stands around another objective, its ``base``;
@@ -91,6 +91,7 @@ class Objective(nn.Module):
 
     ema: float | None = None
     gamma: float = 0.0
+    grid: str = "uniform"
     trains_field: bool = False
     needs_rows: bool = False
     uses_data: bool = True
@@ -164,7 +165,7 @@ class Objective(nn.Module):
         """Called once, before the training and before a checkpoint is read: tell the student how it is sampled, and
         make what is shaped like it."""
         if isinstance(student, FlowMap):
-            student.gamma = self.gamma
+            student.gamma, student.grid = self.gamma, self.grid
 
     def parameter_groups(self, student: nn.Module) -> Mapping[str, list[nn.Parameter] | Player]:
         """Which parameters train, by player; each player gets its own optimizer. The first is the student."""
@@ -233,10 +234,16 @@ class Objective(nn.Module):
 
 def moved_natively(distribution: str, student: Any, times: Tensor, data: Tensor) -> Tensor:
     """Times (B,) as a distribution wants them: with ``native`` before it, moved as the scheduler of the student's model
-    does for samples of so many tokens as ``data`` (B, ...) has."""
+    does for samples of so many tokens as ``data`` (B, ...) has: where there is a times as much noise beside the data.
+    """
     if not without_native(distribution)[1]:
         return times
-    return student.shift.moved(times, token_count(student, tuple(data.shape[1:])))
+    shift, path = student.shift, student.path
+    tokens = shift.tokens(tuple(data.shape[1:]))
+    if path.is_straight or path.two_sided:
+        return shift.moved(times, tokens)
+    moved = path.time_of(path.alpha(times), shift.strength(tokens) * path.sigma(times))
+    return torch.where((times == 0) | (times == 1), times, moved)
 
 
 def check_native(distribution: str, student: Any) -> None:

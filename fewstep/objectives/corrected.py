@@ -12,8 +12,7 @@ from fewstep.flows.broadcasting import expand
 from fewstep.flows.fields import VelocityField, check_velocity
 from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.times import read_times
-from fewstep.objectives.base import Objective, squared_error
+from fewstep.objectives.base import Objective, check_native, check_options, moved_natively, squared_error
 from fewstep.objectives.finishing import Finishing, Judged, Made
 
 FAKES, REALS = ("copy", "same"), ("teacher", "diagonal")
@@ -50,7 +49,8 @@ class Corrected(Finishing):
         begin, ramp: the share of the training after which the term begins, and over which it then rises.
         every: the student moves in each so many steps alone, the fake in all.
         lr: the fake's learning rate, as a factor of the training's.
-        times: of r, see :func:`fewstep.flows.times.draw_times`; they keep 0.02 away from the ends.
+        times: of r, see :func:`fewstep.flows.times.draw_times`; they keep 0.02 away from the ends. ``native`` before a
+            distribution moves them as the scheduler of the student's model does.
         normalize: divide by ``mean |X - x_teacher|``, row by row, as distribution matching distillation does (plus a
             twentieth of the deviation that a unit normal would have there, for samples of few numbers).
         guidance_scale, interval: guidance of the teacher in the term alone, for a teacher that is guided; None, as the
@@ -88,7 +88,7 @@ class Corrected(Finishing):
             raise unknown("fake of Corrected", fake, (*FAKES, "lora(RANK), with a teacher that has a network"))
         if real not in REALS:
             raise unknown("real of Corrected", real, REALS)
-        read_times(times)
+        check_options("Corrected", times)
         super().__init__(
             base, weight=weight, share=share, rollout=rollout, begin=begin, ramp=ramp, every=every, lr=lr,
             teacher=teacher,
@@ -119,6 +119,7 @@ class Corrected(Finishing):
 
     def check_student(self, student: Any) -> None:
         super().check_student(student)
+        check_native(self.times, student)
         student.path.check_noise("Corrected", "Adversarial finishes maps between data sets")
 
     def player_parameters(self) -> list[nn.Parameter]:
@@ -153,7 +154,7 @@ class Corrected(Finishing):
         if torch.is_grad_enabled():
             self._begin(student)
         path, x, cond = student.path, made.x, made.cond
-        r = _EDGE + (1 - 2 * _EDGE) * made.times(self.times)
+        r = _EDGE + (1 - 2 * _EDGE) * moved_natively(self.times, student, made.times(self.times), x)
         y, dy = path.sample(made.normal(), x.detach(), r)
         fake = self.fake_velocity(student, y, r, cond)
         error = squared_error(fake, dy).mean()

@@ -15,8 +15,8 @@ from fewstep.common.randomness import Generators, normal
 from fewstep.data.batch import Batch
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import sample_map
-from fewstep.flows.times import draw_times, step_grid
+from fewstep.flows.sampling import grid_times, sample_map
+from fewstep.flows.times import draw_times
 from fewstep.objectives.base import Loss, Objective, Player, rows_of, split_rows
 from fewstep.objectives.weights import warmed
 
@@ -51,7 +51,7 @@ class Made:
         return normal(self.noise, self.generator)
 
     def times(self, distribution: str = "uniform") -> Tensor:
-        """Fresh times (n,), see :func:`fewstep.flows.times.draw_times`."""
+        """Fresh times (n,), see :func:`fewstep.flows.times.draw_times`; native ones are moved by the objective."""
         return draw_times(len(self.x), self.generator, distribution).to(self.x)
 
 
@@ -66,8 +66,9 @@ class Judged:
 
 
 def rollout(student: FlowMap, noise: Tensor, steps: int, generator: Generators, **cond: Tensor) -> Tensor:
-    """Samples (n, ...) in ``steps`` equal steps, as ``fewstep.sample`` makes them, with grad through the last alone."""
-    times = step_grid(steps).to(noise.device, torch.promote_types(noise.dtype, torch.float32))
+    """Samples (n, ...) in ``steps`` steps, as ``fewstep.sample`` makes them, with grad through the last alone."""
+    times = grid_times(student, steps, shape=tuple(noise.shape[1:]))
+    times = times.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
     x = noise
     if steps > 1:
         x = sample_map(student, noise, times[:-1], gamma=student.gamma, generator=generator, **cond)
@@ -161,6 +162,10 @@ class Finishing(Objective):
     @property
     def gamma(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.base.gamma
+
+    @property
+    def grid(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base.grid
 
     @property
     def teacher(self) -> VelocityField:

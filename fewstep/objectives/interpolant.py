@@ -8,8 +8,17 @@ from fewstep.common.randomness import Generators
 from fewstep.data.batch import Batch
 from fewstep.flows.broadcasting import as_times
 from fewstep.flows.interpolants import DenoisedField
-from fewstep.flows.times import draw_times, read_times
-from fewstep.objectives.base import Loss, Objective, latent_of, noise_of, squared_error
+from fewstep.flows.times import draw_times
+from fewstep.objectives.base import (
+    Loss,
+    Objective,
+    check_native,
+    check_options,
+    latent_of,
+    moved_natively,
+    noise_of,
+    squared_error,
+)
 
 
 class StochasticInterpolant(Objective):
@@ -30,7 +39,7 @@ class StochasticInterpolant(Objective):
 
     def __init__(self, antithetic: bool = True, times: str = "uniform") -> None:
         super().__init__()
-        read_times(times)
+        check_options("StochasticInterpolant", times)
         self.antithetic, self.times = antithetic, times
 
     def forward(
@@ -45,6 +54,7 @@ class StochasticInterpolant(Objective):
     ) -> Loss:
         noise, data, cond = noise_of(batch, generator), batch.data, batch.cond
         t = as_times(draw_times(len(batch), generator, self.times), noise)
+        t = moved_natively(self.times, student, t, noise)
         z = latent_of(student.path, noise, generator)
         assert z is not None  # check_student saw to it
         if self.antithetic:
@@ -68,3 +78,4 @@ class StochasticInterpolant(Objective):
                 f"StochasticInterpolant trains a DenoisedField, not a {type(student).__name__}: DenoisedField(network, "
                 "denoiser, Interpolant(latent='sine')), or in a recipe student.kind: denoised"
             )
+        check_native(self.times, student)

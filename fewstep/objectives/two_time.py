@@ -18,7 +18,7 @@ from fewstep.data.batch import Batch
 from fewstep.flows.broadcasting import as_times
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.times import draw_pairs, draw_times
+from fewstep.flows.times import NATIVE, draw_pairs, draw_times, without_native
 from fewstep.objectives.base import (
     Index,
     Loss,
@@ -131,6 +131,7 @@ class TwoTime(Objective):
             raise ValueError(f"{name}'s diagonal is 1: that leaves no row for the map itself, take less")
         self.shares = {self.diagonal_term: diagonal, self.term: 1 - diagonal}
         self.times, self.ends, self.error_in, self.weights = times, ends, error_in, weights
+        self.grid = NATIVE if self.moves_pairs and without_native(times)[1] else "uniform"
         self.adaptive, self.jvp = adaptive, jvp
         self.from_data, self.from_noise = starts == "data", starts == "prior"
         self.uses_data = self.from_data

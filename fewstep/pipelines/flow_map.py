@@ -40,6 +40,7 @@ from .arguments import (
 )
 from .latent_images import cut, decode, factor_of
 from .native_times import coefficients, second_timestep
+from .shifts import Shift
 from .source import whole
 from .stock_prompts import ENCODERS, encode_prompts
 
@@ -77,6 +78,8 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
             the text encoders.
         factor: of a map in the latent space of a VAE: how many pixels a latent is, along each side.
         rate: of a map of sound, states (B, C, L): how many numbers of a waveform are a second.
+        shift: how the model's own pipeline moves the times of its steps, the fields of ``Shift``; None for not at all.
+        grid: the default of a call's.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->projection_model->unet->transformer->vae"
@@ -105,6 +108,8 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
         text: dict | None = None,
         factor: int | None = None,
         rate: int | None = None,
+        shift: dict | None = None,
+        grid: str = "uniform",
     ) -> None:
         super().__init__()
         if unet is None and transformer is None:
@@ -115,6 +120,7 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
         self.register_modules(scheduler=scheduler, unet=unet, transformer=transformer, vae=vae, **one, **two, **three)
         config = {"diffusion": diffusion, "gamma": gamma, "guidance": guidance, "shape": shape, "needs": needs}
         self.register_to_config(**config, id2label=id2label, text=text, factor=factor, rate=rate)
+        self.register_to_config(shift=shift, grid=grid)
         self._diffusion = diffusion or {}
         # The timestep of pure noise.
         steps = len(self._diffusion.get("log_ratios", [])) + bool(self._diffusion.get("ends_in_noise"))
@@ -150,6 +156,7 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
         return_dict: bool = True,
         audio_start_in_s: float = 0.0,
         audio_end_in_s: float | None = None,
+        grid: str | None = None,
         **conditions: Tensor,
     ) -> ImagePipelineOutput | AudioPipelineOutput | tuple:
         """Images in ``num_inference_steps`` network calls.
@@ -168,6 +175,9 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
                 default what the model was trained for.
             guidance_scale: the strength of guidance, for a model that is told it; it costs no further call. 1 is none,
                 and the default if the model has no other.
+            grid: where the steps are taken: "uniform", at those of the scheduler, or "native", as the pipeline of the
+                model that it was made from, by the size of the images where that does; by default what it was trained
+                for.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the latter two in [0, 1]; or "latent": the state
                 as it is. Of videos, states are (B, C, F, H, W), and the others have their frames F behind B. Of sound
                 (``.audios``), states are (B, C, L), and all others waveforms (B, C, L) in [-1, 1]: "pt", or arrays.
@@ -183,6 +193,11 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
         gamma = float(self.config["gamma"]) if gamma is None else gamma
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma is {gamma}: it runs from 0 (deterministic) to 1 (consistency sampling)")
+        grid = self.config["grid"] if grid is None else grid
+        if grid not in ("uniform", "native"):
+            raise ValueError(f"grid is {grid!r}: it is 'uniform' or 'native'")
+        if grid == "native" and not self.config["shift"]:
+            raise ValueError("grid is 'native', and the scheduler of this model moves no times: grid='uniform'")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}: it is 'pil', 'np', 'pt' or 'latent'")
         if output_type != "latent" and self.vae is None and self.config["factor"]:
@@ -225,6 +240,9 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
         # The scheduler counts noise levels down from 1 to 0; here time runs up.
         self.scheduler.set_timesteps(num_inference_steps)
         times = (1 - self.scheduler.sigmas).to("cpu", torch.float32)
+        if grid == "native":
+            shift = Shift(**self.config["shift"])
+            times = shift.grid(num_inference_steps, shift.tokens(shape[1:])).float()
         for s, t in self.progress_bar(list(pairwise(times))):  # pyright: ignore
             if gamma == 0 or float(t) == 1:
                 x = self._map(x, s, t, **cond)

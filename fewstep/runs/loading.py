@@ -28,7 +28,7 @@ from fewstep.models.lora import has_lora, merge_lora
 from fewstep.networks.frozen_base import check_base, keep_base
 from fewstep.runs.datasets import coupling_of, data_of, encoded_folder, null_of, source_of
 from fewstep.runs.methods import find_objective
-from fewstep.runs.objective import sampled_at, trains_map
+from fewstep.runs.objective import grid_of, sampled_at, trains_map
 from fewstep.runs.recipe import Recipe, Student, Teacher
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.students import make_student, path_of
@@ -218,6 +218,7 @@ def _opened(path: str | Path) -> Trained:
         model.moments = getattr(data_of(recipe.data, model), "moments", None)
     if isinstance(model, FlowMap) and not is_from_python(path):
         model.gamma = find_objective(recipe.objectives[-1].name).gamma
+        model.grid = grid_of(recipe)
         model.guidance = sampled_at(recipe)
     if isinstance(model, VelocityField):
         model.coupling = coupling_of(recipe)

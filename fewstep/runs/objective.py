@@ -8,6 +8,7 @@ from fewstep.data import FACTS
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.guided import unguided
 from fewstep.flows.maps import FlowMap
+from fewstep.flows.times import NATIVE, without_native
 from fewstep.models.lora import add_lora
 from fewstep.objectives import OBJECTIVES
 from fewstep.objectives.base import Objective
@@ -71,6 +72,14 @@ def sampled_at(recipe: Recipe) -> float | None:
     """The strength of guidance that a student is told where nothing is said."""
     strength = strength_of(recipe)
     return recipe.guided.get("scale") if strength is None else strength
+
+
+def grid_of(recipe: Recipe) -> str:
+    """Where a student takes its steps where nothing is said."""
+    section = recipe.objectives[-1]  # the innermost
+    times = section.options.get("times", "")
+    moves = getattr(find_objective(section.name), "moves_pairs", False)
+    return NATIVE if moves and isinstance(times, str) and without_native(times)[1] else "uniform"
 
 
 def follows_teacher(recipe: Recipe) -> bool:

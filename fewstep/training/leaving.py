@@ -117,7 +117,9 @@ def _describe(student: Any, objective: Objective) -> dict[str, Any]:
             f"its checkpoints hold what trains alone, and not {next(iter(still))!r}, which stands still: export the "
             "student before the program ends, fewstep.export(result.ema, FOLDER)"
         )
-    found = describe(student) | ({"gamma": objective.gamma} if isinstance(student, FlowMap) else {})
+    found = describe(student)
+    if isinstance(student, FlowMap):  # as it is told when the training begins
+        found |= {"gamma": objective.gamma, "grid": objective.grid}
     made = {name: value.shape for name, value in made_again(json.loads(json.dumps(found))).state_dict().items()}
     if made != {name: value.shape for name, value in student.state_dict().items()}:
         raise ValueError(f"a {type(student.network).__name__} made anew by its config has other weights")

@@ -19,6 +19,7 @@ class Sana(OfDiffusers):
     """
 
     code, first = "sana", "patch_embed.proj"
+    names_sigmas = False
     model: "SanaTransformer2DModel"
 
     def forward(

@@ -18,6 +18,7 @@ class Wan(Sized):
 
     code, first = "wan", "patch_embedding"
     usual = (21, 60, 104)
+    names_sigmas = False
     model: "WanTransformer3DModel"
 
     def forward(

@@ -16,13 +16,13 @@ from torch.autograd import Variable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch
 from fewstep.evaluation.memory import Allocations, dropping_gradients
 from fewstep.objectives import Objective
+from fewstep.planning.remembered import Remembered
 from fewstep.training.shares import default_chunk
 from fewstep.training.step import Step
 
@@ -102,6 +102,7 @@ def count_call(model: Any, x: Tensor, times: tuple[float, ...], cond: dict[str, 
 @contextmanager
 def _counting(precision: torch.dtype | None) -> Iterator[tuple["_Operations", Allocations]]:
     with ExitStack() as stack:
+        stack.enter_context(Remembered())
         made = stack.enter_context(Allocations())
         done = stack.enter_context(_Operations())
         gpu = stack.enter_context(LikeAGpu(precision))
@@ -122,9 +123,10 @@ class LikeAGpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if self.precision is not None and name in _IN_HALF | _IN_FULL:
+        if self.precision is not None and (name in _IN_HALF or name in _IN_FULL):
             dtype = self.precision if name in _IN_HALF else torch.float32
-            args, kwargs = tree_map_only(Tensor, lambda x: _as(x, dtype), (args, kwargs))
+            args = [_as(value, dtype) for value in args]
+            kwargs = {key: _as(value, dtype) for key, value in kwargs.items()}
         if func is functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
@@ -154,8 +156,12 @@ class LikeAGpu(TorchFunctionMode):
             torch.autocast = torchs  # pyright: ignore
 
 
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.is_meta and x.is_floating_point() and x.dtype != torch.float64 else x
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    """An argument with the type that autocast gives it; einsum's are in a list."""
+    if isinstance(value, list | tuple):
+        return type(value)([_as(one, dtype) for one in value])
+    is_cast = isinstance(value, Tensor) and value.is_meta and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(dtype) if is_cast else value
 
 
 def _attention(

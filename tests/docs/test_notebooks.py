@@ -16,6 +16,8 @@ sys.path.insert(0, str(NOTEBOOKS))
 
 import execute  # noqa: E402
 
+# The longest of them, which trains and reports eight runs however short, is run by `pytest -m slow` alone.
+RUN = [pytest.param(name, marks=pytest.mark.slow) if name == "comparing_honestly" else name for name in execute.NAMES]
 STEPS = 6  # of each training, where the stored outputs are of thousands
 PICTURE, NOTEBOOK = 50_000, 400_000  # bytes
 
@@ -29,7 +31,7 @@ def _outputs(book: Any) -> list[Any]:
 
 
 @pytest.mark.takes_seconds
-@pytest.mark.parametrize("name", execute.NAMES)
+@pytest.mark.parametrize("name", RUN)
 def test_every_cell_runs(name: str, tmp_path: Path) -> None:
     book = execute.execute(execute.notebook(name), tmp_path, STEPS)
     code = [cell for cell in book.cells if cell.cell_type == "code"]

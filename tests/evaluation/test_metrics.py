@@ -89,7 +89,7 @@ def test_sliced_wasserstein_of_two_gaussians(shift: float, scale: float):
     # average.
     x, y = normal(20_000, 4), normal(20_000, 4, seed=1)
     expected = math.sqrt(shift**2 + (scale - 1) ** 2)
-    assert sliced_wasserstein(x, scale * y + shift, projections=2000) == pytest.approx(expected, rel=0.03, abs=0.02)
+    assert sliced_wasserstein(x, scale * y + shift, projections=500) == pytest.approx(expected, rel=0.03, abs=0.02)
 
 
 def test_sliced_wasserstein_sees_what_mean_and_variance_do_not():

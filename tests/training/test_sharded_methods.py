@@ -1,8 +1,6 @@
 """Every kind of objective calls networks in its own way: sharded, each has the numbers that it has on one process."""
 
 import json
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,31 +48,19 @@ for name, (twin, method, options, _) in json.loads({json.dumps(json.dumps(RUNS))
 """
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The folder of the trainings on so many processes, which run once."""
-
-    @cache
-    def trained(processes: int) -> Path:
-        folder = tmp_path_factory.mktemp(f"{processes}")
-        launch(SCRIPT, folder, processes)
-        return folder
-
-    return trained
-
-
 @pytest.mark.takes_seconds
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", RUNS)
-def test_shards_have_the_numbers_of_one_process(sharded: Callable[[int], Path], name: str, processes: int) -> None:
-    twin, method, given, tolerance = RUNS[name]
-    options = {key: value for key, value in given.items() if key not in ("float32", "offload")}
-    if "float32" in given:
-        options["dtype"] = torch.float32
-    expected = train(twin, method, steps=4, **options).losses
-    found = json.loads((sharded(processes) / f"{name}.json").read_text())
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        if "float32" in given and key in ("loss/critic_real", "loss/critic_made"):
-            continue
-        assert found[key] == pytest.approx(value, rel=tolerance), key
+def test_shards_have_the_numbers_of_one_process(processes: int, tmp_path: Path) -> None:
+    """In one test, so that the processes start once."""
+    launch(SCRIPT, tmp_path, processes)
+    for name, (twin, method, given, tolerance) in RUNS.items():
+        options = {key: value for key, value in given.items() if key not in ("float32", "offload")}
+        if "float32" in given:
+            options["dtype"] = torch.float32
+        expected = train(twin, method, steps=4, **options).losses
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found.keys() == expected.keys(), name
+        for key, value in expected.items():
+            if "float32" in given and key in ("loss/critic_real", "loss/critic_made"):
+                continue
+            assert found[key] == pytest.approx(value, rel=tolerance), (name, key)

@@ -114,7 +114,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 
 @pytest.mark.takes_seconds
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_number_is_that_of_one_process(alone: tuple[Path, dict[str, Any]], tmp_path: Path, size: int) -> None:
     script, expected = alone
     for code, said in ended(start([str(script), str(tmp_path)], size)):
@@ -183,7 +183,7 @@ sys.exit(code)
 
 
 @pytest.mark.takes_seconds
-@pytest.mark.parametrize("shard", [None, "fsdp2"])
+@pytest.mark.parametrize("shard", [pytest.param(None, marks=pytest.mark.slow), "fsdp2"])
 def test_the_end_of_a_training_is_measured_by_all_its_processes(tmp_path: Path, shard: str | None) -> None:
     (tmp_path / "counted.py").write_text(COUNTED)
     evaluation = {**RUN["evaluation"], "count": 230}  # five batches

@@ -273,7 +273,7 @@ def test_guided_samples_are_those_of_the_guided_classes() -> None:
     for options in ({"guided": True, "null": NULL}, {"guided": True, "null": NULL, "head": False}, {}):
         objective, student = ImprovedMeanFlow(**options), small()
         data = ArrayData(batch.data, batch.cond)
-        made = fit(student, objective, data, steps=800, batch=256, lr=3e-3, ema=0.99, quiet=True).ema
+        made = fit(student, objective, data, steps=400, batch=256, lr=3e-3, ema=0.99, quiet=True).ema
         cond: dict[str, Any] = {"class_labels": labels, **({"guidance": torch.full((500,), 3.0)} if options else {})}
         found.append(rmse(sample(made, noise, 2, **cond), ends))
     with_head, without, plain = found

@@ -132,7 +132,7 @@ def _model_config(model: Path) -> tuple[str, dict[str, Any]]:
         if (type(channels) is not int or channels < 1) and (channels is not None or key == "in_channels"):
             raise ValueError(f"{model / 'config.json'}: {key} is {shown(channels)}, and a number is needed")
     embedding = config.get("time_embedding_type", "positional")
-    if embedding != "positional":
+    if embedding != "positional" and name != "UNet1DModel":
         raise ValueError(f"the {name} in {model} has a {embedding} time embedding, not a positional: {BY_HAND}")
     return name, {**config, "_class_name": name}
 
@@ -174,7 +174,16 @@ def _on_meta(model: Path, class_name: str) -> Any:
     made = stock_model(class_name)
     cannot = f"diffusers cannot make a {class_name} of {model / 'config.json'}"
     with refused(cannot, "fetch it again"), torch.device("meta"):
-        return FAMILIES[class_name](made.from_config(made.load_config(model)).eval())
+        return FAMILIES[class_name](made.from_config(made.load_config(model), **mended(model)).eval())
+
+
+def mended(model: Path) -> dict[str, Any]:
+    """What the config of a model does not say, as its class said it by itself before: of how many waves a Dance
+    Diffusion makes its time, which are channels beside the signal."""
+    config = read_json(model / "config.json")
+    beside = config.get("extra_in_channels")
+    is_beside = config.get("_class_name") == "UNet1DModel" and not config.get("use_timestep_embedding") and beside
+    return {"time_embedding_dim": beside} if is_beside and config.get("time_embedding_dim") is None else {}
 
 
 @torch.no_grad()

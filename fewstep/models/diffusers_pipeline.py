@@ -17,7 +17,7 @@ from fewstep.common.model_files import (
 from fewstep.flows.fields import DiffusionField
 from fewstep.latents.prompts import Prompts, knows_prompts
 from fewstep.latents.vae import VAE_FOLDERS, Latents
-from fewstep.models.diffusers_configs import Found, look_into
+from fewstep.models.diffusers_configs import Found, look_into, mended
 from fewstep.models.wan_experts import SECOND
 from fewstep.networks import WanExperts
 from fewstep.networks.configs import experts, keep_facts
@@ -61,7 +61,7 @@ def load_field(folder: Path, variant: str | None = None) -> DiffusionField:
         found.latents.check()
     meta: Any = found.network.model
     kind = type(meta.transformer if isinstance(found.network, WanExperts) else meta)
-    loaded = [load_weights(kind, place, variant) for place in found.models]
+    loaded = [load_weights(kind, place, variant, **mended(place)) for place in found.models]
     field = DiffusionField(_network(found, loaded), found.scheduler)
     field.latents, field.text, field.class_names = found.latents, found.text, class_names_in(folder)
     field.distilled = found.distilled

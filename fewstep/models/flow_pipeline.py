@@ -50,6 +50,7 @@ _PIPELINES = {
     "WanTransformer3DModel": "WanPipeline",
     "LTXVideoTransformer3DModel": "LTXPipeline",
     "StableAudioDiTModel": "StableAudioPipeline",
+    "UNet1DModel": "DanceDiffusionPipeline",
 }
 _CODE = "flow_model"
 
@@ -194,6 +195,7 @@ pipe = DiffusionPipeline.from_pretrained("{name}"{trust})
 """
 
 _CALLS = {
+    "DanceDiffusionPipeline": "audios = pipe(batch_size=4, num_inference_steps=50).audios",
     "DDPMPipeline": "images = pipe(batch_size=4, num_inference_steps=50).images",
     "DiTPipeline": "images = pipe(class_labels=[0, 1], num_inference_steps=50).images",
     "LDMPipeline": "images = pipe(batch_size=4, num_inference_steps=50).images",

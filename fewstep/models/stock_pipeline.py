@@ -23,7 +23,7 @@ from fewstep.models.writing import (
     write_json,
     write_vae,
 )
-from fewstep.networks import ConditionalUNet, DiT, PixArt
+from fewstep.networks import ConditionalUNet, DiT, PixArt, UNet1D
 
 _CODE = """\
 import torch
@@ -75,6 +75,8 @@ def _write(field: Any, scheduler: Any, steps: str, folder: Path) -> str:
         save_part(one, folder / name)
     save_part(scheduler, folder / "scheduler")
     source, index = pipeline_of(field)
+    if isinstance(field.network, UNet1D):
+        index["_class_name"] = "DanceDiffusionPipeline"
     others = parts_in(index)
     whole = [] if source is None else [name for name in others if is_whole_part(source / name)]
     for name in whole:
@@ -97,4 +99,5 @@ def _write(field: Any, scheduler: Any, steps: str, folder: Path) -> str:
         return ""
     words = drawn_as(field)
     given = f'"{words.pop("prompt")}"' if field.text is not None else "class_labels=[0, 1]"
+    given = "batch_size=4" if isinstance(field.network, UNet1D) else given
     return _CODE.format(name="{name}", missing=missing, given=given, steps=steps, **words)

@@ -50,6 +50,14 @@ def beside(model: Any, x: Tensor, image: Tensor | None, patch: int = 1) -> Tenso
     return both
 
 
+def signal_step(config: Any) -> int:
+    """Of what number the length of a signal is a multiple, for a U-Net of signals."""
+    kinds = list(config["down_block_types"])
+    halvings = sum(kind in ("DownBlock1D", "AttnDownBlock1D") for kind in kinds)
+    halvings += max(0, kinds.count("DownResnetBlock1D") - 1) + (config["mid_block_type"] == "UNetMidBlock1D")
+    return 2**halvings
+
+
 def mean_part(output: Tensor, x: Tensor) -> Tensor:
     """The first half of the channels where the model also predicts a variance."""
     return output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] else output

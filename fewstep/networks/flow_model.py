@@ -21,6 +21,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     PixArtTransformer2DModel,
     StableAudioDiTModel,
+    UNet1DModel,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -141,6 +142,18 @@ def _with_diffusion(init: Callable[..., None]) -> Any:
     signature = inspect.signature(init)
     made.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])
     return made
+
+
+class FlowUNet1DModel(FromDiffusion, UNet1DModel):
+    """A diffusion ``UNet1DModel`` as a flow-match model."""
+
+    __init__ = _with_diffusion(UNet1DModel.__init__)
+
+    def forward(self, sample: Tensor, timestep: Any, return_dict: bool = True) -> Any:
+        def network(x: Tensor, step: Tensor) -> Any:
+            return UNet1DModel.forward(self, x, step)
+
+        return self._flow(network, sample, timestep, return_dict)
 
 
 class FlowUNet2DModel(FromDiffusion, UNet2DModel):

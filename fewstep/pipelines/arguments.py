@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..networks.channels import patch_of
+from ..networks.channels import patch_of, signal_step
 
 
 def check_whole(name: str, value: Any) -> None:
@@ -131,6 +131,8 @@ def _is_dit(config: Any) -> bool:
 def side_step(config: Any) -> int:
     """Of what number both sides of a state are multiples: by the halvings of a U-Net, or the patches of a transformer.
     U-Nets of text pad what they halve."""
+    if "extra_in_channels" in config:
+        return signal_step(config)
     if "block_out_channels" in config:
         return 1 if "cross_attention_dim" in config else 2 ** (len(config["block_out_channels"]) - 1)
     patch = 2 if patch_of(config) > 1 else config.get("patch_size") or config.get("all_patch_size") or 1

@@ -36,7 +36,7 @@ def wide(values: dict[str, Any]) -> dict[str, Tensor]:
 
 
 # The first layer of these sees patches with the channels last.
-CLOSED = ("z-image", "lumina2", "wan experts", "stable audio")
+CLOSED = ("z-image", "lumina2", "wan experts", "stable audio", "dance")
 
 
 @pytest.mark.takes_seconds

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from toys.families import ddim, tiny_model
+from toys.sounds import dance_model
 from toys.students import HEARD_ONCE, NAMES, S, T, field_of, loud, network, rows
 from toys.unet import tiny_unet
 
@@ -119,6 +120,11 @@ def test_what_a_model_has_no_room_for_is_refused() -> None:
         with_second_time(network("pixart"), second_time="late")
     with pytest.raises(ValueError, match="Stable Audio hears its time once, before its first block: say t"):
         with_second_time(network("stable audio"), second_time="late")
+    with pytest.raises(ValueError, match="a U-Net of signals hears its time in its first block alone: say t"):
+        with_second_time(network("dance"), second_time="late")
+    deaf = FAMILIES["UNet1DModel"](dance_model(extra_in_channels=0, down_block_types=("DownBlock1D",) * 3))
+    with pytest.raises(ValueError, match="none of the blocks of this UNet1DModel hears its time"):
+        with_second_time(deaf)
     with pytest.raises(ValueError, match="told the strength of guidance as it is: leave guidance out"):
         with_second_time(network("flux told"), guidance=True)
     told = FAMILIES["UNet2DConditionModel"](tiny_model("sd", time_cond_proj_dim=8))
@@ -355,6 +361,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, how: str) -> None
         "flux2",
         "qwenimage",
         "stable audio",
+        "dance",
     ],
 )
 def test_a_student_is_traced_as_one_graph(name: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from toys.exports import pipeline, speak
-from toys.sounds import LENGTH, RATE, stable_audio
+from toys.sounds import LENGTH, RATE, dance, stable_audio
 
 from fewstep.cli import main
 from fewstep.common.randomness import sample_generators
@@ -252,3 +252,86 @@ def test_sound_that_cannot_be_written_so_is_refused(
         assert main([*command, *more]) == 2
         assert says in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+# Dance Diffusion
+
+
+@pytest.fixture(scope="module")
+def waves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dance Diffusion, as published: its config does not say how many waves are its time."""
+    folder = tmp_path_factory.mktemp("dance") / "model"
+    dance().save_pretrained(folder)
+    file = folder / "unet" / "config.json"
+    config = {**json.loads(file.read_text()), "_diffusers_version": "0.8.0.dev0", "key_of_later": None}
+    file.write_text(json.dumps({key: value for key, value in config.items() if key != "time_embedding_dim"}))
+    return folder
+
+
+@pytest.mark.takes_seconds
+def test_a_field_says_what_dance_diffusion_does_at_each_step(waves: Path) -> None:
+    stock, field = dance(), load(waves)
+    stock.set_progress_bar_config(disable=True)
+    seen: list[Any] = []
+    stock.unet.register_forward_hook(lambda _, args, output: seen.append((*args, output.sample)))
+    stock(2, num_inference_steps=4, generator=torch.Generator().manual_seed(3))
+    assert len(seen) == 4
+    for x, time, v in seen:
+        a, s = torch.cos(time * np.pi / 2), torch.sin(time * np.pi / 2)
+        with torch.no_grad():
+            velocity = field(x / (a + s), float(a / (a + s)))  # pyright: ignore
+        torch.testing.assert_close(velocity, (a * x - s * v) - (s * x + a * v), atol=1e-5, rtol=0)
+
+
+@pytest.mark.takes_seconds
+def test_the_ode_is_that_of_dance_diffusion_in_many_steps(waves: Path) -> None:
+    """Its sampler makes nothing of its first call, where there is no signal: what that costs falls with the steps."""
+    stock, field = dance(), load(waves)
+    stock.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 2, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        ours = integrate(lambda x, t: field(x, t), noise, torch.linspace(0, 1, 101), "heun")  # pyright: ignore
+    errors = []
+    for steps in (40, 160):
+        drawn = torch.from_numpy(stock(2, num_inference_steps=steps, generator=torch.Generator().manual_seed(3)).audios)
+        errors.append(float((drawn - ours.clamp(-1, 1)).square().mean().sqrt() / drawn.std()))
+    assert errors[1] < 0.03
+    assert errors[0] / errors[1] > 2.5
+
+
+@pytest.mark.takes_seconds
+def test_dance_diffusion_is_converted_distilled_exported_and_heard(
+    waves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    field: Any = load(waves)
+    assert (field.network.shape, field.network.rate) == ((2, 32), RATE)
+    report = convert(waves, "flow", count=2, steps=[5, 20])
+    assert report.agreement is not None
+    assert report.agreement.is_good, report.verdict
+    pipe: Any = DiffusionPipeline.from_pretrained("flow", trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe(2, num_inference_steps=4, generator=torch.Generator().manual_seed(3)).audios
+    noise = torch.randn(2, 2, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        ours = integrate(lambda x, t: field(x, t), noise, (1 - pipe.scheduler.sigmas).float(), "euler").clamp(-1, 1)
+    np.testing.assert_allclose(drawn, ours.numpy(), atol=1e-5)
+
+    student = speak(FlowMap.from_field(field))
+    expected = draw(student, 2, 2, seed=7)[0].clamp(-1, 1)
+    folder = export(student, "fast")
+    carried: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    carried.set_progress_bar_config(disable=True)
+    asked: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt", "generator": sample_generators(7, range(2))}
+    torch.testing.assert_close(carried(batch_size=2, **asked).audios, expected, atol=1e-5, rtol=0)
+    stock: Any = DiffusionPipeline.from_pretrained(export(field, "stock"))
+    assert type(stock) is diffusers.DanceDiffusionPipeline
+    assert "audios = pipe(batch_size=4" in (tmp_path / "stock" / "README.md").read_text()
+
+    assert main(["sample", str(folder), "--count", "2", "--steps", "2", "--seed", "7", "--device", "cpu"]) == 0
+    with wave.open(str(tmp_path / "samples" / "00001.wav")) as file:
+        assert (file.getframerate(), file.getnchannels()) == (RATE, 2)
+        written = np.frombuffer(file.readframes(32), "<i2").reshape(32, 2).T / 32767
+    assert np.abs(written - expected[1].numpy()).max() <= 0.5 / 32767 + 1e-6
+    with pytest.raises(ValueError, match="signals of 30 numbers: this UNet1DModel halves them 3 times"):
+        field(torch.zeros(1, 2, 30), 0.5)

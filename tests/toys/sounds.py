@@ -19,6 +19,21 @@ def stable_audio_model(**options: Any) -> Any:
     )  # fmt: skip
 
 
+def dance(**options: Any) -> Any:
+    return diffusers.DanceDiffusionPipeline(unet=dance_model(**options), scheduler=diffusers.IPNDMScheduler())
+
+
+def dance_model(**options: Any) -> Any:
+    """As those of Dance Diffusion: 16 channels beside the signal say the time."""
+    return made(
+        diffusers.UNet1DModel,
+        **{
+            "sample_size": 32, "sample_rate": RATE, "in_channels": 2, "out_channels": 2, "extra_in_channels": 16,
+            "time_embedding_dim": 16, "block_out_channels": (32, 32, 32), **options,
+        },
+    )  # fmt: skip
+
+
 def sound_vae() -> Any:
     """Of waveforms 2 x 4 L."""
     return made(

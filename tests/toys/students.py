@@ -4,7 +4,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, IPNDMScheduler
 from torch import Tensor, nn
 
 from fewstep.flows.fields import DiffusionField
@@ -12,7 +12,7 @@ from fewstep.networks import FAMILIES
 from fewstep.networks.configs import experts
 from toys.cosine import cosine_scheduler
 from toys.families import MODELS, conditions, made, tiny_model
-from toys.sounds import stable_audio_model
+from toys.sounds import dance_model, stable_audio_model
 from toys.unet import tiny_unet
 
 NAMES = [
@@ -26,10 +26,11 @@ NAMES = [
     "wan experts",
     "ltx",
     "stable audio",
+    "dance",
 ]
 
 # They mix their time into something else, or hear it at one place: no block of theirs can be told another.
-HEARD_ONCE = ("pixart", "chroma", "stable audio")
+HEARD_ONCE = ("pixart", "chroma", "stable audio", "dance")
 
 
 def network(name: str) -> Any:
@@ -60,6 +61,8 @@ def network(name: str) -> Any:
             )  # fmt: skip
         case "stable audio":
             model = stable_audio_model()
+        case "dance":
+            model = dance_model()
         case _:
             model = tiny_model(name)
     return FAMILIES[type(model).__name__](model)
@@ -71,7 +74,10 @@ def rows(name: str, count: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
     shape = (4, 3, 8, 8) if name in ("wan", "wan experts", "ltx") else (4, 8, 8)
     known = {"unet": {}, "unet of classes": {"class_labels": torch.arange(count) % 5}}
     prompt = {"encoder_hidden_states": torch.randn(count, 8, 16, generator=draw)}
+    known["dance"] = {}
     known |= {"wan": prompt, "wan experts": prompt, "ltx": prompt}
+    if name == "dance":
+        shape = (2, 32)
     if name == "stable audio":
         shape, known[name] = (4, 8), {**prompt, "global_hidden_states": torch.randn(count, 1, 32, generator=draw)}
     cond = known[name] if name in known else conditions(name.split(" ")[0], count)
@@ -83,7 +89,7 @@ def rows(name: str, count: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def field_of(name: str) -> DiffusionField:
-    own: dict[str, Any] = {"stable audio": cosine_scheduler()}
+    own: dict[str, Any] = {"stable audio": cosine_scheduler(), "dance": IPNDMScheduler()}
     return DiffusionField(network(name), own.get(name) or FlowMatchEulerDiscreteScheduler())
 
 

@@ -26,6 +26,7 @@ from fewstep.networks.families.qwenimage import QwenImage, TwoTimeQwenImage
 from fewstep.networks.families.sana import Sana, TwoTimeSana
 from fewstep.networks.families.sd3 import SD3, TwoTimeSD3
 from fewstep.networks.families.stable_audio import StableAudio, TwoTimeStableAudio
+from fewstep.networks.families.unet1d import TwoTimeUNet1D, UNet1D
 from fewstep.networks.families.unet2d import TwoTimeUNet, UNet
 from fewstep.networks.families.unet2d_condition import ConditionalUNet, TwoTimeConditionalUNet
 from fewstep.networks.families.wan import TwoTimeWan, TwoTimeWanExperts, Wan, WanExperts
@@ -49,6 +50,7 @@ _BOTH: dict[str, tuple[type[Any], type[Any]]] = {
     "SD3Transformer2DModel": (SD3, TwoTimeSD3),
     "SanaTransformer2DModel": (Sana, TwoTimeSana),
     "StableAudioDiTModel": (StableAudio, TwoTimeStableAudio),
+    "UNet1DModel": (UNet1D, TwoTimeUNet1D),
     "UNet2DConditionModel": (ConditionalUNet, TwoTimeConditionalUNet),
     "UNet2DModel": (UNet, TwoTimeUNet),
     "WanExpertsTransformer3DModel": (WanExperts, TwoTimeWanExperts),

@@ -217,6 +217,10 @@ def sampler_of(field: NetworkField) -> Any:
     if config.get("beta_schedule") not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
         # DDIM does not know it: the betas themselves, which are as they came out.
         changes |= {"trained_betas": scheduler.betas.tolist(), "rescale_betas_zero_snr": False}
+    if type(scheduler).__name__.startswith("CogVideoX"):  # whose table is shifted, and DDIM's is not
+        powers = scheduler.alphas_cumprod.double()
+        betas = 1 - powers / torch.cat([powers.new_ones(1), powers[:-1]])
+        changes |= {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
     return DDIMScheduler.from_config(scheduler.config, **changes)
 
 

@@ -17,6 +17,7 @@ from fewstep.pipelines.latent_images import decode, encode
 KNOWN_VAES = (
     "AutoencoderDC",
     "AutoencoderKL",
+    "AutoencoderKLCogVideoX",
     "AutoencoderKLFlux2",
     "AutoencoderKLHunyuanImage",
     "AutoencoderKLLTXVideo",
@@ -26,6 +27,7 @@ KNOWN_VAES = (
     "AutoencoderTiny",
     "VQModel",
 )
+_OF_VIDEOS = ("AutoencoderKLCogVideoX", "AutoencoderKLLTXVideo", "AutoencoderKLWan")
 # Where pipelines have their VAE.
 VAE_FOLDERS = ("vae", "vqvae", "movq")
 # Images in one call of the decoder: its activations are large, those of the model it decodes for are not.
@@ -61,7 +63,7 @@ class Latents:
             self.vae = source.eval().requires_grad_(False)
         if self._class not in KNOWN_VAES:
             raise unknown("VAE", self._class, KNOWN_VAES)
-        self.is_video = self._class in ("AutoencoderKLWan", "AutoencoderKLLTXVideo")
+        self.is_video = self._class in _OF_VIDEOS
         self.is_sound = self._class == "AutoencoderOobleck"
         # Of sound: how many numbers of a waveform are a second.
         self.rate = sound_of(config)[1] if self.is_sound else None
@@ -179,10 +181,13 @@ def _sizes(kind: str, config: Mapping[str, Any]) -> tuple[int, int, int, int]:
         raise ValueError(f"the config of this {kind} has the block_out_channels {shown(levels)}, and a list is needed")
     factor = _number(config, "spatial_compression_ratio", 2 ** (len(levels) - 1))
     channels = _number(
-        config, "latent_channels", {"VQModel": 3, "AutoencoderDC": 32, "AutoencoderKLFlux2": 32}.get(kind, 4)
+        config,
+        "latent_channels",
+        {"VQModel": 3, "AutoencoderDC": 32, "AutoencoderKLFlux2": 32, "AutoencoderKLCogVideoX": 16}.get(kind, 4),
     )
     patch = 2 if kind == "AutoencoderKLFlux2" else 1  # the model sees 2 x 2 patches of its latents
-    return channels * patch**2, _number(config, "in_channels", 3), factor * patch, 1
+    frames = _number(config, "temporal_compression_ratio", 4) if kind == "AutoencoderKLCogVideoX" else 1
+    return channels * patch**2, _number(config, "in_channels", 3), factor * patch, frames
 
 
 def sound_of(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -20,7 +20,7 @@ FLOWS = {
     name: f"Flow{name}"
     for name in (
         *("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel"),
-        *("StableAudioDiTModel", "UNet1DModel"),
+        *("CogVideoXTransformer3DModel", "StableAudioDiTModel", "UNet1DModel"),
     )
 }
 # Where the original's scheduler is: no sampler needs it, but it says what the network was trained on.

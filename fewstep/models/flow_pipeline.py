@@ -49,6 +49,7 @@ _PIPELINES = {
     "WanExpertsTransformer3DModel": "WanPipeline",
     "WanTransformer3DModel": "WanPipeline",
     "LTXVideoTransformer3DModel": "LTXPipeline",
+    "CogVideoXTransformer3DModel": "CogVideoXPipeline",
     "StableAudioDiTModel": "StableAudioPipeline",
     "UNet1DModel": "DanceDiffusionPipeline",
 }

@@ -23,7 +23,7 @@ from fewstep.models.writing import (
     write_json,
     write_vae,
 )
-from fewstep.networks import ConditionalUNet, DiT, PixArt, UNet1D
+from fewstep.networks import CogVideoX, ConditionalUNet, DiT, PixArt, StableAudio, UNet1D
 
 _CODE = """\
 import torch
@@ -40,7 +40,7 @@ def check_stock(field: NetworkField) -> None:
         ValueError: it has none.
     """
     is_flow = isinstance(field.native, Reversed) and field.prediction == "flow"
-    is_of_flows = not isinstance(field.network, ConditionalUNet | DiT | PixArt)
+    is_of_flows = not isinstance(field.network, CogVideoX | ConditionalUNet | DiT | PixArt | StableAudio)
     if not isinstance(field, DiffusionField) and not (is_flow and is_of_flows):
         raise ValueError(
             f"a {type(field.network).__name__} that predicts {field.prediction} on {field.native} has no pipeline in "

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    CogVideoXTransformer3DModel,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     PixArtTransformer2DModel,
@@ -214,6 +215,29 @@ class FlowPixArtTransformer2DModel(FromDiffusion, PixArtTransformer2DModel):
             return PixArtTransformer2DModel.forward(self, x, encoder_hidden_states, step, *args, **kwargs)
 
         return self._flow(network, hidden_states, timestep, return_dict)
+
+
+class FlowCogVideoXTransformer3DModel(FromDiffusion, CogVideoXTransformer3DModel):
+    """A diffusion ``CogVideoXTransformer3DModel`` as a flow-match model; its frames stand before the channels."""
+
+    __init__ = _with_diffusion(CogVideoXTransformer3DModel.__init__)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Any,
+        *args: Any,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        def network(x: Tensor, step: Any) -> Any:
+            video = x.transpose(1, 2)
+            given = CogVideoXTransformer3DModel.forward(self, video, encoder_hidden_states, step, *args, **kwargs)
+            return Transformer2DModelOutput(sample=given[0].transpose(1, 2))
+
+        flow = self._flow(network, hidden_states.transpose(1, 2), timestep, True).sample.transpose(1, 2)
+        return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
 
 
 class FlowStableAudioDiTModel(FromDiffusion, StableAudioDiTModel):

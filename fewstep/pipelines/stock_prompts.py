@@ -16,6 +16,7 @@ RETURNED: dict[str, tuple[str | None, ...]] = {
     "AnyFlowPipeline": (_TEXT, None),
     "AuraFlowPipeline": (_TEXT, None, None, None),
     "ChromaPipeline": (_TEXT, None, _MASK, None, None, None),
+    "CogVideoXPipeline": (_TEXT, None),
     "Flux2KleinPipeline": (_TEXT, None),
     "Flux2Pipeline": (_TEXT, None),
     "FluxPipeline": (_TEXT, "pooled_projections", None),

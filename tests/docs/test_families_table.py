@@ -13,7 +13,8 @@ from fewstep.pipelines.stock_prompts import RETURNED
 # Whose prompts tell which family's model.
 _PROMPTED = {
     "AnyFlow": "AnyFlowPipeline",
-    "AuraFlow": "AuraFlowPipeline", "Chroma": "ChromaPipeline", "ConditionalUNet": "StableDiffusionPipeline",
+    "AuraFlow": "AuraFlowPipeline", "Chroma": "ChromaPipeline", "CogVideoX": "CogVideoXPipeline",
+    "ConditionalUNet": "StableDiffusionPipeline",
     "Flux": "FluxPipeline", "Flux2": "Flux2KleinPipeline", "HunyuanImage": "HunyuanImagePipeline", "LTX": "LTXPipeline",
     "Lumina2": "Lumina2Pipeline", "PixArt": "PixArtSigmaPipeline", "QwenImage": "QwenImagePipeline",
     "SD3": "StableDiffusion3Pipeline", "Sana": "SanaPipeline", "StableAudio": "StableAudioPipeline",

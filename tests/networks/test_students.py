@@ -122,7 +122,7 @@ def test_what_a_model_has_no_room_for_is_refused() -> None:
         with_second_time(network("stable audio"), second_time="late")
     with pytest.raises(ValueError, match="a U-Net of signals hears its time in its first block alone: say t"):
         with_second_time(network("dance"), second_time="late")
-    deaf = FAMILIES["UNet1DModel"](dance_model(extra_in_channels=0, down_block_types=("DownBlock1D",) * 3))
+    deaf = FAMILIES["UNet1DModel"](dance_model(extra_in_channels=0, down_block_types=("DownBlock1D",) * 2))
     with pytest.raises(ValueError, match="none of the blocks of this UNet1DModel hears its time"):
         with_second_time(deaf)
     with pytest.raises(ValueError, match="told the strength of guidance as it is: leave guidance out"):
@@ -250,6 +250,7 @@ BLOCKS: dict[str, Any] = {
     "hunyuanimage": lambda m: [*m.transformer_blocks, *m.single_transformer_blocks, m.norm_out],
     "ltx": lambda m: list(m.transformer_blocks),
     "wan": lambda m: list(m.blocks),
+    "cogvideox": lambda m: [*m.transformer_blocks, m.norm_out],
 }
 HEADLESS = ("dit", "pixart of one size", "sana", "ltx", "wan")
 
@@ -362,6 +363,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, how: str) -> None
         "qwenimage",
         "stable audio",
         "dance",
+        "cogvideox",
     ],
 )
 def test_a_student_is_traced_as_one_graph(name: str) -> None:

@@ -13,11 +13,14 @@ from diffusers import ChromaPipeline, QwenImagePipeline
 from diffusers.guiders import AdaptiveProjectedMixGuidance
 from torch import Tensor
 from toys.families import tiny_pipeline
-from toys.videos import ltx, wan
+from toys.videos import cogvideox, cogvideox_model, ltx, wan
 
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import check_options
+from fewstep.flows.sampling import check_options, sample
 from fewstep.flows.solvers import integrate
+from fewstep.models.weightless import field_without_weights, text_conditions
+from fewstep.networks import CogVideoX, with_second_time
+from fewstep.runs.convert import convert
 from fewstep.runs.export import export
 from fewstep.runs.loading import load
 
@@ -167,3 +170,97 @@ def test_a_field_of_videos_draws_those_of_its_pipeline(name: str, tmp_path: Path
     back: Any = load(export(student, tmp_path / "fast"))
     with torch.no_grad():
         assert torch.equal(back(noise, 0.3, 0.8, **cond), student(noise, 0.3, 0.8, **cond))
+
+
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize("is_rotary", [False, True])
+def test_a_field_of_cogvideox_draws_the_videos_of_its_pipeline(is_rotary: bool, tmp_path: Path) -> None:
+    """A diffusion model, by v on a shifted schedule that begins without signal: DDIM on its steps is Euler."""
+    pipeline = cogvideox(use_rotary_positional_embeddings=is_rotary)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "transformer" / "config.json"
+    odd = {"_diffusers_version": "0.30.0.dev0", "use_learned_positional_embeddings": False, "key_of_later": 1}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **odd}))
+    shape = (4, 3, 4, 4)
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(4))
+    asked: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 1.0, "latents": noise.transpose(1, 2)}
+    wanted = pipeline(prompt=list(TEXTS), output_type="pt", **asked).frames
+
+    field: Any = load(tmp_path / "model")
+    assert field.network.shape == shape
+    assert field.native.ends_in_noise
+    assert field.latents.shape_of((3, 9, 32, 32)) == shape
+    power = pipeline.scheduler.alphas_cumprod.double()[pipeline.scheduler.timesteps]
+    times = torch.cat([power.sqrt() / (power.sqrt() + (1 - power).sqrt()), torch.ones(1, dtype=torch.float64)])
+    cond = field.text.encode(TEXTS)
+    with torch.no_grad():
+        ours = integrate(lambda x, t: field(x, t, **cond), noise, times.float(), "euler")
+        videos = field.latents.decode(ours)
+    torch.testing.assert_close(videos.transpose(1, 2) / 2 + 0.5, wanted, atol=2e-4, rtol=0)
+    assert wanted.std() > 0.01
+    assert field.latents.encode(videos).shape == noise.shape
+
+    report = convert(tmp_path / "model", tmp_path / "flow", count=2, steps=[5, 20], prompts=TEXTS)
+    assert report.agreement is not None
+    assert report.agreement.is_good, report.verdict
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "flow", trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe(prompt=list(TEXTS), output_type="latent", **asked).frames.transpose(1, 2)
+    with torch.no_grad():
+        ours = integrate(lambda x, t: field(x, t, **cond), noise, (1 - pipe.scheduler.sigmas).float(), "euler")
+    torch.testing.assert_close(ours, drawn, atol=1e-4, rtol=0)
+
+    student = FlowMap.from_field(field)
+    folder = export(student, tmp_path / "fast")
+    back: Any = load(folder)
+    with torch.no_grad():
+        assert torch.equal(back(noise, 0.3, 0.8, **cond), student(noise, 0.3, 0.8, **cond))
+    carried: Any = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    carried.set_progress_bar_config(disable=True)
+    found = carried(list(TEXTS), latents=noise, num_inference_steps=2, output_type="latent").images
+    with torch.no_grad():
+        torch.testing.assert_close(found, sample(student, noise, 2, **cond), atol=1e-5, rtol=0)
+    stock = diffusers.DiffusionPipeline.from_pretrained(export(field, tmp_path / "stock"))
+    assert type(stock) is diffusers.CogVideoXPipeline
+
+
+def test_cogvideox_of_version_1_5_sees_pairs_of_frames() -> None:
+    """Its patches are of two frames, and one made for an image is told how far it stands off."""
+    model = cogvideox_model(
+        use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False, ofs_embed_dim=16, in_channels=8,
+        sample_frames=9,
+    )  # fmt: skip
+    network = CogVideoX(model)
+    assert network.shape == (4, 4, 4, 4)  # one frame more than the VAE makes of nine
+    x, image = torch.randn(2, 4, 2, 4, 4), torch.randn(2, 4, 2, 4, 4)
+    text, times = torch.randn(2, 6, 32), torch.tensor([30.0, 700.0])
+    pipeline = cogvideox()
+    pipeline.transformer = model
+    turns = pipeline._prepare_rotary_positional_embeddings(32, 32, 2, "cpu")
+    with torch.no_grad():
+        both = torch.cat([x, image], dim=1).transpose(1, 2)
+        told = {"image_rotary_emb": turns, "ofs": torch.full((1,), 2.0)}
+        wanted = model(both, text, times, **told).sample.transpose(1, 2)
+        assert torch.equal(network(x, times, text, image=image), wanted)
+        for how in ("t", "late"):
+            student: Any = with_second_time(network, second_time=how)
+            assert torch.equal(student(x, times, times, encoder_hidden_states=text, image=image), wanted)
+
+
+def test_cogvideox_is_as_large_as_it_is_published(tmp_path: Path) -> None:
+    """CogVideoX-2b has 1.69 billion parameters; its config says what its class does by default."""
+    for part, config in (
+        ("transformer", {"_class_name": "CogVideoXTransformer3DModel"}),
+        ("vae", {"_class_name": "AutoencoderKLCogVideoX", "block_out_channels": [128, 256, 256, 512]}),
+    ):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))
+    scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    field = field_without_weights(tmp_path)
+    assert round(sum(p.numel() for p in field.parameters()) / 1e7) == 169
+    assert field.network.shape == (16, 13, 60, 90)
+    assert field.latents is not None
+    assert field.latents.image_shape_of((16, 13, 60, 90)) == (3, 49, 480, 720)
+    assert text_conditions(field, 1)["encoder_hidden_states"].shape == (1, 226, 4096)

@@ -29,7 +29,9 @@ def dance_model(**options: Any) -> Any:
         diffusers.UNet1DModel,
         **{
             "sample_size": 32, "sample_rate": RATE, "in_channels": 2, "out_channels": 2, "extra_in_channels": 16,
-            "time_embedding_dim": 16, "block_out_channels": (32, 32, 32), **options,
+            "time_embedding_dim": 16, "block_out_channels": (32, 32),
+            "down_block_types": ("DownBlock1DNoSkip", "AttnDownBlock1D"),
+            "up_block_types": ("AttnUpBlock1D", "UpBlock1DNoSkip"), **options,
         },
     )  # fmt: skip
 

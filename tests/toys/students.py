@@ -14,6 +14,7 @@ from toys.cosine import cosine_scheduler
 from toys.families import MODELS, conditions, made, tiny_model
 from toys.sounds import dance_model, stable_audio_model
 from toys.unet import tiny_unet
+from toys.videos import cogvideox_model
 
 NAMES = [
     "unet",
@@ -27,6 +28,7 @@ NAMES = [
     "ltx",
     "stable audio",
     "dance",
+    "cogvideox",
 ]
 
 # They mix their time into something else, or hear it at one place: no block of theirs can be told another.
@@ -61,6 +63,9 @@ def network(name: str) -> Any:
             )  # fmt: skip
         case "stable audio":
             model = stable_audio_model()
+        case "cogvideox":
+            sides = {"sample_width": 8, "sample_height": 8, "sample_frames": 9}
+            model = cogvideox_model(text_embed_dim=16, max_text_seq_length=8, num_layers=3, **sides)
         case "dance":
             model = dance_model()
         case _:
@@ -71,13 +76,13 @@ def network(name: str) -> Any:
 def rows(name: str, count: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
     """A state and its conditions."""
     draw = torch.Generator().manual_seed(5)
-    shape = (4, 3, 8, 8) if name in ("wan", "wan experts", "ltx") else (4, 8, 8)
+    shape = (4, 3, 8, 8) if name in ("wan", "wan experts", "ltx", "cogvideox") else (4, 8, 8)
     known = {"unet": {}, "unet of classes": {"class_labels": torch.arange(count) % 5}}
     prompt = {"encoder_hidden_states": torch.randn(count, 8, 16, generator=draw)}
     known["dance"] = {}
-    known |= {"wan": prompt, "wan experts": prompt, "ltx": prompt}
+    known |= {"wan": prompt, "wan experts": prompt, "ltx": prompt, "cogvideox": prompt}
     if name == "dance":
-        shape = (2, 32)
+        shape = (2, 16)
     if name == "stable audio":
         shape, known[name] = (4, 8), {**prompt, "global_hidden_states": torch.randn(count, 1, 32, generator=draw)}
     cond = known[name] if name in known else conditions(name.split(" ")[0], count)

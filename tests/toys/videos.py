@@ -45,6 +45,33 @@ def anyflow() -> Any:
     )  # fmt: skip
 
 
+def cogvideox_model(seed: int = 0, **options: Any) -> Any:
+    return made(
+        diffusers.CogVideoXTransformer3DModel, seed,
+        **{
+            "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
+            "time_embed_dim": 16, "text_embed_dim": 32, "num_layers": 2, "sample_width": 4, "sample_height": 4,
+            "sample_frames": 9, **options,
+        },
+    )  # fmt: skip
+
+
+def cogvideox(**options: Any) -> Any:
+    """With a table of places, as CogVideoX-2b, and the schedule of the published ones."""
+    kinds: Any = {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4}
+    vae = made(
+        diffusers.AutoencoderKLCogVideoX, **kinds, block_out_channels=(8, 8, 8, 8), latent_channels=4,
+        layers_per_block=1, norm_num_groups=2, scaling_factor=0.7,
+    )  # fmt: skip
+    return diffusers.CogVideoXPipeline(
+        tokenizer=t5_tokenizer(), text_encoder=t5(), vae=vae, transformer=cogvideox_model(**options),
+        scheduler=diffusers.CogVideoXDDIMScheduler(
+            prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0, clip_sample=False,
+            timestep_spacing="trailing",
+        ),
+    )  # fmt: skip
+
+
 def ltx() -> Any:
     model = made(
         diffusers.LTXVideoTransformer3DModel, num_attention_heads=2, attention_head_dim=8, in_channels=4,

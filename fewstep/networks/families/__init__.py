@@ -15,6 +15,7 @@ from fewstep.networks.families.anyflow import AnyFlow, TwoTimeAnyFlow
 from fewstep.networks.families.auraflow import AuraFlow, TwoTimeAuraFlow
 from fewstep.networks.families.base import EndNetwork
 from fewstep.networks.families.chroma import Chroma, TwoTimeChroma
+from fewstep.networks.families.cogvideox import CogVideoX, TwoTimeCogVideoX
 from fewstep.networks.families.dit import DiT, TwoTimeDiT
 from fewstep.networks.families.flux import Flux, TwoTimeFlux
 from fewstep.networks.families.flux2 import Flux2, TwoTimeFlux2
@@ -39,6 +40,7 @@ _BOTH: dict[str, tuple[type[Any], type[Any]]] = {
     "AnyFlowTransformer3DModel": (AnyFlow, TwoTimeAnyFlow),
     "AuraFlowTransformer2DModel": (AuraFlow, TwoTimeAuraFlow),
     "ChromaTransformer2DModel": (Chroma, TwoTimeChroma),
+    "CogVideoXTransformer3DModel": (CogVideoX, TwoTimeCogVideoX),
     "DiTTransformer2DModel": (DiT, TwoTimeDiT),
     "Flux2Transformer2DModel": (Flux2, TwoTimeFlux2),
     "FluxTransformer2DModel": (Flux, TwoTimeFlux),

@@ -66,8 +66,8 @@ class Record:
             self.named += zip(names, self.lines[-len(rows) :], strict=True)
             self.lines += [[value for row in rows for name, value in row if name == col] for col in each.columns]
             self.lines.append([value for name in each.columns for value in _values(name)])
-            words = [each.title, *each.notes, *each.commands, each.machine or "", each.commit or "", str(each.seeds)]
-            self.lines += [_values(text) for text in words]
+            words = [each.title, *each.notes, *each.commands, each.machine or "", each.commit or ""]
+            self.lines += [_values(text) for text in (*words, str(each.seeds), each.date or "")]
         self.numbers = [value for line in self.lines for value in line]
 
     def has(self, shown: str, percent: bool) -> bool:

@@ -8,6 +8,7 @@ from fewstep.common.model_files import class_of
 from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Reversed
+from fewstep.flows.preconditioned import Cosine
 from fewstep.flows.signature import image_channels
 from fewstep.latents.vae import VAE_FOLDERS
 from fewstep.models.own_maps import scheduler_of_map
@@ -75,7 +76,7 @@ def _write(field: Any, scheduler: Any, steps: str, folder: Path) -> str:
         save_part(one, folder / name)
     save_part(scheduler, folder / "scheduler")
     source, index = pipeline_of(field)
-    if isinstance(field.network, UNet1D):
+    if isinstance(field.network, UNet1D) and isinstance(field.native, Cosine | Reversed):  # whose steps it takes
         index["_class_name"] = "DanceDiffusionPipeline"
     others = parts_in(index)
     whole = [] if source is None else [name for name in others if is_whole_part(source / name)]

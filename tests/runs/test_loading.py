@@ -290,8 +290,8 @@ def test_a_vae_that_does_not_belong_to_the_model(tmp_path: Path) -> None:
     ):
         load(tmp_path)
     (tmp_path / "away").rename(weights)
-    edit(vae / "config.json", _class_name="AutoencoderOobleck")
-    with pytest.raises(ValueError, match=r"unknown VAE 'AutoencoderOobleck'.*Known: AutoencoderDC, AutoencoderKL, "):
+    edit(vae / "config.json", _class_name="AutoencoderKLMochi")
+    with pytest.raises(ValueError, match=r"unknown VAE 'AutoencoderKLMochi'.*Known: AutoencoderDC, AutoencoderKL, "):
         load(tmp_path)
     tiny_vae(latent_channels=3).save_pretrained(vae)
     says = r"DiTTransformer2DModel in .*transformer is for 4 channels, and the VAE in .*vae has latents of 3"

@@ -11,6 +11,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from toys.families import MODELS, made, tiny_model, tiny_vae
+from toys.sounds import dance_model
 
 Call = Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor]
 
@@ -117,6 +118,7 @@ def vqvae() -> Any:
 # Schedulers as they are published.
 DDPM = {"_class_name": "DDPMScheduler", "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 DDPM |= {"num_train_timesteps": 1000, "trained_betas": None, "variance_type": "fixed_small", "clip_sample": True}
+IPNDM = {"_class_name": "IPNDMScheduler", "num_train_timesteps": 1000, "trained_betas": None}
 PNDM = {"_class_name": "PNDMScheduler", **_SCALED, "num_train_timesteps": 1000, "set_alpha_to_one": False}
 PNDM |= {"skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False}
 DDIM_V = {**PNDM, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
@@ -137,6 +139,11 @@ def labelled(model: Any, x: Tensor, k: Tensor, cond: dict[str, Tensor]) -> Tenso
     more = {"added_cond_kwargs": added or None} if text else {}
     state = torch.cat([x, cond["image"]], dim=1) if "image" in cond else x
     return model(state, k, *text, **others, **more).sample[:, : x.shape[1]]
+
+
+def signal(model: Any, x: Tensor, k: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    """What ``DanceDiffusionPipeline`` calls."""
+    return model(x, k).sample
 
 
 def image_first(model: Any, x: Tensor, k: Tensor, cond: dict[str, Tensor]) -> Tensor:
@@ -343,6 +350,31 @@ LOADED: dict[str, tuple[Callable[[Path], Path], Call]] = {
     "ddpm of oblong samples": (lambda f: write(f, "DDPMPipeline", unet(sample_size=(8, 12)), DDPM), labelled),
     "ddpm of any size": (lambda f: write(f, "DDPMPipeline", unet(sample_size=None), DDPM), labelled),
     "ddpm told vectors": (lambda f: write(f, "DDPMPipeline", unet(class_embed_type="identity"), DDPM), labelled),
+    "dance diffusion": (lambda f: write(f, "DanceDiffusionPipeline", dance_model(), IPNDM), signal),
+    "a planner of trajectories": (
+        lambda f: write(
+            f,
+            "ValueGuidedRLPipeline",
+            dance_model(
+                in_channels=6,
+                out_channels=6,
+                extra_in_channels=0,
+                time_embedding_dim=None,
+                sample_rate=None,
+                down_block_types=("DownResnetBlock1D",) * 2,
+                up_block_types=("UpResnetBlock1D",),
+                mid_block_type="MidResTemporalBlock1D",
+                out_block_type="OutConv1DBlock",
+                act_fn="mish",
+                freq_shift=1,
+                use_timestep_embedding=True,
+                time_embedding_type="positional",
+                flip_sin_to_cos=False,
+            ),
+            {**DDPM, "prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2", "clip_sample": False},
+        ),
+        signal,
+    ),
     "ldm-celebahq-256": (
         lambda f: write(
             f,
@@ -507,21 +539,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         ),
         r"CMStochasticIterativeScheduler has no alphas_cumprod",
     ),
-    "dance diffusion": (
+    "dance diffusion without room for its time": (
         lambda f: write(
-            f,
-            "DanceDiffusionPipeline",
-            made(
-                diffusers.UNet1DModel,
-                block_out_channels=(8, 8),
-                layers_per_block=1,
-                down_block_types=("DownBlock1DNoSkip", "DownBlock1D"),
-                up_block_types=("UpBlock1D", "UpBlock1DNoSkip"),
-                sample_size=64,
-            ),
-            {"_class_name": "IPNDMScheduler"},
+            f, "DanceDiffusionPipeline", dance_model(extra_in_channels=0, block_out_channels=(64, 64)), IPNDM
         ),
-        r"is a UNet1DModel, and fewstep.load knows",
+        r"the UNet1DModel in .*unet cannot be called, which its config asks for",
     ),
     "the first class of all": (
         lambda f: _renamed(write(f, "DDPM", unet(), DDPM), "UNetUnconditionalModel"),

@@ -88,6 +88,11 @@ def schedule_of(scheduler: Any) -> tuple[Path, str]:
             raise ValueError(f"{name} with sigma_data {config.sigma_data}: it is known with 1 alone")
         return Cosine(), _kind(prediction, _ON_A_CIRCLE)
     table = getattr(scheduler, "alphas_cumprod", None)
+    if name == "SCMScheduler":
+        raise ValueError(
+            "the SCMScheduler is that of a consistency model (Sana-Sprint), which knows where trajectories end, and no "
+            "velocity: draw from it with diffusers, and load the model that it was made from (Sana)"
+        )
     if table is None:
         raise ValueError(
             f"{name} has no alphas_cumprod, and is no EDM and no flow-match scheduler: wrap the network by hand as "

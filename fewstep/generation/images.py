@@ -39,7 +39,10 @@ def suffix_of(model: Model) -> str:
         shape = shape_of(model)
     except ValueError:  # a network of one's own that does not say
         return ".png"
-    return ".npz" if model.latents is None and shape != (2,) and (len(shape) != 3 or shape[0] not in (1, 3)) else ".png"
+    is_picture = (
+        len(shape) < 4 if model.latents is not None else shape == (2,) or (len(shape) == 3 and shape[0] in (1, 3))
+    )
+    return ".png" if is_picture else ".npz"  # videos too
 
 
 def check_out(

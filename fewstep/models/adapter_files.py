@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.common.errors import briefly, refused, unknown
 from fewstep.common.model_files import check_file, read_json
@@ -15,7 +15,7 @@ from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.models.expert_adapters import apart, places_of, read_both
 from fewstep.models.lora import check_bare, has_lora, import_peft, inject, inner_network, trained_in_full
-from fewstep.models.lora_keys import KEYS, layers_of, read_adapter, to_kohya
+from fewstep.models.lora_keys import KEYS, layers_of, prefix_of, read_adapter, to_kohya
 from fewstep.models.own_maps import is_own_map
 from fewstep.models.stock_steps import write_scheduler
 from fewstep.pipelines.adapters import SECOND_TIME
@@ -92,10 +92,10 @@ def _save(network: Any, folder: Path, for_diffusers: bool, keys: str | None) -> 
         return
     if for_diffusers:
         files = places_of(network, folder, DIFFUSERS_FILE)
-        each = {_prefix(network): (options, weights)} if len(files) == 1 else apart(network, weights)
+        each = {prefix_of(network): (options, weights)} if len(files) == 1 else apart(network, weights)
         for part, (said, own) in each.items():
             files[part].parent.mkdir(exist_ok=True)
-            _save_stock(files[part], _prefix(network), said, own)
+            _save_stock(files[part], prefix_of(network), said, own)
         return
     whole = network.peft_config["default"].modules_to_save or []
     weights |= _in_full(network)
@@ -124,7 +124,7 @@ def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
     as it was saved, and trainable.
 
     Reads what :func:`save_adapter` writes, and adapters of diffusers' and peft's own in the same files, by whatever
-    names a version of diffusers gave their weights (``fewstep.models.lora_keys``).
+    names a version of diffusers gave their weights (``fewstep.models.lora_keys``), or other tools that diffusers reads.
 
     Raises:
         FileNotFoundError: no adapter in the folder.
@@ -133,14 +133,19 @@ def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
     """
     check_bare(model)
     peft, network, folder = import_peft(), inner_network(model), Path(folder).expanduser()
-    file = folder if folder.is_file() else folder / DIFFUSERS_FILE
+    file = _file_in(folder)
     files = places_of(network, folder, DIFFUSERS_FILE)
+    if len(files) > 1 and folder.is_file():
+        raise ValueError(
+            f"{folder} is one file, and this network has two experts, each with an adapter of its own: put that of the "
+            f"first into a folder as {DIFFUSERS_FILE}, that of the second into transformer_2/ there"
+        )
     if len(files) > 1 and any(one.is_file() for one in files.values()):
         options, weights = read_both(network, files)
         config = _config(options, folder)
     elif file.is_file() and file.suffix == ".safetensors":
         check_file(file)
-        options, weights = read_adapter(file, dict(network.named_modules()), _prefix(network))
+        options, weights = read_adapter(file, network)
         config = _config(options, file)
     elif (folder / PEFT_FILE).is_file() and (folder / PEFT_CONFIG).is_file():
         config = _config(read_json(folder / PEFT_CONFIG), folder / PEFT_CONFIG)
@@ -148,7 +153,11 @@ def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
     else:
         is_pickle = file.suffix == ".bin" or file.with_suffix(".bin").is_file()
         way = ". A .bin can run code when it is opened: load it with diffusers, and save it anew" if is_pickle else ""
-        raise FileNotFoundError(f"no adapter in {folder}: {DIFFUSERS_FILE}, or {PEFT_FILE} and {PEFT_CONFIG}{way}")
+        there = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:4])
+        there = f", and there are {there}: name one of these files" if there else ""
+        raise FileNotFoundError(
+            f"no adapter in {folder}: {DIFFUSERS_FILE}, or {PEFT_FILE} and {PEFT_CONFIG}{there}{way}"
+        )
     if file.name == DIFFUSERS_FILE and (file.parent / SECOND_TIME).is_file():
         check_file(file.parent / SECOND_TIME)
         weights = {**weights, **load_file(file.parent / SECOND_TIME)}
@@ -181,6 +190,15 @@ def load_adapter(model: NetworkField | FlowMap, folder: str | Path) -> None:
     network.load_state_dict(whole, strict=False)
 
 
+def _file_in(folder: Path) -> Path:
+    """The file of an adapter of diffusers' form: in a folder of one file, that one, whatever it is called."""
+    usual = folder / DIFFUSERS_FILE
+    if folder.is_file() or usual.is_file() or (folder / PEFT_FILE).is_file():
+        return folder if folder.is_file() else usual
+    alone = [path for path in folder.glob("*.safetensors") if path.name != SECOND_TIME]
+    return alone[0] if len(alone) == 1 else usual
+
+
 def _config(options: dict[str, Any], file: Path) -> "LoraConfig":
     """The configuration of an adapter, of the options that say what its layers compute.
 
@@ -198,11 +216,6 @@ def _config(options: dict[str, Any], file: Path) -> "LoraConfig":
         raise ValueError(f"{file} has init_lora_weights: {str(start)[:60]}, which changes the weights it is added to")
     with refused(f"peft cannot make an adapter of what {file} says", "save it anew"):
         return LoraConfig(**{key: options[key] for key in _OPTIONS if key in options})
-
-
-def _prefix(network: nn.Module) -> str:
-    """How diffusers' pipelines call the model in a file of adapters."""
-    return "unet" if "UNet" in type(network).__name__ else "transformer"  # TwoTimeUNet2DConditionModel too
 
 
 def _describe(config: "LoraConfig") -> dict[str, Any]:

@@ -29,6 +29,9 @@ _NAMES = {
     "lightning": "a Lightning model",
     "hyper": "a Hyper-SD model",
     "schnell": "a schnell model",
+    "sprint": "a Sana-Sprint model",
+    "causvid": "a CausVid model",
+    "fastwan2": "a FastWan model",
     "dmd": "a model of distribution matching distillation (DMD)",
     "dmd2": "a model of distribution matching distillation (DMD)",
 }

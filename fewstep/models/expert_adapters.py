@@ -45,7 +45,7 @@ def read_both(network: Any, files: dict[str, Path]) -> tuple[dict[str, Any], dic
         if not file.is_file():
             continue
         check_file(file)
-        options, own = read_adapter(file, dict(models_of(network)[part].named_modules()), "transformer")
+        options, own = read_adapter(file, models_of(network)[part])
         named = {f"{part}.{layer}": _alpha(layer, options) for layer in layers_of(own)}
         alphas, weights = alphas | named, weights | {f"{part}.{name}": value for name, value in own.items()}
         kinds.append({key: value for key, value in options.items() if key not in _PLACED})

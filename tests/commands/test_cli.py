@@ -13,11 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from toys.families import tiny_model, tiny_vae
+from toys.videos import FLOW, wan_model, wan_vae
 
 import fewstep
 from fewstep.cli import main
 from fewstep.common.errors import TrainingError
 from fewstep.evaluation.results import Evaluation, compare
+from fewstep.flows.fields import DiffusionField
+from fewstep.generation.images import suffix_of
+from fewstep.latents.vae import Latents
+from fewstep.networks import FAMILIES
 from fewstep.runs import judge
 from fewstep.runs import previews as watch
 from fewstep.runs import run as runs
@@ -150,6 +156,16 @@ def test_what_to_type_next_can_be_typed_where_a_name_has_a_space(
         assert [words[-1] for words in said[::2]] == ["a one.png", "a one-export"]
         assert run in said[1]
     assert said[1] == ["fewstep", "distill", "--teacher", run, "--data", recipe.data.name, "--out", f"{run}-itvm"]
+
+
+def test_videos_are_not_written_as_a_picture() -> None:
+    field = DiffusionField(FAMILIES["WanTransformer3DModel"](wan_model()), FLOW)
+    field.latents = Latents(wan_vae())
+    assert suffix_of(field) == ".npz"
+    field = DiffusionField(FAMILIES["UNet2DConditionModel"](tiny_model("sd")), FLOW)
+    assert suffix_of(field) == ".npz"  # four channels, and nothing known that makes pictures of them
+    field.latents = Latents(tiny_vae())
+    assert suffix_of(field) == ".png"
 
 
 def test_dry_run_prints_the_whole_recipe_and_writes_nothing(

@@ -371,6 +371,10 @@ def test_inverted_sigmas_run_from_noise_to_data() -> None:
 def test_what_no_schedule_can_say_is_refused() -> None:
     with pytest.raises(ValueError, match=r"KarrasVeScheduler has no alphas_cumprod.*NetworkField"):
         schedule_of(diffusers.KarrasVeScheduler())
+    with pytest.raises(
+        ValueError, match=r"consistency model \(Sana-Sprint\), .* no velocity: draw from it with diffus"
+    ):
+        schedule_of(diffusers.SCMScheduler())
     with pytest.raises(ValueError, match=r"CMStochasticIterativeScheduler has no alphas_cumprod"):
         schedule_of(diffusers.CMStochasticIterativeScheduler())
     with pytest.raises(ValueError, match=r"unknown prediction type 'epsilom'.*did you mean 'epsilon'"):

@@ -30,6 +30,7 @@ DISTILLED = {
     ),
     "lightning": (diffusers.EulerDiscreteScheduler(), "SDXL-Lightning-4step", "Lightning model: 'lightning' is in its"),
     "schnell": (diffusers.FlowMatchEulerDiscreteScheduler(), "FLUX.1-schnell", "schnell model"),
+    "fastwan": (diffusers.FlowMatchEulerDiscreteScheduler(), "FastWan2.1-T2V-1.3B-Diffusers", "FastWan model"),
 }  # fmt: skip
 ORDINARY = {
     "ddim": (diffusers.DDIMScheduler(timestep_spacing="trailing"), "model"),

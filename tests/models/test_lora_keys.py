@@ -1,21 +1,24 @@
 """Adapters as each version of diffusers' own scripts saved them: read to what diffusers makes of the same file."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 from toys.families import conditions, ddim, tiny_model
+from toys.videos import wan_model
 
 from fewstep.flows.fields import DiffusionField
 from fewstep.models.adapter_files import DIFFUSERS_FILE, load_adapter, save_adapter
 from fewstep.models.lora import merge_lora
-from fewstep.networks import ConditionalUNet
+from fewstep.networks import FAMILIES, ConditionalUNet
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 X, TIME = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10.0, 700.0])
@@ -153,7 +156,9 @@ def test_what_is_no_adapter_of_this_model(tmp_path: Path) -> None:
     for saved, says in (
         ({"text_encoder.q_proj.lora_linear_layer.down.weight": torch.zeros(2, 2)}, "has no adapter of a unet"),
         ({"transformer.blocks.0.to_q.lora_A.weight": torch.zeros(2, 2)}, "has no layer transformer.blocks.0.to_q"),
-        ({"lora_unet_input_blocks_1_1.lora_down.weight": torch.zeros(2, 2)}, "has no layer lora_unet_input_blocks_1_1"),
+        ({"lora_unet_input_blocks_1_1.lora_down.weight": torch.zeros(2, 2)}, "UNet2DConditionModel: diffusers cannot"),
+        ({"lora_unet_input_blocks_1_1.hada_w1_a": torch.zeros(2, 2)}, r"is no plain LoRA \(lora_unet_.*hada_w1_a\)"),
+        ({"a.lora_A.weight": torch.zeros(2, 2), "a.dora_scale": torch.zeros(2)}, r"is no plain LoRA \(a.dora_scale"),
     ):
         save_file(saved, tmp_path / DIFFUSERS_FILE)
         with pytest.raises(ValueError, match=says):
@@ -172,3 +177,103 @@ def test_metadata_that_is_none_is_one_line(said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path}") as refused:
         load_adapter(field(), tmp_path)
     assert len(str(refused.value)) < 400
+
+
+def by_sgm(layer: str) -> str:
+    """A layer of the U-Net as kohya's scripts for SDXL call it, by the blocks of the first repository."""
+    side, number, _, place, rest = layer.split(".", 4) if "mid" not in layer else ("mid", "", "", "", layer)
+    if side == "mid":
+        return "middle_block_1_" + rest.split(".", 3)[3].replace(".", "_")
+    # Of one layer a block the way down has 2 places each, its first being conv_in; the way up has 2 too.
+    at = 2 * int(number) + int(place) + (1 if side.startswith("down") else 0)
+    return f"{'input' if side.startswith('down') else 'output'}_blocks_{at}_1_{rest.replace('.', '_')}"
+
+
+@pytest.mark.takes_seconds
+def test_blocks_by_the_numbers_of_the_first_repository(tmp_path: Path) -> None:
+    state, saved = weights(), {}
+    for name, value in state.items():
+        layer, side = name.removesuffix(".weight").rsplit(".", 1)
+        saved[f"lora_unet_{by_sgm(layer)}.lora_{'down' if side == 'lora_A' else 'up'}.weight"] = value
+        saved[f"lora_unet_{by_sgm(layer)}.alpha"] = torch.tensor(1.0)
+    save_file(saved, tmp_path / DIFFUSERS_FILE)
+    check(tmp_path, by_hand(state, lambda _, rank: 1 / rank))
+
+
+# Layers of Wan by its makers' names, which ComfyUI and musubi-tuner keep.
+WAN = {
+    f"{attn}.{theirs}": f"{own}.{name}"
+    for attn, own in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+    for theirs, name in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
+} | {"ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
+
+
+def low_rank(layers: dict[str, tuple[int, int]], name: Callable[[str], str]) -> dict[str, Tensor]:
+    """Random pairs of rank 2 of layers of these (out, in) sizes, with an alpha of 1."""
+    draw, found = torch.Generator().manual_seed(1), {}
+    for layer, (gives, takes) in layers.items():
+        found[f"{name(layer)}.lora_down.weight"] = torch.randn(2, takes, generator=draw)
+        found[f"{name(layer)}.lora_up.weight"] = torch.randn(gives, 2, generator=draw)
+        found[f"{name(layer)}.alpha"] = torch.tensor(1.0)
+    return found
+
+
+def of_wan(name: Callable[[str], str]) -> dict[str, Tensor]:
+    model = wan_model()
+    sizes = {
+        f"blocks.{i}.{theirs}": tuple(model.get_submodule(f"blocks.{i}.{own}").weight.shape)
+        for i in range(len(model.blocks))
+        for theirs, own in WAN.items()
+    }
+    return low_rank(sizes, name)
+
+
+def of_flux(name: Callable[[str], str]) -> dict[str, Tensor]:
+    """By the names of Black Forest Labs, in which the three projections of an attention are one layer."""
+    width = 16
+    double = {"img_attn_qkv": 3, "img_attn_proj": 1, "txt_attn_qkv": 3, "txt_attn_proj": 1}
+    sizes = {f"double_blocks.0.{layer}": (n * width, width) for layer, n in double.items()}
+    inner = tiny_model("flux").single_transformer_blocks[0].proj_out.in_features
+    return low_rank(sizes | {"single_blocks.0.linear2": (width, inner)}, name)
+
+
+def kohya(layer: str) -> str:
+    return f"lora_unet_{layer.replace('.', '_')}"
+
+
+FOREIGN: dict[str, tuple[Callable[[], Any], Any, dict[str, Tensor], str]] = {
+    "wan by ComfyUI": (wan_model, diffusers.WanPipeline, of_wan(lambda layer: f"diffusion_model.{layer}"), "wan"),
+    "wan by musubi": (wan_model, diffusers.WanPipeline, of_wan(kohya), "wan"),
+    "flux by kohya": (lambda: tiny_model("flux"), diffusers.FluxPipeline, of_flux(kohya), "flux"),
+}
+
+
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize("name", FOREIGN)
+def test_the_names_of_other_tools_are_read_as_diffusers_reads_them(name: str, tmp_path: Path) -> None:
+    make, kind, saved, family = FOREIGN[name]
+    file = tmp_path / "my_style_v2.safetensors"  # as it is published: one file, by a name of its own
+    save_file(saved, file)
+    parts: Any = {key: None for key in inspect.signature(kind.__init__).parameters if key not in ("self", "args")}
+    parts |= {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": make()}
+    pipe: Any = kind(
+        **{key: value for key, value in parts.items() if key not in ("boundary_ratio", "expand_timesteps")}
+    )
+    pipe.load_lora_weights(tmp_path, weight_name=file.name)
+    network = FAMILIES[type(pipe.transformer).__name__]
+    loaded = DiffusionField(network(make()), FlowMatchEulerDiscreteScheduler())
+    plain = DiffusionField(network(make()), FlowMatchEulerDiscreteScheduler())
+    load_adapter(loaded, tmp_path)
+    x = torch.randn(2, 4, *((2, 8, 8) if family == "wan" else (8, 8)), generator=torch.Generator().manual_seed(0))
+    cond = conditions("flux") if family == "flux" else {"encoder_hidden_states": torch.randn(2, 8, 32)}
+    with torch.no_grad():
+        found, wanted = (model(x, TIME, **cond) for model in (loaded.network, network(pipe.transformer)))
+        assert (found - plain.network(x, TIME, **cond)).abs().max() > 1e-3
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
+
+
+def test_a_folder_of_several_files_is_asked_which(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_file({"unet.a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"there are one.safetensors, two.safetensors: name one"):
+        load_adapter(field(), tmp_path)

@@ -38,7 +38,7 @@ from .arguments import (
     seconds_of,
     sizes_of,
 )
-from .latent_images import cut, decode, factor_of
+from .latent_images import decode, factor_of, heard
 from .native_times import coefficients, second_timestep
 from .shifts import Shift
 from .source import whole
@@ -227,7 +227,7 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
         device = self._execution_device
         # The state stays in float32, whatever the type of the network.
         x = self._noise(shape, generator, device) if latents is None else latents.to(device, torch.float32)
-        cond = self._text(prompt, conditions, count, shape[-2:], device, seconds)
+        cond = self._text(prompt, conditions, count, shape[-2:], seconds)
         if labels is not None:
             cond["class_labels"] = labels.to(device).expand(count, *labels.shape[1:])
         if image is not None:
@@ -253,9 +253,7 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
 
         images: Any = x
         if x.ndim == 3:
-            if output_type != "latent":
-                images = cut(x if self.vae is None else decode(self.vae, x), seconds, self.config["rate"])
-            images = images if output_type in ("pt", "latent") else images.cpu().numpy()
+            images = heard(self.vae, x, seconds, self.config["rate"], output_type)
             self.maybe_free_model_hooks()
             return AudioPipelineOutput(audios=images) if return_dict else (images,)
         if output_type != "latent":
@@ -293,16 +291,10 @@ class FlowMapPipeline(Adapters, DiffusionPipeline):
         return any(self.network.config.get(key) for key in ("told_guidance", "guidance_embeds"))
 
     def _text(
-        self,
-        prompt: str | list[str] | None,
-        given: dict[str, Tensor],
-        count: int,
-        sizes: tuple[int, ...],
-        device: Any,
-        seconds: tuple[float, float] | None,
+        self, prompt: str | list[str] | None, given: dict[str, Tensor], count: int, sizes: tuple[int, ...], seconds: Any
     ) -> dict[str, Tensor]:
         """The conditions of text: those that are given, and for what is missing those of the prompts, (B, ...)."""
-        pipeline = self._prompted
+        pipeline, device = self._prompted, self._execution_device
         height, width = (self._factor * size for size in sizes)
         if prompt is not None and not pipeline:
             raise ValueError(f"prompt is {prompt!r}, and this model has no text encoders: leave it out")

@@ -47,11 +47,16 @@ def encode(vae: Any, images: Tensor, generator: torch.Generator | None = None) -
     return (z - shift) * scale
 
 
-def cut(sound: Tensor, seconds: tuple[float, float] | None, rate: int | None) -> Tensor:
-    """Waveforms (B, C, L) in [-1, 1], from the second where they are to begin to that where they are to end."""
+def heard(vae: Any, x: Tensor, seconds: tuple[float, float] | None, rate: int | None, output_type: str) -> Any:
+    """States of sound (B, C, L) as they are ("latent"), or waveforms in [-1, 1] of them, from the second where they are
+    to begin to that where they are to end: a tensor ("pt") or an array."""
+    if output_type == "latent":
+        return x
+    sound = x if vae is None else decode(vae, x)
     if seconds is not None and rate is not None:
         sound = sound[..., int(seconds[0] * rate) : int(seconds[1] * rate)]
-    return sound.clamp(-1, 1)
+    sound = sound.clamp(-1, 1)
+    return sound if output_type == "pt" else sound.cpu().numpy()
 
 
 def units(vae: Any, z: Tensor) -> tuple[Tensor | float, Tensor | float]:

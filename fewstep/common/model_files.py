@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fewstep.common.errors import refused, shortened, shown
 from fewstep.common.reading import parse_json, read_text
 from fewstep.common.received import plain_name
+from fewstep.common.streamed import Keep, check_quantisation, streamed
 
 WEIGHTS = "diffusion_pytorch_model"
 _MOST_CLASSES = _MOST_NUMBER = 1 << 20
@@ -107,26 +108,29 @@ def class_of(index: dict[str, Any]) -> str:
     return _PIPELINES.get(name, name)
 
 
-def load_weights(model_class: Any, folder: Path, variant: str | None = None, **options: Any) -> Any:
-    """A diffusers model with the weights in its folder, of a variant if it is there, which are exactly its own.
+def load_weights(
+    model_class: Any, folder: Path, variant: str | None = None, keep: Keep | None = None, **options: Any
+) -> Any:
+    """A diffusers model with the weights in its folder, of a variant if it is there, which are exactly its own. Those
+    that bitsandbytes quantised are made whole.
 
     Args:
+        keep: what puts each tensor into the model, as it is read (see :func:`streamed`).
         options: of its ``from_pretrained``.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`check_weights`, or weights that are not those of its config.json, or
-            that are quantised.
+            that are quantised in another way.
     """
     check_weights(folder, variant=variant)
     config, where = read_json(folder / "config.json"), str(folder / "config.json")
-    if packed := config.get("quantization_config"):
-        kind = packed.get("quant_method") if isinstance(packed, dict) else packed
-        raise ValueError(
-            f"the weights in {folder} are quantised ({shown(kind)}), and whole ones are needed: take the model as it "
-            "was before; student.lora.base: nf4 then keeps a frozen one in 4 bits"
-        )
+    is_quantised = check_quantisation(config, folder)
     check_numbers(config, where)
     _check_kinds(model_class, config, where)
+    if keep is not None or is_quantised:
+        options.pop("torch_dtype", None)  # each is float32, or as it is kept
+        with quietly():
+            return streamed(model_class, folder, weight_paths(folder, variant=variant), keep, **options)
     options = {"output_loading_info": True, **plainly(model_class), **options}
     options["variant"] = variant_in(folder, wanted=variant)
     wrong = f"the weights in {folder} are not those of its config.json"

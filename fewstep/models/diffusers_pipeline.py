@@ -21,6 +21,7 @@ from fewstep.models.diffusers_configs import Found, look_into, mended
 from fewstep.models.wan_experts import SECOND
 from fewstep.networks import WanExperts
 from fewstep.networks.configs import experts, keep_facts
+from fewstep.networks.frozen_base import keeping
 from fewstep.pipelines.stock_prompts import PROJECTION
 
 # The parts of a pipeline that have weights of diffusers' own.
@@ -43,11 +44,12 @@ def lack_weights(folder: Path) -> bool:
     return any((folder / part / "config.json").is_file() and not has_weights(folder / part) for part in parts)
 
 
-def load_field(folder: Path, variant: str | None = None) -> DiffusionField:
+def load_field(folder: Path, variant: str | None = None, base: str = "float32") -> DiffusionField:
     """The model of a diffusers folder as a velocity on the linear path (arXiv 2506.02221).
 
     Args:
         variant: of the weights, such as fp16; parts that have it not are read as they are.
+        base: what its linear layers are kept in, as they are read: see ``fewstep.networks.frozen_base.keep_base``.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`look_into`, or weights that are missing, damaged or not the model's.
@@ -61,7 +63,7 @@ def load_field(folder: Path, variant: str | None = None) -> DiffusionField:
         found.latents.check()
     meta: Any = found.network.model
     kind = type(meta.transformer if isinstance(found.network, WanExperts) else meta)
-    loaded = [load_weights(kind, place, variant, **mended(place)) for place in found.models]
+    loaded = [load_weights(kind, place, variant, keeping(base), **mended(place)) for place in found.models]
     field = DiffusionField(_network(found, loaded), found.scheduler)
     field.latents, field.text, field.class_names = found.latents, found.text, class_names_in(folder)
     field.distilled = found.distilled

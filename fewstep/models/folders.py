@@ -35,9 +35,11 @@ from fewstep.training.run_files import is_run
 _PLAIN_WEIGHTS = "model.safetensors"
 
 
-def load_folder(source: Any, *, trust: bool = False, variant: str | None = None) -> VelocityField | FlowMap:
+def load_folder(
+    source: Any, *, trust: bool = False, variant: str | None = None, base: str = "float32"
+) -> VelocityField | FlowMap:
     """A model from a folder that is no run, from the hub, or from a pipeline in memory, in evaluation mode: all that
-    :func:`fewstep.load` takes but runs. Arguments and errors are its own."""
+    :func:`fewstep.load` takes but runs. Arguments and errors are its own; ``base`` is that of :func:`load_field`."""
     if not isinstance(source, str | Path):
         return field_of_pipeline(source).eval()
     folder = _find(source, variant=variant)
@@ -51,7 +53,7 @@ def load_folder(source: Any, *, trust: bool = False, variant: str | None = None)
     elif is_converted(folder):
         model = load_converted(folder)
     else:
-        model = _own_map(load_field(folder, variant), folder)
+        model = _own_map(load_field(folder, variant, base), folder)
     knowing(model, folder)
     model.source = str(folder.resolve()) if Path(source).expanduser().is_dir() else str(source)
     return model.eval()

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fewstep.common.streamed import Keep, Put, put_whole
+
 _BLOCK = 64  # weights of nf4 that share a scale, as bitsandbytes and diffusers have them
 Packed = tuple[str, tuple[int, ...]]  # the kind, and the shape of the whole weight
 
@@ -115,6 +117,31 @@ def keep_base(base: str, *networks: nn.Module) -> None:
             layer.__class__ = HalfLinear
 
 
+def keeping(base: str) -> Keep | None:
+    """What keeps the weights of a frozen model so as they are read: the same as :func:`keep_base` makes of it whole.
+    None for ``float32``."""
+    if base == "float32":
+        return None
+
+    def keep(model: nn.Module) -> Put:
+        inside, put_whole_one = set(_in_blocks(model)), put_whole(model)
+
+        def put(name: str, value: Tensor) -> None:
+            above, _, last = name.rpartition(".")
+            layer: Any = model.get_submodule(above)
+            if type(layer) is not nn.Linear or last != "weight":
+                put_whole_one(name, value)
+            elif base != "bfloat16" and layer in inside:
+                _become_packed([layer], value.float(), base)
+            else:
+                layer.weight = nn.Parameter(value.float().to(torch.bfloat16), requires_grad=False)
+                layer.__class__ = HalfLinear
+
+        return put
+
+    return keep
+
+
 def restore_base(network: nn.Module) -> None:
     """The same weights in float32 again, as plain layers, in place."""
     layers: list[Any] = list(network.modules())
@@ -149,11 +176,14 @@ def _pack(base: str, networks: tuple[nn.Module, ...]) -> None:
             f"{type(networks[0]).__name__} has none: take float32 or bfloat16"
         )
     for layers in sharing.values():
-        weight = layers[0].weight
-        values, scale = (nn.Parameter(part, requires_grad=False) for part in _packed(weight.detach(), base))
-        for layer in layers:
-            layer.weight, layer.scale, layer.packed = values, scale, (base, tuple(weight.shape))
-            layer.__class__ = PackedLinear
+        _become_packed(layers, layers[0].weight.detach(), base)
+
+
+def _become_packed(layers: list[Any], weight: Tensor, base: str) -> None:
+    values, scale = (nn.Parameter(part, requires_grad=False) for part in _packed(weight, base))
+    for layer in layers:
+        layer.weight, layer.scale, layer.packed = values, scale, (base, tuple(weight.shape))
+        layer.__class__ = PackedLinear
 
 
 def _in_blocks(module: nn.Module, is_inside: bool = False) -> Iterator[nn.Module]:

@@ -40,11 +40,12 @@ from fewstep.training.run import frozen, put_back
 from fewstep.training.run_files import CHAIN, CHECKPOINTS, RECIPE, is_run
 
 
-def make_teacher(section: Teacher, encoded: Path | None = None) -> VelocityField:
+def make_teacher(section: Teacher, encoded: Path | None = None, base: str = "float32") -> VelocityField:
     """The field that is distilled.
 
     Args:
         encoded: a folder of encoded data, which has the conditions of an empty prompt too.
+        base: what the linear layers of a diffusers folder are kept in, from the start.
 
     Raises:
         ValueError: nothing of that name, or something that is no velocity field.
@@ -53,7 +54,7 @@ def make_teacher(section: Teacher, encoded: Path | None = None) -> VelocityField
     source = section.source
     if is_nowhere(source):
         raise ValueError(f"{unknown('teacher', source, EXACT)}; and nothing is at that path here")
-    field = find_model(source, section.options)
+    field = find_model(source, section.options, base)
     if isinstance(field, FlowMap):
         raise ValueError(
             f"the teacher {section.source!r} is a flow map, and what is distilled is a velocity field: "
@@ -62,7 +63,7 @@ def make_teacher(section: Teacher, encoded: Path | None = None) -> VelocityField
     return guided(field, section, find_model, lambda null, field: null_of(null, field, encoded))
 
 
-def find_model(source: str, options: dict[str, Any] | None = None) -> Any:
+def find_model(source: str, options: dict[str, Any] | None = None, base: str = "float32") -> Any:
     """What a name stands for: an exact field, a function of a file or module, or whatever ``fewstep.load`` takes."""
     if source in EXACT:
         return EXACT[source]()
@@ -72,7 +73,8 @@ def find_model(source: str, options: dict[str, Any] | None = None) -> Any:
         if not isinstance(model, VelocityField | FlowMap):
             raise ValueError(f"{source!r} gave a {type(model).__name__}, not a VelocityField or FlowMap")
         return model
-    return load(source, **arguments("teacher.options", load, options or {}, given=("source", "device", "trust")))
+    own = arguments("teacher.options", load, options or {}, given=("source", "device", "trust"))
+    return _load(source, base=base, **own)
 
 
 def load(
@@ -105,16 +107,20 @@ def load(
 
     >>> teacher = fewstep.load("./my-ddpm")
     """
+    return _load(source, trust=trust, variant=variant).to(device)
+
+
+def _load(source: Any, *, trust: bool = False, variant: str | None = None, base: str = "float32") -> Any:
     folder = Path(source).expanduser() if isinstance(source, str | Path) else None
     if folder is not None and (folder / CHAIN).is_file():
-        return _chain_in(folder, trust).to(device)
+        return _chain_in(folder, trust)
     if folder is None or not is_run(folder):
-        return load_folder(source, trust=trust, variant=variant).to(device)
+        return load_folder(source, trust=trust, variant=variant, base=base)
     if variant is not None:
         raise has_one_variant(source, variant)
     model = load_run(folder, trust=trust)
     model.source = str(folder.resolve())
-    return model.to(device)
+    return model
 
 
 class _Chain(BaseModel):
@@ -288,7 +294,8 @@ def teacher_of(recipe: Recipe) -> VelocityField | None:
         return None
     if (lora := recipe.student.lora) is not None:
         check_base(lora.base)
-    teacher, path = make_teacher(recipe.teacher, encoded_folder(recipe)), path_of(recipe.student)
+    base = "float32" if lora is None else lora.base
+    teacher, path = make_teacher(recipe.teacher, encoded_folder(recipe), base), path_of(recipe.student)
     check_teacher(recipe, teacher)
     inner = unguided(teacher)
     if lora is not None and lora.base != "float32" and isinstance(inner, NetworkField):

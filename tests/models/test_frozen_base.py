@@ -147,13 +147,3 @@ def test_a_library_that_is_not_there_is_named(teacher: Path, tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"base: nf4 needs bitsandbytes, .* pip install 'fewstep\[quantised\]'"):
         build(recipe(teacher, "nf4"), tmp_path / "run")
-
-
-def test_a_checkpoint_that_is_quantised_is_refused_in_one_line(teacher: Path, tmp_path: Path) -> None:
-    source = tmp_path / "teacher"
-    shutil.copytree(teacher, source)
-    config = next(source / part / "config.json" for part in ("unet", "transformer") if (source / part).is_dir())
-    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": quantised}))
-    with pytest.raises(ValueError, match=r"are quantised \('bitsandbytes'\), .* take the model as it was before"):
-        load(source)

@@ -64,7 +64,8 @@ def build(recipe: Recipe, out: Path | None = None, fresh: bool = False) -> Built
         data = make_data(recipe, teacher, out, fresh)
         recipe, shape = with_tokens(recipe, data), tuple(data.shape)
     # Before the objective, which freezes the teacher that the student may be a copy of.
-    student = make_student(recipe.student, shape, teacher, trains_map(recipe), recipe.seed, start_of(recipe.student))
+    begun, lent = start_of(recipe.student), recipe.training.shard is not None
+    student = make_student(recipe.student, shape, teacher, trains_map(recipe), recipe.seed, begun, lent)
     objective = make_objective(recipe, teacher)
     objective.check_student(student)
     if data is None:

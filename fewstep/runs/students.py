@@ -71,11 +71,14 @@ def make_student(
     is_map: bool,
     seed: int,
     start: FlowMap | VelocityField | None = None,
+    lent: bool = False,
 ) -> FlowMap | VelocityField:
     """What is trained, for samples of ``shape``: its first weights come from the seed, or are the teacher's.
 
     Args:
         start: the model that ``student.start`` names, where it names one (``fewstep.runs.loading.start_of``).
+        lent: begin on the memory of the teacher's weights, where both are about to be shared out over processes, and
+            each takes its rows of either.
 
     Raises:
         ValueError: a network that does not fit the shape, options that are not known, weights that do not fit.
@@ -85,7 +88,7 @@ def make_student(
     if start is not None:
         model: FlowMap | VelocityField = started(start, section, shape, teacher, is_map)
     else:
-        model = _bare_student(section, shape, teacher, is_map, seed)
+        model = _bare_student(section, shape, teacher, is_map, seed, lent)
     if (inner := unguided(teacher)) is not None and model.latents is None:
         model.latents, model.text, model.class_names = inner.latents, inner.text, inner.class_names
         model.moments = inner.moments or model.moments
@@ -105,7 +108,7 @@ def make_student(
 
 
 def _bare_student(
-    section: Student, shape: tuple[int, ...], teacher: VelocityField | None, is_map: bool, seed: int
+    section: Student, shape: tuple[int, ...], teacher: VelocityField | None, is_map: bool, seed: int, lent: bool
 ) -> FlowMap | VelocityField:
     inner = unguided(teacher)
     with torch.random.fork_rng([]):
@@ -116,14 +119,13 @@ def _bare_student(
                     f"student.network: auto takes the teacher's network, and {type(inner).__name__} has none: "
                     "say mlp, unet, or FILE.py:FUNCTION"
                 )
-            field = _started(inner, section, shape)
+            of_diffusers = isinstance(inner.network, OfDiffusers)
+            lent = lent and of_diffusers  # of these every weight is shared out
+            field = _started(inner, section, shape, of_diffusers and (lent or is_map))  # a map copies what it is given
             if not is_map:
                 return field if section.lora else field.requires_grad_(True)  # an adapter says what trains
-            return FlowMap.from_field(
-                field,
-                share=section.lora is not None,
-                **_told(section),
-            )
+            student = FlowMap.from_field(field, share=lent or section.lora is not None, **_told(section))
+            return student.requires_grad_(True) if lent and section.lora is None else student
         is_random = not isinstance(inner, NetworkField) or section.weights == "random"
         if section.lora is not None and is_random and not is_code(section.network):
             raise ValueError(
@@ -141,10 +143,14 @@ def _bare_student(
         return _wrap(network, section, start, teacher, is_map)
 
 
-def _started(field: NetworkField, section: Student, shape: tuple[int, ...]) -> NetworkField:
-    """The teacher's field as a student starts: a copy, with what the recipe changes about its network."""
-    # With an adapter the weights stay as they are, and the teacher and the student can have one copy of them.
-    shared = {id(weight): weight for weight in field.parameters()} if section.lora is not None else {}
+def _started(field: NetworkField, section: Student, shape: tuple[int, ...], lent: bool) -> NetworkField:
+    """The teacher's field as a student starts: a copy, with what the recipe changes about its network; with ``lent``,
+    on the memory of its weights."""
+    shared: dict[int, Any] = {}
+    if section.lora is not None:  # the weights stay as they are, and the teacher and the student can have one copy
+        shared = {id(weight): weight for weight in field.parameters()}
+    elif lent:
+        shared = {id(weight): nn.Parameter(weight.detach(), weight.requires_grad) for weight in field.parameters()}
     field = deepcopy(field, shared)
     if section.image is not None:
         field.network = with_image(field.network, section.image)

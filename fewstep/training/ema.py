@@ -1,7 +1,7 @@
 """A slow copy of a model: the weights that are evaluated and exported, and the target that some objectives want."""
 
 from copy import deepcopy
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,25 +23,35 @@ class Ema(Generic[Model]):
         decay: in [0, 1); 0 follows at once.
         warmup: use min(decay, (1 + n) / (10 + n)) at update n, so that a short run is not held back by its first,
             untrained weights. Off unless asked for: it changes what the decay means.
+        lent: begin on the memory of the model's own weights, where both are about to be shared out: each process then
+            takes its rows of either, and :meth:`follow` is called before the first update.
     """
 
-    def __init__(self, model: Model, decay: float, warmup: bool = False) -> None:
+    def __init__(self, model: Model, decay: float, warmup: bool = False, *, lent: bool = False) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"an EMA decay must be in [0, 1), got {decay}")
         self.decay, self.warmup = decay, warmup
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-        self.module: Model = deepcopy(model, {**frozen}).eval().requires_grad_(False)
+        known: dict[int, Any] = {**frozen}
+        if lent:
+            known |= {id(p): nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}
+        self.module: Model = deepcopy(model, known).eval().requires_grad_(False)
         averaged = [p for p in self.module.parameters() if id(p) not in frozen]
         for tensor in (*averaged, *self.module.buffers()):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
-        self.follow(model)
+        if not lent:
+            self.follow(model)
 
     def follow(self, model: nn.Module) -> None:
         """Average the tensors that both models hold now: they are others once the models were sharded, where each
         process averages its own share."""
         both = zip(self.module.parameters(), model.parameters(), strict=True)
         moving = [(shadow, weight) for shadow, weight in both if weight.requires_grad]
+        for shadow, weight in moving:
+            own, lender = local(shadow), local(weight)
+            if own.numel() and own.data_ptr() == lender.data_ptr():  # it was not shared out
+                shadow.data = shadow.data.clone()
         self._shadows: list[Tensor] = [shadow for shadow, _ in moving]
         self._weights: list[Tensor] = [weight for _, weight in moving]
         self._buffers: list[Tensor] = list(self.module.buffers())

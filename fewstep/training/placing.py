@@ -48,8 +48,9 @@ def placed(
     else:
         model = step
         sharding.begin_alike(step)
-    average = None if ema is None else Ema(student, ema, ema_warmup)
-    slow = None if objective.ema is None else Ema(student, objective.ema)
+    lent = sharding is not None
+    average = None if ema is None else Ema(student, ema, ema_warmup, lent=lent)
+    slow = None if objective.ema is None else Ema(student, objective.ema, lent=lent)
     still = mark(frozen(student).values())
     if sharding is not None:
         copies = [copy for copy in (average, slow) if copy is not None]

@@ -12,6 +12,7 @@ from fewstep.common.randomness import Generators, uniform
 from fewstep.common.randomness import generator as seeded
 from fewstep.data import load_data
 from fewstep.data.batch import Batch, Data
+from fewstep.data.conditions import blank
 from fewstep.data.given import as_data
 from fewstep.flows.broadcasting import as_times
 from fewstep.flows.fields import VelocityField
@@ -98,7 +99,7 @@ class DiffTuning(Objective):
         which = which.to(self._rows.data.device)[kept]
         data[kept] = self._rows.data[which].to(data)
         for name, value in self.null.items():
-            cond[name][kept] = value
+            cond[name][kept] = blank(name, value, cond[name][kept])
         noise = noise_of(batch, generator)
         t = as_times(draw_times(rows, generator, f"mirrored-power({self.power})"), noise).clone()
         t[kept] = as_times(draw_times(rows, generator, f"power({self.power})"), noise)[kept]

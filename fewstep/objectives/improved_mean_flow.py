@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fewstep.common.randomness import Generators, uniform
 from fewstep.data.batch import Batch
+from fewstep.data.conditions import blank
 from fewstep.flows.broadcasting import expand
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.guided import Guided
@@ -136,8 +137,8 @@ class ImprovedMeanFlow(BaseMeanFlow):
 
     def guided_velocity(self, student: FlowMap, rows: Rows, own: Tensor) -> Tensor:
         """``v_s + (1 - 1/w) (own - v_null)`` inside the interval of each row, v_s outside."""
-        blank = {name: self._blank(name, rows.cond[name]) for name in self.null}
-        none = self._own(student, rows, {**rows.cond, **blank})
+        without = {name: blank(name, value, rows.cond[name]) for name, value in self.null.items()}
+        none = self._own(student, rows, {**rows.cond, **without})
         told = rows.cond["guidance"]
         strength, low, high = told.unbind(1) if told.ndim == 2 else (told, 0 * told, 0 * told + 1)
         share = torch.where((low <= rows.s) & (rows.s <= high), 1 - 1 / strength, 0.0)
@@ -159,9 +160,6 @@ class ImprovedMeanFlow(BaseMeanFlow):
         assert v is not None
         return v
 
-    def _blank(self, name: str, like: Tensor) -> Tensor:
-        return torch.as_tensor(self.null[name]).to(like).expand_as(like)
-
     def _draw(self, student: FlowMap, batch: Batch, generator: Generators, now: Now) -> tuple[Rows, dict[str, Index]]:
         rows, parts = super()._draw(student, batch, generator, now)
         if not self.guided:
@@ -179,8 +177,8 @@ class ImprovedMeanFlow(BaseMeanFlow):
         is_told_interval = getattr(student.network, "takes_interval", False)
         told = torch.stack([strength, first / 2, (1 + last) / 2], dim=1) if is_told_interval else strength
         out = dropped < self.drop
-        blank = {
-            name: torch.where(expand(out, rows.cond[name]).bool(), self._blank(name, rows.cond[name]), rows.cond[name])
-            for name in self.null
+        without = {
+            name: torch.where(expand(out, rows.cond[name]).bool(), blank(name, value, rows.cond[name]), rows.cond[name])
+            for name, value in self.null.items()
         }
-        return replace(rows, cond={**rows.cond, **blank, "guidance": told}), parts
+        return replace(rows, cond={**rows.cond, **without, "guidance": told}), parts

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from fewstep.flows.broadcasting import expand
 from fewstep.flows.change_of_path import scaling
 from fewstep.flows.maps import FlowMap
-from fewstep.networks import MLP, ConditionalUNet, DiT, UNet
+from fewstep.networks import MLP, ConditionalUNet, ContinuousUNet, Conv1dNet, DiT, UNet
 from fewstep.networks.channels import mean_part
 
 
 def last_layer(network: nn.Module) -> nn.Module | None:
     """The layer that makes a network's output of what it knows; None for networks whose last one is not known."""
     match network:
-        case MLP():
+        case MLP() | Conv1dNet() | ContinuousUNet():
             return network.output
         case UNet() | ConditionalUNet():
             return network.model.conv_out
@@ -67,8 +67,8 @@ def check_place(student: FlowMap) -> nn.Module:
     layer = last_layer(student.network)
     if layer is None:
         raise ValueError(
-            f"a {type(student.network).__name__} has no place for a velocity head, as MLPs, U-Nets and DiTs have: say "
-            "head: false, for one more call"
+            f"a {type(student.network).__name__} has no place for a velocity head, as MLPs, Conv1dNets, U-Nets and "
+            "DiTs have: say head: false, for one more call"
         )
     if getattr(student.network, "_compiled_call_impl", None) is not None:
         raise ValueError("a velocity head sees nothing inside a compiled network: say head: false, or compile: false")

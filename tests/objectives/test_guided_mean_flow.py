@@ -18,7 +18,7 @@ from fewstep.flows.fields import NetworkField
 from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import count_calls, sample
-from fewstep.networks import MLP
+from fewstep.networks import MLP, ContinuousUNet, Conv1dNet
 from fewstep.objectives import ImprovedMeanFlow
 from fewstep.objectives.rows import Now, Rows
 from fewstep.objectives.velocity_head import VelocityHead
@@ -177,11 +177,25 @@ def test_what_rows_are_told() -> None:
     assert set(plain.cond) == {"class_labels"}
 
 
-@pytest.mark.parametrize("name", ["mlp", "unet", "unet of classes", "sd", "dit"])
+def test_a_fraction_stands_for_no_class() -> None:
+    objective = ImprovedMeanFlow(guided=True, null={"class_labels": 1.5})
+    with pytest.raises(ValueError, match=r"null: class_labels is 1\.5, .* has whole numbers"):
+        objective._draw(small(), labelled(32, dtype=torch.float32), generator(0), Now())
+
+
+# Networks of fewstep's own, and the shape of a row.
+OWN: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "mlp": (lambda: MLP(2, width=16, depth=2), (2,)),
+    "conv1d": (lambda: Conv1dNet(2, 8, width=16, depth=2), (2, 8)),
+    "continuous": (lambda: ContinuousUNet((1, 8, 8), widths=(8, 16), steps=1), (1, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", [*OWN, "unet", "unet of classes", "sd", "dit"])
 def test_a_head_begins_as_the_output_that_it_stands_beside(name: str) -> None:
-    field: Any = NetworkField(MLP(2, width=16, depth=2)) if name == "mlp" else field_of(name)
+    field: Any = NetworkField(OWN[name][0]()) if name in OWN else field_of(name)
     student = FlowMap.from_field(field)
-    x, cond = (torch.randn(2, 2), {}) if name == "mlp" else rows_of(name)
+    x, cond = (torch.randn(2, *OWN[name][1]), {}) if name in OWN else rows_of(name)
     loud(student)
     head, s, t = VelocityHead(student), torch.tensor([0.1, 0.6]), torch.tensor([0.5, 0.9])
     with count_calls(student) as calls:

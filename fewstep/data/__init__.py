@@ -27,6 +27,7 @@ from fewstep.data.pairs import FACTS, Pairs
 from fewstep.data.prior import Prior
 from fewstep.data.remote import check_address, is_remote
 from fewstep.data.residual import Residual, upsampled
+from fewstep.data.tars import is_shards
 from fewstep.data.text import Text
 from fewstep.data.toy import Toy
 
@@ -50,7 +51,10 @@ __all__ = [
     "upsampled",
 ]
 
-_ENCODED = "webdataset shards are for latent models, which they are encoded for"
+_ENCODED = (
+    "webdataset shards are for latent models, which they are encoded for: for a model of pixels, unpack them into a "
+    "folder of images (tar -xf)"
+)
 NAMED: dict[str, Callable[..., Any]] = {
     "checkerboard": toy.checkerboard,
     "two-moons": toy.two_moons,
@@ -93,6 +97,8 @@ def load_data(name: str | Path, **options: Any) -> Data:
         load, source = pictures.hugging_face, (name.removeprefix("hf:"),)
     else:
         path = Path(name).expanduser()
+        if path.suffix == ".tar":  # of a pattern, nothing has that name
+            raise ValueError(f"{name[:200]}: {_ENCODED}")
         if not os.path.exists(path):  # not path.exists(), which raises for a name that is too long
             if "/" in name or os.sep in name or name.startswith((".", "~")) or path.suffix in (".npy", ".npz"):
                 raise FileNotFoundError(f"no data at {name[:200]}: there is no such file or folder")
@@ -128,8 +134,6 @@ def _loader_of(path: Path) -> Callable[..., Any]:
             return files.idx
         if path.suffix in TEXTS:
             return text.text_file
-        if path.suffix == ".tar":
-            raise ValueError(f"{path}: {_ENCODED}")
         raise ValueError(f"{path} is no file of data that fewstep reads: .npy, .npz, IDX, .txt, or a folder")
     if (path / FACTS).is_file():
         return Pairs
@@ -141,6 +145,8 @@ def _loader_of(path: Path) -> Callable[..., Any]:
         return files.idx
     if any(path.glob("*_batch*.bin")):
         return files.cifar_binary
+    if is_shards(path):
+        raise ValueError(f"{path}: {_ENCODED}")
     inside = sorted(path.iterdir())
     arrays = [file.name for file in inside if file.suffix in (".npy", ".npz")]
     if arrays and not any(file.is_dir() or is_picture(file.name) for file in inside):

@@ -223,6 +223,15 @@ def test_shards_that_cannot_be_read(tmp_path: Path) -> None:
         assert listed(tmp_path / "empty.tar").rows
 
 
+def test_shards_for_a_model_of_pixels_are_to_be_unpacked(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "train-000.tar", "w"):
+        pass
+    for name in (tmp_path, tmp_path / "train-000.tar", tmp_path / "train-{000..009}.tar", "train-*.tar"):
+        said = f"^{re.escape(str(name))}: webdataset shards are for latent models, .* unpack them into a folder"
+        with pytest.raises(ValueError, match=said):
+            load_data(name)
+
+
 def test_what_is_no_source(tmp_path: Path) -> None:
     captioned_folder(tmp_path / "photos")
     with pytest.raises(ValueError, match=r"unknown option of .* 'captain': did you mean 'caption'\?"):

@@ -3,14 +3,15 @@
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
+from toys.killed import both
 from toys.processes import environment
 
 from fewstep.training import checkpoints
@@ -33,34 +34,24 @@ train("dit", "ITVM", folder / "run", dtype=torch.float32, shard="fsdp2", steps={
 """
 
 
-def torchrun(folder: Path, restarts: int) -> subprocess.Popen[bytes]:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--monitor-interval", "0.1"]
-    return started(folder, [*launch, "--max-restarts", str(restarts)], {})
-
-
-def by_hand(folder: Path) -> list[subprocess.Popen[bytes]]:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1]), "WORLD_SIZE": "2"}
-    return [started(folder, [], {**place, "RANK": str(rank)}) for rank in (0, 1)]
-
-
-def started(folder: Path, launch: list[str], more: dict[str, str]) -> subprocess.Popen[bytes]:
-    folder.mkdir(exist_ok=True)
+def torchrun(folder: Path, restarts: int) -> "subprocess.Popen[bytes]":
+    folder.mkdir()
     (folder / "train.py").write_text(SCRIPT)
-    command = [sys.executable, *launch, str(folder / "train.py"), str(folder)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--monitor-interval", "0.1"]
+    command = [sys.executable, *launch, "--max-restarts", str(restarts), str(folder / "train.py"), str(folder)]
     with (folder / "said.txt").open("ab") as said:
-        return subprocess.Popen(command, env={**environment(), **more}, stdout=said, stderr=said)
+        return subprocess.Popen(command, env=environment(), stdout=said, stderr=said)
 
 
-def check_ended(folder: Path, *processes: subprocess.Popen[bytes]) -> None:
+def check_ended(folder: Path, *processes: BaseProcess) -> None:
     for process in processes:
-        assert process.wait(200) == 0, (folder / "said.txt").read_text()[-4000:]
+        process.join(400)
+        assert process.exitcode == 0, (folder / "said.txt").read_text()[-4000:]
 
 
 def wait_for(folder: Path, beyond: int) -> None:
     """Until a step is done that comes after this one."""
-    file, end = folder / "step-0", time.monotonic() + 200
+    file, end = folder / "step-0", time.monotonic() + 400
     while not file.exists() or int(file.read_text() or 0) <= beyond:
         assert time.monotonic() < end, (folder / "said.txt").read_text()[-4000:]
         time.sleep(0.01)
@@ -76,7 +67,7 @@ def check_alike(ours: Path, theirs: Path) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    check_ended(folder, *by_hand(folder))
+    check_ended(folder, *both(folder, STEPS))
     return folder
 
 
@@ -84,14 +75,15 @@ def check_killed(whole: Path, folder: Path, times: int) -> None:
     """One of two is killed some time after each of these steps, and the other ends by itself."""
     draw = random.Random(times)
     for place in sorted(draw.sample(range(1, STEPS - 6), times)):
-        both = by_hand(folder)
+        processes = both(folder, STEPS)
         wait_for(folder, place)
         time.sleep(draw.uniform(0, 0.3))
         victim = draw.choice((0, 1))
-        both[victim].kill()
-        assert both[1 - victim].wait(100) != 0
-        both[victim].wait()
-    check_ended(folder, *by_hand(folder))
+        processes[victim].kill()
+        processes[1 - victim].join(100)
+        assert processes[1 - victim].exitcode == 1
+        processes[victim].join()
+    check_ended(folder, *both(folder, STEPS))
     check_alike(whole, folder)
 
 
@@ -112,6 +104,6 @@ def test_torchrun_starts_all_again_by_itself(whole: Path, tmp_path: Path) -> Non
     wait_for(folder, 10)
     _, _, pid = next(folder.glob("pid-1-*")).name.split("-")
     os.kill(int(pid), signal.SIGKILL)
-    check_ended(folder, process)
+    assert process.wait(400) == 0, (folder / "said.txt").read_text()[-4000:]
     assert len(list(folder.glob("pid-1-*"))) == 2
     check_alike(whole, folder)

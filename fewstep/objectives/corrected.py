@@ -120,6 +120,12 @@ class Corrected(Finishing):
     def check_student(self, student: Any) -> None:
         super().check_student(student)
         check_native(self.times, student)
+        if student.ends_alone and (self.kind == "same" or self.real == "diagonal"):
+            said = "fake: same" if self.kind == "same" else "real: diagonal"
+            raise ValueError(
+                f"Corrected with {said} asks the student for other ends than t = 1, and with second_time: none it is "
+                "told none: say fake: copy and real: teacher"
+            )
         student.path.check_noise("Corrected", "Adversarial finishes maps between data sets")
 
     def player_parameters(self) -> list[nn.Parameter]:

@@ -164,6 +164,10 @@ class Finishing(Objective):
         return self.base.gamma
 
     @property
+    def ends_alone(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base.ends_alone
+
+    @property
     def grid(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.base.grid
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toys.gaussian import GaussianAverageVelocity
+from toys.unet import tiny_field
 
 from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch
@@ -17,7 +18,7 @@ from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Path, Trigonometric
 from fewstep.flows.times import draw_times
 from fewstep.networks import MLP
-from fewstep.objectives import ITVM, PSD, Corrected, MeanFlow
+from fewstep.objectives import ITVM, PSD, Adversarial, ConsistencyDistillation, Corrected, MeanFlow
 from fewstep.objectives.finishing import Made
 
 MU, VARIANCE = 0.7, 0.36
@@ -213,6 +214,32 @@ def test_what_is_refused():
         objective.check_student(FlowMap(MLP(2, width=16, depth=2, times=2), Trigonometric()))
     with pytest.raises(ValueError, match="adopt"):
         objective(student, Batch(torch.randn(64, 2)), target=student, progress=0.5, generator=generator(0))
+
+
+@pytest.mark.takes_seconds
+def test_it_finishes_a_consistency_model_that_is_told_no_second_time() -> None:
+    field = tiny_field("v_prediction")
+    student = FlowMap.from_field(tiny_field("v_prediction"), second_time="none")
+    with torch.no_grad():  # at first it says what the teacher does, and feels nothing
+        for weight in student.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    objective = Corrected(ConsistencyDistillation(field), begin=0.0, ramp=0.0)
+    objective.check_student(student)
+    objective.adopt(student)
+    assert student.gamma == 1
+    batch = Batch(torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    for step in range(3):  # samples of 1, 2 and 4 steps
+        loss = objective(student, batch, target=student, progress=0.5, step=step, generator=generator(step))
+        loss.total.backward()
+        assert loss.terms["corrector"] > 0
+        assert loss.others["fake"] > 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
+    Adversarial(ConsistencyDistillation(field)).check_student(student)
+    for option, said in (({"fake": "same"}, "fake: same"), ({"real": "diagonal"}, "real: diagonal")):
+        with pytest.raises(ValueError, match=f"Corrected with {said} asks the student for other ends"):
+            Corrected(ConsistencyDistillation(field), **option).check_student(student)
+    with pytest.raises(ValueError, match="Corrected trains ends before t = 1 too"):
+        Corrected(PSD(field)).check_student(student)
 
 
 def test_a_map_between_two_data_sets_is_refused() -> None:

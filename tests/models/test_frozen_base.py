@@ -78,13 +78,14 @@ def test_one_copy_is_teacher_and_student(teacher: Path, tmp_path: Path, base: st
 
 @pytest.mark.takes_seconds
 @pytest.mark.parametrize(
-    ("base", "precision", "objective"),
+    ("teacher", "base", "precision", "objective"),
     [
-        ("bfloat16", "float32", "ITVM"),
-        ("nf4", "bf16", "ITVM"),
-        ("nf4", "float32", "FlowMatching"),
-        ("int8", "float32", "MeanFlow"),
+        ("sd", "bfloat16", "float32", "ITVM"),
+        ("sd", "nf4", "bf16", "ITVM"),
+        ("sd3", "nf4", "float32", "FlowMatching"),
+        ("sd3", "int8", "float32", "MeanFlow"),
     ],
+    indirect=["teacher"],
 )
 def test_it_trains_goes_on_and_is_exported(
     teacher: Path, tmp_path: Path, base: str, precision: str, objective: str
@@ -113,6 +114,7 @@ KINDS = tuple(kind for kind in nn.Linear.__subclasses__() if kind not in (HalfLi
 
 
 @pytest.mark.takes_seconds
+@pytest.mark.parametrize("teacher", ["sd3"], indirect=True)
 def test_it_goes_on_with_the_same_bits_and_no_other_teacher(teacher: Path, tmp_path: Path) -> None:
     packs("nf4")
     source = tmp_path / "teacher"
@@ -131,6 +133,7 @@ def test_it_goes_on_with_the_same_bits_and_no_other_teacher(teacher: Path, tmp_p
 
 
 @pytest.mark.takes_seconds
+@pytest.mark.parametrize("teacher", ["sd3"], indirect=True)
 def test_a_plan_counts_it(teacher: Path, tmp_path: Path) -> None:
     full, half, eight, four = (plan(recipe(teacher, base)) for base in ("float32", "bfloat16", "int8", "nf4"))
     assert four.fixed < eight.fixed < half.fixed < full.fixed

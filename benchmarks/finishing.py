@@ -26,6 +26,7 @@ from fewstep.evaluation.cost import compare_costs
 COUNTS, METRICS = (1, 2, 4), ("fd", "precision", "recall", "accuracy")
 FIRST, STEPS = 1500, 400  # of the student, and of ITVM after it
 NOW: dict[str, Any] = {"begin": 0.0}
+BEFORE: dict[str, Any] = {"ema": 0.9, "times": "uniform", "ends": 0.25}  # ITVM's own until its times were of calls
 NOISY = "logit-normal(-0.8, 1)"
 
 Make = Callable[[Any], Any]
@@ -35,6 +36,7 @@ WAYS: dict[str, Make] = {
         f"corrected, weight {w:g}": lambda t, w=w: fewstep.Corrected(fewstep.ITVM(t), weight=w, **NOW)
         for w in (0.2, 0.5, 1.0, 2.0, 4.0)
     },
+    "corrected, base of before": lambda t: fewstep.Corrected(fewstep.ITVM(t, **BEFORE), weight=1.0, **NOW),
     "corrected, one step only": lambda t: fewstep.Corrected(fewstep.ITVM(t), rollout=(1,), weight=1.0, **NOW),
     "corrected, one network": lambda t: fewstep.Corrected(fewstep.ITVM(t), fake="same", weight=1.0, **NOW),
     "corrected, own diagonal": lambda t: fewstep.Corrected(fewstep.ITVM(t), real="diagonal", weight=1.0, **NOW),

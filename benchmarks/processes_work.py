@@ -19,7 +19,7 @@ import torch
 import fewstep
 from fewstep import networks
 from fewstep.common import distributed
-from fewstep.common.distributed import local
+from fewstep.common.shards import local
 from fewstep.data.arrays import ArrayData
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.paths import Linear, VariancePreserving

@@ -79,7 +79,7 @@ def draw_times(rows: int, generators: Generators, distribution: str = "uniform")
       (``fewstep.flows.token_times``).
 
     ``native`` before one of them, as in ``native logit-normal(0, 1)``, is for objectives, which move the times so as
-    the scheduler of their model does (:func:`moved_natively`); here it changes nothing.
+    the scheduler of their model does (``fewstep.objectives.native``); here it changes nothing.
 
     Raises:
         ValueError: if the distribution is not known.

@@ -12,8 +12,9 @@ from fewstep.flows.broadcasting import expand
 from fewstep.flows.fields import VelocityField, check_velocity
 from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
-from fewstep.objectives.base import Objective, check_native, check_options, moved_natively, squared_error
+from fewstep.objectives.base import Objective, check_options, squared_error
 from fewstep.objectives.finishing import Finishing, Judged, Made
+from fewstep.objectives.native import check_native, moved_natively
 
 FAKES, REALS = ("copy", "same"), ("teacher", "diagonal")
 _FLOOR = 0.05

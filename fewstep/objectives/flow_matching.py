@@ -17,15 +17,14 @@ from fewstep.objectives.base import (
     Batch,
     Loss,
     Objective,
-    check_native,
     check_options,
     latent_of,
-    moved_natively,
     noise_of,
     squared_error,
     student_space,
     tokens_of,
 )
+from fewstep.objectives.native import check_native, moved_natively
 from fewstep.objectives.two_time import ERRORS
 
 

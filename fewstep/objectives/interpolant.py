@@ -9,16 +9,8 @@ from fewstep.data.batch import Batch
 from fewstep.flows.broadcasting import as_times
 from fewstep.flows.interpolants import DenoisedField
 from fewstep.flows.times import draw_times
-from fewstep.objectives.base import (
-    Loss,
-    Objective,
-    check_native,
-    check_options,
-    latent_of,
-    moved_natively,
-    noise_of,
-    squared_error,
-)
+from fewstep.objectives.base import Loss, Objective, check_options, latent_of, noise_of, squared_error
+from fewstep.objectives.native import check_native, moved_natively
 
 
 class StochasticInterpolant(Objective):

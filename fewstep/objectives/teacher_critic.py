@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.distributed import is_sharded
 from fewstep.common.errors import unknown
 from fewstep.common.randomness import Generators, normal, uniform
+from fewstep.common.shards import is_sharded
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.guided import unguided
 from fewstep.flows.signature import blank_conditions, device_of, shape_of, takes

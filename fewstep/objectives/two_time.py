@@ -23,10 +23,8 @@ from fewstep.objectives.base import (
     Index,
     Loss,
     Objective,
-    check_native,
     check_options,
     latent_of,
-    moved_natively,
     noise_of,
     split_rows,
     squared_error,
@@ -34,6 +32,7 @@ from fewstep.objectives.base import (
 )
 from fewstep.objectives.compositions import near_the_end, step_velocity, through_middle
 from fewstep.objectives.derivative import MODES, derivative, time_derivative
+from fewstep.objectives.native import check_native, moved_natively
 from fewstep.objectives.rows import Now, Rows
 from fewstep.objectives.weights import LearnedWeight, normalized, warmed
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewstep.common import distributed
 from fewstep.common.randomness import generator, sample_generators
+from fewstep.common.shards import is_sharded
 from fewstep.data.batch import Data, has_classes, is_prior
 from fewstep.evaluation.grids import image_grid
 from fewstep.evaluation.plots import points_figure
@@ -72,7 +73,7 @@ class Watch:
         is_image = len(shape) == 3 and (latents is not None or shape[0] in (1, 3))
         count = _POINTS if is_plane else _COLUMNS
         device, world = next(model.parameters()).device, distributed.environment()
-        if distributed.is_sharded(model):  # whose shares may be kept elsewhere than it computes
+        if is_sharded(model):  # whose shares may be kept elsewhere than it computes
             device = distributed.choose_device(self.device, world)
         generators = sample_generators(self.seed, range(count))
         noise = starting_points(model, (count, *self.data.shape), generators).to(device)

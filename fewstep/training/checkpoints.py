@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.common.distributed import World, local, share_of
+from fewstep.common.distributed import World
 from fewstep.common.errors import TrainingError
 from fewstep.common.received import plain_name
+from fewstep.common.shards import local, share_of
 from fewstep.common.write_errors import WriteError, write_error
 from fewstep.training import shard_files
 from fewstep.training.sealed import seal, unseal

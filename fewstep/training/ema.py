@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.distributed import local
+from fewstep.common.shards import local
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -91,10 +91,9 @@ def fit(
     >>> result = fit(student, ITVM(teacher), data, steps=20_000, out="runs/fast")
     >>> images = sample(result.ema, torch.randn(64, 3, 32, 32), steps=2)
 
-    Under torchrun, ``accelerate launch`` or SLURM (with MASTER_ADDR set) the same call trains on all processes, with
-    the rows, noise and losses of one. With ``out`` it checkpoints, and the same call goes on from the last one; that
-    folder is a run, which ``fewstep.load``, ``sample``, ``evaluate`` and ``export`` take. A line at the start says what
-    they lack, where the student cannot be made anew from it or the data and the teacher have no names.
+    Under torchrun, ``accelerate launch`` or SLURM (with MASTER_ADDR set) this trains on all processes, with the rows,
+    noise and losses of one. With ``out`` it checkpoints, and the same call goes on from the last one; that folder is a run,
+    which ``fewstep.load``, ``sample``, ``evaluate`` and ``export`` take. A line says what these lack, if anything.
 
     Args:
         student, objective: see ``fewstep.objectives.base``; both are moved to the device.
@@ -111,8 +110,7 @@ def fit(
             shared out, so batch must be a multiple of chunk x processes x accumulate.
         accumulate: micro-batches per update and process; saves memory, changes nothing else.
         lr, betas, weight_decay: of AdamW, one for each player of ``objective.parameter_groups``.
-        optimizer: ``adamw8bit`` keeps AdamW's two moments in 8 bits each, by bitsandbytes (the extra ``quantised``),
-            where a weight has 4096 numbers at least; ``adamw``, or None, in the type of the weights.
+        optimizer: ``adamw`` (or None), or ``adamw8bit``: moments in 8 bits of weights of 4096 numbers or more.
         schedule, warmup: see ``fewstep.training.schedules``; a longer continuation (``steps``) stretches the cosine.
         clip: the largest gradient norm of a player, None for no limit.
         ema, ema_warmup: decay of the averaged weights, None for none, and whether it rises from 0.1 as (1 + n) /
@@ -128,9 +126,9 @@ def fit(
             to call a sharded network. At the end the whole student and average are on the CPU of each.
         offload: keep these parts on the CPU, where the optimizer then runs too; a block comes to the GPU for its call.
         device: the default is the process's GPU if there is one, else the CPU.
-        checkpoint_every, checkpoint_minutes, keep: steps between checkpoints, and minutes after which there is one too
-            (None for no limit), and how many are kept. When they are taken changes nothing of the training.
-        log_every: steps between lines in ``metrics.jsonl``; on a GPU also between checks that all is finite.
+        checkpoint_every, checkpoint_minutes, keep: steps between checkpoints, minutes after which there is one too
+            (None for no limit), and how many are kept.
+        log_every: steps between lines of ``metrics.jsonl``, and on a GPU between checks that all is finite.
         callbacks: called after each step with the ``Run``, in the main process alone (in all of them where it shards).
             They see to their own rhythm:
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.common.distributed import local, shard_like
+from fewstep.common.shards import local, shard_like
 from fewstep.objectives.base import Player
 
 

@@ -10,9 +10,10 @@ from typing import Any, Generic, Literal
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.distributed import World, is_sharded
+from fewstep.common.distributed import World
 from fewstep.common.errors import refused
 from fewstep.common.model_files import put_in
+from fewstep.common.shards import is_sharded
 from fewstep.objectives.base import Objective, Player
 from fewstep.training import checkpoints
 from fewstep.training.checkpoints import Checkpoint, Sizes, Tensors

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fewstep.common.distributed import World, is_shard
+from fewstep.common.distributed import World
 from fewstep.common.errors import unknown
+from fewstep.common.shards import is_shard
 from fewstep.networks import OfDiffusers
 from fewstep.objectives.base import Objective
 from fewstep.objectives.teacher_critic import TeacherCritic

@@ -12,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import CheckpointError
 
-from fewstep.common.distributed import World, is_shard, local, summed
+from fewstep.common.distributed import World, summed
 from fewstep.common.errors import TrainingError, briefly, is_out_of_memory
 from fewstep.common.randomness import Generators, mix
+from fewstep.common.shards import is_shard, local
 from fewstep.data.batch import Batch
 from fewstep.objectives.base import Objective, Player
 from fewstep.training.adamw import AdamW

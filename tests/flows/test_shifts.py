@@ -30,8 +30,8 @@ from fewstep.flows.times import draw_pairs, draw_times
 from fewstep.models.diffusers_configs import find_scheduler
 from fewstep.models.stock_steps import scheduler_of
 from fewstep.networks import FAMILIES, MLP
-from fewstep.objectives.base import moved_natively
 from fewstep.objectives.finishing import Made, rollout
+from fewstep.objectives.native import moved_natively
 from fewstep.runs.objective import grid_of
 from fewstep.runs.recipe import Recipe
 

@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from toys.sharded import train
-from fewstep.common.distributed import local
+from fewstep.common.shards import local
 from fewstep.training import fit as fitting
 
 folder, sent, update = Path(sys.argv[1]), [0], fitting.update

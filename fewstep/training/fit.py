@@ -92,8 +92,8 @@ def fit(
     >>> images = sample(result.ema, torch.randn(64, 3, 32, 32), steps=2)
 
     Under torchrun, ``accelerate launch`` or SLURM (with MASTER_ADDR set) this trains on all processes, with the rows,
-    noise and losses of one. With ``out`` it checkpoints, and the same call goes on from the last one; that folder is a run,
-    which ``fewstep.load``, ``sample``, ``evaluate`` and ``export`` take. A line says what these lack, if anything.
+    noise and losses of one. With ``out`` it checkpoints, and the same call goes on from the last; that folder is a
+    run, which ``fewstep.load``, ``sample``, ``evaluate`` and ``export`` take. A line says what these lack, if anything.
 
     Args:
         student, objective: see ``fewstep.objectives.base``; both are moved to the device.

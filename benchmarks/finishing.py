@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="WAY")
+    parser.add_argument("--out", type=Path, default=FOLDER / "finishing-digits.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +145,7 @@ def main() -> None:
     ]
     formats = {"cost": "{:.2f}"} | dict.fromkeys(columns, "{mean:.2f} ± {std:.2f}")
     facts = here(seeds=args.seeds, notes=notes)
-    write(FOLDER / "finishing-digits.json", title="Ways to finish a student", formats=formats, rows=rows,
+    write(args.out, title="Ways to finish a student", formats=formats, rows=rows,
           columns=["way", "steps", "cost", *columns], **facts)  # fmt: skip
 
 

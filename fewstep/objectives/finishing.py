@@ -6,6 +6,7 @@ finishes them: the base keeps the map on its trajectories, the term moves where 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -98,6 +99,8 @@ class Finishing(Objective):
 
     player = "player"
     around = "ITVM"
+    # What ITVM inside is told by a recipe that tells it none of these: docs/methods/corrected.md has the figures.
+    inside: Mapping[str, Any] = MappingProxyType({"ema": 0.9, "times": "uniform", "ends": 0.25})
     betas: tuple[float, float] | None = None
     floor: float | None = None
     advice: str = ""

@@ -53,6 +53,22 @@ def test_one_word_finishes_the_recipes_own_method():
     assert none == load_recipe({**SMALL, "objective": "ITVM"})
 
 
+def test_itvm_inside_a_finish_has_the_times_that_finish_best_unless_it_says_its_own():
+    for objective in (
+        "Corrected",
+        {"name": "ITVM", "finish": "corrected"},
+        {"name": "Adversarial", "base": "Corrected"},
+    ):
+        options = load_recipe({**SMALL, "objective": objective}).objectives[-1].options
+        assert (options["ema"], options["times"], options["ends"]) == (0.9, "uniform", 0.25)
+    own = load_recipe({**SMALL, "objective": {"name": "Corrected", "base": {"name": "ITVM", "ends": 0.1}}})
+    alone = load_recipe({**SMALL, "objective": {"name": "ITVM", "ends": 0.1}})
+    assert own.objectives[-1].options == alone.objective.options
+    for name in ("PSD", "ConsistencyDistillation"):
+        inside = load_recipe({**SMALL, "objective": {"name": "Corrected", "base": name}}).objectives[-1]
+        assert inside.options == load_recipe({**SMALL, "objective": name}).objective.options
+
+
 def test_no_finish_is_said_in_any_way():
     plain = load_recipe({**SMALL, "objective": "ITVM"})
     for nothing in ("none", "[]", "null"):

@@ -99,7 +99,7 @@ class Finishing(Objective):
 
     player = "player"
     around = "ITVM"
-    # What ITVM inside is told by a recipe that tells it none of these: docs/methods/corrected.md has the figures.
+    # What a recipe tells ITVM inside where it says nothing else: docs/methods/corrected.md has the figures.
     inside: Mapping[str, Any] = MappingProxyType({"ema": 0.9, "times": "uniform", "ends": 0.25})
     betas: tuple[float, float] | None = None
     floor: float | None = None

@@ -61,8 +61,8 @@ def _filled(recipe: Recipe, section: Named, where: str) -> Named:
         )
     if method.around:
         inner = base_section(base["base"], f"{where}.base", method.around)
-        if issubclass(method, Finishing) and inner.name == "ITVM" and not {*method.inside} & {*inner.options}:
-            inner = Named.model_validate({**inner.model_dump(), **method.inside})
+        if issubclass(method, Finishing) and inner.name == "ITVM":
+            inner = Named.model_validate({**method.inside, **inner.model_dump()})
         base = {"base": _filled(recipe, inner, f"{where}.base").model_dump()}
     return Named.model_validate({"name": section.name, **base, **alone, **options})
 

@@ -62,8 +62,7 @@ def test_itvm_inside_a_finish_has_the_times_that_finish_best_unless_it_says_its_
         options = load_recipe({**SMALL, "objective": objective}).objectives[-1].options
         assert (options["ema"], options["times"], options["ends"]) == (0.9, "uniform", 0.25)
     own = load_recipe({**SMALL, "objective": {"name": "Corrected", "base": {"name": "ITVM", "ends": 0.1}}})
-    alone = load_recipe({**SMALL, "objective": {"name": "ITVM", "ends": 0.1}})
-    assert own.objectives[-1].options == alone.objective.options
+    assert [own.objectives[-1].options[name] for name in ("ema", "times", "ends")] == [0.9, "uniform", 0.1]
     for name in ("PSD", "ConsistencyDistillation"):
         inside = load_recipe({**SMALL, "objective": {"name": "Corrected", "base": name}}).objectives[-1]
         assert inside.options == load_recipe({**SMALL, "objective": name}).objective.options

@@ -125,9 +125,12 @@ def test_a_caption_is_encoded_once(
 ) -> None:
     asked: list[str] = []
     real = Prompts._encode
-    monkeypatch.setattr(
-        Prompts, "_encode", lambda self, prompts, device: asked.extend(prompts or [""]) or real(self, prompts, device)
-    )
+
+    def encode(self: Prompts, prompts: list[str], *more: Any) -> dict[str, torch.Tensor]:
+        asked.extend(prompts or [""])
+        return real(self, prompts, *more)
+
+    monkeypatch.setattr(Prompts, "_encode", encode)
     make(field, photos, tmp_path / "out")
     assert Counter(asked) == Counter([*dict.fromkeys(CAPTIONS), ""])
     assert json.loads((tmp_path / "out" / "encoded.json").read_text())["captions"] == 4

@@ -37,17 +37,24 @@ def tell_torchrun(error: BaseException) -> None:
             Path(place).write_text(json.dumps({"message": {"message": line, "extraInfo": more}}))
 
 
+# Where diffusers finds it installed, it is imported with each model, and says which faster kernels are not there.
+_SILENT = "bitsandbytes.backends.cpu.ops"
+
+
 @contextmanager
 def short_messages() -> Iterator[None]:
-    """Warnings as notes of one line, and lines of logs no longer than that."""
+    """Warnings as notes of one line, lines of logs no longer than that, and none of what is of no use here."""
     usual, warnings.formatwarning = warnings.formatwarning, _note
-    records = logging.getLogRecordFactory()
+    records, silent = logging.getLogRecordFactory(), logging.getLogger(_SILENT)
     logging.setLogRecordFactory(partial(_short_record, records))
+    level = silent.level
+    silent.setLevel(logging.ERROR)
     try:
         yield
     finally:
         warnings.formatwarning = usual
         logging.setLogRecordFactory(records)
+        silent.setLevel(level)
 
 
 def _note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:

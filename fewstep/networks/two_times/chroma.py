@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..channels import beside
 from .patches import pack, places, unpack
+from .rows import at_random
 from .transformer import TwoTimeTransformer, checkpoint_each
 
 
@@ -97,10 +98,7 @@ class RowsIn(nn.Module):
     @property
     def like(self) -> dict[str, Tensor]:
         """The weights that what is new starts from: its own, at random, as the model embeds no time by itself."""
-        with torch.random.fork_rng([]):
-            torch.manual_seed(0)
-            made = TimestepEmbedding(self.told, self.weight.shape[0])
-        return {name: value.to(self.weight.dtype) for name, value in made.to(self.weight.device).state_dict().items()}
+        return at_random(lambda: TimestepEmbedding(self.told, self.weight.shape[0]), self.weight)
 
     def forward(self, told: Tensor) -> Tensor:
         # In memory of its own, as in rows of diffusers: matrix products may round otherwise where rows lie apart.

@@ -3,6 +3,7 @@
 It is part of the ``two_times.py`` of an export, so it needs torch and diffusers alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,15 @@ def embedding_like(base: TimestepEmbedding) -> TimestepEmbedding:
     first, last = base.linear_1, base.linear_2
     out_dim, is_biased = last.out_features, first.bias is not None
     return TimestepEmbedding(first.in_features, first.out_features, out_dim=out_dim, sample_proj_bias=is_biased)
+
+
+def at_random(made: Callable[[], nn.Module], like: Tensor) -> dict[str, Tensor]:
+    """The weights that what is new in a model starts from where it has nothing of the kind itself: those of a module as
+    it is ``made``, by a seed of their own, where ``like`` is and in its type."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        module = made()
+    return {name: value.to(like.dtype) for name, value in module.to(like.device).state_dict().items()}
 
 
 class RowEmbedding(TimestepEmbedding):

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import torch
 from diffusers import UNet1DModel
 from diffusers.models.embeddings import GaussianFourierProjection, TimestepEmbedding
 from torch import Tensor, nn
 
 from ..channels import beside, signal_step
-from .rows import RowEmbedding, RowProjection, RowWaves
+from .rows import RowEmbedding, RowProjection, RowWaves, at_random
 from .transformer import TwoTimeTransformer, checkpoint_each
 
 
@@ -80,10 +79,7 @@ class HeardWaves(RowWaves):
     @property
     def like(self) -> dict[str, Tensor]:
         """The weights that what is new starts from: its own, at random, as the model embeds no time by itself."""
-        with torch.random.fork_rng([]):
-            torch.manual_seed(0)
-            made = TimestepEmbedding(self.told, 8 * self.told, out_dim=self.told)
-        return {name: value.to(self.weight.dtype) for name, value in made.to(self.weight.device).state_dict().items()}
+        return at_random(lambda: TimestepEmbedding(self.told, 8 * self.told, out_dim=self.told), self.weight)
 
     def forward(self, rows: Tensor) -> Tensor:
         waves = super().forward(rows)

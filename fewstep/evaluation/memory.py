@@ -57,8 +57,8 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        for address, storage in {storage._cdata: storage for storage in _storages(result)}.items():
+        given = {storage._cdata for storage in storages((args, kwargs))}
+        for address, storage in {storage._cdata: storage for storage in storages(result)}.items():
             if address in given:  # a view, or written in place
                 continue
             size = storage.nbytes()
@@ -71,5 +71,6 @@ class Allocations(TorchDispatchMode):
         self.now -= size
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
+def storages(tree: Any) -> list[torch.UntypedStorage]:
+    """What the tensors of nested arguments are kept in, one for each."""
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from fewstep.evaluation.memory import storages
 
 # By what a kernel is given: size, stride and type of each tensor that it makes; None where it has to be asked again.
 _Made = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -28,7 +29,7 @@ class Remembered(TorchDispatchMode):
             result = func(*args, **kwargs)
             if len(_MADE) >= _MOST:
                 _MADE.clear()
-            _MADE[key] = _facts(result, {x.untyped_storage()._cdata for x in _tensors((args, kwargs))})
+            _MADE[key] = _facts(result, {storage._cdata for storage in storages((args, kwargs))})
             return result
         if (known := _MADE[key]) is None:
             return func(*args, **kwargs)
@@ -79,7 +80,3 @@ def _facts(result: Any, given: set[int]) -> tuple[type, list[_Made | None]] | No
 
 def _empty(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(size, stride, dtype=dtype, device="meta")
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -67,6 +67,7 @@ def is_at(stream: IO[Any], file: Path) -> bool:
 @contextmanager
 def owned(folder: Path, doing: str) -> Iterator[None]:
     """Own a folder, which is made where there is none: no other process may within. What is owned already stays so.
+    What was made and is still empty at the end is taken away again, with the folders around it.
 
     Args:
         doing: at what, as "trained"; other processes are told.
@@ -79,7 +80,7 @@ def owned(folder: Path, doing: str) -> Iterator[None]:
     if place in _owned.get():
         yield
         return
-    is_new = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with cannot_write(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -93,9 +94,9 @@ def owned(folder: Path, doing: str) -> Iterator[None]:
                 (folder / LOCK).unlink()
             stream.close()
     finally:
-        if is_new:
-            with suppress(OSError):
-                folder.rmdir()  # where nothing was written
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()  # where nothing was written
 
 
 def _locked(folder: Path, doing: str) -> IO[Any]:

@@ -112,8 +112,8 @@ def test_owners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest
         code = "import sys, pathlib, fewstep.common.locks as l\nl.owned(pathlib.Path(sys.argv[1]), '').__enter__()"
         other = subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True)
         assert f"is being trained by process {os.getpid()} on " in other.stderr
-    assert not place.exists()
-    place.mkdir()
+    assert os.listdir(tmp_path) == []  # nor what was made around it
+    place.mkdir(parents=True)
     (place / locks.LOCK).write_text("{}")  # of a process that was killed
     with owned(place, "trained"):
         pass

@@ -69,8 +69,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{recipe.name} has no teacher to distill: fewstep train {source}, or --teacher FOLDER")
     # And torch, once there is something to train.
     from fewstep.common.distributed import environment
-    from fewstep.flows.maps import FlowMap
-    from fewstep.generation.images import suffix_of
     from fewstep.runs.build import build, parts_of_blocks
     from fewstep.runs.judge import next_commands
     from fewstep.runs.run import run as run_recipe
@@ -104,6 +102,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"{out / REPORT} shows it all")
     else:
         print(f"{out} has its checkpoints and samples; fewstep evaluate {shlex.quote(str(out))} measures it")
-    student: Any = done.result.student
-    say_next(next_commands(out, recipe, isinstance(student, FlowMap), suffix_of(student)))
+    say_next(next_commands(out, recipe, done.result.student))
     return 0

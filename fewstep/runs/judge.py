@@ -32,6 +32,7 @@ from fewstep.flows.signature import Model
 from fewstep.generation.drawing import draw, settled
 from fewstep.generation.images import suffix_of
 from fewstep.generation.requests import Requests
+from fewstep.models.stock_steps import a_prompt
 from fewstep.runs.datasets import data_of, given_by
 from fewstep.runs.diagnosis import described, geometry_of, trajectories
 from fewstep.runs.objective import follows_teacher, strength_of
@@ -201,8 +202,9 @@ def _lines(group: dict[str, Evaluation], is_one_teacher: bool) -> list[dict[str,
     return students + teachers
 
 
-def next_commands(out: Path, recipe: Recipe, is_map: bool, suffix: str = ".png") -> list[str]:
-    """What one may type after a run, whose samples are written to files of that suffix."""
+def next_commands(out: Path, recipe: Recipe, model: Model) -> list[str]:
+    """What one may type after a run that has trained ``model``."""
+    is_map, suffix = isinstance(model, FlowMap), suffix_of(model)
     if recipe.blocks is not None:
         count, name = len(recipe.blocks) + 1, f"{out}-states"
         sample = ["sample", str(out), "--steps", str(4 * count), "--solver", "midpoint", "--out", out.name + suffix]
@@ -211,6 +213,8 @@ def next_commands(out: Path, recipe: Recipe, is_map: bool, suffix: str = ".png")
     run, name, data = str(out), out.name, [] if recipe.data.name in MADE else data_flags(recipe.data)
     steps, export = "2" if is_map else "50", ["export", run, f"{name}-export"]
     sample = ["sample", run, "--steps", steps, "--count", "64", "--out", f"{name}{suffix}"]
+    if model.text is not None:
+        sample += ["--prompt", a_prompt(model)]
     evaluate = ["evaluate", run, "--steps", "1", "2", "4", "8", "16"]
     student = ["--student.network", recipe.student.network] if recipe.student.kind == "denoised" else []
     if student and recipe.student.options:  # a velocity of two networks is no start for one
@@ -249,7 +253,6 @@ def _plotted(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _report(model: Model, teacher: VelocityField | None, recipe: Recipe, found: Evaluation | None, out: Path) -> None:
-    is_map = isinstance(model, FlowMap)
     figures, tables = [], []
     if found is not None:
         tables.append(("Quality against network calls", *found.table()))
@@ -270,7 +273,7 @@ def _report(model: Model, teacher: VelocityField | None, recipe: Recipe, found: 
         recipe_text=recipe.as_yaml(),
         figures=figures,
         tables=tables,
-        next_commands=next_commands(out, recipe, is_map, suffix_of(model)),
+        next_commands=next_commands(out, recipe, model),
     )
 
 

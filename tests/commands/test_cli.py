@@ -20,10 +20,14 @@ import fewstep
 from fewstep.cli import main
 from fewstep.common.errors import TrainingError
 from fewstep.evaluation.results import Evaluation, compare
+from fewstep.flows.exact import CheckerboardField
 from fewstep.flows.fields import DiffusionField
+from fewstep.flows.maps import FlowMap
+from fewstep.flows.paths import Linear
 from fewstep.generation.images import suffix_of
+from fewstep.latents.prompts import Prompts
 from fewstep.latents.vae import Latents
-from fewstep.networks import FAMILIES
+from fewstep.networks import FAMILIES, MLP
 from fewstep.runs import judge
 from fewstep.runs import previews as watch
 from fewstep.runs import run as runs
@@ -151,11 +155,19 @@ def test_what_to_type_next_can_be_typed_where_a_name_has_a_space(
     more = ["--steps", "4", "--out", "samples-4.png"]
     assert following == [["fewstep", "sample", "--seed", "3", "--count", "2", folder, *more]]
     recipe = load_recipe("checkerboard-itvm", {"data": str(here / "my data.npy")})
-    for is_map in (True, False):
-        said = [shlex.split(line) for line in next_commands(Path(run), recipe, is_map)]
+    for model in (FlowMap(MLP(2, times=2), Linear()), CheckerboardField()):
+        said = [shlex.split(line) for line in next_commands(Path(run), recipe, model)]
         assert [words[-1] for words in said[::2]] == ["a one.png", "a one-export"]
         assert run in said[1]
     assert said[1] == ["fewstep", "distill", "--teacher", run, "--data", recipe.data.name, "--out", f"{run}-itvm"]
+
+
+def test_a_model_of_text_is_asked_for_something(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    field = DiffusionField(FAMILIES["UNet2DConditionModel"](tiny_model("sd")), FLOW)
+    field.latents, field.text = Latents(tiny_vae()), Prompts(tmp_path)
+    sample, *_ = next_commands(Path("runs/a"), load_recipe("sd15-itvm"), field)
+    assert sample == "fewstep sample runs/a --steps 50 --count 64 --out a.png --prompt 'a photo of a cat'"
 
 
 def test_videos_are_not_written_as_a_picture() -> None:

@@ -3,7 +3,6 @@
 import argparse
 import shlex
 from pathlib import Path
-from typing import Any
 
 from fewstep.commands.parser import Commands, RecipeKey, add_command
 from fewstep.commands.shared import print_evaluation

@@ -22,7 +22,6 @@ from fewstep.evaluation.features import FeatureStatistics, frechet_distance, pre
 START = "fewstep:fashion-mnist-fast"
 COUNTS = {1: 10_000, 2: 4_000, 4: 4_000}  # samples by number of calls
 COMPARED = 2_000  # for precision and recall
-BASE: dict[str, Any] = {"ema": 0.9, "times": "uniform", "ends": 0.25}  # what a recipe says of ITVM inside a finish
 FIT: dict[str, Any] = {"batch": 64, "lr": 2e-4, "warmup": 20, "ema": 0.99}
 TRIALS: dict[str, dict[str, Any]] = {
     "weight 1": {},
@@ -56,7 +55,7 @@ def tried(folder: Path, name: str, train: Any, classifier: Any, real: torch.Tens
         student: Any = fewstep.load(START).requires_grad_(True)
         options = {"seed": 0, "weight": 1.0, "rollout": (1, 2, 1, 4), **TRIALS[name]}
         seed = options.pop("seed")
-        objective = fewstep.Corrected(fewstep.ITVM(teacher, **BASE), begin=0.0, **options)
+        objective = fewstep.Corrected(fewstep.ITVM(teacher, **fewstep.Corrected.inside), begin=0.0, **options)
         done = fewstep.fit(student, objective, train, 300, seed=seed, **FIT)
         file.write_text(json.dumps(measured(done.ema.eval(), classifier, real)))
     return json.loads(file.read_text())

@@ -22,7 +22,8 @@ from torch import Tensor
 import fewstep
 from fewstep.common.randomness import generator, mix, sample_generators
 from fewstep.evaluation.extractor import accuracy, trained_classifier
-from fewstep.flows.sampling import count_calls, sample_noise
+from fewstep.flows.calls import count_calls
+from fewstep.flows.sampling import sample_noise
 
 MAP, TEACHER = "fewstep:fashion-mnist-fast", "fewstep:fashion-mnist"
 STEPS, OF_TEACHER = (1, 2, 4), 28

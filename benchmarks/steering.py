@@ -24,9 +24,10 @@ import fewstep
 from fewstep.common.randomness import sample_generators
 from fewstep.evaluation.extractor import trained_classifier
 from fewstep.flows import steering
+from fewstep.flows.calls import count_calls
 from fewstep.flows.kernels import Cond, Known, MapKernel
 from fewstep.flows.population import Particles
-from fewstep.flows.sampling import count_calls, sample_noise
+from fewstep.flows.sampling import sample_noise
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "images" / "steering.png"

@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _compare_methods(args: argparse.Namespace) -> int:
     from fewstep.runs.compare import compare_methods
+    from fewstep.runs.judge import next_commands
+    from fewstep.runs.loading import open_run
 
     if len(args.runs) != 1:
         raise ValueError(f"--methods are trained on one recipe, not on {len(args.runs)}")
@@ -93,5 +95,6 @@ def _compare_methods(args: argparse.Namespace) -> int:
     print(f"{args.out / 'compare.html'} shows it with plots, {args.out / 'compare.md'} is the same as text")
     done = next((run for run in found.runs if run.evaluation), None)
     if done is not None:
-        say_next([shlex.join(["fewstep", "sample", str(done.folder), "--steps", "1"])])
+        opened = open_run(done.folder)
+        say_next(next_commands(done.folder, opened.recipe, opened.model)[:1])
     return 0

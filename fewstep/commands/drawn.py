@@ -17,10 +17,10 @@ from fewstep.common.distributed import World, choose_device
 from fewstep.common.errors import shown
 from fewstep.common.reading import check_memory
 from fewstep.common.received import without_places
+from fewstep.flows.calls import count_calls
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.identity import identity
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import count_calls
 from fewstep.flows.signature import rate_of, shape_of, sized
 from fewstep.flows.spaces import Tokens
 from fewstep.generation import drawing

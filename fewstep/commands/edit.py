@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from fewstep.common.distributed import World, choose_device
+    from fewstep.flows.calls import count_calls
     from fewstep.flows.maps import FlowMap
-    from fewstep.flows.sampling import count_calls
     from fewstep.flows.signature import shape_of, sized
     from fewstep.generation.edits import Told, edit_batches, picture_files, read_pictures, settle
     from fewstep.generation.images import check_out, save_pictures, write

@@ -1,7 +1,6 @@
 """`evaluate`: the quality of a run at each number of steps."""
 
 import argparse
-import shlex
 from pathlib import Path
 
 from fewstep.commands.parser import Commands, add_command
@@ -34,6 +33,8 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from fewstep.common.distributed import environment
+    from fewstep.runs.judge import next_commands
+    from fewstep.runs.loading import open_run
     from fewstep.runs.run import evaluate_run
 
     asked = {"steps": args.steps, "teacher_steps": args.teacher_steps, "count": args.count, "seed": args.seed}
@@ -46,11 +47,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print_evaluation(found)
     print(f"{args.run / 'quality.png'}, {args.run / 'quality.json'} and {args.run / 'report.html'} have it too")
-    run, name = str(args.run), args.run.name
-    say_next(
-        [
-            shlex.join(["fewstep", "sample", run]),
-            shlex.join(["fewstep", "export", run, f"{name}-export"]),
-        ]
-    )
+    done = open_run(args.run)
+    sample, *_, export = next_commands(args.run, done.recipe, done.model)
+    say_next([sample, export])
     return 0

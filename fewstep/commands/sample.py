@@ -17,7 +17,7 @@ from fewstep.commands.shared import (
     with_flags,
 )
 from fewstep.commands.steered import add_steering, became
-from fewstep.common.console import progress_bar, say_next
+from fewstep.common.console import adding, progress_bar, say_next
 
 
 def add(commands: Commands) -> None:
@@ -122,7 +122,8 @@ def _by_processes(work: Any, world: Any, device: Any, progress: Any) -> tuple[in
     """How many samples are new, the calls of the network for them, all samples where they are for one file, and what
     became of populations: drawn by this process and those that were started with it."""
     from fewstep.common.distributed import join
-    from fewstep.flows.sampling import count_calls
+    from fewstep.flows.calls import count_calls, each_call
+    from fewstep.flows.solvers import CALLS
     from fewstep.generation.sharing import gathered
 
     work.place(device)
@@ -130,12 +131,12 @@ def _by_processes(work: Any, world: Any, device: Any, progress: Any) -> tuple[in
     mine = work.left(batches[world.rank :: world.size])
     drawn = work.draw(mine)
     work.claim()
-    parts, done, total = [], 0, sum(map(len, mine))
+    parts, total = [], sum(map(len, mine))
+    tick, expected = adding(progress, total), work.steps * CALLS.get(work.options.get("solver", "euler"), 1)
     with join(world, device), count_calls(work.model) as calls:
-        for rows, samples in drawn:
-            parts.append(samples)
-            done += len(rows)
-            progress(done, total)
+        for rows in mine:
+            with each_call(work.model, expected, tick, len(rows)):
+                parts.append(next(drawn)[1])
         new, called = map(int, world.sum([total, calls.rows]))
         became_of = world.sum(work.counts)
         return new, called, None if work.is_folder else gathered(parts, batches, world), became_of

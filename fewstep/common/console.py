@@ -67,10 +67,10 @@ class Pace:
         now: when it starts, in seconds. done: how many were done before. fraction: of the whole, in [0, 1].
     """
 
-    def __init__(self, now: float, done: int = 0, fraction: float = 0.0) -> None:
+    def __init__(self, now: float, done: float = 0, fraction: float = 0.0) -> None:
         self._marks = deque([(now, done, fraction)])
 
-    def __call__(self, now: float, done: int, fraction: float) -> tuple[float, float]:
+    def __call__(self, now: float, done: float, fraction: float) -> tuple[float, float]:
         """How many a second, and how many seconds are left; 0 where nothing was done yet."""
         if now - self._marks[-1][0] >= _MARK:
             self._marks.append((now, done, fraction))
@@ -92,7 +92,7 @@ def is_line_due(waited: float, elapsed: float, left: float) -> bool:
 
 
 @contextmanager
-def progress_bar(text: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(text: str, quiet: bool) -> Iterator[Callable[[float, float], None] | None]:
     """Shows how much is done, with its speed and the time that is left, on stderr: a bar on a terminal, a line now and
     then elsewhere. Gives what takes how many are done and the whole of it; None where nothing is shown."""
     if quiet:
@@ -104,11 +104,24 @@ def progress_bar(text: str, quiet: bool) -> Iterator[Callable[[int, int], None] 
         yield _lines(text)
 
 
-def _lines(text: str) -> Callable[[int, int], None]:
+def adding(progress: Callable[[float, float], None] | None, total: float) -> Callable[[float], None]:
+    """Adds up how much more is done each time, and tells ``progress`` of it and of the whole."""
+    done: float = 0
+
+    def tick(more: float) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress(done, total)
+
+    return tick
+
+
+def _lines(text: str) -> Callable[[float, float], None]:
     start = last = time.perf_counter()
     pace = Pace(start)
 
-    def show(done: int, total: int) -> None:
+    def show(done: float, total: float) -> None:
         nonlocal last
         now = time.perf_counter()
         speed, left = pace(now, done, done / total)
@@ -119,7 +132,7 @@ def _lines(text: str) -> Callable[[int, int], None]:
     return show
 
 
-def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
+def _bar(text: str) -> Iterator[Callable[[float, float], None]]:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn, Task
     from rich.text import Text

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.flows.calls import count_calls
 from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.paths import Forward, Linear, Reversed
 from fewstep.flows.preconditioned import Cosine, Preconditioned
-from fewstep.flows.sampling import count_calls
 from fewstep.flows.scheduler_classes import cosine_scheduler_class
 from fewstep.flows.schedules import PREDICTION_TYPES
 from fewstep.flows.solvers import integrate

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.console import adding
 from fewstep.common.distributed import World, environment, join
 from fewstep.common.randomness import generator
 from fewstep.common.sharing import rounds, told
@@ -41,10 +42,11 @@ from fewstep.evaluation.likelihoods import (
 from fewstep.evaluation.measure import ENDS, MANY, Judge, Measured, choose_metrics, possible_metrics
 from fewstep.evaluation.results import Evaluation
 from fewstep.evaluation.variety import SEEDS, diversity
+from fewstep.flows.calls import count_calls, each_call
 from fewstep.flows.exact import ExactField
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import count_calls, sample
+from fewstep.flows.sampling import sample
 from fewstep.flows.signature import device_of
 
 _SOLVE = 128  # midpoint steps to the end points of a teacher without a closed form; Heun would ask at t = 1
@@ -67,7 +69,7 @@ def evaluate(
     cond: Mapping[str, Tensor | int] | None = None,
     guidance: float | None = None,
     metrics: Sequence[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float, float], None] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
     training: Any = None,
     shared: bool = False,
@@ -111,7 +113,7 @@ def evaluate(
             uniformly below it. By default sample i is asked for what row i of the data has; ``{}`` for nothing.
         guidance: the strength that student and teacher are given, for a student that takes it as a condition.
         metrics: which of the above; by default all that can be had, but the likelihoods.
-        progress: called with the work done and the whole of it, in network calls, after each batch.
+        progress: called with the work done and the whole of it, in calls for a batch, after each call.
         decode: what makes of samples and data the images that the extractor takes, as the VAE of a latent model.
         training: the rows that the model was trained on, as :func:`fewstep.fit` takes them, where ``data`` has others
             of the same source; 100,000 of them, or a GB, at most.
@@ -168,7 +170,7 @@ def evaluate(
     first, second = two_sets(data, count, seed)
     judged = first[: rows_judged(tuple(data.shape))]
     calls += 0 if likely is None else calls_of(len(judged), batch, world) * (1 if teacher is None else 2)
-    tick = _ticker(progress, calls)
+    tick = adding(progress, calls)
     together = join(world, device_of(model)) if shared else nullcontext()
     with together, _eval_mode(model, teacher, extractor):
         judge = Judge(names, extractor, decode, inside, is_by_class, text, world)
@@ -241,26 +243,26 @@ def _sampled(
     model: FlowMap | VelocityField,
     steps: int,
     starts: Starts,
-    tick: Callable[[int], None],
+    tick: Callable[[float], None],
     rows: range,
 ) -> Batch:
     noise, generators, cond = starts.of(model, rows)
-    x = sample(model, noise, steps, generator=generators, **cond)
+    with each_call(model, steps, tick, steps):
+        x = sample(model, noise, steps, generator=generators, **cond)
     bad = int((~x.flatten(1).isfinite().all(1)).sum())
     if bad:
         raise ValueError(f"{bad} of {len(x)} samples of the {role} in {steps} steps are not finite: it has diverged")
-    tick(steps)
     return Batch(x, cond)
 
 
-def _ends(teacher: VelocityField, starts: Starts, tick: Callable[[int], None], rows: range) -> Batch:
+def _ends(teacher: VelocityField, starts: Starts, tick: Callable[[float], None], rows: range) -> Batch:
     """Where the teacher's ODE takes the noise, on the CPU."""
     noise, _, cond = starts.of(teacher, rows)
-    if isinstance(teacher, ExactField):
-        ends = teacher.flow(noise, 0.0, 1.0, tolerance=1e-6)
-    else:
-        ends = sample(teacher, noise, _SOLVE, solver="midpoint", **cond)
-    tick(2 * _SOLVE)
+    with each_call(teacher, 2 * _SOLVE, tick, 2 * _SOLVE):
+        if isinstance(teacher, ExactField):
+            ends = teacher.flow(noise, 0.0, 1.0, tolerance=1e-6)
+        else:
+            ends = sample(teacher, noise, _SOLVE, solver="midpoint", **cond)
     return Batch(ends.cpu())
 
 
@@ -271,18 +273,6 @@ def _as_data(data: Any, teacher: VelocityField | None) -> Data:
     if data is None:
         raise ValueError("evaluate needs data, to hold samples against: only an exact teacher brings its own")
     return of_one_shape(as_data(data))
-
-
-def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def tick(calls: int) -> None:
-        nonlocal done
-        done += calls
-        if progress is not None:
-            progress(done, total)
-
-    return tick
 
 
 @contextmanager

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fewstep.common.randomness import generator
+from fewstep.flows.calls import count_calls
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
-from fewstep.flows.sampling import count_calls
 from fewstep.flows.step_grids import FoundGrid, StepErrors, measured
 from fewstep.flows.step_losses import from_chord, losses_of, rms, walk_of
 from fewstep.flows.times import step_grid

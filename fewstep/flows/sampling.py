@@ -5,19 +5,19 @@ A sampler is one function that reads like its formula; ``sample`` chooses it by 
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.common.errors import shown, unknown
 from fewstep.common.randomness import Generators, normal
 from fewstep.flows.chains import sample_chain
 from fewstep.flows.fields import VelocityField, check_score
-from fewstep.flows.guided import Guided, unguided
+from fewstep.flows.guided import unguided
 from fewstep.flows.interpolants import DenoisedField, check_between, sample_between
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Path
@@ -305,40 +305,3 @@ def _deviation(grid: str, model: Any) -> float:
             "gaussian(0.5)"
         )
     return 1.0
-
-
-class Calls:
-    """How often a network was called, and for how many rows."""
-
-    def __init__(self) -> None:
-        self.count, self.rows = 0, 0
-
-
-@contextmanager
-def count_calls(model: nn.Module) -> Iterator[Calls]:
-    """Count the calls of a model's network, or of the model itself where it has none (an exact field).
-
-    >>> with count_calls(student) as calls:
-    ...     sample(student, noise, steps=4)
-    >>> calls.count
-    4
-    """
-    calls = Calls()
-
-    def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        calls.count += 1
-        calls.rows += len(arguments[0])
-
-    handles = [network.register_forward_pre_hook(hook) for network in networks_of(model)]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def networks_of(model: nn.Module) -> set[nn.Module]:
-    """What a model calls: of a guided field, the networks of both."""
-    if isinstance(model, Guided):
-        return networks_of(model.field) | (set() if model.weak is None else networks_of(model.weak))
-    return {getattr(model, "network", model)}

@@ -38,6 +38,7 @@ def heun_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, space: S
 
 STEPS = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step}
 SOLVERS = (*STEPS, "adaptive")
+CALLS = {"euler": 1, "midpoint": 2, "heun": 2}  # of the velocity, a step
 LONGEST = 20_000  # steps of the adaptive solver, of which smooth velocities take some tens or hundreds
 
 

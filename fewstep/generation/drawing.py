@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fewstep.common.randomness import sample_generators
+from fewstep.flows.calls import count_calls
 from fewstep.flows.exact import ExactField
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.guided import Guided
-from fewstep.flows.sampling import check_options, count_calls, sample
+from fewstep.flows.sampling import check_options, sample
 from fewstep.flows.signature import Model, check_image, classes_of, device_of, network_of, shape_of, takes
 from fewstep.flows.sources import starting_points
 from fewstep.generation.requests import Encoded, Request, Requests

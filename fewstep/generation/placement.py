@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.common.errors import shortened, unknown
-from fewstep.flows.sampling import networks_of
+from fewstep.flows.calls import networks_of
 from fewstep.flows.signature import Model
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

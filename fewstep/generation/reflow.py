@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from fewstep.common.console import adding
 from fewstep.common.disk import replace_file
 from fewstep.common.distributed import choose_device, environment
 from fewstep.common.errors import unknown
@@ -20,11 +21,12 @@ from fewstep.common.randomness import sample_generators
 from fewstep.data.pairs import FACTS, FORMAT, read_facts, read_shard, shard_files, shard_rows
 from fewstep.data.shards import MOST_SHARDS
 from fewstep.data.texts import Texts
+from fewstep.flows.calls import each_call
 from fewstep.flows.identity import identity
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.sampling import sample, sample_states
 from fewstep.flows.signature import Model, classes_of, shape_of
-from fewstep.flows.solvers import SOLVERS
+from fewstep.flows.solvers import CALLS, SOLVERS
 from fewstep.flows.sources import source_facts, starting_points
 from fewstep.flows.times import step_grid
 from fewstep.generation.drawing import check_finite
@@ -49,7 +51,7 @@ def make_pairs(
     device: torch.device | str | None = None,
     states: int | Sequence[float] = 0,
     command: str = "make_pairs with the same arguments",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float, float], None] | None = None,
     rest: bool = False,
 ) -> int:
     """Draw ``count`` pairs of a velocity field or a flow map into the folder ``out``; returns the shards still missing.
@@ -78,7 +80,8 @@ def make_pairs(
             at ends of steps: (0.25, 0.5, 0.75) of 64. Noise and data stay the same.
         device: the default is the process's GPU if there is one, else the CPU.
         command: what to type to go on, told where a shard is missing.
-        progress: called with the pairs done and all those of this process, after each batch.
+        progress: called with the pairs done and all those of this process, after each call of the model, which does a
+            share of its batch.
         rest: afterwards, draw what the other processes have not drawn yet, so that nothing is missing at the end.
 
     Raises:
@@ -124,18 +127,16 @@ def make_pairs(
     field = field.to(place).eval()
     texts, which = _texts(field, prompts, out, facts, place)
     mine = turns_of(world, rest)(len(shard_files(out, facts)))
-    total = sum(len(shard_rows(facts, i)) for i in mine)
-    done = 0
+    tick = adding(progress, sum(len(shard_rows(facts, i)) for i in mine))
+    calls = steps * CALLS.get(solver or "euler", 1)
     for i in mine:
         rows, parts = shard_rows(facts, i), []
         if _is_whole(out, facts, i):
-            done += len(rows)
+            tick(len(rows))
             continue
         for part in torch.tensor(rows).split(batch):
-            parts.append(_draw(field, part.tolist(), facts, place, texts, which))
-            done += len(part)
-            if progress:
-                progress(done, total)
+            with each_call(field, calls, tick, len(part)):
+                parts.append(_draw(field, part.tolist(), facts, place, texts, which))
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         check_finite(tensors["data"], f"pairs {rows.start} to {rows.stop - 1}")
         replace_file(shard_files(out, facts)[i], save(tensors))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.common.errors import shortened
 from fewstep.data.decode import decode
-from fewstep.flows.sampling import count_calls
+from fewstep.flows.calls import count_calls
 from fewstep.generation.edits import METHODS, STRENGTHS, Told, edit_batches, settle
 from fewstep.generation.requests import prompt_flags
 from fewstep.playground.markup import row_of

@@ -139,7 +139,8 @@ def test_what_to_type_next_can_be_typed_where_a_name_has_a_space(
     run = str(here / "my runs" / "a one")
     assert main(["evaluate", run, "--steps", "1", "--teacher-steps", "1", "--count", "20"]) == 0
     _, following = commands(capsys)
-    assert following == [["fewstep", "sample", run], ["fewstep", "export", run, "a one-export"]]
+    drawn = ["fewstep", "sample", run, "--steps", "2", "--count", "64", "--out", "a one.png"]
+    assert following == [drawn, ["fewstep", "export", run, "a one-export"]]
     assert main(["sample", run, "--count", "2"]) == 0
     _, following = commands(capsys)
     assert following == [["fewstep", "evaluate", run], ["fewstep", "export", run, "a one-export"]]

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.evaluation.diagnostics import POSITIONS, VELOCITIES, diagnose, endpoint_rmse
+from fewstep.flows.calls import count_calls
 from fewstep.flows.exact import CheckerboardField, GaussianField
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear
-from fewstep.flows.sampling import count_calls
 from fewstep.flows.trajectories import teacher_states
 
 MEAN = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)

@@ -15,11 +15,11 @@ from fewstep.data.batch import Batch
 from fewstep.evaluation import likelihoods
 from fewstep.evaluation.evaluate import evaluate
 from fewstep.evaluation.likelihoods import LEVEL, likelihood
+from fewstep.flows.calls import count_calls
 from fewstep.flows.exact import GaussianField
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.interpolants import Interpolant
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import count_calls
 from fewstep.networks import MLP
 from fewstep.runs.recipes import load_recipe
 from fewstep.runs.run import run

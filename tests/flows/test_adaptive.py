@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.flows.adaptive import sample_adaptive
+from fewstep.flows.calls import count_calls
 from fewstep.flows.exact import GaussianField, eight_gaussians
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import count_calls, sample
+from fewstep.flows.sampling import sample
 
 F64 = torch.float64
 

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 import fewstep
 from fewstep.data.given import as_data
+from fewstep.flows.calls import count_calls
 from fewstep.flows.chained import Chained, ChainedPath
 from fewstep.flows.description import describe, made_again
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.interpolants import Interpolant
 from fewstep.flows.paths import Linear
-from fewstep.flows.sampling import count_calls, sample, sample_states
+from fewstep.flows.sampling import sample, sample_states
 from fewstep.flows.signature import classes_of, shape_of
 from fewstep.flows.trajectories import flow_of, teacher_states
 from fewstep.networks import MLP

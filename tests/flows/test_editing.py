@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import fewstep
 from fewstep.common.randomness import generator, normal, sample_generators
+from fewstep.flows.calls import count_calls
 from fewstep.flows.controlled import Controlled
 from fewstep.flows.editing import flow_edit, invert, resume, sdedit
 from fewstep.flows.exact import CheckerboardField, GaussianField, eight_gaussians
@@ -15,7 +16,7 @@ from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Trigonometric
-from fewstep.flows.sampling import count_calls, sample
+from fewstep.flows.sampling import sample
 from fewstep.flows.solvers import integrate
 from fewstep.networks import MLP
 

@@ -10,6 +10,7 @@ import torch
 from fewstep.common.randomness import generator
 from fewstep.data import densities
 from fewstep.flows import solvers
+from fewstep.flows.calls import count_calls
 from fewstep.flows.exact import (
     BoxesField,
     CheckerboardField,
@@ -18,7 +19,6 @@ from fewstep.flows.exact import (
     eight_gaussians,
 )
 from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
-from fewstep.flows.sampling import count_calls
 from fewstep.flows.solvers import integrate
 from fewstep.flows.tabulated import Tabulated
 

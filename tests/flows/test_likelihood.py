@@ -8,13 +8,13 @@ from torch import nn
 
 from fewstep.common.randomness import generator, sample_generators
 from fewstep.flows import likelihood
+from fewstep.flows.calls import count_calls
 from fewstep.flows.exact import CheckerboardField, GaussianField, MixtureField
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.guided import Guided
 from fewstep.flows.likelihood import bits_per_dim, divergence, log_likelihood, normal_log_prob
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
-from fewstep.flows.sampling import count_calls
 from fewstep.networks import MLP
 
 F64 = torch.float64

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 import fewstep
 from fewstep.common.randomness import generator, normal, sample_generators
+from fewstep.flows.calls import count_calls, each_call
 from fewstep.flows.exact import CheckerboardField, GaussianField
 from fewstep.flows.fields import DiffusionField, NetworkField
 from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
-from fewstep.flows.sampling import count_calls, sample, sample_noise
+from fewstep.flows.sampling import sample, sample_noise
 from fewstep.flows.tabulated import Tabulated
 from fewstep.flows.times import GRIDS, step_grid
 from fewstep.networks import MLP, ContinuousUNet, Conv1dNet, SequenceTransformer
@@ -268,6 +269,21 @@ def test_counting_ends_with_its_block(gaussian_map, points):
     with pytest.raises(ZeroDivisionError), count_calls(gaussian_map) as calls:
         raise ZeroDivisionError
     assert not gaussian_map.network._forward_pre_hooks
+
+
+@pytest.mark.parametrize(("expected", "ticks"), [(8, [3.0] * 8), (16, [1.5] * 8 + [12]), (4, [6.0] * 4), (1, [24])])
+def test_work_is_told_of_call_by_call_and_in_the_end_all_of_it(gaussian_map, points, expected, ticks):
+    """Too few calls, or too many, are no more work than there is."""
+    told, after = [], []
+    gaussian_map.register_forward_hook(lambda *_: after.append(sum(told)))
+    with each_call(gaussian_map, expected, told.append, work=24):
+        sample(gaussian_map, points, 8)
+    assert told == ticks
+    assert after[3] == (sum(ticks[:3]) if expected > 1 else 0)  # while it is being done
+    with pytest.raises(ZeroDivisionError), each_call(gaussian_map, 8, told.append, work=24):
+        raise ZeroDivisionError
+    assert len(gaussian_map._forward_hooks) == 1
+    assert told == ticks
 
 
 # Errors

@@ -12,6 +12,7 @@ from toys.gaussian import GaussianAverageVelocity
 
 import fewstep
 from fewstep.common.randomness import generator, sample_generators
+from fewstep.flows.calls import count_calls
 from fewstep.flows.exact import GaussianField, eight_gaussians
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.maps import FlowMap
@@ -19,7 +20,7 @@ from fewstep.flows.mixed import Mixed
 from fewstep.flows.paths import Trigonometric, VariancePreserving
 from fewstep.flows.population import Particles
 from fewstep.flows.rewards import Reward
-from fewstep.flows.sampling import count_calls, sample, sample_noise
+from fewstep.flows.sampling import sample, sample_noise
 from fewstep.flows.steering import steer
 from fewstep.latents.vae import Latents
 

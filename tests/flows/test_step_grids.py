@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.common.randomness import generator
+from fewstep.flows.calls import count_calls
 from fewstep.flows.exact import GaussianField, eight_gaussians
 from fewstep.flows.fields import NetworkField, VelocityField
 from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Trigonometric
-from fewstep.flows.sampling import count_calls, sample
+from fewstep.flows.sampling import sample
 from fewstep.flows.step_grids import StepErrors, beside_uniform, optimal_grid, step_errors
 from fewstep.flows.step_losses import COSTS, rms
 from fewstep.flows.times import gaussian_grid, step_grid

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from fewstep.common.randomness import generator, sample_generators
+from fewstep.flows.calls import count_calls
 from fewstep.flows.exact import GaussianField
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Linear, Trigonometric, VariancePreserving
-from fewstep.flows.sampling import check_options, count_calls, sample, sample_noise
+from fewstep.flows.sampling import check_options, sample, sample_noise
 from fewstep.flows.solvers import integrate
 from fewstep.flows.stochastic import STEPS, STRENGTHS, integrate_sde, kappa, places_along, quiet_step, strength
 from fewstep.flows.tabulated import Tabulated

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.flows.sampling import count_calls
+from fewstep.flows.calls import count_calls
 
 FOLDER = Path(fewstep.__file__).parent / "pretrained"
 

@@ -13,10 +13,11 @@ from fewstep.common.randomness import generator
 from fewstep.data import toy
 from fewstep.data.batch import Batch
 from fewstep.evaluation.cost import step_cost
+from fewstep.flows.calls import count_calls
 from fewstep.flows.exact import eight_gaussians
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import count_calls, sample
+from fewstep.flows.sampling import sample
 from fewstep.networks import MLP
 from fewstep.objectives import ITVM, ConsistencyDistillation, Corrected, FlowMatching, Objective, Player
 from fewstep.objectives.finishing import name_of, rollout

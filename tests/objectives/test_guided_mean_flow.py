@@ -13,11 +13,12 @@ from fewstep.common.randomness import generator
 from fewstep.data import ArrayData
 from fewstep.data.batch import Batch
 from fewstep.evaluation.points import rmse
+from fewstep.flows.calls import count_calls
 from fewstep.flows.exact import GaussianField, MixtureField
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.guided import Guided
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import count_calls, sample
+from fewstep.flows.sampling import sample
 from fewstep.networks import MLP, ContinuousUNet, Conv1dNet
 from fewstep.objectives import ImprovedMeanFlow
 from fewstep.objectives.rows import Now, Rows

@@ -22,10 +22,10 @@ from toys.objectives import (
 import fewstep
 from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch
+from fewstep.flows.calls import count_calls
 from fewstep.flows.exact import GaussianField
 from fewstep.flows.fields import NetworkField
 from fewstep.flows.maps import FlowMap
-from fewstep.flows.sampling import count_calls
 from fewstep.objectives import (
     AYF,
     ITVM,

@@ -15,11 +15,11 @@ from toys.objectives import Perturbed, batch_of, gradient, loss_of, teacher_of, 
 from fewstep.common.randomness import generator
 from fewstep.data.batch import Batch
 from fewstep.data.pairs import Pairs
+from fewstep.flows.calls import count_calls
 from fewstep.flows.exact import GaussianField
 from fewstep.flows.fields import VelocityField
 from fewstep.flows.maps import FlowMap
 from fewstep.flows.paths import Trigonometric
-from fewstep.flows.sampling import count_calls
 from fewstep.generation.reflow import make_pairs
 from fewstep.objectives import ITVM, LMD, Trajectory
 from fewstep.objectives.rows import Now

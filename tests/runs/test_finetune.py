@@ -15,9 +15,9 @@ from fewstep.cli import main
 from fewstep.common.randomness import generator
 from fewstep.data import ArrayData, load_data
 from fewstep.data.batch import Batch
+from fewstep.flows.calls import count_calls
 from fewstep.flows.exact import GaussianField
 from fewstep.flows.paths import Reversed
-from fewstep.flows.sampling import count_calls
 from fewstep.networks import UNet
 from fewstep.networks.configs import with_image
 from fewstep.runs.build import build

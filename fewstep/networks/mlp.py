@@ -1,13 +1,15 @@
 """A network for points: the student and teacher of 2-D densities and of any data of a few dozen numbers."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.errors import unknown
 from fewstep.networks.second_time import SecondTime, sinusoidal
 
 _WIDEST = 1 << 20
+ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu, "silu": nn.functional.silu}
 
 
 class MLP(nn.Module):
@@ -21,10 +23,12 @@ class MLP(nn.Module):
             ``interval``: with the times between which it acts, (B, 3); all times, if they are not given.
         vector: numbers in a condition ``vector`` (B, vector), 0 for none. NaN stands for a number that is not known, so
             for none of them where it is not given: what guidance drops it for.
+        activation: gelu, relu or silu, after each hidden layer. relu bends sharply: maps to data with hard edges, as
+            the checkerboard's, jump, and it learns them better; a derivative of the network in time has steps then.
 
     Raises:
-        ValueError: no layer, or more and wider ones than fit anywhere; when called with another number of times, or
-            without the labels of its classes.
+        ValueError: no layer, or more and wider ones than fit anywhere; an unknown activation; when called with another
+            number of times, or without the labels of its classes.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class MLP(nn.Module):
         classes: int = 0,
         guidance: bool | Literal["interval"] = False,
         vector: int = 0,
+        activation: str = "gelu",
     ) -> None:
         super().__init__()
         for name, number, least, most in (
@@ -44,9 +49,13 @@ class MLP(nn.Module):
         ):  # fmt: skip
             if not least <= number <= most:
                 raise ValueError(f"an MLP with {name} {number}: {least} to {most:,} can be made")
-        self.config = {
+        if activation not in ACTIVATIONS:
+            raise unknown("activation of an MLP", activation, ACTIVATIONS)
+        self.config: dict[str, Any] = {
             "dim": dim, "width": width, "depth": depth, "times": times, "classes": classes, "guidance": guidance,
         } | ({"vector": vector} if vector else {})  # fmt: skip
+        self.config |= {"activation": activation} if activation != "gelu" else {}
+        self.activation = ACTIVATIONS[activation]
         self.input = nn.Linear(dim, width)
         self.time = nn.Linear(64, width)
         self.second_time = SecondTime(width) if times == 2 else None
@@ -93,8 +102,8 @@ class MLP(nn.Module):
                 )
             h = h + self.vector(torch.cat([told.nan_to_num(), told.isnan().to(x)], dim=1))
         for layer in self.hidden:
-            h = layer(nn.functional.gelu(h))
-        return self.output(nn.functional.gelu(h))
+            h = layer(self.activation(h))
+        return self.output(self.activation(h))
 
     @property
     def takes_guidance(self) -> bool:

@@ -83,11 +83,25 @@ def test_mlp_precisions():
     assert net(x[:2].bfloat16(), close_times).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("classes", [0, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_with_second_time_is_the_same_function_to_the_bit(classes, dtype):
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+def test_mlp_is_layers_with_the_activation_between(activation):
     torch.manual_seed(0)
-    teacher = MLP(3, width=16, depth=3, classes=classes).to(dtype).requires_grad_(False)
+    net, (x, s, _) = MLP(3, width=16, depth=3, activation=activation), inputs()
+    between = {"gelu": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU()}[activation]
+    first = net.input(x) + net.time(sinusoidal(s, 64, low=0.5, high=30.0))
+    torch.testing.assert_close(
+        net(x, s), nn.Sequential(between, net.hidden[0], between, net.hidden[1], between, net.output)(first)
+    )
+    assert MLP(**net.config).activation is net.activation
+    assert ("activation" in net.config) == (activation != "gelu")  # what older versions wrote is read, and they read it
+
+
+@pytest.mark.parametrize("classes", [0, 4])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_with_second_time_is_the_same_function_to_the_bit(classes, activation, dtype):
+    torch.manual_seed(0)
+    teacher = MLP(3, width=16, depth=3, classes=classes, activation=activation).to(dtype).requires_grad_(False)
     student = with_second_time(teacher)
     x, s, t = inputs(dtype=dtype)
     cond = {"class_labels": torch.tensor([0, 1, 2, 3, 0])} if classes else {}
@@ -104,6 +118,8 @@ def test_errors():
     x, s, t = inputs()
     with pytest.raises(ValueError, match="made with classes: class_labels"):
         MLP(3, classes=4)(x, s)
+    with pytest.raises(ValueError, match="unknown activation of an MLP 'rleu': did you mean 'relu'"):
+        MLP(3, activation="rleu")
     with pytest.raises(ValueError, match="MLP with times=1 was called with 2"):
         MLP(3)(x, s, t)
     with pytest.raises(ValueError, match="MLP with times=2 was called with 1"):

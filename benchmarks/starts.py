@@ -1,6 +1,7 @@
 """What the rows of a distillation start from: data, noise alone, or trajectories of the teacher; on the checkerboard.
 
     python benchmarks/starts.py trajectory --out trajectory.json
+    python benchmarks/starts.py stored --out stored-trajectories.json
     python benchmarks/starts.py data-free --out data-free.json
 
 The checkerboard, an MLP of 4 x 128, the same number of steps (--steps) and rows for every method, three seeds. Errors
@@ -10,6 +11,7 @@ pass that a step makes, in batches, of any network, counted.
 
 import argparse
 import statistics
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -26,23 +28,37 @@ from fewstep.data.batch import Batch
 from fewstep.data.toy import checkerboard
 from fewstep.evaluation.cost import step_cost
 from fewstep.evaluation.points import rmse
+from fewstep.generation.reflow import make_pairs
 from fewstep.networks import MLP
 
 Make = Callable[[Any], Any]
 ITVM, LMD, Trajectory = fewstep.ITVM, fewstep.LMD, fewstep.Trajectory
-METHODS: dict[str, dict[str, tuple[Make, bool]]] = {
+EIGHTHS = tuple(k / 8 for k in range(1, 8))
+OF_CALLS: dict[str, Any] = {"diagonal": 0.0, "times": "calls(1)", "ends": 0.0}
+# How it is made, what it learns from (data, prior, or stored trajectories), and the options of its network.
+METHODS: dict[str, dict[str, tuple[Make, str, dict[str, Any]]]] = {
     "trajectory": {
-        "Trajectory": (lambda v: Trajectory(v), True),
-        "ITVM": (lambda v: ITVM(v), True),
-        "ITVM, 30 % trajectory": (lambda v: ITVM(v, {"interval": 0.7, "trajectory": 0.3}), True),
+        "Trajectory": (lambda v: Trajectory(v), "data", {}),
+        "ITVM": (lambda v: ITVM(v), "data", {}),
+        "ITVM, 30 % trajectory": (lambda v: ITVM(v, {"interval": 0.7, "trajectory": 0.3}), "data", {}),
+    },
+    "stored": {
+        "ITVM, `diagonal: 0.75`": (lambda v: ITVM(v, diagonal=0.75), "data", {}),
+        "the same, relu": (lambda v: ITVM(v, diagonal=0.75), "data", {"activation": "relu"}),
+        "Trajectory, solved anew": (lambda v: Trajectory(v), "prior", {}),
+        "the same, times of calls alone": (lambda v: Trajectory(v, **OF_CALLS), "prior", {}),
+        "stored at 8 random times": (lambda v: Trajectory(diagonal=0.0), "random", {}),
+        "stored at eighths": (lambda v: Trajectory(diagonal=0.0), "eighths", {}),
+        "the same, times of calls": (lambda v: Trajectory(**OF_CALLS), "eighths", {}),
+        "and relu": (lambda v: Trajectory(**OF_CALLS), "eighths", {"activation": "relu"}),
     },
     "data-free": {
-        "LMD, data": (lambda v: LMD(v, ends=0.25), True),
-        "LMD, prior, adaptive: 1": (lambda v: LMD(v, ends=0.25, starts="prior", adaptive=1.0), False),
-        "LMD, own, adaptive: 1": (lambda v: LMD(v, ends=0.25, starts="own", adaptive=1.0), False),
-        "ITVM, data": (lambda v: ITVM(v), True),
-        "ITVM integral, prior": (lambda v: ITVM(v, "integral", starts="prior"), False),
-        "ITVM, own": (lambda v: ITVM(v, starts="own"), False),
+        "LMD, data": (lambda v: LMD(v, ends=0.25), "data", {}),
+        "LMD, prior, adaptive: 1": (lambda v: LMD(v, ends=0.25, starts="prior", adaptive=1.0), "prior", {}),
+        "LMD, own, adaptive: 1": (lambda v: LMD(v, ends=0.25, starts="own", adaptive=1.0), "prior", {}),
+        "ITVM, data": (lambda v: ITVM(v), "data", {}),
+        "ITVM integral, prior": (lambda v: ITVM(v, "integral", starts="prior"), "prior", {}),
+        "ITVM, own": (lambda v: ITVM(v, starts="own"), "prior", {}),
     },
 }
 CALLS = (1, 2, 4, 8)
@@ -55,24 +71,39 @@ def truth() -> tuple[Tensor, Tensor]:
     return noise, fewstep.CheckerboardField().flow(noise, 0.0, 1.0, tolerance=1e-6)
 
 
-def trained(make: Make, has_data: bool, steps: int, seed: int) -> list[float]:
+@cache
+def source(kind: str) -> Any:
+    """What a training draws its rows from."""
+    if kind in ("data", "prior"):
+        return checkerboard() if kind == "data" else Prior((2,))
+    folder = tempfile.mkdtemp()
+    make_pairs(
+        fewstep.CheckerboardField(), folder, 50_000, steps=64, solver="midpoint", batch=10_000, seed=1,
+        states=EIGHTHS if kind == "eighths" else 8,
+    )  # fmt: skip
+    return fewstep.load_data(folder)
+
+
+def trained(make: Make, kind: str, options: dict[str, Any], steps: int, seed: int) -> list[float]:
     """The errors of a training at each number of calls."""
     teacher = fewstep.CheckerboardField()
     torch.manual_seed(seed)
-    student = fewstep.FlowMap(MLP(2, width=128, depth=4, times=2))
+    student = fewstep.FlowMap(MLP(2, width=128, depth=4, times=2, **options))
     result = fewstep.fit(
-        student, make(teacher), checkerboard() if has_data else Prior((2,)), steps=steps, batch=256, chunk=256, lr=3e-3,
-        warmup=100, ema=0.998, seed=seed, quiet=True, device="cpu",
+        student, make(teacher), source(kind), steps=steps, batch=256, chunk=256, lr=3e-3, warmup=100, ema=0.998,
+        seed=seed, quiet=True, device="cpu",
     )  # fmt: skip
     noise, ends = truth()
     return [rmse(fewstep.sample(result.ema, noise, n), ends) for n in CALLS]
 
 
-def plain_calls(make: Make) -> float:
+def plain_calls(make: Make, kind: str) -> float:
     """The calls of a step without a backward pass, in batches."""
     teacher = fewstep.NetworkField(MLP(2, width=8, depth=2))
     student = fewstep.FlowMap.from_field(teacher)
-    batch = Batch(torch.randn(256, 2, generator=generator(0)))
+    batch = (
+        source(kind).rows(torch.arange(256), generator(0)) if kind in ("random", "eighths") else Batch(truth()[0][:256])
+    )
     return step_cost(student, make(teacher), batch, rounds=1).counts.plain
 
 
@@ -85,11 +116,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[list[Any]] = []
-    for name, (make, has_data) in METHODS[arguments.which].items():
-        found = [trained(make, has_data, arguments.steps, seed) for seed in arguments.seeds]
+    for name, (make, kind, options) in METHODS[arguments.which].items():
+        found = [trained(make, kind, options, arguments.steps, seed) for seed in arguments.seeds]
         errors = [list(column) for column in zip(*found, strict=True)]
         cells = [{"mean": statistics.mean(e), "std": statistics.stdev(e) if len(e) > 1 else 0.0} for e in errors]
-        rows.append([name, plain_calls(make), *cells])
+        rows.append([name, plain_calls(make, kind), *cells])
         print(name, *(f"{cell['mean']:.3f} ± {cell['std']:.3f}" for cell in cells), flush=True)
     columns = ["method", "plain calls", *(f"{n} calls" if n > 1 else "1 call" for n in CALLS)]
     notes = [f"{arguments.steps} steps of 256 rows, lr 3e-3, an MLP of 4 x 128; RMSE to the exact end points."]

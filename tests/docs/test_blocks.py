@@ -102,7 +102,7 @@ def test_what_is_skipped_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
         "slow": 30,
         "installs": 16,
         "hub": 8,
-        "hours": 18,
+        "hours": 20,
         "served": 5,
         "checkout": 8,
         "tested": 12,  # four lines of the maze; Ray, shards from a server, maps from elsewhere and sounds have theirs

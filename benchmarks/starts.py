@@ -70,13 +70,14 @@ CALLS, SETS = (1, 2, 4, 8), ("checkerboard", "spiral", "eight-gaussians")
 def truth(name: str) -> tuple[Tensor, Tensor]:
     """Noise, and where the exact flow takes it."""
     noise = torch.randn(2000, 2, generator=generator(9))
-    return noise, EXACT[name]().flow(noise, 0.0, 1.0, tolerance=1e-6)
+    field: Any = EXACT[name]()
+    return noise, field.flow(noise, 0.0, 1.0, tolerance=1e-6)
 
 
 @cache
 def source(name: str, kind: str) -> Any:
     """What a training draws its rows from."""
-    field = EXACT[name]()
+    field: Any = EXACT[name]()
     if kind in ("data", "prior"):
         return Toy(field.data, field.shape) if kind == "data" else Prior((2,))
     folder = tempfile.mkdtemp()

@@ -90,8 +90,8 @@ def check(folder: Path, expected: Any) -> None:
     """The adapter in a folder gives what is expected, and so does what is saved of it."""
     loaded = field()
     load_adapter(loaded, folder)
-    torch.testing.assert_close(output(loaded.network), output(ConditionalUNet(expected)), rtol=0, atol=2e-5)
-    torch.testing.assert_close(output(merge_lora(loaded).network), output(loaded.network), rtol=0, atol=2e-5)
+    torch.testing.assert_close(output(loaded.network), output(ConditionalUNet(expected)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(output(merge_lora(loaded).network), output(loaded.network), rtol=0, atol=1e-4)
     again = field()
     load_adapter(again, save_adapter(loaded, folder / "again"))
     assert torch.equal(output(again.network), output(loaded.network))
@@ -113,11 +113,11 @@ def test_each_style_is_read_as_diffusers_reads_it(style: str, tmp_path: Path) ->
     assert not torch.allclose(output(ConditionalUNet(expected)), output(field().network), atol=1e-3)
     if not style.startswith(("unprefixed", "kohya")):  # which diffusers of today passes over, or has by other names
         theirs = ConditionalUNet(by_diffusers(tmp_path))
-        torch.testing.assert_close(output(theirs), output(ConditionalUNet(expected)), rtol=0, atol=2e-5)
+        torch.testing.assert_close(output(theirs), output(ConditionalUNet(expected)), rtol=0, atol=1e-4)
     check(tmp_path, expected)
     loaded = field()
     load_adapter(loaded, tmp_path / DIFFUSERS_FILE)  # the file itself
-    torch.testing.assert_close(output(loaded.network), output(ConditionalUNet(expected)), rtol=0, atol=2e-5)
+    torch.testing.assert_close(output(loaded.network), output(ConditionalUNet(expected)), rtol=0, atol=1e-4)
 
 
 @pytest.mark.takes_seconds
@@ -269,7 +269,7 @@ def test_the_names_of_other_tools_are_read_as_diffusers_reads_them(name: str, tm
     with torch.no_grad():
         found, wanted = (model(x, TIME, **cond) for model in (loaded.network, network(pipe.transformer)))
         assert (found - plain.network(x, TIME, **cond)).abs().max() > 1e-3
-    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 
 def test_a_folder_of_several_files_is_asked_which(tmp_path: Path) -> None:

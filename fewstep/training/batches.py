@@ -52,6 +52,21 @@ class Batches:
         return join(parts), [generator(self.seed, step, chunk, 2) for chunk in chunks]
 
 
+def few_rows(data: Data, batch: int) -> list[str]:
+    """What is worth knowing of data that have fewer rows than an update takes."""
+    found = []
+    if data.size is not None and data.size < batch:
+        each = f"{batch / data.size:.2g} times"
+        found.append(f"{data.size} rows of data and batch={batch}: each update sees each row about {each}")
+    if few := [one for one in buckets_of(data) if one.count < batch]:
+        found.append(
+            f"{len(few)} of {len(buckets_of(data))} buckets have fewer rows than batch={batch}: each of their "
+            "batches has rows several times, and comes as much more rarely; a smaller batch, or a larger data.step for "
+            "fewer buckets, mixes better"
+        )
+    return found
+
+
 def join(parts: Sequence[Batch]) -> Batch:
     """One batch of the rows of several, in order."""
     if len(parts) == 1:

@@ -23,7 +23,7 @@ from fewstep.data.given import as_data
 from fewstep.objectives.base import Objective
 from fewstep.objectives.finishing import name_of
 from fewstep.training import folder, interrupt, trackers
-from fewstep.training.batches import Batches
+from fewstep.training.batches import Batches, few_rows
 from fewstep.training.computing import compile_networks, half_precision, threads_for, use_checkpoints
 from fewstep.training.eight_bits import check_eight_bits, is_eight_bit
 from fewstep.training.ema import Model
@@ -101,8 +101,9 @@ def fit(
             ``TensorDataset``, a map-style ``Dataset`` or its ``DataLoader``, of which the batches are not used. Of
             ``fewstep.data.Buckets``, each step sees rows of one shape.
         steps, max_seconds: where to stop, at least one of them; progress is the larger of the two shares. A run
-            bounded by time depends on the clock and cannot be repeated bit for bit. The time counts everything: data,
-            callbacks, checkpoints, and what earlier parts of a resumed run took.
+            bounded by time depends on the clock and cannot be repeated bit for bit. The time counts everything (data,
+            callbacks, checkpoints, earlier parts of a resumed run) but what comes before the first step, as samples
+            of a teacher.
         seed: decides every random number of the training (not the initial weights).
         out: the run folder; without it nothing is written.
         batch: rows of one update, over all processes and micro-batches.
@@ -180,15 +181,9 @@ def fit(
         "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup, "clip": clip, "ema": ema,
         "ema_warmup": ema_warmup, "precision": precision, "optimizer": "adamw8bit" if eight_bit else None,
     }  # fmt: skip
-    if data.size is not None and data.size < batch and not quiet and world.is_main:
-        each = f"{batch / data.size:.2g} times"
-        console.say(f"note: {data.size} rows of data and batch={batch}: each update sees each row about {each}")
-    if (few := [one for one in buckets_of(data) if one.count < batch]) and not quiet and world.is_main:
-        console.say(
-            f"note: {len(few)} of {len(buckets_of(data))} buckets have fewer rows than batch={batch}: each of their "
-            "batches has rows several times, and comes as much more rarely; a smaller batch, or a larger data.step for "
-            "fewer buckets, mixes better"
-        )
+    if world.is_main and not quiet:
+        for line in few_rows(data, batch):
+            console.say(f"note: {line}")
     identity = _identity(settings, student, objective, data) | flat(fingerprint or {})
     if out is not None:
         folder.open_run(out, identity, resume)
@@ -235,6 +230,11 @@ def fit(
             run.restore(found)
         world.check_same(run.step, out)
         run.progress = _progress(run, steps, max_seconds)
+        if run.progress < 1.0:
+            with (
+                interrupt.let_through()
+            ):  # samples of a teacher are drawn at the first row: that is no time of training
+                batches.micro(run.step, 0)
         if device.type == "cpu":
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             measured = torch.get_num_threads() if sharding else threads_for(run, step, batches, half)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from toys.places import ROOT
-from toys.training import Broken, Student, lines, train, weights
+from toys.training import Broken, Gaussian, Student, lines, train, weights
 
 from fewstep.common.errors import TrainingError
 from fewstep.training.schedules import schedule_factor
@@ -33,6 +33,33 @@ def test_time_goes_on_where_it_was(tmp_path, monkeypatch):
     train(tmp_path, steps=None, max_seconds=20.0)
     longer = train(tmp_path, steps=None, max_seconds=30.0)
     assert (longer.step, longer.seconds) == (28, 30.0)
+
+
+class Drawn(Gaussian):
+    """Data that are made when they are first needed."""
+
+    def __init__(self, first):
+        self.first = first
+
+    def rows(self, index, generator):
+        first, self.first = self.first, lambda: None
+        first()
+        return super().rows(index, generator)
+
+
+def test_what_data_make_first_is_no_time_of_the_training(tmp_path, monkeypatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr("fewstep.training.fit.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    made = train(tmp_path, steps=None, max_seconds=20.0, data=Drawn(lambda: [next(clock) for _ in range(1000)]))
+    assert (made.stopped, made.step, made.seconds) == ("time", 19, 20.0)
+    assert torch.equal(weights(made), weights(train(steps=None, max_seconds=20.0)))
+
+
+def test_ctrl_c_while_data_are_made_stops_at_once_and_goes_on(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, data=Drawn(lambda: os.kill(os.getpid(), signal.SIGINT)))
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert torch.equal(weights(train(tmp_path, data=Drawn(lambda: None))), weights(train()))
 
 
 def test_parts_make_the_bits_of_the_whole(tmp_path):

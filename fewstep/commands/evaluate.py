@@ -40,14 +40,15 @@ def run(args: argparse.Namespace) -> int:
     asked = {"steps": args.steps, "teacher_steps": args.teacher_steps, "count": args.count, "seed": args.seed}
     asked |= {"metrics": args.metrics}
     asked |= {"teacher": args.teacher, "data": args.data}
-    found = evaluate_run(args.run, args.device, **{name: value for name, value in asked.items() if value is not None})
+    asked = {name: value for name, value in asked.items() if value is not None}
+    done = open_run(args.run)
+    found = evaluate_run(args.run, args.device, opened=done, **asked)
     if found is None:
         raise ValueError(f"{args.run} has nothing to be measured by: images without labels, and no teacher")
     if not environment().is_main:
         return 0
     print_evaluation(found)
     print(f"{args.run / 'quality.png'}, {args.run / 'quality.json'} and {args.run / 'report.html'} have it too")
-    done = open_run(args.run)
     sample, *_, export = next_commands(args.run, done.recipe, done.model)
     say_next([sample, export])
     return 0

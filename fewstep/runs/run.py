@@ -115,19 +115,25 @@ def _run(recipe: Recipe, out: Path, fresh: bool, is_main: bool) -> Finished:
 
 
 def evaluate_run(
-    path: Path, device: str | None = None, teacher: str | None = None, data: str | None = None, **changes: Any
+    path: Path,
+    device: str | None = None,
+    teacher: str | None = None,
+    data: str | None = None,
+    opened: Trained | None = None,
+    **changes: Any,
 ) -> Evaluation | None:
     """Judge a run at its last checkpoint: the processes that torchrun, ``accelerate launch`` or SLURM started share the
     samples, and the main one writes the report.
 
     Args:
         teacher, data: what it is held against, where that has moved, or never had a name.
+        opened: the run, if it is open.
         changes: keys of ``evaluation``, and ``seed``.
 
     Raises:
         BusyError: another process judges it. A training may go on the while, which judges the run once more at its end.
     """
-    run, world = open_run(path), distributed.environment()
+    run, world = opened or open_run(path), distributed.environment()
     place = distributed.choose_device(device, world)
     with ExitStack() as stack:
         stack.enter_context(distributed.join(world, place))

@@ -208,3 +208,15 @@ def test_processes_draw_pairs_of_prompts_together(
         assert make_pairs(field, tmp_path / "two", 5, **how) == missing
     one, two = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
+
+
+@pytest.mark.takes_seconds
+def test_trajectories_of_prompts_are_kept_and_learned_from(models: Path, tmp_path: Path) -> None:
+    tree, out = recipe_of(models / "sd", prompted(states=[0.5])), tmp_path / "run"
+    tree |= {"objective": {"name": "Trajectory", "diagonal": 0, "times": "calls(1)", "ends": 0}}
+    tree["evaluation"]["count"] = 0
+    run(load_recipe(tree), out)
+    batch = Pairs(out / "teacher-samples").rows(torch.arange(7), generator(0))
+    assert batch.states is not None
+    assert batch.states.shape == (7, 1, 4, 8, 8)
+    assert set(batch.cond) == {"encoder_hidden_states"}

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from types import FunctionType, ModuleType
-from typing import Any, get_args, get_origin, get_type_hints
+from types import FunctionType, ModuleType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, create_model, field_validator
 
 from fewstep.common.errors import shown, unknown
 from fewstep.common.parsing import parse_yaml
@@ -120,6 +120,31 @@ def _module_of(path: Path) -> Any:
     return module
 
 
+class Typed(BaseModel):
+    """Values by their types, of which true and false are no numbers: pydantic alone takes them for 1 and 0."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_flag_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool):
+            kinds = kinds_in(cls.model_fields[str(info.field_name)].annotation)
+            if not kinds.isdisjoint((int, float)) and kinds.isdisjoint((bool, Any)):
+                raise ValueError("input should be a number")
+        return value
+
+
+def kinds_in(annotation: Any) -> set[Any]:
+    """The kinds that a type hint allows: ``int | list[float] | None`` gives int, list and NoneType."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        return {kind for one in get_args(annotation) for kind in kinds_in(one)}
+    if origin is Annotated:
+        return kinds_in(get_args(annotation)[0])
+    if origin is Literal:
+        return {type(value) for value in get_args(annotation)}
+    return {origin or annotation}
+
+
 def arguments(
     where: str, function: Callable[..., Any], options: Mapping[str, Any], given: tuple[str, ...] = ()
 ) -> dict[str, Any]:
@@ -140,8 +165,11 @@ def arguments(
         if p.name not in given and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             fields[p.name] = (hints.get(p.name, Any), ... if p.default is p.empty else p.default)
     extra = "allow" if is_open else "forbid"
-    config = ConfigDict(extra=extra, arbitrary_types_allowed=True, protected_namespaces=())
-    model = create_model("Options", __config__=config, **fields)
+
+    class Options(Typed):
+        model_config = ConfigDict(extra=extra, arbitrary_types_allowed=True, protected_namespaces=())
+
+    model = create_model("Options", __base__=Options, **fields)
     try:
         filled = model.model_validate(dict(options))
     except ValidationError as error:
@@ -178,15 +206,18 @@ def in_one_line(
     return ValueError(f"{dotted} is {shown(first['input'])}: {said[0].lower()}{said[1:]}")
 
 
-_KINDS: dict[Any, str] = {bool: "true, false", str: "text", dict: "a mapping of options"}
+_KINDS: dict[Any, str] = {
+    bool: "true, false", int: "a whole number", float: "a number", str: "text", list: "a list in [ ]",
+    tuple: "a list in [ ]", dict: "a mapping of options",
+}  # fmt: skip
 
 
 def _kinds_of(model: type[BaseModel], keys: list[str]) -> str:
-    """What an option that may be of several kinds, of which text or a mapping are some, is to be; empty for others."""
+    """What an option that may be of several kinds, a list or a mapping among them, is to be; empty for others."""
     if len(keys) != 2 or keys[0] not in model.model_fields:
         return ""
-    kinds = [get_origin(kind) or kind for kind in get_args(model.model_fields[keys[0]].annotation)]
-    if dict not in kinds:
+    kinds = kinds_in(model.model_fields[keys[0]].annotation)
+    if len(kinds - {type(None)}) < 2 or kinds.isdisjoint((dict, list, tuple)):
         return ""
     return f"input should be {' or '.join(said for kind, said in _KINDS.items() if kind in kinds)}"
 

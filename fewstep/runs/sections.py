@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from fewstep.common.options import in_one_line
+from fewstep.common.options import Typed, in_one_line
 
 Count = Annotated[int, Field(gt=0)]
 Above = Annotated[float, Field(gt=0)]
@@ -20,7 +20,7 @@ def _nan_as_text(value: Any) -> Any:
 Blank = Annotated[int | float | Literal["nan"], BeforeValidator(_nan_as_text)]
 
 
-class Section(BaseModel):
+class Section(Typed):
     """A mapping of a recipe that takes its own keys and no others; a text alone is the value of its ``short`` key."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

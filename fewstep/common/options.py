@@ -166,8 +166,13 @@ def arguments(
             fields[p.name] = (hints.get(p.name, Any), ... if p.default is p.empty else p.default)
     extra = "allow" if is_open else "forbid"
 
+    # What nan and inf mean to a function of the user's, it knows; to fewstep's own they mean nothing.
+    any_number = not function.__module__.startswith("fewstep.")
+
     class Options(Typed):
-        model_config = ConfigDict(extra=extra, arbitrary_types_allowed=True, protected_namespaces=())
+        model_config = ConfigDict(
+            extra=extra, allow_inf_nan=any_number, arbitrary_types_allowed=True, protected_namespaces=()
+        )
 
     model = create_model("Options", __base__=Options, **fields)
     try:

@@ -114,6 +114,7 @@ def test_teacher_none_is_no_teacher() -> None:
         ({"training.steps": "null"}, "training.steps or training.max_seconds is needed"),
         ({"training.steps": "true"}, "training.steps is True: input should be a number"),
         ({"training.lr": "on"}, "training.lr is True: input should be a number"),
+        ({"objective.terminal_weight": ".nan"}, "objective.terminal_weight is nan: input should be a finite number"),
         ({"objective.ema": "false"}, "objective.ema is False: input should be a number"),
         ({"training.compile": "ja"}, "training.compile is 'ja': input should be true or false"),
         ({"training.ema": "1.0"}, "training.ema is 1.0: input should be less than 1"),

@@ -162,7 +162,7 @@ class TeacherPairs:
 
     @cached_property
     def cond(self) -> dict[str, Tensor]:
-        if self.prompts is None:
+        if not self.prompts:
             turns = torch.arange(self._count) % max(len(self.labels), 1)
             return {"class_labels": turns} if self.labels else {}
         assert self.field.text is not None

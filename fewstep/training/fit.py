@@ -231,9 +231,7 @@ def fit(
         world.check_same(run.step, out)
         run.progress = _progress(run, steps, max_seconds)
         if run.progress < 1.0:
-            with (
-                interrupt.let_through()
-            ):  # samples of a teacher are drawn at the first row: that is no time of training
+            with interrupt.let_through():  # the first row may draw samples of a teacher: no time of the training
                 batches.micro(run.step, 0)
         if device.type == "cpu":
             stack.callback(torch.set_num_threads, torch.get_num_threads())
